@@ -1,0 +1,211 @@
+"""The specification: the three ops and the two models in plain PyTorch.
+
+Written to be read, in any floating dtype, float64 included. Everything fast in this package is tested
+against this file, forward and backward. It imports nothing of ours, and it is allowed to be slow: it
+forms [n, d_sae] pre-activations, [T, T] scores, and loops over positions.
+
+Shapes: B windows, T positions, d_in the width of the activations, d_sae features, k active features a
+token, H heads. A code is the pair (values [..., k], indices [..., k]).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# --- the three ops ---------------------------------------------------------------------------------------
+
+
+def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest pre-activations of each token, relu'd.
+
+    x [..., d_in], W_enc [d_sae, d_in], b_enc [d_sae] -> values [..., k], indices [..., k] int64.
+
+    Ordered by pre-activation, largest first, equal ones by lower index first. A token with a NaN among
+    its pre-activations gives k NaN values at indices 0..k-1.
+    """
+    pre_acts = x @ W_enc.T + b_enc
+    indices = pre_acts.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    values = pre_acts.gather(-1, indices).relu()
+    broken = pre_acts.isnan().any(dim=-1, keepdim=True)
+    values = torch.where(broken, torch.full_like(values, math.nan), values)
+    indices = torch.where(broken, torch.arange(k, device=x.device).expand_as(indices), indices)
+    return values, indices
+
+
+def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    """sum_i values_i * W_dec[indices_i].
+
+    values [..., k], indices [..., k] int64, W_dec [d_sae, d_out] -> [..., d_out].
+    """
+    return (values.unsqueeze(-1) * W_dec[indices]).sum(dim=-2)
+
+
+def document_starts(documents: Tensor) -> Tensor:
+    """Where the document of each position begins: a document is a run of equal ids.
+
+    documents [B, T] integer -> [B, T] int64, the index of the first position of the run.
+    """
+    T = documents.shape[1]
+    position = torch.arange(T, device=documents.device).expand_as(documents)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return torch.where(begins, position, 0).cummax(dim=1).values
+
+
+def lookback_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slope: Tensor,
+    null: Tensor,
+    mask: Tensor | None = None,
+    documents: Tensor | None = None,
+) -> Tensor:
+    """Attention to strictly earlier positions, with a price on log-distance and the choice of nothing.
+
+    q, k [B, T, H, d_head], v [B, T, H, d_value], slope [H], null [H],
+    mask [B, T] bool, True where a position takes part, documents [B, T] integer
+    -> out [B, T, H, d_value].
+
+    score(t, j) = <q_t, k_j> / sqrt(d_head) - slope * log(t - j), for j < t in the same document (a run of
+    equal ids). The softmax runs over these and one null score a head, whose value is zero. A position out
+    of the mask is not looked at, and its own output is zero.
+    """
+    T, d_head = q.shape[1], q.shape[3]
+    position = torch.arange(T, device=q.device)
+    distance = position[:, None] - position[None, :]  # [T, T]
+    visible = (distance > 0)[None]  # [1, T, T]
+    if documents is not None:
+        visible = visible & (position[None, None, :] >= document_starts(documents)[:, :, None])
+    if mask is not None:
+        visible = visible & mask[:, None, :] & mask[:, :, None]
+    scores = torch.einsum("bthd,bjhd->bhtj", q, k) / math.sqrt(d_head)
+    scores = scores - slope[:, None, None] * distance.clamp(min=1).to(q.dtype).log()
+    scores = scores.masked_fill(~visible[:, None], -math.inf)
+    nothing = null[None, :, None, None].expand(*scores.shape[:3], 1)
+    weights = torch.cat([scores, nothing], dim=-1).softmax(dim=-1)[..., :-1]  # [B, H, T, T]
+    return torch.einsum("bhtj,bjhd->bthd", weights, v)
+
+
+# --- the models ------------------------------------------------------------------------------------------
+
+
+class Encoded(NamedTuple):
+    """What a model makes of x [..., d_in]."""
+
+    x_hat: Tensor  # [..., d_in] the reconstruction
+    values: Tensor  # [..., k] the code: how active
+    indices: Tensor  # [..., k] the code: which feature
+    c: Tensor  # [..., d_in] what the look-back carried here
+
+
+def topk_sae(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int) -> Encoded:
+    """The per-token TopK SAE (Gao et al. 2024, arXiv 2406.04093), on x [..., d_in]. Its `c` is zero."""
+    values, indices = topk_encode(x - b_dec, W_enc, b_enc, k)
+    x_hat = sparse_decode(values, indices, W_dec) + b_dec
+    return Encoded(x_hat, values, indices, torch.zeros_like(x))
+
+
+class ContextualWeights(NamedTuple):
+    """The parameters of a contextual SAE."""
+
+    W_enc: Tensor  # [d_sae, d_in]
+    b_enc: Tensor  # [d_sae]
+    W_dec: Tensor  # [d_sae, d_in]
+    b_dec: Tensor  # [d_in]
+    W_Q: Tensor  # [H * d_head, d_in]
+    W_K: Tensor  # [d_sae, H * d_head]
+    W_V: Tensor  # [d_sae, H * d_value]
+    W_O: Tensor  # [d_in, H * d_value]
+    slope: Tensor  # [H]
+    null: Tensor  # [H]
+
+
+def contextual_sweeps(
+    x: Tensor,
+    weights: ContextualWeights,
+    k: int,
+    query: str,
+    sweeps: int,
+    mask: Tensor | None = None,
+    documents: Tensor | None = None,
+) -> Encoded:
+    """The contextual SAE in parallel: sweep 0 does not look back, sweep s looks at the codes of sweep s - 1.
+
+    x [B, T, d_in], mask [B, T] bool, documents [B, T] integer. After s sweeps the first s positions (and
+    position s) are exact, so T sweeps are the recurrence.
+    """
+    out = _encode(x, torch.zeros_like(x), weights, k, mask)
+    for _ in range(sweeps):
+        c = _look_back(x, out, weights, query, mask, documents)
+        out = _encode(x, c, weights, k, mask)
+    return out
+
+
+def contextual_exact(
+    x: Tensor,
+    weights: ContextualWeights,
+    k: int,
+    query: str,
+    mask: Tensor | None = None,
+    documents: Tensor | None = None,
+) -> Encoded:
+    """The contextual SAE as it is defined: a recurrence, position t looking at the final codes before it.
+
+    x [B, T, d_in], mask [B, T] bool, documents [B, T] integer.
+    """
+    B, T, d_in = x.shape
+    out = Encoded(
+        x_hat=x.new_zeros(B, T, d_in),
+        values=x.new_zeros(B, T, k),
+        indices=torch.zeros(B, T, k, dtype=torch.int64, device=x.device),
+        c=x.new_zeros(B, T, d_in),
+    )
+    for t in range(T):
+        # Positions from t on hold zeros here; nothing at t looks at them.
+        c = _look_back(x, out, weights, query, mask, documents)
+        here = _encode(x, c, weights, k, mask)
+        out = Encoded(*(torch.cat([old[:, :t], new[:, t : t + 1], old[:, t + 1 :]], 1) for old, new in zip(out, here)))
+    return out
+
+
+def _encode(x: Tensor, c: Tensor, weights: ContextualWeights, k: int, mask: Tensor | None) -> Encoded:
+    """Encode what c [B, T, d_in] does not account for; a position out of the mask gets an empty code."""
+    values, indices = topk_encode(x - weights.b_dec - c, weights.W_enc, weights.b_enc, k)
+    if mask is not None:
+        values = torch.where(mask[..., None], values, 0)
+    x_hat = sparse_decode(values, indices, weights.W_dec) + c + weights.b_dec
+    return Encoded(x_hat, values, indices, c)
+
+
+def _look_back(
+    x: Tensor,
+    memory: Encoded,
+    weights: ContextualWeights,
+    query: str,
+    mask: Tensor | None,
+    documents: Tensor | None,
+) -> Tensor:
+    """c [B, T, d_in]: what the codes before each position say about it."""
+    H = weights.slope.shape[0]
+    if query == "current":
+        query_acts = x - weights.b_dec
+    elif query == "past":
+        before = memory.x_hat - weights.b_dec
+        query_acts = torch.cat([torch.zeros_like(before[:, :1]), before[:, :-1]], dim=1)
+    else:
+        raise ValueError(f"query: given {query!r}; needed 'current' or 'past'")
+    a = lookback_attention(
+        (query_acts @ weights.W_Q.T).unflatten(-1, (H, -1)),
+        sparse_decode(memory.values, memory.indices, weights.W_K).unflatten(-1, (H, -1)),
+        sparse_decode(memory.values, memory.indices, weights.W_V).unflatten(-1, (H, -1)),
+        weights.slope,
+        weights.null,
+        mask,
+        documents,
+    )
+    return a.flatten(-2) @ weights.W_O.T
