@@ -1,0 +1,11 @@
+"""csae: train sparse autoencoders fast, and the contextual SAE, which encodes only what is new.
+
+The ops are in `csae.ops`, their specification in `csae.reference`.
+"""
+
+from csae.contextual_sae import ContextualSAE
+from csae.sae import SAE, Code, Losses, Output
+from csae.topk_sae import TopKSAE
+
+__all__ = ["SAE", "Code", "ContextualSAE", "Losses", "Output", "TopKSAE"]
+__version__ = "0.1.0"

@@ -1,0 +1,51 @@
+"""Files that are whole or not there: written under a temporary name, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from csae.errors import UserError
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """`write` fills a temporary file beside `path`, which then takes its name at once.
+
+    Raises UserError where the disk is full or the folder can't be written; nothing is left behind then.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        reason = _disk_problem(error)
+        if reason:
+            raise UserError(f"{path}: not written: {reason}; nothing half-written was left") from error
+        raise
+
+
+def write_json(path: Path, content: object) -> None:
+    text = json.dumps(content, indent=2) + "\n"
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _disk_problem(error: BaseException) -> str | None:
+    # safetensors reports a full disk in the text of an error of its own.
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left" in str(error):
+        return "the disk is full: free some space, or choose another folder"
+    if isinstance(error, OSError) and error.errno == errno.EFBIG:
+        return "it is larger than this file system or its limits allow: choose another folder"
+    if isinstance(error, PermissionError):
+        return "no permission to write there: choose another folder"
+    if isinstance(error, NotADirectoryError | FileExistsError):
+        return "a part of that path is a file, not a folder: choose another folder"
+    return None

@@ -1,0 +1,102 @@
+"""topk_encode: the encoder product and the exact selection of its k largest entries, as one op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backend import kernels
+from .checks import autocast_to, check_floats, check_k, check_shape, check_tensor
+
+
+def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest pre-activations of each token, relu'd: relu(topk(W_enc x + b_enc, k)).
+
+    The encoder of a TopK SAE (Gao et al. 2024, arXiv 2406.04093). Selection is exact, on the float32
+    accumulator. The pre-activations [n, d_sae] never exist whole, and are not kept for backward.
+
+    Args:
+        x: [..., d_in], float32, bfloat16 or float16 (float64 on a CPU).
+        W_enc: [d_sae, d_in], x's dtype and device.
+        b_enc: [d_sae], x's dtype and device.
+        k: features kept a token, 1 <= k <= d_sae.
+
+    Returns:
+        values: [..., k] in x's dtype, relu'd, ordered by pre-activation, largest first; equal ones by lower
+            index first.
+        indices: [..., k] int64.
+
+        A token with a NaN among its pre-activations gets k NaN values at indices 0..k-1. Infinities are
+        selected as the numbers they are.
+
+    The gradient flows to x, W_enc and b_enc through the selected entries with a positive value.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype. ValueError: a wrong shape, device or k.
+    """
+    for name, tensor in (("x", x), ("W_enc", W_enc), ("b_enc", b_enc)):
+        check_tensor(name, tensor)
+    x, W_enc, b_enc = autocast_to(x, W_enc, b_enc)
+    check_floats(x=x, W_enc=W_enc, b_enc=b_enc)
+    if x.dim() == 0:
+        raise ValueError("x: given a scalar; needed [..., d_in]")
+    check_shape("W_enc", W_enc, (None, x.shape[-1]), "[d_sae, d_in]")
+    check_shape("b_enc", b_enc, (W_enc.shape[0],), "[d_sae]")
+    check_k(k, W_enc.shape[0])
+    return _topk_encode(x, W_enc, b_enc, k)
+
+
+@torch.library.custom_op("csae::topk_encode", mutates_args=())
+def _topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    values, indices = kernels("topk_encode", x.device).topk_encode(rows, W_enc, b_enc, k)
+    return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
+
+
+@_topk_encode.register_fake
+def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    shape = (*x.shape[:-1], k)
+    return x.new_empty(shape), x.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.custom_op("csae::topk_encode_backward", mutates_args=())
+def _topk_encode_backward(
+    grad_values: Tensor, values: Tensor, indices: Tensor, x: Tensor, W_enc: Tensor, need_x: bool, need_W: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, W_enc and b_enc; one that is not needed comes back empty."""
+    sums = kernels("sparse_decode", x.device)
+    # A NaN value passes its gradient on, so that a broken token is seen and not silently left out.
+    grad = torch.where(values <= 0, 0, grad_values).reshape(-1, values.shape[-1])
+    pairs = indices.reshape(-1, indices.shape[-1])
+    d_sae, d_in = W_enc.shape
+    d_x = sums.gather_sum(grad, pairs, W_enc).view(x.shape) if need_x else x.new_empty(0)
+    if not need_W:
+        return d_x, x.new_empty(0), x.new_empty(0)
+    rows = x.reshape(-1, d_in) if d_in else x.new_empty(grad.shape[0], 0)
+    return d_x, sums.feature_sum(grad, pairs, rows, d_sae), sums.feature_total(grad, pairs, d_sae)
+
+
+@_topk_encode_backward.register_fake
+def _(grad_values, values, indices, x, W_enc, need_x, need_W):
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0),
+        W_enc.new_empty(W_enc.shape) if need_W else x.new_empty(0),
+        W_enc.new_empty(W_enc.shape[:1]) if need_W else x.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, W_enc, _, _ = inputs
+    values, indices = output
+    ctx.mark_non_differentiable(indices)
+    ctx.save_for_backward(values, indices, x, W_enc)
+
+
+def _backward(ctx, grad_values, _grad_indices):
+    values, indices, x, W_enc = ctx.saved_tensors
+    need_x, need_W, need_b, _ = ctx.needs_input_grad
+    d_x, d_W, d_b = _topk_encode_backward(grad_values, values, indices, x, W_enc, need_x, need_W or need_b)
+    return d_x if need_x else None, d_W if need_W else None, d_b if need_b else None, None
+
+
+_topk_encode.register_autograd(_backward, setup_context=_setup_context)

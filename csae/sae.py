@@ -1,0 +1,256 @@
+"""What both SAEs share: parameters, initialisation, loss, unit-norm decoder, dead features, saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import safetensors
+import torch
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from csae.errors import UserError
+from csae.files import write_file, write_json
+from csae.ops import sparse_decode, topk_encode
+from csae.ops.checks import check_k
+
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+
+
+class Code(NamedTuple):
+    """The active features of each token."""
+
+    values: Tensor
+    """[..., k]: how active, in units of normalised activations; zero where fewer than k are active"""
+    indices: Tensor
+    """[..., k] int64: which features"""
+
+
+class Output(NamedTuple):
+    """What an SAE makes of activations [..., d_in]."""
+
+    x_hat: Tensor
+    """[..., d_in]: the reconstruction, in the units of the activations"""
+    code: Code
+    """the features that are active here: for a contextual SAE, what is new"""
+    c: Tensor
+    """[..., d_in]: what the look-back carried here, in the units of the activations; zero for a per-token SAE"""
+
+
+class Losses(NamedTuple):
+    """The training loss of a batch and its parts, each a scalar."""
+
+    loss: Tensor
+    """fvu + aux_coef * aux: what to call backward() on"""
+    fvu: Tensor
+    """fraction of the batch's variance that is unexplained, over positions in the mask"""
+    aux: Tensor
+    """what dead features leave unexplained of the residual (AuxK); zero where none is dead"""
+    code: Code
+    """the code of the batch"""
+
+
+class SAE(nn.Module, PyTorchModelHubMixin):
+    """Base of `TopKSAE` and `ContextualSAE`: W_enc, b_enc, W_dec, b_dec, and what is done with them.
+
+    Activations are divided by `scale` on the way in and multiplied on the way out, so that the parameters
+    live where a dimension has a mean square of one; `initialise` sets it. Decoder rows start as random unit
+    vectors, and the encoder as the decoder's transpose (Gao et al. 2024, arXiv 2406.04093).
+
+    Args:
+        d_in: width of the activations.
+        d_sae: number of features.
+        k: active features a token.
+        k_aux: dead features that share in the residual's reconstruction (AuxK); d_in // 2 if not given, as
+            Gao et al. advise.
+        aux_coef: weight of that loss; 1/32 by Gao et al.
+        dead_after: a feature is dead when it has not fired for this many tokens.
+    """
+
+    arch: str
+
+    W_enc: nn.Parameter
+    """[d_sae, d_in]"""
+    b_enc: nn.Parameter
+    """[d_sae]"""
+    W_dec: nn.Parameter
+    """[d_sae, d_in], a unit row a feature"""
+    b_dec: nn.Parameter
+    """[d_in]"""
+    scale: Tensor
+    """scalar: activations are divided by it"""
+    tokens_since_fired: Tensor
+    """[d_sae] int64: how many training tokens ago each feature was last active"""
+
+    def __init__(self, d_in: int, d_sae: int, k: int, k_aux: int | None, aux_coef: float, dead_after: int) -> None:
+        super().__init__()
+        for name, size in (("d_in", d_in), ("d_sae", d_sae)):
+            if size < 1:
+                raise ValueError(f"{name}: given {size}; needed at least 1")
+        check_k(k, d_sae)
+        self.d_in, self.d_sae, self.k = d_in, d_sae, k
+        self.k_aux = max(1, d_in // 2) if k_aux is None else k_aux
+        self.aux_coef, self.dead_after = aux_coef, dead_after
+        directions = torch.randn(d_sae, d_in)
+        directions /= directions.norm(dim=1, keepdim=True)
+        self.W_dec = nn.Parameter(directions)
+        self.W_enc = nn.Parameter(directions.clone())
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
+
+    # What a subclass adds: how a window is encoded, and what came from elsewhere in it.
+
+    def forward(self, acts: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Output:
+        raise NotImplementedError
+
+    def _run(self, x: Tensor, mask: Tensor | None, documents: Tensor | None) -> tuple[Tensor, Code, Tensor]:
+        """Normalised x [..., d_in] -> x_hat, code and c, in normalised units, as training runs it."""
+        raise NotImplementedError
+
+    @property
+    def n_params(self) -> int:
+        """Number of trained parameters."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @torch.no_grad()
+    def initialise(self, mean: Tensor, scale: float) -> None:
+        """Take the data's mean [d_in] and scale: activations minus mean, over scale, have mean square one."""
+        if tuple(mean.shape) != (self.d_in,):
+            raise ValueError(f"mean: given shape {list(mean.shape)}; needed [d_in] = [{self.d_in}]")
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"scale: given {scale}; needed a positive finite number")
+        self.scale.fill_(scale)
+        self.b_dec.copy_(mean / scale)
+
+    def loss(
+        self,
+        acts: Tensor,
+        mask: Tensor | None = None,
+        documents: Tensor | None = None,
+        dead: Tensor | None = None,
+    ) -> Losses:
+        """The training loss: fraction of variance unexplained, plus AuxK for dead features.
+
+        Args:
+            acts: [..., d_in] activations ([B, T, d_in] for a contextual SAE).
+            mask: acts.shape[:-1] bool, True where a position counts.
+            documents: [B, T] integer, a document is a run of equal ids; used by a contextual SAE.
+            dead: [n_dead] int64, the dead features (`dead_features()`), or None for no AuxK.
+        """
+        self._check_acts(acts)
+        x = acts / self.scale
+        x_hat, code, c = self._run(x, mask, documents)
+        weight = x.new_ones(x.shape[:-1]) if mask is None else mask.to(x.dtype)
+        residual = x - x_hat
+        fvu = _energy(residual, weight) / _energy(x - _mean(x, weight), weight)
+        aux = fvu.new_zeros(())
+        if dead is not None and dead.numel() > 0:
+            aux = self._aux(x - c, residual.detach(), weight, dead)
+        return Losses(fvu + self.aux_coef * aux, fvu, aux, code)
+
+    def _aux(self, x: Tensor, residual: Tensor, weight: Tensor, dead: Tensor) -> Tensor:
+        """AuxK (Gao et al. 2024, section A.2): the residual rebuilt by the most active dead features.
+
+        Only the dead rows are multiplied: the cost grows with their number, not with d_sae.
+        """
+        k = min(self.k_aux, dead.numel())
+        values, among_dead = topk_encode(x - self.b_dec, self.W_enc[dead], self.b_enc[dead], k)
+        residual_hat = sparse_decode(values, dead[among_dead], self.W_dec)
+        share = k / self.k_aux  # a few dead features can't be asked for as much as many
+        return share * _energy(residual - residual_hat, weight) / _energy(residual, weight).clamp_min(1e-12)
+
+    @torch.no_grad()
+    def remove_parallel_gradient(self) -> None:
+        """Take from W_dec's gradient what would only change the length of its unit rows."""
+        if self.W_dec.grad is not None:
+            along = torch.bmm(self.W_dec.grad.unsqueeze(1), self.W_dec.unsqueeze(2)).squeeze(2)  # [d_sae, 1]
+            self.W_dec.grad.addcmul_(self.W_dec, along, value=-1)
+
+    @torch.no_grad()
+    def normalise_decoder(self) -> None:
+        """Give the decoder's rows unit norm."""
+        self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp_min(1e-12))
+
+    @torch.no_grad()
+    def track(self, code: Code, mask: Tensor | None = None) -> None:
+        """Count for each feature the tokens since it last fired. mask: code.values.shape[:-1] bool."""
+        active = code.values > 0
+        if mask is not None:
+            active = active & mask.unsqueeze(-1)
+        fired = torch.zeros(self.d_sae, dtype=torch.int32, device=active.device)
+        fired.scatter_reduce_(0, code.indices.flatten(), active.flatten().to(torch.int32), "amax")
+        tokens = code.values.shape[:-1].numel() if mask is None else mask.sum()
+        self.tokens_since_fired += tokens
+        self.tokens_since_fired *= 1 - fired
+
+    def dead_features(self) -> Tensor:
+        """[n_dead] int64: the features that have not fired for `dead_after` training tokens."""
+        return (self.tokens_since_fired >= self.dead_after).nonzero().squeeze(1)
+
+    def _check_acts(self, acts: Tensor) -> None:
+        if not isinstance(acts, Tensor):
+            raise TypeError(f"acts: given a {type(acts).__name__}; needed a torch.Tensor")
+        if acts.dim() == 0 or acts.shape[-1] != self.d_in:
+            raise ValueError(f"acts: given shape {list(acts.shape)}; needed [..., d_in] with d_in = {self.d_in}")
+        if not acts.is_floating_point():
+            raise TypeError(f"acts: given dtype {acts.dtype}; needed a floating dtype")
+
+    # Saving and loading, through huggingface_hub's mixin: a local folder or a hub id. Safetensors only.
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+        config = {"arch": self.arch, **(self._hub_mixin_config or {})}  # type: ignore[dict-item]
+        card = f"---\nlibrary_name: csae\ntags:\n- sparse-autoencoder\n- {self.arch}\n---\n"
+        write_file(save_directory / WEIGHTS, lambda path: save_file(tensors, path))
+        write_file(save_directory / CARD, lambda path: path.write_text(card))
+        write_json(save_directory / CONFIG, config)
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        map_location: str = "cpu",
+        strict: bool = True,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **init: Any,
+    ) -> Self:
+        if Path(model_id).is_dir():
+            weights = str(Path(model_id) / WEIGHTS)
+        else:
+            weights = hf_hub_download(
+                repo_id=model_id,
+                filename=WEIGHTS,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+            )
+        try:
+            sae = cls(**init)
+            sae.load_state_dict(load_file(weights, device=map_location), strict=strict)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise UserError(f"{weights}: not a whole safetensors file ({error}): copy or train it again") from error
+        except (RuntimeError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{model_id}: not a saved {cls.__name__}, or of another version: {reason}") from error
+        return sae.to(map_location)
+
+
+def _energy(x: Tensor, weight: Tensor) -> Tensor:
+    """Sum of squares of x [..., d_in], each position by its weight [...]."""
+    return (x.square().sum(dim=-1) * weight).sum()
+
+
+def _mean(x: Tensor, weight: Tensor) -> Tensor:
+    """Mean [d_in] of x [..., d_in] over its positions, by weight [...]."""
+    return (x * weight.unsqueeze(-1)).flatten(0, -2).sum(dim=0) / weight.sum().clamp_min(1)

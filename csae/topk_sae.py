@@ -1,0 +1,50 @@
+"""TopKSAE: each token by itself, its k most active features."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from csae.ops import sparse_decode, topk_encode
+from csae.sae import SAE, Code, Output
+
+
+class TopKSAE(SAE):
+    """The per-token TopK SAE (Gao et al. 2024, arXiv 2406.04093).
+
+        code  = relu(topk(W_enc (x - b_dec) + b_enc, k))
+        x_hat = sum_i code.values_i * W_dec[code.indices_i] + b_dec
+
+    Args: see `SAE`.
+    """
+
+    arch = "topk"
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        k: int,
+        k_aux: int | None = None,
+        aux_coef: float = 1 / 32,
+        dead_after: int = 10_000_000,
+    ) -> None:
+        super().__init__(d_in, d_sae, k, k_aux, aux_coef, dead_after)
+
+    def encode(self, acts: Tensor) -> Code:
+        """acts [..., d_in] -> the code [..., k]."""
+        self._check_acts(acts)
+        return Code(*topk_encode(acts / self.scale - self.b_dec, self.W_enc, self.b_enc, self.k))
+
+    def decode(self, code: Code) -> Tensor:
+        """The code [..., k] -> the reconstruction [..., d_in], in the units of the activations."""
+        return (sparse_decode(code.values, code.indices, self.W_dec) + self.b_dec) * self.scale
+
+    def forward(self, acts: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Output:
+        """acts [..., d_in] -> `Output`. Tokens don't see each other: mask and documents change nothing here."""
+        code = self.encode(acts)
+        return Output(self.decode(code), code, torch.zeros_like(acts))
+
+    def _run(self, x: Tensor, mask: Tensor | None, documents: Tensor | None) -> tuple[Tensor, Code, Tensor]:
+        code = Code(*topk_encode(x - self.b_dec, self.W_enc, self.b_enc, self.k))
+        return sparse_decode(*code, self.W_dec) + self.b_dec, code, torch.zeros_like(x)
