@@ -1,0 +1,276 @@
+"""Training: windows in, a run folder out, the same bits however often it was stopped on the way.
+
+A step is a function of the parameters, the optimizer's state and the step's number alone: the order of
+windows comes from the seed, the learning rate from the step, and no other random number is drawn. So a
+checkpoint is the parameters, the moments and the step.
+
+    RUN/run.json           what was trained on what, and how
+    RUN/metrics.jsonl      a line a step: step, tokens, loss, fvu, aux, l0, dead, lr, tokens_per_s
+    RUN/checkpoint-STEP    the last checkpoint (csae.checkpoint)
+    RUN/model.safetensors, RUN/config.json    the trained SAE, when it is done
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from csae.activations import ActivationSource, Batch, window_order
+from csae.checkpoint import last_checkpoint, restore_checkpoint, save_checkpoint
+from csae.errors import UserError
+from csae.files import write_file, write_json
+from csae.sae import CONFIG, SAE, Losses
+
+PRECISIONS = ("float32", "bfloat16")
+RUN, METRICS = "run.json", "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train."""
+
+    steps: int
+    batch_windows: int = 8
+    """windows a step"""
+    lr: float = 1e-3
+    """peak learning rate of Adam"""
+    warmup: float = 0.05
+    """share of the steps in which the learning rate rises from zero"""
+    decay: float = 0.2
+    """share of the steps, the last ones, in which it falls to zero"""
+    clip: float = 1.0
+    """largest norm of the gradient"""
+    precision: str = "float32"
+    """"float32", or "bfloat16" for autocast with float32 parameters"""
+    checkpoint_every: int = 500
+    """steps"""
+    seed: int = 0
+    """of the order of windows"""
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("batch_windows", 1), ("checkpoint_every", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}: given {getattr(self, name)}; needed at least {least}")
+        for name in ("lr", "clip"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"{name}: given {getattr(self, name)}; needed a positive number")
+        if min(self.warmup, self.decay) < 0 or self.warmup + self.decay > 1:
+            raise UserError(
+                f"warmup, decay: given {self.warmup} and {self.decay}; needed shares that add up to 1 at most"
+            )
+        if self.precision not in PRECISIONS:
+            raise UserError(f"precision: given {self.precision!r}; needed one of {', '.join(map(repr, PRECISIONS))}")
+
+
+class Stopped(Exception):
+    """Training was asked to stop (Ctrl-C); the message says where it can go on."""
+
+
+def train(sae: SAE, source: ActivationSource, windows: Sequence[int], run: Path | str, config: TrainConfig) -> None:
+    """Train `sae` in place on windows of `source`, and save it in the folder `run`.
+
+    Goes on from the last checkpoint where the folder holds one of the same job; returns at once where that
+    job is done. `sae` is initialised by the caller (`SAE.initialise`), and on the device to train on.
+
+    Raises:
+        UserError: the folder holds another job; activations or the loss are not finite; the disk is full.
+        Stopped: after Ctrl-C (SIGINT) or SIGTERM, with a checkpoint written.
+    """
+    run = Path(run)
+    if len(windows) < config.batch_windows:
+        raise UserError(
+            f"batch_windows: given {config.batch_windows}, but there are {len(windows)} windows to train on; "
+            f"needed as many: give more text, or a smaller batch"
+        )
+    job = {
+        "arch": sae.arch,
+        "sae": sae._hub_mixin_config,
+        "n_params": sae.n_params,
+        "train": dataclasses.asdict(config),
+        "data": source.describe(),
+        "n_windows": len(windows),
+        "n_ctx": source.n_ctx,
+    }
+    _claim(run, job)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
+    if (run / CONFIG).is_file():
+        sae.load_state_dict(type(sae).from_pretrained(str(run)).state_dict())
+        return
+    checkpoint = last_checkpoint(run)
+    first = 0 if checkpoint is None else restore_checkpoint(checkpoint, sae, optimizer)
+    _drop_later_metrics(run / METRICS, first)
+    sae.train()
+    with open(run / METRICS, "a", encoding="utf-8") as metrics, _stop_signal() as stop:
+        _steps(sae, optimizer, source, windows, run, config, first, metrics, stop)
+    sae.save_pretrained(run)
+    sae.eval()
+    for leftover in run.glob("checkpoint-*"):
+        shutil.rmtree(leftover)
+
+
+def _steps(
+    sae: SAE,
+    optimizer: torch.optim.Optimizer,
+    source: ActivationSource,
+    windows: Sequence[int],
+    run: Path,
+    config: TrainConfig,
+    first: int,
+    metrics: TextIO,
+    stop: threading.Event,
+) -> None:
+    device = sae.W_dec.device
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    with tqdm(
+        total=config.steps, initial=first, desc=run.name, unit="step", mininterval=interval, maxinterval=interval
+    ) as bar:
+        for step in range(first, config.steps):
+            began = time.perf_counter()
+            batch = source.read(batch_of(windows, step, config))
+            lr = learning_rate(step, config)
+            losses, dead = train_step(sae, optimizer, batch, lr, config, device)
+            figures = _figures(sae, losses, batch, dead)
+            if not figures["loss"] < float("inf"):
+                raise UserError(
+                    f"{run}: the loss is {figures['loss']} at step {step}: train again with a smaller --lr "
+                    f"(given {config.lr}); the last checkpoint is kept"
+                )
+            tokens = batch.mask.numel()
+            line = {"step": step, "tokens": (step + 1) * tokens, **figures, "lr": lr}
+            line["tokens_per_s"] = round(tokens / (time.perf_counter() - began), 1)
+            metrics.write(json.dumps(line) + "\n")
+            bar.set_postfix_str(
+                f"loss {line['loss']:.4f} fvu {line['fvu']:.4f} l0 {line['l0']:.1f} dead {line['dead']:.1%} "
+                f"{line['tokens_per_s']:,.0f} tokens/s",
+                refresh=False,
+            )
+            bar.update()
+            done = step + 1
+            if stop.is_set() or (done % config.checkpoint_every == 0 and done < config.steps):
+                metrics.flush()
+                save_checkpoint(run, done, sae, optimizer)
+            if stop.is_set():
+                raise Stopped(
+                    f"{run}: stopped after step {done} of {config.steps}; the same command goes on from there"
+                )
+
+
+def train_step(
+    sae: SAE, optimizer: torch.optim.Optimizer, batch: Batch, lr: float, config: TrainConfig, device: torch.device
+) -> tuple[Losses, Tensor]:
+    """One step of Adam on a batch; gives the losses before it, and the dead features [n_dead]."""
+    acts, mask, documents = (
+        tensor.to(device, non_blocking=True) for tensor in (batch.acts, batch.mask, batch.documents)
+    )
+    dead = sae.dead_features()
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16"):
+        losses = sae.loss(acts, mask, documents, dead)
+    optimizer.zero_grad(set_to_none=True)
+    losses.loss.backward()
+    sae.remove_parallel_gradient()
+    torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    sae.normalise_decoder()
+    sae.track(losses.code, mask)
+    return losses, dead
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Rises from zero over the warm-up, stays at the peak, falls to zero at the end."""
+    rise = (step + 1) / max(1.0, config.warmup * config.steps)
+    fall = (config.steps - step) / max(1.0, config.decay * config.steps)
+    return config.lr * min(1.0, rise, fall)
+
+
+def batch_of(windows: Sequence[int], step: int, config: TrainConfig) -> list[int]:
+    """The windows of a step: each epoch goes through all of them in an order of its own, and drops the rest."""
+    epoch, place = divmod(step, len(windows) // config.batch_windows)
+    order = window_order(len(windows), config.seed, epoch)
+    start = place * config.batch_windows
+    return [windows[int(at)] for at in order[start : start + config.batch_windows]]
+
+
+@torch.no_grad()
+def _figures(sae: SAE, losses: Losses, batch: Batch, dead: Tensor) -> dict[str, float]:
+    mask = batch.mask.to(losses.code.values.device)
+    active = ((losses.code.values > 0).sum(dim=-1) * mask).sum() / mask.sum().clamp_min(1)
+    return {
+        "loss": losses.loss.item(),
+        "fvu": losses.fvu.item(),
+        "aux": losses.aux.item(),
+        "l0": active.item(),
+        "dead": dead.numel() / sae.d_sae,
+    }
+
+
+def _claim(run: Path, job: dict) -> None:
+    """Make `run` the folder of this job; an earlier one there must be the same."""
+    file = run / RUN
+    if file.is_file():
+        try:
+            earlier = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{file}: not JSON ({error}): remove the folder, or give another one") from error
+        now = json.loads(json.dumps(job))
+        differing = sorted(key for key in now.keys() | earlier.keys() if now.get(key) != earlier.get(key))
+        if differing:
+            raise UserError(
+                f"{run}: holds another run (it differs in {', '.join(differing)}): "
+                f"give another folder, or the options that it was started with"
+            )
+        return
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise UserError(f"{run}: not empty, and no run of csae: give another folder")
+    write_json(file, job)
+
+
+def _drop_later_metrics(file: Path, first: int) -> None:
+    """Keep the lines of the steps before `first`: what came after the checkpoint will be done again."""
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] >= first:
+                break
+        except (ValueError, KeyError):  # the line that a kill cut short
+            break
+        kept.append(line + "\n")
+    write_file(file, lambda path: path.write_text("".join(kept), encoding="utf-8"))
+
+
+@contextmanager
+def _stop_signal() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets, so that the step ends whole; a second one interrupts."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(signum: int, frame: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
