@@ -1,0 +1,247 @@
+"""Windows of activations, from a language model as it runs or from shards on disk, and what is measured on them.
+
+A source gives the same windows the same bits each time they are read together, so a resumed training goes on
+where it was. Windows are shuffled, tokens are not: a window stays whole, with a mask that leaves out
+attention sinks and with document ids that tell where nothing may look back any further.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from csae.errors import UserError
+from csae.language_model import LanguageModel
+from csae.progress import Progress, quiet
+from csae.shards import ShardReader, write_shards
+from csae.text import TokenWindows
+
+SINK_NORM = 10.0  # in medians of the window's norms; sinks are 30 and more, the rest stays below 3
+SHARD_BYTES = 256 * 2**20
+WINDOWS_AT_ONCE = 16
+
+
+class Batch(NamedTuple):
+    """B windows of T positions, all on one device."""
+
+    acts: Tensor  # [B, T, d_in] float32
+    mask: Tensor  # [B, T] bool, True where a position takes part
+    documents: Tensor  # [B, T] int64: a document is a run of equal ids
+    tokens: Tensor | None  # [B, T] int64, where the source knows them
+
+
+class ActivationSource(Protocol):
+    """Random access to windows of activations."""
+
+    n_windows: int
+    n_ctx: int
+    d_in: int
+
+    def read(self, window_indices: Sequence[int]) -> Batch:
+        """The windows asked for, in that order. The same request gives the same bits on the same machine.
+
+        Raises UserError where activations are NaN or Inf.
+        """
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What the source is, as JSON: enough to see whether two are the same."""
+        ...
+
+
+class ModelActivations:
+    """The residual stream of a language model after `layer` blocks, computed when it is read.
+
+    batch_size: how many windows go through the model at once. What is read lies on the model's device.
+    """
+
+    def __init__(self, lm: LanguageModel, layer: int, token_windows: TokenWindows, batch_size: int = 8) -> None:
+        """Raises UserError where the model has no such layer, a shorter context, or other tokens."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size: given {batch_size}; needed 1 or more")
+        lm.block(layer)
+        lm.check_tokens(token_windows.tokens)
+        self.lm = lm
+        self.layer = layer
+        self.token_windows = token_windows
+        self.batch_size = batch_size
+        self.n_windows, self.n_ctx = token_windows.tokens.shape
+        self.d_in = lm.d_in
+
+    def read(self, window_indices: Sequence[int]) -> Batch:
+        chosen = torch.as_tensor(window_indices, dtype=torch.int64)
+        tokens = self.token_windows.tokens[chosen].to(self.lm.device, torch.int64)
+        documents = self.token_windows.documents[chosen].to(self.lm.device, torch.int64)
+        acts = tokens.new_empty(*tokens.shape, self.d_in, dtype=torch.float32)
+        for start in range(0, len(tokens), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            acts[part] = self.lm.activations(tokens[part], self.layer)
+        finite = acts.isfinite().all(dim=-1)
+        if not finite.all():
+            row, position = finite.logical_not().nonzero()[0].tolist()
+            raise UserError(
+                f"layer {self.layer} of {self.lm.name} gives NaN or Inf in window {int(chosen[row])}, position "
+                f"{position}, with weights in {self.lm.model.dtype}; load the model in float32, or take another layer"
+            )
+        return Batch(acts, sink_mask(acts), documents, tokens)
+
+    def describe(self) -> dict[str, Any]:
+        digest = hashlib.sha256(self.token_windows.tokens.contiguous().numpy())
+        digest.update(self.token_windows.documents.contiguous().numpy())
+        return {
+            "model": self.lm.name,
+            "layer": self.layer,
+            "n_ctx": self.n_ctx,
+            "n_windows": self.n_windows,
+            "d_in": self.d_in,
+            "dtype": str(self.lm.model.dtype).removeprefix("torch."),
+            "batch_size": self.batch_size,
+            "windows_sha256": digest.hexdigest(),
+        }
+
+
+class ShardActivations:
+    """Activations in a folder of shards (the format is in csae.shards), read to the CPU.
+
+    A file without `documents` has one document a window. A file without `mask` gets that of sink_mask.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Raises UserError where the folder or a file in it is not as the format wants it."""
+        self._reader = ShardReader(folder)
+        self.folder = self._reader.folder
+        self.n_windows, self.n_ctx, self.d_in = self._reader.n_windows, self._reader.n_ctx, self._reader.d_in
+
+    def read(self, window_indices: Sequence[int]) -> Batch:
+        windows = [self._reader.read(int(window)) for window in window_indices]
+        shape = (len(windows), self.n_ctx)
+        acts = torch.empty(*shape, self.d_in)
+        mask = torch.empty(shape, dtype=torch.bool)
+        documents = torch.zeros(shape, dtype=torch.int64)
+        tokens = torch.empty(shape, dtype=torch.int64) if self._reader.has_tokens else None
+        for row, window in enumerate(windows):
+            acts[row] = window.activations
+            mask[row] = sink_mask(acts[row][None])[0] if window.mask is None else window.mask
+            if window.documents is not None:
+                documents[row] = window.documents
+            if tokens is not None and window.tokens is not None:
+                tokens[row] = window.tokens
+        return Batch(acts, mask, documents, tokens)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            **self._reader.about,
+            "folder": str(self.folder),
+            "n_ctx": self.n_ctx,
+            "n_windows": self.n_windows,
+            "d_in": self.d_in,
+            "dtype": str(self._reader.dtype).removeprefix("torch."),
+        }
+
+
+def sink_mask(acts: Tensor) -> Tensor:
+    """Which positions take part: acts [B, T, d_in] -> [B, T] bool.
+
+    Out is position 0 of each window, and every position whose norm is more than ten times the median norm of
+    the other positions of its own window. So the mask of a window does not depend on the batch that it is in.
+    """
+    mask = torch.zeros(acts.shape[:2], dtype=torch.bool, device=acts.device)
+    if acts.shape[1] > 1:
+        norms = acts[:, 1:].float().norm(dim=-1)
+        mask[:, 1:] = norms <= SINK_NORM * norms.median(dim=1, keepdim=True).values
+    return mask
+
+
+def window_order(n_windows: int, seed: int, epoch: int) -> list[int]:
+    """The order in which an epoch goes through the windows: a permutation of 0 to n_windows - 1."""
+    return np.random.default_rng([seed, epoch]).permutation(n_windows).tolist()
+
+
+def held_out(n_windows: int, amount: int | float) -> tuple[range, range]:
+    """The windows to train on and those held out: the last ones, a number (int) or a share (float) of them.
+
+    The documents were shuffled before they were packed, so the last windows are like the others; a document on
+    the border may be in both. Raises UserError where either part would be empty.
+    """
+    count = round(amount * n_windows) if isinstance(amount, float) else amount
+    if not 1 <= count < n_windows:
+        raise UserError(
+            f"held out: {amount} of {n_windows} windows leaves {max(n_windows - count, 0)} to train on and {count} to "
+            "evaluate on; needed at least one each: give more text, or another amount"
+        )
+    return range(n_windows - count), range(n_windows - count, n_windows)
+
+
+class Normalisation(NamedTuple):
+    """(x - mean) / scale has mean squared norm d_in: about one a dimension."""
+
+    mean: Tensor  # [d_in] float32
+    scale: float
+
+
+def estimate_normalisation(
+    source: ActivationSource, windows: Sequence[int] | None = None, n_windows: int = 64, seed: int = 0
+) -> Normalisation:
+    """Mean and scale of the positions under the mask, over n_windows windows drawn from `windows` (by default all).
+
+    Summed in float64. Raises UserError where all positions are masked out or all activations are the same.
+    """
+    windows = range(source.n_windows) if windows is None else windows
+    drawn = [windows[i] for i in window_order(len(windows), seed, 0)[:n_windows]]
+    total = torch.zeros(source.d_in, dtype=torch.float64)
+    squares = 0.0
+    count = 0
+    for start in range(0, len(drawn), WINDOWS_AT_ONCE):
+        batch = source.read(drawn[start : start + WINDOWS_AT_ONCE])
+        acts = batch.acts[batch.mask].double()  # [tokens, d_in]
+        total += acts.sum(dim=0).cpu()
+        squares += float(acts.square().sum())
+        count += len(acts)
+    if count == 0:
+        raise UserError(f"the mask leaves out every position of the {len(drawn)} windows read: nothing to train on")
+    mean = total / count
+    variance = squares / count - float(mean.square().sum())  # the mean squared distance from the mean
+    # Below this the difference is rounding only.
+    if not variance > 1e-12 * squares / count:
+        raise UserError(f"the activations of the {len(drawn)} windows read are all the same: nothing to train on")
+    return Normalisation(mean.float(), math.sqrt(variance / source.d_in))
+
+
+def write_cache(
+    source: ActivationSource,
+    folder: str | Path,
+    dtype: torch.dtype = torch.float16,
+    progress: Progress = quiet,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Stores all windows of a source, with mask, documents and tokens, as shards of about shard_bytes each.
+
+    dtype: float16, bfloat16 or float32. All or nothing: on any failure nothing is left. Raises UserError where the
+    folder is not empty, the disk is full, or an activation is too large for the dtype.
+    """
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"dtype: given {dtype}; needed torch.float16, torch.bfloat16 or torch.float32")
+
+    def read(windows: range) -> dict[str, Tensor]:
+        batch = source.read(windows)
+        activations = batch.acts.to(dtype)
+        if not activations.isfinite().all():
+            largest = float(batch.acts.abs().max())
+            raise UserError(f"an activation of {largest:.0f} is too large for {dtype}; store bfloat16 or float32")
+        stored = {
+            "activations": activations,
+            "mask": batch.mask,
+            "documents": batch.documents.int(),
+        }
+        return stored if batch.tokens is None else stored | {"tokens": batch.tokens.int()}
+
+    window_bytes = source.n_ctx * (source.d_in * dtype.itemsize + 9)
+    about = source.describe() | {"dtype": str(dtype).removeprefix("torch.")}
+    write_shards(folder, read, source.n_windows, max(1, shard_bytes // window_bytes), about, progress)
