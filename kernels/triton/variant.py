@@ -1,0 +1,110 @@
+"""One compiled form of a kernel: what the launchers launch, and what `offline` compiles and checks.
+
+A kernel's types, constants, warps and stages are all in its Variant, and nothing else selects the machine code:
+integer arguments are annotated and never specialised on their value, and pointers are always 16-byte aligned
+(`aligned`). So what was checked without a GPU is what runs on one.
+
+Widths and strides reach the kernels in units of UNIT elements, a constant of the variant: then the compiler
+knows what they are multiples of, and loads 16 bytes at a time.
+"""
+
+import inspect
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
+_NUMBERS = {tl.int32: "i32", tl.int64: "i64", tl.float32: "fp32"}
+
+
+if triton.knobs.runtime.interpret:
+    # Triton 3.6 has numpy turn an array of one element into an integer, which numpy 2.4 no longer does
+    # (triton-lang/triton issue 9171, fixed after 3.6).
+    _patch_tensor = triton.runtime.interpreter._patch_lang_tensor
+
+    def _patch_tensor_and_index(tensor: Any, scope: Any) -> None:
+        _patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    triton.runtime.interpreter._patch_lang_tensor = _patch_tensor_and_index
+
+
+class Variant(NamedTuple):
+    """A kernel with everything that its machine code depends on."""
+
+    kernel: Any  # what triton.jit made
+    tensors: dict[str, torch.dtype]  # the dtype of each tensor argument, in the order of the arguments
+    constants: dict[str, Any]  # the tl.constexpr arguments
+    num_warps: int
+    num_stages: int
+
+    def launch(self, grid: tuple[int, ...], *arguments: Tensor | int | float) -> None:
+        """Run on the device of the first argument. `arguments`: in the kernel's order, without the constants."""
+        for (name, dtype), tensor in zip(self.tensors.items(), arguments, strict=False):
+            if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.data_ptr() % 16:
+                raise TypeError(f"{self}: {name} must be a 16-byte aligned tensor of {dtype}")
+        with torch.cuda.device_of(arguments[0]):
+            self.kernel[grid](*arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+
+    def signature(self) -> dict[str, str]:
+        """Triton's name for the type of each argument."""
+        types = {name: _POINTERS[dtype] for name, dtype in self.tensors.items()}
+        for name, parameter in inspect.signature(self.kernel.fn).parameters.items():
+            if name in self.constants:
+                types[name] = "constexpr"
+            elif name not in types:
+                types[name] = _NUMBERS[parameter.annotation]
+        return {name: types[name] for name in self.kernel.arg_names}
+
+    def __str__(self) -> str:
+        dtypes = " ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in self.tensors.values()))
+        constants = " ".join(f"{name}={value}" for name, value in self.constants.items())
+        return f"{self.kernel.__name__}[{dtypes} {constants} warps={self.num_warps} stages={self.num_stages}]"
+
+
+def jit(kernel: Any) -> Any:
+    """triton.jit, with no integer argument specialised on its value."""
+    parameters = inspect.signature(kernel).parameters.values()
+    numbers = [p.name for p in parameters if p.annotation in list(_NUMBERS)]
+    return triton.jit(kernel, do_not_specialize=numbers)
+
+
+def vector_units(dtype: torch.dtype) -> tuple[int, int]:
+    """The units that widths and strides can come in: elements in 16 bytes, or one."""
+    return 16 // dtype.itemsize, 1
+
+
+def unit_of(dtype: torch.dtype, *sizes: int) -> int:
+    """The largest unit of `vector_units` that divides all sizes."""
+    vector, one = vector_units(dtype)
+    return vector if math.gcd(*sizes) % vector == 0 else one
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Contiguous, and at a 16-byte boundary; a copy only where it must be."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How products of `dtype` are to be multiplied: torch's own switch says whether TF32 will do for float32."""
+    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"
+
+
+def dtypes_and_precisions() -> list[tuple[torch.dtype, str]]:
+    """Every pair that `dot_precision` can make. For 16-bit inputs the precision has no effect."""
+    return [(torch.float32, "ieee"), *((dtype, "tf32") for dtype in FLOATS)]
