@@ -1,0 +1,10 @@
+"""The native CPU kernels: C++ in src/, built into one shared library, called through ctypes.
+
+Ask `available()` first. Where it is False the functions raise RuntimeError, `why_not()` says why, and the same
+functions in `csae.kernels.portable` do the work in PyTorch.
+"""
+
+from .library import available, describe, warn_once, why_not
+from .topk_rows import topk_rows
+
+__all__ = ["available", "describe", "topk_rows", "warn_once", "why_not"]

@@ -1,0 +1,132 @@
+"""Finding and loading the native library.
+
+It is called through ctypes, which releases the GIL for the length of a call. Loading it never fails at import:
+what is wrong is kept as a sentence for `why_not`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import warnings
+from ctypes import c_char_p, c_int, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+
+ABI_VERSION = 1
+PATH = Path(__file__).with_name("libcsae_cpu.so")
+ISAS = ("portable", "avx2", "avx512")
+
+HOW_TO_GET_IT = (
+    "install a C++17 compiler (g++ or clang++) and run "
+    "`pip install --force-reinstall --no-deps --no-cache-dir csae` (with -v to see its build)"
+)
+
+_SIGNATURES = {
+    "csae_isa": (c_int, []),
+    "csae_use_isa": (c_int, [c_int]),
+    "csae_use_openmp": (None, [c_void_p]),
+    "csae_openmp_file": (c_char_p, []),
+    "csae_topk_rows": (
+        c_int,
+        [c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int],
+    ),
+}
+
+
+@functools.cache
+def load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or None and why there is none."""
+    if not PATH.exists():
+        return None, (
+            f"the native library was not built: no C++ compiler at install, or its build failed; {HOW_TO_GET_IT}"
+        )
+    try:
+        library = ctypes.CDLL(str(PATH))
+        version = c_int.in_dll(library, "csae_abi_version").value
+        if version != ABI_VERSION:
+            return None, (
+                f"the native library {PATH} has ABI version {version}, this package needs {ABI_VERSION}: "
+                f"it is left from another install; {HOW_TO_GET_IT}"
+            )
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, ValueError, AttributeError) as error:
+        return None, f"the native library can't be loaded ({error}); {HOW_TO_GET_IT}"
+    library.csae_use_openmp(_parallel_of_torch())
+    return library, None
+
+
+def _parallel_of_torch() -> int | None:
+    """The address of the GOMP_parallel that torch itself calls, or None where torch has no OpenMP.
+
+    So torch and we share one pool of threads, and no second OpenMP runtime comes into the process, whatever the
+    file is called that this torch was linked with. The order is the dynamic linker's: what was preloaded for the
+    whole process comes first, then what torch depends on.
+    """
+    for handle in (ctypes.CDLL(None), ctypes.CDLL(torch._C.__file__)):
+        try:
+            return ctypes.cast(handle.GOMP_parallel, c_void_p).value
+        except AttributeError:
+            continue
+    return None
+
+
+def available() -> bool:
+    """Whether the native library is there and can be called."""
+    return load()[0] is not None
+
+
+def why_not() -> str | None:
+    """Why the native library can't be called and how to get it, or None where it can."""
+    return load()[1]
+
+
+@functools.cache
+def warn_once() -> None:
+    """Say why the native library can't be called: the first time only, and nothing where it can."""
+    reason = why_not()
+    if reason is not None:
+        logging.getLogger("csae").info("PyTorch path on the CPU: %s", reason)
+        warnings.warn(f"csae runs on its slower PyTorch path on the CPU: {reason}", RuntimeWarning, stacklevel=3)
+
+
+def describe() -> dict[str, str | int | None]:
+    """What is in use: `library` (path), `isa`, `openmp` (path of the runtime whose threads are used, None: own
+    threads), `threads`. Without the native library all but `threads` are None."""
+    library = load()[0]
+    openmp = library.csae_openmp_file() if library else None
+    return {
+        "library": str(PATH) if library else None,
+        "isa": ISAS[library.csae_isa()] if library else None,
+        "openmp": openmp.decode() if openmp else None,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def use_isa(isa: str) -> None:
+    """Use the instructions of `isa`, one of ISAS. For tests: the best ones are chosen at load.
+
+    ValueError where this CPU doesn't have them.
+    """
+    if isa not in ISAS or native().csae_use_isa(ISAS.index(isa)) != 0:
+        raise ValueError(f"isa: given {isa!r}; needed one of {', '.join(ISAS)} that this CPU has")
+
+
+def native() -> ctypes.CDLL:
+    """The library; RuntimeError where it can't be called."""
+    library, reason = load()
+    if library is None:
+        raise RuntimeError(reason)
+    return library
+
+
+def check_status(function: str, status: int) -> None:
+    """Turn the status that a native function returned into an error."""
+    if status == 2:
+        raise MemoryError(f"{function}: no memory for the workspace of its threads")
+    if status != 0:
+        raise ValueError(f"{function}: the native library refused an argument (status {status})")

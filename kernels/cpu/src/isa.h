@@ -1,0 +1,21 @@
+// Which instructions the row loops use.
+#pragma once
+
+#if defined(__x86_64__)
+#define CSAE_X86 1
+#define CSAE_AVX2 __attribute__((target("avx2,fma,bmi,bmi2,popcnt")))
+#define CSAE_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,popcnt")))
+#else
+#define CSAE_X86 0
+#endif
+
+// A body that is inlined into one wrapper per instruction set, and compiled for each.
+#define CSAE_INLINE static inline __attribute__((always_inline))
+
+namespace csae {
+
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
+
+Isa current_isa();
+
+}  // namespace csae
