@@ -1,0 +1,214 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from csae import reference
+from csae.ops import topk_encode
+
+ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+SHAPES = [(1, 1, 1, 1), (3, 1, 5, 5), (1, 7, 2, 1), (17, 33, 65, 8), (65, 17, 129, 129), (4, 3, 1000, 31)]
+
+
+def inputs(n, d_in, d_sae, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    scale = 1 / math.sqrt(d_in)
+    return (
+        torch.randn(n, d_in).to(dtype).requires_grad_(),
+        (torch.randn(d_sae, d_in) * scale).to(dtype).requires_grad_(),
+        (0.1 * torch.randn(d_sae)).to(dtype).requires_grad_(),
+    )
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize(("n", "d_in", "d_sae", "k"), SHAPES, ids=str)
+def test_matches_reference_forward_and_every_gradient(n, d_in, d_sae, k, dtype):
+    x, W, b = inputs(n, d_in, d_sae, dtype)
+    values, indices = topk_encode(x, W, b, k)
+    wide = [tensor.detach().double().requires_grad_() for tensor in (x, W, b)]
+    pre_acts = wide[0] @ wide[1].T + wide[2]
+    expected = reference.topk_encode(*wide, k)[0]
+    tolerance = ROUNDING[dtype]
+    assert values.dtype == dtype
+    assert indices.dtype == torch.int64
+    torch.testing.assert_close(values.double(), expected, rtol=tolerance, atol=tolerance)
+    # Near-ties may fall either way in rounding: the chosen entries must be worth what the best are worth.
+    torch.testing.assert_close(
+        pre_acts.gather(1, indices).relu(),
+        expected,
+        rtol=tolerance,
+        atol=tolerance,
+        msg="indices do not belong to values",
+    )
+    assert all(len(set(row.tolist())) == k for row in indices)
+    grad = torch.randn(n, k).to(dtype)
+    found = torch.autograd.grad(values, (x, W, b), grad)
+    # The gradient of the entries that were chosen, in float64.
+    chosen = pre_acts.gather(1, indices)
+    masked = torch.where(values <= 0, 0, grad).double()
+    wanted = torch.autograd.grad(chosen, wide, masked)
+    for name, got, want in zip(("x", "W_enc", "b_enc"), found, wanted, strict=True):
+        scale = max(1.0, want.abs().max().item())
+        torch.testing.assert_close(
+            got.double(), want, rtol=tolerance, atol=tolerance * scale, msg=lambda m, name=name: f"d {name}: {m}"
+        )
+
+
+@pytest.mark.parametrize(("n", "d_in", "d_sae", "k"), SHAPES, ids=str)
+def test_selects_what_the_reference_selects(n, d_in, d_sae, k):
+    # Small integers: products are exact in float32, and there are many ties.
+    torch.manual_seed(1)
+    x, W, b = (torch.randint(-2, 3, shape).float() for shape in ((n, d_in), (d_sae, d_in), (d_sae,)))
+    values, indices = topk_encode(x, W, b, k)
+    expected_values, expected_indices = reference.topk_encode(x.double(), W.double(), b.double(), k)
+    assert torch.equal(values.double(), expected_values)
+    assert torch.equal(indices, expected_indices)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    n=st.integers(0, 9),
+    d_sae=st.integers(1, 70),
+    share=st.floats(0, 1),
+    levels=st.integers(1, 4),
+    kind=st.sampled_from(["mixed", "negative", "specials"]),
+    strided=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_selection_over_ties_negatives_nan_and_inf(n, d_sae, share, levels, kind, strided, seed):
+    generator = torch.Generator().manual_seed(seed)
+    k = max(1, round(share * d_sae))
+    pre_acts = torch.randint(-levels, levels + 1, (n, d_sae), generator=generator).float()
+    if kind == "negative":
+        pre_acts = -pre_acts.abs() - 1
+    if kind == "specials" and n:
+        specials = torch.tensor([math.nan, math.inf, -math.inf, -0.0])
+        where = torch.rand(n, d_sae, generator=generator) < 0.05
+        pre_acts = torch.where(where, specials[torch.randint(0, 4, (n, d_sae), generator=generator)], pre_acts)
+    # An identity for weights and the pre-activations as input reach every bit pattern but inf and nan, which a
+    # product with zero would spread: those come in through a bias, a row at a time.
+    if kind == "specials":
+        got = [topk_encode(torch.zeros(1, 1), torch.zeros(d_sae, 1), row, k) for row in pre_acts]
+        values = torch.cat([v for v, _ in got]) if got else torch.empty(0, k)
+        indices = torch.cat([i for _, i in got]) if got else torch.empty(0, k, dtype=torch.int64)
+        wanted = [reference.topk_encode(torch.zeros(1, 1), torch.zeros(d_sae, 1), row, k) for row in pre_acts]
+        expected_values = torch.cat([v for v, _ in wanted]) if got else values
+        expected_indices = torch.cat([i for _, i in wanted]) if got else indices
+    else:
+        x, W, b = pre_acts, torch.eye(d_sae), torch.zeros(d_sae)
+        if strided:
+            x = torch.stack([x, x], dim=-1)[..., 0]
+            W = torch.stack([W, W], dim=0).transpose(0, 2)[..., 0]
+        values, indices = topk_encode(x, W, b, k)
+        expected_values, expected_indices = reference.topk_encode(x.double(), W.double(), b.double(), k)
+    torch.testing.assert_close(values.double(), expected_values.double(), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(indices, expected_indices)
+
+
+def test_many_chunks_give_what_one_gives(monkeypatch):
+    from csae.kernels.portable import topk_encode as portable
+
+    x, W, b = inputs(37, 8, 50)
+    whole = topk_encode(x, W, b, 6)
+    monkeypatch.setattr(portable, "WORKSPACE_BYTES", 5 * 50 * 4)
+    chunked = topk_encode(x, W, b, 6)
+    torch.testing.assert_close(whole[0], chunked[0])
+    assert torch.equal(whole[1], chunked[1])
+
+
+def test_gradcheck():
+    x, W, b = inputs(5, 4, 9, torch.float64)
+    assert torch.autograd.gradcheck(lambda *args: topk_encode(*args, 3)[0], (x, W, b))
+
+
+def test_leading_dimensions_and_empty_batch():
+    x, W, b = inputs(6, 4, 9)
+    values, indices = topk_encode(x.view(2, 3, 4), W, b, 2)
+    flat = topk_encode(x, W, b, 2)
+    assert torch.equal(values.view(6, 2), flat[0])
+    assert torch.equal(indices.view(6, 2), flat[1])
+    empty, where = topk_encode(x[:0].view(0, 3, 4), W, b, 2)
+    assert empty.shape == where.shape == (0, 3, 2)
+    empty.sum().backward()
+    assert W.grad.abs().sum() == 0
+    single, _ = topk_encode(x[0], W, b, 2)
+    torch.testing.assert_close(single, flat[0][0])
+
+
+def test_nan_reaches_the_output_and_the_gradient_of_its_token_only():
+    x, W, b = inputs(4, 3, 8)
+    with torch.no_grad():
+        x[2, 1] = math.nan
+    values, indices = topk_encode(x, W, b, 3)
+    assert values[2].isnan().all()
+    assert indices[2].tolist() == [0, 1, 2]
+    assert not values[[0, 1, 3]].isnan().any()
+    grad_x = torch.autograd.grad(values.nansum() + (values * values).sum(), x)[0]
+    assert grad_x[2].isnan().all()
+    assert not grad_x[[0, 1, 3]].isnan().any()
+
+
+def test_autocast_computes_in_the_lower_dtype_and_gradients_keep_theirs():
+    x, W, b = inputs(4, 3, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        values, _ = topk_encode(x, W, b, 3)
+    assert values.dtype == torch.bfloat16
+    values.sum().backward()
+    assert x.grad.dtype == W.grad.dtype == b.grad.dtype == torch.float32
+    x64, W64, b64 = inputs(4, 3, 8, torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert topk_encode(x64, W64, b64, 3)[0].dtype == torch.float64
+
+
+def test_opcheck():
+    for x, W, b in (inputs(5, 4, 9), inputs(0, 4, 9), inputs(3, 1, 1)):
+        torch.library.opcheck(torch.ops.csae.topk_encode.default, (x, W, b, 1))
+    x, W, b = inputs(5, 4, 9)
+    values, indices = topk_encode(x.detach(), W.detach(), b.detach(), 3)
+    args = (torch.ones_like(values), values, indices, x.detach(), W.detach(), True, True)
+    torch.library.opcheck(torch.ops.csae.topk_encode_backward.default, args)
+
+
+def test_export():
+    class Encode(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            _, W, b = inputs(1, 4, 9)
+            self.W, self.b = torch.nn.Parameter(W.detach()), torch.nn.Parameter(b.detach())
+
+        def forward(self, x):
+            return topk_encode(x, self.W, self.b, 3)
+
+    module, x = Encode(), inputs(5, 4, 9)[0].detach()
+    program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
+    for n in (5, 3):
+        for got, want in zip(program.module()(x[:n]), module(x[:n]), strict=True):
+            assert torch.equal(got, want)
+
+
+X, W, B = torch.zeros(2, 4), torch.zeros(9, 4), torch.zeros(9)
+
+
+@pytest.mark.parametrize(
+    ("args", "kind", "message"),
+    [
+        (([1.0], W, B, 3), TypeError, "x: given a list; needed a torch.Tensor"),
+        ((X.long(), W, B, 3), TypeError, "x: given dtype torch.int64; needed float32"),
+        ((X, W.double(), B, 3), TypeError, "W_enc: given dtype torch.float64; needed torch.float32 as x has"),
+        ((X, W, B.half(), 3), TypeError, "b_enc: given dtype torch.float16; needed torch.float32 as x has"),
+        ((X, W.to("meta"), B, 3), ValueError, "W_enc: given on meta; needed on cpu as x is"),
+        ((torch.zeros(()), W, B, 3), ValueError, "x: given a scalar; needed [..., d_in]"),
+        ((X, W.T, B, 3), ValueError, "W_enc: given shape [4, 9]; needed [d_sae, d_in] = [any, 4]"),
+        ((X, W, B[:5], 3), ValueError, "b_enc: given shape [5]; needed [d_sae] = [9]"),
+        ((X, W, B, 0), ValueError, "k: given 0; needed 1 <= k <= d_sae = 9"),
+        ((X, W, B, 10), ValueError, "k: given 10; needed 1 <= k <= d_sae = 9"),
+        ((X, W, B, 2.0), TypeError, "k: given a float; needed an int"),
+        ((X, W, B, True), TypeError, "k: given a bool; needed an int"),
+    ],
+)
+def test_errors_name_the_argument(args, kind, message):
+    with pytest.raises(kind) as error:
+        topk_encode(*args)
+    assert message in str(error.value)
