@@ -1,0 +1,124 @@
+"""What was carried to each position, and from where: the exact parts of c in a contextual SAE.
+
+c is linear in the memory, so it is a sum with one part for each earlier position j and each feature f that is
+active there,
+
+    part(t, j, f) = sum_h A_h(t, j) * memory_j[f] * W_V[f]_h W_O_h
+
+and nothing is left over. The memory is the final code: this is the exact form.
+
+A tool for looking at one window at a time: it forms the attention weights [n_heads, T, T] and two numbers for
+each part [T, T, k].
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from csae.contextual_sae import ContextualSAE
+from csae.ops import sparse_decode
+from csae.ops.lookback_attention import document_starts
+from csae.sae import Output
+
+
+class Part(NamedTuple):
+    """What one feature at one earlier position carried to a position."""
+
+    position: int
+    """where it was active"""
+    feature: int
+    norm: float
+    """length of the part, in the units of the activations"""
+    share: float
+    """its projection on c, over the length of c: the shares at a position sum to one; negative where a part
+    works against the others"""
+
+
+class Attribution:
+    """The parts of c for one window of T positions, as `attribute` makes them.
+
+    output: x_hat [T, d_in], code [T, k] and c [T, d_in] of the exact form.
+    weights: [n_heads, T, T], the attention of position t (row) to the earlier position j (column).
+    norm, share: [T, T, k], of the part that slot i of the code at j carried to t; see `Part`. Zero for j >= t.
+        Where c is zero, so are the shares.
+    """
+
+    def __init__(self, sae: ContextualSAE, output: Output, weights: Tensor) -> None:
+        self.output, self.weights = output, weights
+        values, indices = output.code
+        slots = sae.W_V[indices].unflatten(-1, (sae.n_heads, sae.d_value))  # [T, k, H, d_value]
+        # Each slot by head: what it adds to c at a position that gives it all attention.
+        self._written = values[..., None, None] * slots * sae.scale  # [T, k, H, d_value]
+        self._W_O = sae.W_O.unflatten(-1, (sae.n_heads, sae.d_value))  # [d_in, H, d_value]
+        length = output.c.norm(dim=-1)  # [T]
+        direction = output.c / torch.where(length > 0, length, 1)[:, None].square()
+        onto_c = torch.einsum("td,dhv->thv", direction, self._W_O)
+        overlap = torch.einsum("dhv,dgw->hvgw", self._W_O, self._W_O)
+        # The scalar products of what a slot's heads write: [T, k, H, H], made a head at a time to save memory.
+        heads = zip(self._written.unbind(2), overlap, strict=True)
+        gram = torch.stack([torch.einsum("jiv,vgw,jigw->jig", u, o, self._written) for u, o in heads], dim=2)
+        norms, shares = [], []
+        for t in range(len(length)):  # one position at a time, so that [T, T, k, H] is never held
+            attended = weights[:, t]  # [H, T]
+            norms.append(torch.einsum("hj,jihg,gj->ji", attended, gram, attended).clamp_min(0).sqrt())
+            shares.append(torch.einsum("hj,jihv,hv->ji", attended, self._written, onto_c[t]))
+        self.norm, self.share = torch.stack(norms), torch.stack(shares)
+
+    def parts(self, t: int) -> Tensor:
+        """All parts of c[t]: [T, k, d_in], for position j and slot i of its code; they sum to c[t]."""
+        return torch.einsum("hj,jihv,dhv->jid", self.weights[:, t], self._written, self._W_O)
+
+    def top(self, t: int, n: int) -> list[Part]:
+        """The n parts with the largest share in c[t], largest first; fewer where there are no more."""
+        share, k = self.share[t].flatten(), self.share.shape[-1]
+        largest = share.topk(min(n, t * k))
+        found = []
+        for value, at in zip(largest.values.tolist(), largest.indices.tolist(), strict=True):
+            j, i = divmod(at, k)
+            if value > 0:
+                found.append(Part(j, int(self.output.code.indices[j, i]), float(self.norm[t, j, i]), value))
+        return found
+
+
+@torch.no_grad()
+def attribute(
+    sae: ContextualSAE, acts: Tensor, mask: Tensor | None = None, documents: Tensor | None = None
+) -> Attribution:
+    """The parts of c for one window, in the exact form.
+
+    acts [T, d_in], mask [T] bool, documents [T] integer -> `Attribution`.
+    """
+    if not isinstance(sae, ContextualSAE):
+        raise TypeError(f"sae: given a {type(sae).__name__}; needed a ContextualSAE: only that carries anything")
+    if acts.dim() != 2:
+        raise ValueError(f"acts: given shape {list(acts.shape)}; needed one window [T, d_in]")
+    T = acts.shape[0]
+    mask = torch.ones(T, dtype=torch.bool, device=acts.device) if mask is None else mask
+    starts = torch.zeros(T, dtype=torch.int64, device=acts.device)
+    if documents is not None:
+        starts = document_starts(documents[None])[0]
+    x_hat, code, c = sae(acts[None], mask[None], None if documents is None else documents[None], exact=True)
+    output = Output(x_hat[0], type(code)(code.values[0], code.indices[0]), c[0])
+    return Attribution(sae, output, _weights(sae, acts, output, mask, starts))
+
+
+def _weights(sae: ContextualSAE, acts: Tensor, output: Output, mask: Tensor, starts: Tensor) -> Tensor:
+    """The attention of each position to the codes of earlier ones: [n_heads, T, T]."""
+    T = acts.shape[0]
+    if sae.query == "current":
+        query = acts / sae.scale - sae.b_dec
+    else:
+        query = nn.functional.pad((output.x_hat / sae.scale - sae.b_dec)[:-1], (0, 0, 1, 0))
+    queries = nn.functional.linear(query, sae.W_Q).unflatten(-1, (sae.n_heads, sae.d_head))
+    keys = sparse_decode(*output.code, sae.W_K.contiguous()).unflatten(-1, (sae.n_heads, sae.d_head))
+    position = torch.arange(T, device=acts.device)
+    distance = position[:, None] - position[None, :]
+    visible = (distance > 0) & (position[None, :] >= starts[:, None]) & mask[None, :] & mask[:, None]
+    scores = torch.einsum("thd,jhd->htj", queries, keys) / math.sqrt(sae.d_head)
+    scores = scores - sae.slope[:, None, None] * distance.clamp_min(1).to(scores.dtype).log()
+    nothing = sae.null[:, None, None].expand(-1, T, 1)
+    return torch.cat([scores.masked_fill(~visible, -math.inf), nothing], dim=-1).softmax(dim=-1)[..., :-1]
