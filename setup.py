@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from setuptools import Command, find_packages, setup
+from setuptools import Command, Distribution, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 
@@ -72,7 +72,7 @@ def compile_library(target: Path) -> str | None:
 class BuildNative(Command):
     """Compile the native library into the build folder, or beside its sources for an editable install."""
 
-    user_options = []  # noqa: RUF012 (the way of setuptools)
+    user_options: list[tuple[str, str, str]] = []  # noqa: RUF012 (the way of setuptools)
 
     def initialize_options(self) -> None:
         self.build_lib: str | None = None
@@ -119,12 +119,15 @@ class Build(build):
         super().run()
 
 
+class NativeDistribution(Distribution):
+    """Files for one platform, though setuptools compiles none of them."""
+
+    def has_ext_modules(self) -> bool:
+        return True
+
+
 class BdistWheel(bdist_wheel):
     """A wheel for one platform and any Python 3, or for any platform where the library was left out."""
-
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.root_is_pure = False
 
     def get_tag(self) -> tuple[str, str, str]:
         native = self.get_finalized_command("build_native").get_outputs()
@@ -138,5 +141,6 @@ setup(
     package_dir={"csae.kernels": "kernels"},
     package_data={"csae": ["templates/*", "py.typed"]},
     include_package_data=False,
+    distclass=NativeDistribution,
     cmdclass={"build": Build, "build_native": BuildNative, "bdist_wheel": BdistWheel},
 )

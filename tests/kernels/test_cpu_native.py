@@ -1,0 +1,337 @@
+"""The native CPU library: its functions against a plain definition, and how it is loaded."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from csae import reference
+from csae.kernels import cpu
+from csae.kernels.cpu import library
+
+needs_library = pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_not()))
+
+SPECIAL = [0.0, -0.0, 1.0, -1.0, 2.0, -3.5, 1e-45, -1e-45, math.inf, -math.inf, 3.4e38, -3.4e38]
+
+
+@pytest.fixture(params=library.ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each set of instructions that this CPU has."""
+    best = cpu.describe()["isa"]
+    try:
+        library.use_isa(request.param)
+    except ValueError:
+        pytest.skip(f"this CPU doesn't have {request.param}")
+    yield request.param
+    library.use_isa(str(best))
+
+
+@pytest.fixture(autouse=True)
+def _restore_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def topk_of_row(row: list[float], k: int) -> tuple[list[float], list[int]]:
+    """The definition, in Python."""
+    if any(map(math.isnan, row)):
+        return [math.nan] * k, list(range(k))
+    order = sorted(range(len(row)), key=lambda i: (-row[i], i))[:k]
+    return [max(row[i], 0.0) for i in order], order
+
+
+def assert_same(given: tuple[Tensor, Tensor], pre_acts: Tensor, k: int) -> None:
+    rows = [topk_of_row(row, k) for row in pre_acts.tolist()]
+    n = pre_acts.shape[0]
+    values = torch.tensor([v for v, _ in rows], dtype=torch.float32).reshape(n, k)
+    indices = torch.tensor([i for _, i in rows], dtype=torch.int64).reshape(n, k)
+    torch.testing.assert_close(given[0], values, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(given[1], indices, rtol=0, atol=0)
+
+
+# --- topk_rows -------------------------------------------------------------------------------------------
+
+
+@st.composite
+def topk_cases(draw: st.DrawFn) -> tuple[Tensor, int]:
+    n = draw(st.integers(0, 4))
+    d_sae = draw(st.one_of(st.integers(1, 70), st.sampled_from([127, 128, 129, 640, 1000])))
+    k = draw(st.one_of(st.just(1), st.just(d_sae), st.integers(1, d_sae)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    kind = draw(st.sampled_from(["normal", "ties", "special", "negative"]))
+    stride = d_sae + draw(st.integers(0, 5))
+    buffer = torch.full((max(n, 1), stride), math.inf)  # what lies between the rows must not be seen
+    pre_acts = buffer[:n, :d_sae]
+    normal = torch.randn(n, d_sae, generator=generator)
+    if kind == "special":
+        normal = torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), (n, d_sae), generator=generator)]
+    elif kind == "ties":
+        normal = (normal * 2).round() / 2
+    elif kind == "negative":
+        normal = -normal.abs()
+    pre_acts.copy_(normal)
+    if n and draw(st.booleans()):
+        pre_acts[draw(st.integers(0, n - 1)), draw(st.integers(0, d_sae - 1))] = math.nan
+    return pre_acts, k
+
+
+@needs_library
+@pytest.mark.parametrize("name", library.ISAS)
+@settings(deadline=None, max_examples=150)
+@given(case=topk_cases())
+def test_topk_rows_is_the_definition(name: str, case: tuple[Tensor, int]) -> None:
+    best = str(cpu.describe()["isa"])
+    try:
+        library.use_isa(name)
+    except ValueError:
+        pytest.skip(f"this CPU doesn't have {name}")
+    try:
+        assert_same(cpu.topk_rows(*case), *case)
+    finally:
+        library.use_isa(best)
+
+
+def wide_rows(kind: str, d_sae: int) -> Tensor:
+    ramp = torch.arange(d_sae, dtype=torch.float32)
+    if kind == "ascending":
+        rows = torch.stack([ramp, ramp - d_sae])
+    elif kind == "descending":
+        rows = torch.stack([-ramp, d_sae - ramp])
+    elif kind == "equal":
+        rows = torch.stack([torch.zeros(d_sae), torch.full((d_sae,), -1.0), torch.full((d_sae,), -math.inf)])
+    elif kind == "two values":
+        rows = (ramp % 3 == 0).float().repeat(2, 1) - 1
+    elif kind == "large ones together":
+        rows = torch.randn(2, d_sae, generator=torch.Generator().manual_seed(0))
+        rows[0, 700:900] += 10
+        rows[1, ::64] += 10  # all in one group of the first pass
+    else:
+        rows = torch.randn(3, d_sae, generator=torch.Generator().manual_seed(1))
+    return rows
+
+
+@needs_library
+@pytest.mark.parametrize("d_sae", [9216, 9217, 20000])
+@pytest.mark.parametrize("kind", ["normal", "ascending", "descending", "equal", "two values", "large ones together"])
+def test_topk_rows_of_wide_rows(isa: str, kind: str, d_sae: int) -> None:
+    rows = wide_rows(kind, d_sae)
+    for k in (1, 32, 150, 1500, d_sae):
+        assert_same(cpu.topk_rows(rows, k), rows, k)
+
+
+@needs_library
+def test_topk_rows_is_the_reference() -> None:
+    torch.manual_seed(0)
+    # Small integers: the product is exact, so ties are ties in any order of summation.
+    x, W_enc = torch.randint(-3, 4, (9, 8)).float(), torch.randint(-3, 4, (300, 8)).float()
+    values, indices = cpu.topk_rows(x @ W_enc.T, 20)
+    wanted = reference.topk_encode(x, W_enc, torch.zeros(300), 20)
+    assert torch.equal(values, wanted[0])
+    assert torch.equal(indices, wanted[1])
+
+
+@needs_library
+def test_topk_rows_has_the_same_bits_for_any_number_of_threads() -> None:
+    pre_acts = torch.randn(203, 5000)
+    pre_acts[7, 11] = math.nan
+    torch.set_num_threads(1)
+    values, indices = cpu.topk_rows(pre_acts, 40)
+    for threads in (2, 3, 7):
+        torch.set_num_threads(threads)
+        again = cpu.topk_rows(pre_acts, 40)
+        assert torch.equal(again[0].view(torch.int32), values.view(torch.int32))
+        assert torch.equal(again[1], indices)
+
+
+@needs_library
+def test_topk_rows_in_several_python_threads_at_once() -> None:
+    inputs = [torch.randn(64, 4000) for _ in range(4)]
+    results: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def work(i: int) -> None:
+        for _ in range(5):
+            results[i] = cpu.topk_rows(inputs[i], 16)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, pre_acts in enumerate(inputs):
+        assert_same(results[i], pre_acts, 16)
+
+
+@needs_library
+def test_topk_rows_with_threads_of_its_own() -> None:
+    pre_acts = torch.randn(100, 5000)
+    torch.set_num_threads(3)
+    library.native().csae_use_openmp(None)
+    try:
+        assert cpu.describe()["openmp"] is None
+        assert_same(cpu.topk_rows(pre_acts, 8), pre_acts, 8)
+    finally:
+        library.native().csae_use_openmp(library._parallel_of_torch())
+
+
+@needs_library
+def test_topk_rows_fills_slices() -> None:
+    pre_acts = torch.randn(6, 100)
+    values, indices = torch.full((6, 9), 7.0), torch.full((6, 9), 7)
+    given = cpu.topk_rows(pre_acts[2:5], 4, values[2:5, 3:7], indices[2:5, 3:7])
+    assert given[0].data_ptr() == values[2:5, 3:7].data_ptr()
+    assert_same((values[2:5, 3:7], indices[2:5, 3:7]), pre_acts[2:5], 4)
+    values[2:5, 3:7], indices[2:5, 3:7] = 7, 7
+    assert (values == 7).all()
+    assert (indices == 7).all()
+
+
+@needs_library
+def test_topk_rows_of_an_expanded_row() -> None:
+    row = torch.randn(1, 50).expand(3, 50)
+    assert_same(cpu.topk_rows(row, 5), row, 5)
+
+
+@needs_library
+def test_topk_rows_beyond_32_bit_offsets() -> None:
+    stride = 2**31 + 3
+    pre_acts = torch.empty(stride + 100).as_strided((2, 100), (stride, 1))  # pages that are not touched cost nothing
+    pre_acts.copy_(torch.randn(2, 100))
+    assert_same(cpu.topk_rows(pre_acts, 7), pre_acts, 7)
+
+
+X = torch.zeros(3, 10)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([[1.0]], 1), TypeError, "pre_acts: given list; needed a torch.Tensor"),
+        ((X.double(), 1), TypeError, "pre_acts: given torch.float64; needed torch.float32"),
+        ((X.to("meta"), 1), ValueError, "pre_acts: given a torch.strided tensor on meta"),
+        ((X.to_sparse(), 1), ValueError, "pre_acts: given a torch.sparse_coo tensor on cpu"),
+        ((X[0], 1), ValueError, r"pre_acts: given shape \[10\]; needed \[any, any\]"),
+        ((X.T, 1), ValueError, "pre_acts: given strides .*; needed a contiguous last dimension"),
+        ((X, 0), ValueError, "k: given 0; needed 1 <= k <= d_sae, which is 10"),
+        ((X, 11), ValueError, "k: given 11; needed 1 <= k <= d_sae, which is 10"),
+        ((X, 2.0), TypeError, "k: given float; needed int"),
+        ((X, 2, torch.empty(3, 3)), ValueError, r"values: given shape \[3, 3\]; needed \[3, 2\]"),
+        ((X, 2, torch.empty(3, 2).double()), TypeError, "values: given torch.float64; needed torch.float32"),
+        ((X, 2, torch.empty(2).expand(3, 2)), ValueError, "values: given strides .*; needed rows that don't overlap"),
+        ((X, 2, None, torch.empty(3, 2)), TypeError, "indices: given torch.float32; needed torch.int64"),
+    ],
+)
+def test_topk_rows_refuses(arguments: tuple, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        cpu.topk_rows(*arguments)
+
+
+@needs_library
+def test_topk_rows_refuses_in_c_too() -> None:
+    values, indices = torch.full((3, 2), 7.0), torch.full((3, 2), 7)
+    function = library.native().csae_topk_rows
+    good = [X.data_ptr(), 10, 3, 10, 2, values.data_ptr(), 2, indices.data_ptr(), 2, 1]
+    for place, wrong in [
+        (0, None),
+        (1, -1),
+        (2, -1),
+        (3, 2**31),
+        (4, 0),
+        (4, 11),
+        (5, None),
+        (6, 1),
+        (7, None),
+        (9, 0),
+    ]:
+        assert function(*[wrong if i == place else value for i, value in enumerate(good)]) == 1, place
+        assert (values == 7).all()
+        assert (indices == 7).all()
+    assert function(*good) == 0
+
+
+# --- loading ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler")
+def test_it_is_there_where_there_is_a_compiler() -> None:
+    assert cpu.available(), f"{cpu.why_not()} (in a checkout: pip install -e .)"
+    assert cpu.why_not() is None
+
+
+@needs_library
+def test_describe() -> None:
+    torch.set_num_threads(3)
+    described = cpu.describe()
+    assert described["library"] == str(library.PATH)
+    assert described["isa"] in library.ISAS
+    assert described["threads"] == 3
+
+
+@needs_library
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+def test_one_openmp_runtime_in_the_process() -> None:
+    script = """
+import re, torch
+from csae.kernels import cpu
+torch.set_num_threads(2)
+x = torch.randn(512, 512) @ torch.randn(512, 4096)
+cpu.topk_rows(x, 8)
+print(cpu.describe()["openmp"])
+files = {line.split()[-1] for line in open("/proc/self/maps")}
+print(sorted(file for file in files if re.search(r"/lib(g|i|)omp[^/]*$", file)))
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    used, files = run.stdout.splitlines()
+    assert files == f"['{used}']"
+
+
+def test_a_missing_library_is_said_once(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setattr(library, "PATH", tmp_path / "libcsae_cpu.so")
+    monkeypatch.setattr(library, "load", library.load.__wrapped__)
+    library.warn_once.cache_clear()
+    assert not cpu.available()
+    assert re.search(r"was not built.*install a C\+\+17 compiler.*pip install", str(cpu.why_not()))
+    assert cpu.describe()["library"] is None
+    with pytest.raises(RuntimeError, match="was not built"):
+        cpu.topk_rows(X, 1)
+    with pytest.warns(RuntimeWarning, match="slower PyTorch path.*was not built"):
+        cpu.warn_once()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cpu.warn_once()
+    library.warn_once.cache_clear()
+
+
+def test_a_file_that_is_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    (tmp_path / "libcsae_cpu.so").write_text("not a library")
+    monkeypatch.setattr(library, "PATH", tmp_path / "libcsae_cpu.so")
+    monkeypatch.setattr(library, "load", library.load.__wrapped__)
+    assert "can't be loaded" in str(cpu.why_not())
+
+
+@needs_library
+def test_a_library_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "ABI_VERSION", library.ABI_VERSION + 1)
+    monkeypatch.setattr(library, "load", library.load.__wrapped__)
+    assert re.search(r"has ABI version \d+, this package needs \d+", str(cpu.why_not()))
+
+
+@needs_library
+def test_nothing_is_said_where_it_is_there() -> None:
+    library.warn_once.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cpu.warn_once()
