@@ -169,7 +169,7 @@ def contextual_exact(
         # Positions from t on hold zeros here; nothing at t looks at them.
         c = _look_back(x, out, weights, query, mask, documents)
         here = _encode(x, c, weights, k, mask)
-        out = Encoded(*(torch.cat([old[:, :t], new[:, t : t + 1], old[:, t + 1 :]], 1) for old, new in zip(out, here)))
+        out = Encoded(*(torch.cat([old[:, :t], new[:, t : t + 1], old[:, t + 1 :]], 1) for old, new in zip(out, here, strict=True)))
     return out
 
 

@@ -22,7 +22,7 @@ def forward(
     -> out [B, T, H, d_value] in v's dtype, lse [B, H, T] (float32, or float64 for float64 input).
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    B, T, H, d_value = v.shape
+    B, T, H = v.shape[:3]
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     lse = torch.empty(B, H, T, dtype=wide, device=v.device)
     k, v = k.to(wide).transpose(1, 2), v.to(wide).transpose(1, 2)  # [B, H, T, .]

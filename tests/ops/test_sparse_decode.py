@@ -144,22 +144,22 @@ def test_export():
         )
 
 
-V, I, W = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(7, 4)
+V, J, W = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(7, 4)
 
 
 @pytest.mark.parametrize(
     ("args", "kind", "message"),
     [
-        ((V.tolist(), I, W), TypeError, "values: given a list; needed a torch.Tensor"),
-        ((V, I.int(), W), TypeError, "indices: given dtype torch.int32; needed torch.int64"),
-        ((V, I, W.half()), TypeError, "W_dec: given dtype torch.float16; needed torch.float32 as values has"),
-        ((V.long(), I, W), TypeError, "values: given dtype torch.int64; needed float32"),
-        ((V, I[:1], W), ValueError, "indices: given shape [1, 3]; needed [..., k] as values = [2, 3]"),
-        ((V, I, W[0]), ValueError, "W_dec: given shape [4]; needed [d_sae, d_out] = [any, any]"),
-        ((V, I.to("meta"), W), ValueError, "indices: given on meta; needed on cpu as values is"),
+        ((V.tolist(), J, W), TypeError, "values: given a list; needed a torch.Tensor"),
+        ((V, J.int(), W), TypeError, "indices: given dtype torch.int32; needed torch.int64"),
+        ((V, J, W.half()), TypeError, "W_dec: given dtype torch.float16; needed torch.float32 as values has"),
+        ((V.long(), J, W), TypeError, "values: given dtype torch.int64; needed float32"),
+        ((V, J[:1], W), ValueError, "indices: given shape [1, 3]; needed [..., k] as values = [2, 3]"),
+        ((V, J, W[0]), ValueError, "W_dec: given shape [4]; needed [d_sae, d_out] = [any, any]"),
+        ((V, J.to("meta"), W), ValueError, "indices: given on meta; needed on cpu as values is"),
         ((torch.zeros(()), torch.tensor(0), W), ValueError, "values: given a scalar; needed [..., k]"),
-        ((V, I + 7, W), ValueError, "indices: given values from 7 to 7; needed 0 to 6"),
-        ((V, I - 1, W), ValueError, "indices: given values from -1 to -1; needed 0 to 6"),
+        ((V, J + 7, W), ValueError, "indices: given values from 7 to 7; needed 0 to 6"),
+        ((V, J - 1, W), ValueError, "indices: given values from -1 to -1; needed 0 to 6"),
     ],
 )
 def test_errors_name_the_argument(args, kind, message):
