@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import sparse_decode, topk_encode
+from . import lookback_attention, sparse_decode, topk_encode
 from .variant import Variant
 
 # Compute capability -> bytes of shared memory that one program may have.
@@ -41,7 +41,7 @@ class Compiled(NamedTuple):
 
 def variants() -> list[Variant]:
     """Every form in which a launcher launches a kernel."""
-    return [variant for module in (topk_encode, sparse_decode) for variant in module.variants()]
+    return [variant for module in (topk_encode, sparse_decode, lookback_attention) for variant in module.variants()]
 
 
 def compile_for(variant: Variant, arch: int) -> Compiled:
