@@ -83,12 +83,13 @@ class ModelActivations:
         for start in range(0, len(tokens), self.batch_size):
             part = slice(start, start + self.batch_size)
             acts[part] = self.lm.activations(tokens[part], self.layer)
-        finite = acts.isfinite().all(dim=-1)
+        finite = acts.isfinite().flatten(1).all(dim=1)
         if not finite.all():
-            row, position = finite.logical_not().nonzero()[0].tolist()
+            dtype = self.lm.model.dtype
+            advice = "its weights may be broken" if dtype == torch.float32 else "load it in float32"
             raise UserError(
-                f"layer {self.layer} of {self.lm.name} gives NaN or Inf in window {int(chosen[row])}, position "
-                f"{position}, with weights in {self.lm.model.dtype}; load the model in float32, or take another layer"
+                f"layer {self.layer} of {self.lm.name} gives NaN or Inf in window {int(chosen[~finite.cpu()][0])}, in "
+                f"{dtype}: {advice}"
             )
         return Batch(acts, sink_mask(acts), documents, tokens)
 

@@ -7,6 +7,7 @@ their number, so any causal language model of transformers will do.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import subprocess
@@ -63,7 +64,7 @@ class LanguageModel:
             import transformers
         except ImportError as error:
             raise UserError("reading a language model needs transformers: pip install 'csae[cli]'") from error
-        with _silenced():
+        with _silenced(gguf=bool(gguf)):
             try:
                 model, report = transformers.AutoModelForCausalLM.from_pretrained(
                     source, **gguf, dtype=dtype, output_loading_info=True
@@ -106,7 +107,7 @@ class LanguageModel:
     def activations(self, tokens: Tensor, layer: int) -> Tensor:
         """The residual stream after `layer` blocks; no block above it runs.
 
-        tokens [B, T] int64 -> [B, T, d_in] in the model's dtype, on the model's device. At layer n_layers this
+        tokens [B, T] int64, B >= 1 -> [B, T, d_in] in the model's dtype, on the model's device. At layer n_layers this
         is the last block's own output, before the final norm that transformers applies to the last of
         its hidden_states. Attention runs over the whole window, document boundaries or not.
         """
@@ -135,7 +136,7 @@ class LanguageModel:
     ) -> Tensor:
         """The next-token loss, in nats, at each position that has a next token.
 
-        tokens [B, T] int64 -> [B, T - 1] float32, on the model's device. With `layer` and `replace`,
+        tokens [B, T] int64, B >= 1 -> [B, T - 1] float32, on the model's device. With `layer` and `replace`,
         `replace(acts [B, T, d_in]) -> [B, T, d_in]` takes the place of the residual stream after `layer`
         blocks; where mask [B, T] bool is given, only at its True positions. All B windows go through the model
         at once: it makes B * T * vocabulary logits in its own dtype; their float32 copies are a window at a time.
@@ -152,7 +153,7 @@ class LanguageModel:
             F.cross_entropy(window[:-1].float(), following[1:].long(), reduction="none")
             for window, following in zip(logits, tokens, strict=True)
         ]
-        return torch.stack(losses) if losses else torch.zeros(0, tokens.shape[1] - 1, device=self.device)
+        return torch.stack(losses)
 
 
 def smollm2(cache_dir: str | Path | None = None) -> Path:
@@ -252,9 +253,9 @@ def _advice(error: Exception, source: str) -> str:
 
 
 @contextlib.contextmanager
-def _silenced() -> Iterator[None]:
+def _silenced(gguf: bool) -> Iterator[None]:
     """No warnings and bars of transformers while it loads; the bars of a download stay, as it may take long."""
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     downloads_shown = not are_progress_bars_disabled()
@@ -267,14 +268,15 @@ def _silenced() -> Iterator[None]:
     if downloads_shown:
         enable_progress_bars()
     hub_logger.setLevel(logging.ERROR)
+    # The bar of a .gguf file heeds no setting; such a file is local, so no download's bar is lost.
+    stderr = contextlib.redirect_stderr(io.StringIO()) if gguf else contextlib.nullcontext()
     try:
-        yield
+        with stderr:
+            yield
     finally:
         hub_logger.setLevel(hub_level)
         transformers_logging.set_verbosity(verbosity)
         if bars_shown:
             transformers_logging.enable_progress_bar()
             if not downloads_shown:
-                from huggingface_hub.utils import disable_progress_bars
-
                 disable_progress_bars()

@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from csae.activations import (
+    Batch,
+    ModelActivations,
+    ShardActivations,
+    estimate_normalisation,
+    held_out,
+    sink_mask,
+    window_order,
+    write_cache,
+)
+from csae.errors import UserError
+from csae.language_model import LanguageModel
+from csae.text import TokenWindows, tokenize
+
+T = 12
+
+
+@pytest.fixture(scope="module")
+def token_windows(tiny_lm: LanguageModel) -> TokenWindows:
+    documents = [f"Letter {i}: the {'very ' * (i % 7)}long story of {i} days.\n" for i in range(30)]
+    return tokenize(documents, tiny_lm.tokenizer, T, max_tokens=23 * T)
+
+
+@pytest.fixture(scope="module")
+def source(tiny_lm: LanguageModel, token_windows: TokenWindows) -> ModelActivations:
+    return ModelActivations(tiny_lm, 2, token_windows, batch_size=4)
+
+
+class Given:
+    """A source of given activations."""
+
+    def __init__(self, acts: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+        self.acts = acts
+        self.mask = torch.ones(acts.shape[:2], dtype=torch.bool) if mask is None else mask
+        self.n_windows, self.n_ctx, self.d_in = acts.shape
+        self.asked: list[int] = []
+
+    def read(self, window_indices) -> Batch:
+        self.asked += window_indices
+        rows = list(window_indices)
+        return Batch(self.acts[rows], self.mask[rows], torch.zeros(self.mask[rows].shape, dtype=torch.int64), None)
+
+    def describe(self) -> dict:
+        return {"given": True}
+
+
+def assert_same(one: Batch, other: Batch) -> None:
+    for name, a, b in zip(Batch._fields, one, other, strict=True):
+        assert (a is None) == (b is None), name
+        assert a is None or (a.dtype == b.dtype and torch.equal(a, b)), name
+
+
+# --- from a model ------------------------------------------------------------------------------------
+
+
+def test_what_a_model_gives(tiny_lm: LanguageModel, source: ModelActivations, token_windows: TokenWindows) -> None:
+    assert (source.n_windows, source.n_ctx, source.d_in) == (23, T, 16)
+    indices = [5, 0, 22, 7, 7]
+    batch = source.read(indices)
+    assert [tensor.dtype for tensor in batch] == [torch.float32, torch.bool, torch.int64, torch.int64]
+    assert torch.equal(batch.tokens, token_windows.tokens[indices].long())
+    assert torch.equal(batch.documents, token_windows.documents[indices].long())
+    assert torch.equal(batch.mask, sink_mask(batch.acts))
+    torch.testing.assert_close(batch.acts, tiny_lm.activations(batch.tokens, 2))
+
+
+def test_reading_again_gives_the_same_bits(tiny_lm, source: ModelActivations, token_windows: TokenWindows) -> None:
+    first = source.read([3, 1, 9, 4, 20, 2])
+    source.read([0, 1])
+    assert_same(source.read([3, 1, 9, 4, 20, 2]), first)
+    assert_same(ModelActivations(tiny_lm, 2, token_windows, batch_size=4).read([3, 1, 9, 4, 20, 2]), first)
+
+
+def test_half_precision_models_give_float32(tiny_model_path: Path, token_windows: TokenWindows) -> None:
+    lm = LanguageModel.load(tiny_model_path, device="cpu", dtype=torch.bfloat16)
+    batch = ModelActivations(lm, 2, token_windows).read([1])
+    assert batch.acts.dtype == torch.float32
+    assert torch.equal(batch.acts, lm.activations(batch.tokens, 2).float())
+
+
+def test_a_model_is_described(source: ModelActivations, tiny_lm: LanguageModel, token_windows: TokenWindows) -> None:
+    about = source.describe()
+    assert json.loads(json.dumps(about)) == about
+    digest = about.pop("windows_sha256")
+    assert about == {
+        "model": tiny_lm.name,
+        "layer": 2,
+        "n_ctx": T,
+        "n_windows": 23,
+        "d_in": 16,
+        "dtype": "float32",
+        "batch_size": 4,
+    }
+    other = TokenWindows(token_windows.tokens.clone(), token_windows.documents)
+    other.tokens[4, 4] += 1
+    assert ModelActivations(tiny_lm, 2, other).describe()["windows_sha256"] != digest
+
+
+def test_layer_and_context_are_checked_at_once(tiny_lm: LanguageModel, token_windows: TokenWindows) -> None:
+    with pytest.raises(UserError, match="layer: given 9"):
+        ModelActivations(tiny_lm, 9, token_windows)
+    long = torch.zeros(1, 65, dtype=torch.int32)
+    with pytest.raises(UserError, match="n_ctx: given 65"):
+        ModelActivations(tiny_lm, 2, TokenWindows(long, long))
+    with pytest.raises(ValueError, match="batch_size: given 0"):
+        ModelActivations(tiny_lm, 2, token_windows, batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "advice"), [(torch.float32, "its weights may be broken"), (torch.bfloat16, "load it in float32")]
+)
+def test_a_model_that_gives_nan(
+    tiny_model_path: Path, token_windows: TokenWindows, dtype: torch.dtype, advice: str
+) -> None:
+    lm = LanguageModel.load(tiny_model_path, device="cpu", dtype=dtype)
+    token = int(token_windows.tokens[6, 8])
+    with torch.no_grad():
+        lm.model.get_input_embeddings().weight[token] = torch.nan
+    source = ModelActivations(lm, 2, token_windows)
+    clean = [i for i in range(23) if not (token_windows.tokens[i] == token).any()]
+    assert source.read(clean[:2]).acts.isfinite().all()
+    with pytest.raises(UserError, match=f"layer 2 of .* gives NaN or Inf in window 6, in {dtype}: {advice}") as error:
+        source.read([clean[0], 6])
+    assert "\n" not in str(error.value)
+
+
+# --- from shards -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_cache_holds_what_the_source_gives(source: ModelActivations, tmp_path: Path, dtype: torch.dtype) -> None:
+    write_cache(source, tmp_path / "cache", dtype, shard_bytes=4000)
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) > 2
+    cache = ShardActivations(tmp_path / "cache")
+    assert (cache.n_windows, cache.n_ctx, cache.d_in) == (23, T, 16)
+    indices = [22, 3, 3, 0, 11]
+    # Windows go to the cache in other batches, so the last bits may differ.
+    expected, got = source.read(indices), cache.read(indices)
+    torch.testing.assert_close(got.acts, expected.acts.to(dtype).float(), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    assert_same(got._replace(acts=expected.acts), expected)
+    assert_same(cache.read(indices), got)
+    about = cache.describe()
+    assert json.loads(json.dumps(about)) == about
+    assert about == {
+        **source.describe(),
+        "folder": str(tmp_path / "cache"),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def test_the_size_of_shards(source: ModelActivations, tmp_path: Path) -> None:
+    write_cache(source, tmp_path / "cache", torch.float32, shard_bytes=5000)
+    sizes = [sum(t.nbytes for t in load_file(f).values()) for f in (tmp_path / "cache").glob("*.safetensors")]
+    assert 4000 < max(sizes) <= 5000
+
+
+def test_shards_that_someone_else_wrote(tmp_path: Path) -> None:
+    """Without mask and documents: position 0 and outliers are masked, a window is one document."""
+    torch.manual_seed(0)
+    acts = torch.randn(4, 6, 3)
+    acts[2, 3] *= 1000
+    save_file({"activations": acts}, tmp_path / "x.safetensors")
+    batch = ShardActivations(tmp_path).read([2, 0])
+    assert torch.equal(batch.acts, acts[[2, 0]])
+    expected = torch.ones(2, 6, dtype=torch.bool)
+    expected[:, 0] = False
+    expected[0, 3] = False
+    assert torch.equal(batch.mask, expected)
+    assert torch.equal(batch.documents, torch.zeros(2, 6, dtype=torch.int64))
+    assert batch.tokens is None
+
+
+def test_a_stored_mask_is_taken_as_it_is(tmp_path: Path) -> None:
+    mask = torch.tensor([[1, 1, 0, 1]], dtype=torch.uint8)
+    save_file({"activations": torch.randn(1, 4, 3), "mask": mask}, tmp_path / "x.safetensors")
+    assert ShardActivations(tmp_path).read([0]).mask.tolist() == [[True, True, False, True]]
+
+
+def test_no_windows_asked(source: ModelActivations, tmp_path: Path) -> None:
+    write_cache(source, tmp_path)
+    for empty in (source.read([]), ShardActivations(tmp_path).read([])):
+        assert [tuple(tensor.shape) for tensor in empty] == [(0, T, 16), (0, T), (0, T), (0, T)]
+
+
+def test_too_large_for_float16(tmp_path: Path) -> None:
+    large = Given(torch.full((2, 4, 3), 70_000.0))
+    with pytest.raises(UserError, match=r"an activation of 70000 is too large for torch\.float16; store bfloat16"):
+        write_cache(large, tmp_path / "cache", torch.float16)
+    assert not list(tmp_path.iterdir())
+    write_cache(large, tmp_path / "cache", torch.bfloat16)
+    assert ShardActivations(tmp_path / "cache").read([1]).tokens is None
+
+
+def test_dtype_of_a_cache(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"dtype: given torch\.int8; needed torch\.float16, "):
+        write_cache(Given(torch.ones(2, 4, 3)), tmp_path, torch.int8)
+
+
+# --- the mask ----------------------------------------------------------------------------------------
+
+
+def test_position_0_and_outliers_are_masked() -> None:
+    acts = torch.ones(3, 7, 4)
+    acts[0, 2] = 9.9  # just below ten times the median
+    acts[1, 4:6] = 10.1
+    acts[2, 0] = 1e6  # does not count in the median
+    mask = sink_mask(acts)
+    expected = torch.ones(3, 7, dtype=torch.bool)
+    expected[:, 0] = False
+    expected[1, 4:6] = False
+    assert torch.equal(mask, expected)
+
+
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 2**32))
+def test_the_mask_of_a_window_does_not_depend_on_the_batch(B: int, T: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scales = 10 ** (2 * torch.rand(B, T, 1, generator=generator))
+    acts = torch.randn(B, T, 3, generator=generator) * scales
+    mask = sink_mask(acts)
+    assert not mask[:, 0].any()
+    for row in range(B):
+        assert torch.equal(sink_mask(acts[row : row + 1])[0], mask[row])
+
+
+# --- order, split, normalisation ---------------------------------------------------------------------
+
+
+def test_window_order_is_a_permutation_of_its_own_for_seed_and_epoch() -> None:
+    orders = {(seed, epoch): tuple(window_order(50, seed, epoch)) for seed in range(3) for epoch in range(3)}
+    assert all(sorted(order) == list(range(50)) for order in orders.values())
+    assert len(set(orders.values())) == 9
+    assert window_order(50, 1, 2) == list(orders[1, 2])
+
+
+@pytest.mark.parametrize(("amount", "count"), [(3, 3), (0.1, 2), (0.25, 5), (19, 19)])
+def test_the_last_windows_are_held_out(amount: int | float, count: int) -> None:
+    train, test = held_out(20, amount)
+    assert list(train) + list(test) == list(range(20))
+    assert len(test) == count
+
+
+@pytest.mark.parametrize("amount", [0, 20, 25, -1, 0.0, 0.01, 1.0])
+def test_nothing_to_train_or_evaluate_on(amount: int | float) -> None:
+    with pytest.raises(UserError, match="needed at least one each: give more text, or another amount"):
+        held_out(20, amount)
+
+
+def test_normalisation_makes_the_mean_squared_norm_d_in() -> None:
+    torch.manual_seed(0)
+    acts = 5 * torch.randn(40, 6, 8) * torch.arange(1, 9) + 1000
+    mask = torch.rand(40, 6) > 0.4
+    acts[~mask] = 1e9
+    mean, scale = estimate_normalisation(Given(acts, mask))
+    used = acts[mask].double()
+    torch.testing.assert_close(mean, used.mean(dim=0).float())
+    x = (used - mean.double()) / scale
+    assert float(x.square().sum(dim=-1).mean()) == pytest.approx(8, rel=1e-6)
+
+
+def test_normalisation_is_estimated_on_some_of_the_given_windows() -> None:
+    source = Given(torch.randn(200, 4, 3))
+    estimate_normalisation(source, windows=range(10, 110), n_windows=30, seed=1)
+    assert len(source.asked) == len(set(source.asked)) == 30
+    assert set(source.asked) <= set(range(10, 110))
+    assert source.asked != sorted(source.asked)
+    few = Given(torch.randn(5, 4, 3))
+    estimate_normalisation(few)
+    assert sorted(few.asked) == [0, 1, 2, 3, 4]
+
+
+def test_nothing_to_normalise() -> None:
+    with pytest.raises(UserError, match="mask leaves out every position of the 3 windows"):
+        estimate_normalisation(Given(torch.randn(3, 4, 2), torch.zeros(3, 4, dtype=torch.bool)))
+    with pytest.raises(UserError, match="are all the same"):
+        estimate_normalisation(Given(torch.full((3, 4, 2), 0.1)))

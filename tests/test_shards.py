@@ -1,0 +1,284 @@
+from __future__ import annotations
+
+import errno
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from csae import shards
+from csae.errors import UserError
+from csae.shards import ShardReader, write_shards
+
+
+def some_tensors(n_windows: int, T: int = 5, d_in: int = 3) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "activations": torch.randn(n_windows, T, d_in, generator=generator),
+        "mask": torch.rand(n_windows, T, generator=generator) > 0.3,
+        "documents": torch.randint(9, (n_windows, T), dtype=torch.int32, generator=generator),
+        "tokens": torch.randint(9, (n_windows, T), dtype=torch.int32, generator=generator),
+    }
+
+
+def write(folder: Path, tensors: dict[str, torch.Tensor], windows_per_shard: int = 4, about=None) -> None:
+    def read(windows: range) -> dict[str, torch.Tensor]:
+        return {name: tensor[windows.start : windows.stop] for name, tensor in tensors.items()}
+
+    write_shards(folder, read, len(tensors["activations"]), windows_per_shard, about or {})
+
+
+def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+# --- writing and reading back ------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    n_windows=st.integers(1, 50),
+    windows_per_shard=st.integers(1, 40),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    optional=st.sets(st.sampled_from(["mask", "documents", "tokens"])),
+    data=st.data(),
+)
+def test_what_is_written_is_read(n_windows, windows_per_shard, dtype, optional, data) -> None:
+    tensors = {name: tensor for name, tensor in some_tensors(n_windows).items() if name in {"activations"} | optional}
+    tensors["activations"] = tensors["activations"].to(dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder), tensors, windows_per_shard, {"layer": 3})
+        files = sorted(Path(folder).glob("*.safetensors"))
+        assert len(files) == -(-n_windows // windows_per_shard)
+        assert all(len(load_file(file)["activations"]) <= windows_per_shard for file in files)
+        reader = ShardReader(folder)
+        assert (reader.n_windows, reader.n_ctx, reader.d_in, reader.dtype) == (n_windows, 5, 3, dtype)
+        assert reader.has_tokens == ("tokens" in optional)
+        assert reader.about == {"layer": 3}
+        for i in data.draw(st.permutations(range(n_windows))):
+            window = reader.read(i)
+            for name in window._fields:
+                stored = getattr(window, name)
+                assert (stored is None) == (name not in tensors)
+                assert stored is None or torch.equal(stored, tensors[name][i])
+
+
+def test_names_of_the_files(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "b", some_tensors(10), 4, {"model": "m"})
+    assert sorted(file.name for file in (tmp_path / "a" / "b").iterdir()) == [
+        "activations-00001-of-00003.safetensors",
+        "activations-00002-of-00003.safetensors",
+        "activations-00003-of-00003.safetensors",
+        "activations.json",
+    ]
+    assert json.loads((tmp_path / "a" / "b" / "activations.json").read_text()) == {"model": "m"}
+
+
+@pytest.mark.parametrize("window", [-1, 10])
+def test_no_such_window(tmp_path: Path, window: int) -> None:
+    write(tmp_path, some_tensors(10))
+    with pytest.raises(IndexError, match=f"window: given {window}; needed 0 to 9"):
+        ShardReader(tmp_path).read(window)
+
+
+def test_only_the_window_that_is_asked_is_read(tmp_path: Path) -> None:
+    """NaN elsewhere in the file goes unseen."""
+    tensors = some_tensors(4)
+    tensors["activations"][2] = torch.nan
+    save_file(tensors, tmp_path / "x.safetensors")
+    reader = ShardReader(tmp_path)
+    for window in (0, 1, 3):
+        assert torch.equal(reader.read(window).activations, tensors["activations"][window])
+
+
+# --- folders that someone else wrote -----------------------------------------------------------------
+
+
+def test_activations_alone_in_files_of_any_name_and_dtype(tmp_path: Path) -> None:
+    first, second = some_tensors(2), some_tensors(3)
+    save_file({"activations": first["activations"].half()}, tmp_path / "a.safetensors")
+    second["mask"] = second["mask"].to(torch.uint8)
+    second["documents"] = second["documents"].to(torch.uint16)
+    save_file({**second, "extra": torch.zeros(1)}, tmp_path / "b.safetensors")
+    (tmp_path / "README.txt").write_text("mine")
+    reader = ShardReader(str(tmp_path))
+    assert reader.n_windows == 5
+    assert reader.about == {}
+    assert not reader.has_tokens  # the first file has none
+    assert reader.read(1).mask is None
+    assert torch.equal(reader.read(1).activations, first["activations"][1].half())
+    assert torch.equal(reader.read(4).activations, second["activations"][2])
+    assert torch.equal(reader.read(4).documents.int(), second["documents"][2].int())
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        ShardReader(tmp_path / "missing")
+
+
+def test_a_folder_without_shards(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no \*\.safetensors file"):
+        ShardReader(tmp_path)
+
+
+GOOD = torch.zeros(4, 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"weight": GOOD}, "holds no tensor `activations`, only weight; give a folder of activation shards"),
+        ({"activations": GOOD[0]}, r"activations are \(5, 3\); needed \[windows, T, d_in\]"),
+        ({"activations": GOOD.double()}, "activations are F64; needed float16, bfloat16 or float32"),
+        ({"activations": GOOD, "mask": torch.zeros(4, 4, dtype=torch.bool)}, r"mask is \(4, 4\); needed \(4, 5\)"),
+        ({"activations": GOOD, "mask": torch.zeros(4, 5)}, "mask is F32; needed bool or uint8"),
+        ({"activations": GOOD, "documents": torch.zeros(4, 5)}, "documents is F32; needed an integer type"),
+        ({"activations": GOOD, "tokens": torch.zeros(4, dtype=torch.int32)}, r"tokens is \(4,\); needed \(4, 5\)"),
+    ],
+)
+def test_tensors_that_break_the_format(tmp_path: Path, tensors: dict[str, torch.Tensor], message: str) -> None:
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=message) as error:
+        ShardReader(tmp_path)
+    assert "x.safetensors" in one_line(error)
+
+
+@pytest.mark.parametrize(("T", "d_in"), [(6, 3), (5, 4)])
+def test_shards_of_different_sizes(tmp_path: Path, T: int, d_in: int) -> None:
+    save_file(some_tensors(2), tmp_path / "a.safetensors")
+    save_file(some_tensors(2, T, d_in), tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match=r"b\.safetensors: .* all files of a folder need the same T and d_in") as error:
+        ShardReader(tmp_path)
+    one_line(error)
+
+
+@pytest.mark.parametrize("size", [0, 20, 200, -1])
+def test_a_truncated_file(tmp_path: Path, size: int) -> None:
+    write(tmp_path, some_tensors(8), 4)
+    file = tmp_path / "activations-00002-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(UserError, match=r"00002-of-00002\.safetensors is no whole safetensors file") as error:
+        ShardReader(tmp_path)
+    one_line(error)
+
+
+def test_no_windows(tmp_path: Path) -> None:
+    save_file({"activations": torch.zeros(0, 5, 3)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="are empty"):
+        ShardReader(tmp_path)
+
+
+def test_a_missing_shard(tmp_path: Path) -> None:
+    write(tmp_path, some_tensors(12), 4)
+    (tmp_path / "activations-00002-of-00003.safetensors").unlink()
+    with pytest.raises(UserError, match="2 of 3 shards are there"):
+        ShardReader(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
+def test_a_broken_json(tmp_path: Path, text: str) -> None:
+    write(tmp_path, some_tensors(4))
+    (tmp_path / "activations.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match="repair or delete it") as error:
+        ShardReader(tmp_path)
+    one_line(error)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_activations_that_are_not_finite(tmp_path: Path, value: float) -> None:
+    tensors = some_tensors(8)
+    tensors["activations"][6, 3, 1] = value
+    write(tmp_path, tensors, 4)
+    with pytest.raises(UserError, match=r"00002-of-00002\.safetensors: NaN or Inf .* window 2, position 3") as error:
+        ShardReader(tmp_path).read(6)
+    one_line(error)
+
+
+# --- writing that fails ------------------------------------------------------------------------------
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty; give a new or empty folder"):
+        write(tmp_path, some_tensors(4))
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="is a file; give a new or empty folder"):
+        write(tmp_path / "file", some_tensors(4))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_full_disk_leaves_nothing(tmp_path: Path, existed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "cache"
+    if existed:
+        folder.mkdir()
+    calls = []
+
+    def save(tensors: dict[str, torch.Tensor], file: Path) -> None:
+        calls.append(file)
+        if len(calls) == 3:
+            Path(file).write_bytes(b"half a file")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, file)
+
+    monkeypatch.setattr(shards, "save_file", save)
+    with pytest.raises(UserError, match="the disk is full") as error:
+        write(folder, some_tensors(20), 4)
+    one_line(error)
+    assert len(calls) == 3
+    assert folder.exists() == existed
+    assert not existed or not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, UserError("NaN")])
+def test_a_failing_source_leaves_nothing(tmp_path: Path, failure: BaseException) -> None:
+    tensors = some_tensors(20)
+
+    def read(windows: range) -> dict[str, torch.Tensor]:
+        if windows.start >= 8:
+            raise failure
+        return {name: tensor[windows.start : windows.stop] for name, tensor in tensors.items()}
+
+    with pytest.raises((KeyboardInterrupt, UserError)):
+        write_shards(tmp_path / "cache", read, 20, 4, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unfinished_shard_is_not_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill while a file is written leaves no file that a reader takes."""
+
+    def save(tensors: dict[str, torch.Tensor], file: Path) -> None:
+        assert Path(file).suffix != ".safetensors"
+        assert not list(tmp_path.glob("*.safetensors"))
+        save_file(tensors, file)
+
+    monkeypatch.setattr(shards, "save_file", save)
+    write(tmp_path, some_tensors(4), 4)
+    assert ShardReader(tmp_path).n_windows == 4
+
+
+def test_progress_counts_the_steps(tmp_path: Path) -> None:
+    tensors = some_tensors(40)
+    seen = []
+
+    def progress(iterable, description, total=None):
+        for windows in iterable:
+            yield windows
+            seen.append((windows.start, windows.stop))
+
+    def read(windows: range) -> dict[str, torch.Tensor]:
+        return {name: tensor[windows.start : windows.stop] for name, tensor in tensors.items()}
+
+    write_shards(tmp_path, read, 40, 18, {}, progress)
+    assert seen == [(0, 16), (16, 18), (18, 34), (34, 36), (36, 40)]
