@@ -169,8 +169,13 @@ def contextual_exact(
         # Positions from t on hold zeros here; nothing at t looks at them.
         c = _look_back(x, out, weights, query, mask, documents)
         here = _encode(x, c, weights, k, mask)
-        out = Encoded(*(torch.cat([old[:, :t], new[:, t : t + 1], old[:, t + 1 :]], 1) for old, new in zip(out, here, strict=True)))
+        out = Encoded(*(_at_position(t, new, old) for old, new in zip(out, here, strict=True)))
     return out
+
+
+def _at_position(t: int, new: Tensor, old: Tensor) -> Tensor:
+    """old [B, T, ...], with position t taken from new."""
+    return torch.cat([old[:, :t], new[:, t : t + 1], old[:, t + 1 :]], dim=1)
 
 
 def _encode(x: Tensor, c: Tensor, weights: ContextualWeights, k: int, mask: Tensor | None) -> Encoded:

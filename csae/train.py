@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -80,11 +80,19 @@ class Stopped(Exception):
     """Training was asked to stop (Ctrl-C); the message says where it can go on."""
 
 
-def train(sae: SAE, source: ActivationSource, windows: Sequence[int], run: Path | str, config: TrainConfig) -> None:
+def train(
+    sae: SAE,
+    source: ActivationSource,
+    windows: Sequence[int],
+    run: Path | str,
+    config: TrainConfig,
+    origin: dict[str, Any] | None = None,
+) -> None:
     """Train `sae` in place on windows of `source`, and save it in the folder `run`.
 
     Goes on from the last checkpoint where the folder holds one of the same job; returns at once where that
     job is done. `sae` is initialised by the caller (`SAE.initialise`), and on the device to train on.
+    `origin` (JSON) is kept in run.json: where the source can be opened again (`csae.sources`).
 
     Raises:
         UserError: the folder holds another job; activations or the loss are not finite; the disk is full.
@@ -104,6 +112,7 @@ def train(sae: SAE, source: ActivationSource, windows: Sequence[int], run: Path 
         "data": source.describe(),
         "n_windows": len(windows),
         "n_ctx": source.n_ctx,
+        "origin": origin,
     }
     _claim(run, job)
     optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
@@ -219,7 +228,15 @@ def _figures(sae: SAE, losses: Losses, batch: Batch, dead: Tensor) -> dict[str, 
     }
 
 
-def _claim(run: Path, job: dict) -> None:
+def read_origin(run: Path) -> dict[str, Any]:
+    """Where the activations of a run came from; empty where it does not say."""
+    try:
+        return json.loads((run / RUN).read_text(encoding="utf-8")).get("origin") or {}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _claim(run: Path, job: dict[str, Any]) -> None:
     """Make `run` the folder of this job; an earlier one there must be the same."""
     file = run / RUN
     if file.is_file():

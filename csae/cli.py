@@ -1,0 +1,276 @@
+"""The command line: `csae demo`, `train`, `eval`, `cache`, `info`.
+
+Each command opens what was named, calls one function of the library, and prints what came of it. What a person
+can mend ends in one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+try:
+    import click
+    from rich.console import Console
+    from rich.table import Table
+except ImportError as error:  # the ops and modules do without
+    sys.exit(f"csae: the command line needs {error.name}: pip install 'csae[cli]'")
+
+import torch
+
+from csae.errors import UserError
+
+MODEL = click.option("--model", help="Language model: a Hugging Face id, a folder, or a .gguf file.")
+LAYER = click.option("--layer", type=int, help="Read the residual stream after this many blocks.")
+TEXT = click.option("--text", type=click.Path(), help="A text file, or a folder of *.txt, *.md, *.rst.")
+DATASET = click.option(
+    "--dataset", help="A tokenized Hugging Face dataset with a column input_ids: a folder, or a hub id."
+)
+N_CTX = click.option("--n-ctx", type=int, default=256, show_default=True, help="Positions a window.")
+ACTIVATIONS = click.option("--activations", type=click.Path(), help="A folder of activation shards instead of a model.")
+DEVICE = click.option("--device", help="cuda or cpu; cuda where there is one, if not given.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="csae")
+def cli() -> None:
+    """Train sparse autoencoders fast; and the contextual one, which encodes only what is new."""
+
+
+@cli.command()
+@click.option("--out", "-o", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Folder.")
+@click.option("--model", help="Any other language model than SmolLM2-135M.")
+@TEXT
+@click.option("--layer", type=int, help="Read the residual stream after this many blocks.")
+@click.option("--k", type=int, help="Active features a token.")
+@click.option("--d-sae", type=int, help="Number of features.")
+@click.option("--tokens", type=int, help="Tokens of text to train on.")
+@click.option("--epochs", type=int, help="How often each is seen.")
+@click.option("--n-ctx", type=int, help="Positions a window.")
+@click.option("--seed", type=int, help="Of initialisation and order.")
+@DEVICE
+def demo(**options: Any) -> None:
+    """Train a per-token and a contextual SAE on a real language model, compare them, write a report."""
+    from csae.demo import run_demo
+
+    run_demo(**{name: value for name, value in options.items() if value is not None})
+
+
+@cli.command()
+@click.option(
+    "--out", "-o", type=click.Path(path_type=Path), required=True, help="Folder of the run; goes on if it is there."
+)
+@click.option("--arch", type=click.Choice(["contextual", "topk"]), default="contextual", show_default=True)
+@ACTIVATIONS
+@MODEL
+@LAYER
+@TEXT
+@DATASET
+@N_CTX
+@click.option("--max-tokens", type=int, help="Use at most so many tokens of the text.")
+@click.option("--d-sae", type=int, help="Number of features; 8 times the width if not given.")
+@click.option("--k", type=int, default=32, show_default=True, help="Active features a token.")
+@click.option("--heads", type=int, default=8, show_default=True, help="Heads of the look-back.")
+@click.option("--d-head", type=int, default=32, show_default=True, help="Width of a head's keys.")
+@click.option("--d-value", type=int, default=64, show_default=True, help="Width of a head's values.")
+@click.option("--query", type=click.Choice(["current", "past"]), default="current", show_default=True)
+@click.option("--sweeps", type=int, default=2, show_default=True, help="How often training looks back.")
+@click.option("--dead-after", type=int, default=10_000_000, show_default=True, help="Tokens without firing.")
+@click.option("--tokens", type=int, help="Tokens to train on; all of the data once if not given.")
+@click.option("--batch-windows", type=int, default=8, show_default=True, help="Windows a step.")
+@click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak learning rate of Adam.")
+@click.option("--warmup", type=float, default=0.05, show_default=True, help="Share of the steps.")
+@click.option("--decay", type=float, default=0.2, show_default=True, help="Share of the steps, the last ones.")
+@click.option("--clip", type=float, default=1.0, show_default=True, help="Largest norm of the gradient.")
+@click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--checkpoint-every", type=int, default=500, show_default=True, help="Steps.")
+@click.option(
+    "--held-out", type=float, default=0.02, show_default=True, help="Share of the windows kept for `csae eval`."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of initialisation and order.")
+@DEVICE
+def train(**options: Any) -> None:
+    """Train an SAE on activations: of a language model on the fly, or saved ones."""
+    from csae.activations import estimate_normalisation, held_out
+    from csae.contextual_sae import ContextualSAE
+    from csae.progress import track
+    from csae.sources import open_source
+    from csae.topk_sae import TopKSAE
+    from csae.train import TrainConfig
+    from csae.train import train as run_training
+
+    device = _device(options["device"])
+    origin = _origin(options)
+    source, _ = open_source(origin, device, track)
+    train_windows, _ = held_out(source.n_windows, options["held_out"])
+    per_step = options["batch_windows"] * source.n_ctx
+    tokens = options["tokens"] or len(train_windows) * source.n_ctx
+    names = ("batch_windows", "lr", "warmup", "decay", "clip", "precision", "checkpoint_every", "seed")
+    config = TrainConfig(steps=max(1, tokens // max(1, per_step)), **{name: options[name] for name in names})
+    d_sae = options["d_sae"] or 8 * source.d_in
+    torch.manual_seed(options["seed"])
+    sizes = {"d_in": source.d_in, "d_sae": d_sae, "k": options["k"], "dead_after": options["dead_after"]}
+    try:
+        if options["arch"] == "topk":
+            sae = TopKSAE(**sizes)
+        else:
+            look_back = {name: options[name] for name in ("d_head", "d_value", "query", "sweeps")}
+            sae = ContextualSAE(**sizes, n_heads=options["heads"], **look_back)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    mean, scale = estimate_normalisation(source, train_windows)
+    sae.to(device).initialise(mean.to(device), scale)
+    run_training(sae, source, train_windows, options["out"], config, origin | {"held_out": options["held_out"]})
+    print(f"trained: {options['out']} (look at it: csae eval {options['out']})")
+
+
+@cli.command(name="eval")
+@click.argument("runs", nargs=-1, required=True)
+@ACTIVATIONS
+@MODEL
+@LAYER
+@TEXT
+@DATASET
+@click.option("--n-ctx", type=int, help="Positions a window; as trained if not given.")
+@click.option("--windows", type=int, default=256, show_default=True, help="Windows to evaluate on, at most.")
+@click.option("--ce-windows", type=int, default=16, show_default=True, help="Windows to run the language model on.")
+@DEVICE
+def evaluate(runs: tuple[str, ...], windows: int, ce_windows: int, **options: Any) -> None:
+    """Evaluate trained SAEs: a table, and eval.json in each run's folder.
+
+    On the windows that a run held out, or on other activations or text if given. With a language model also the
+    next-token cross-entropy with the reconstruction spliced in.
+    """
+    from csae.checkpoint import load_sae
+    from csae.evaluate import EVAL, table
+    from csae.evaluate import evaluate as evaluate_sae
+    from csae.files import write_json
+    from csae.progress import track
+
+    device = _device(options["device"])
+    for name, count in (("--windows", windows), ("--ce-windows", ce_windows)):
+        if count < 1:
+            raise UserError(f"{name}: given {count}; needed at least 1")
+    opened: dict[str, Any] = {}
+    results = []
+    for run in runs:
+        sae = load_sae(run, device)
+        source, lm, layer, chosen = _evaluated_on(Path(run), options, device, opened)
+        found = evaluate_sae(sae, source, chosen[:windows], lm, layer, ce_windows=ce_windows, progress=track)
+        if Path(run).is_dir():
+            write_json(Path(run) / EVAL, found)
+        results.append({"name": Path(run).name} | found)
+    Console().print(table(results))
+
+
+@cli.command()
+@click.option("--out", "-o", type=click.Path(path_type=Path), required=True, help="A new folder.")
+@MODEL
+@LAYER
+@TEXT
+@DATASET
+@N_CTX
+@click.option("--max-tokens", type=int, help="Use at most so many tokens of the text.")
+@click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), default="float16", show_default=True)
+@DEVICE
+def cache(**options: Any) -> None:
+    """Write a language model's activations to a folder of shards, for --activations."""
+    from csae.activations import write_cache
+    from csae.progress import track
+    from csae.sources import open_source
+
+    source, _ = open_source(_origin(options), _device(options["device"]), track)
+    write_cache(source, options["out"], getattr(torch, options["dtype"]), track)
+    print(f"cached: {source.n_windows} windows of {source.n_ctx} positions in {options['out']}")
+
+
+@cli.command()
+def info() -> None:
+    """Show versions, devices, and which kernels each op runs on, or why not."""
+    from csae.info import facts
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for fact in facts():
+        table.add_row(fact.name, fact.value, fact.note)
+    Console().print(table)
+
+
+def _origin(options: dict[str, Any]) -> dict[str, Any]:
+    """Where activations come from, for `open_source`; paths made absolute, since it is kept in the run."""
+    names = ("activations", "model", "layer", "text", "dataset", "n_ctx", "max_tokens")
+    origin = {name: options[name] for name in names if options.get(name) is not None}
+    for name in ("activations", "text"):
+        if name in origin:
+            origin[name] = str(Path(origin[name]).resolve())
+    if "model" in origin and Path(origin["model"]).exists():
+        origin["model"] = str(Path(origin["model"]).resolve())
+    return origin
+
+
+def _evaluated_on(run: Path, options: dict[str, Any], device: str, opened: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
+    """Source, language model, layer and windows to evaluate a run on. `opened` keeps what runs share."""
+    from csae.activations import held_out
+    from csae.language_model import LanguageModel
+    from csae.progress import track
+    from csae.sources import open_source
+    from csae.train import read_origin
+
+    given = _origin(options)
+    trained_on = read_origin(run)
+    elsewhere = any(name in given for name in ("activations", "text", "dataset"))
+    if elsewhere:
+        origin = {name: trained_on[name] for name in ("model", "layer", "n_ctx") if name in trained_on} | given
+        if "activations" in given and "model" not in given:
+            origin.pop("model", None)
+    elif trained_on:
+        origin = trained_on | given
+    else:
+        raise UserError(
+            f"{run}: it does not say what it was trained on: give --activations DIR, or --model, --layer, --text"
+        )
+    origin.setdefault("n_ctx", 256)
+    key = json.dumps(origin, sort_keys=True)
+    if key not in opened:
+        source, lm = open_source(origin, device, track)
+        if lm is None and "model" in origin:  # saved activations, and a model to splice into
+            lm = LanguageModel.load(origin["model"], device=device)
+        opened[key] = source, lm
+    source, lm = opened[key]
+    windows = range(source.n_windows) if elsewhere else held_out(source.n_windows, trained_on["held_out"])[1]
+    return source, lm, origin.get("layer"), windows
+
+
+def _device(name: str | None) -> str:
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device: given {name!r}; it can't be used here: give cpu") from error
+    return name
+
+
+def main() -> None:
+    """The program `csae`."""
+    from csae.train import Stopped
+
+    try:
+        cli(standalone_mode=False)
+    except UserError as error:
+        sys.exit(_fail(f"csae: {error}"))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except Stopped as stopped:
+        print(f"\ncsae: {stopped}", file=sys.stderr)
+        sys.exit(130)
+    except (click.Abort, KeyboardInterrupt):
+        print("\ncsae: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(line: str) -> int:
+    print(line, file=sys.stderr)
+    return 2

@@ -1,0 +1,59 @@
+"""What is here: versions, devices, and which kernels each op will run on, or why not."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
+
+import torch
+
+import csae
+from csae.kernels import cpu, triton
+
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "huggingface-hub", "transformers", "datasets")
+
+
+class Fact(NamedTuple):
+    """One line of `csae info`."""
+
+    name: str
+    value: str
+    note: str = ""
+    """why something is missing, and how to get it"""
+
+
+def facts() -> list[Fact]:
+    """All that `csae info` shows."""
+    found = [
+        Fact("csae", csae.__version__),
+        Fact("python", platform.python_version(), platform.platform()),
+        *(_package(name) for name in PACKAGES),
+        Fact(
+            "cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads", torch.backends.cpu.get_cpu_capability()
+        ),
+    ]
+    if torch.cuda.is_available():
+        found += [
+            Fact(f"cuda:{i}", torch.cuda.get_device_name(i), f"{torch.cuda.mem_get_info(i)[1] / 2**30:.0f} GiB")
+            for i in range(torch.cuda.device_count())
+        ]
+    else:
+        found.append(Fact("cuda", "no device", "" if torch.version.cuda else "this torch is built without CUDA"))
+    on_cuda = (
+        Fact("ops on cuda", "Triton") if triton.available() else Fact("ops on cuda", "PyTorch", triton.why_not() or "")
+    )
+    on_cpu = Fact(
+        "ops on cpu", "native + PyTorch", ", ".join(f"{key}: {value}" for key, value in cpu.describe().items())
+    )
+    if not cpu.available():
+        on_cpu = Fact("ops on cpu", "PyTorch", cpu.why_not() or "")
+    return [*found, on_cuda, on_cpu]
+
+
+def _package(name: str) -> Fact:
+    try:
+        return Fact(name, version(name))
+    except PackageNotFoundError:
+        return Fact(name, "not installed", f"pip install {name}")
