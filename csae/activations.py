@@ -94,8 +94,9 @@ class ModelActivations:
         return Batch(acts, sink_mask(acts), documents, tokens)
 
     def describe(self) -> dict[str, Any]:
-        digest = hashlib.sha256(self.token_windows.tokens.contiguous().numpy())
-        digest.update(self.token_windows.documents.contiguous().numpy())
+        digest = hashlib.sha256()
+        for part in self.token_windows:
+            digest.update(part.int().numpy().tobytes())
         return {
             "model": self.lm.name,
             "layer": self.layer,

