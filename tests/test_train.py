@@ -1,0 +1,287 @@
+"""Training: what a run folder holds, resuming to the same bits after a kill at any moment, stopping."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from csae import ContextualSAE, TopKSAE
+from csae.activations import Batch, ShardActivations, estimate_normalisation
+from csae.checkpoint import last_checkpoint, load_sae
+from csae.errors import UserError
+from csae.train import Stopped, TrainConfig, batch_of, learning_rate, train
+
+D_IN = 6
+
+
+class Windows:
+    """12 windows of 7 positions with three directions in them; calls back at each read."""
+
+    n_windows, n_ctx, d_in = 12, 7, D_IN
+
+    def __init__(self, on_read=lambda count: None):
+        generator = torch.Generator().manual_seed(0)
+        directions = torch.randn(3, D_IN, generator=generator)
+        strengths = torch.rand(12, 7, 3, generator=generator) * 3
+        self.acts = strengths @ directions + 0.05 * torch.randn(12, 7, D_IN, generator=generator)
+        self.reads, self.on_read = 0, on_read
+
+    def read(self, window_indices):
+        self.reads += 1
+        self.on_read(self.reads)
+        acts = self.acts[list(window_indices)]
+        mask = torch.ones(acts.shape[:2], dtype=torch.bool)
+        mask[:, 0] = False
+        return Batch(acts, mask, torch.zeros(acts.shape[:2], dtype=torch.int64), None)
+
+    def describe(self):
+        return {"made": "in a test"}
+
+
+def new_sae(kind="contextual", source=None):
+    torch.manual_seed(0)
+    if kind == "topk":
+        sae = TopKSAE(D_IN, 12, 2, dead_after=50)
+    else:
+        sae = ContextualSAE(D_IN, 12, 2, n_heads=2, d_head=3, d_value=3, dead_after=50)
+    sae.initialise(*estimate_normalisation(source or Windows()))
+    return sae
+
+
+def config(**changed):
+    return TrainConfig(**({"steps": 11, "batch_windows": 3, "lr": 0.01, "checkpoint_every": 3} | changed))
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(one, other):
+    return all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["topk", "contextual"])
+def test_it_learns_and_leaves_a_run(kind, tmp_path):
+    sae = new_sae(kind)
+    train(sae, Windows(), range(12), tmp_path / "run", config(steps=60))
+    figures = lines(tmp_path / "run")
+    assert [line["step"] for line in figures] == list(range(60))
+    assert figures[-1]["fvu"] < 0.5 * figures[0]["fvu"]
+    assert figures[-1]["tokens"] == 60 * 3 * 7
+    assert set(figures[0]) == {"step", "tokens", "loss", "fvu", "aux", "l0", "dead", "lr", "tokens_per_s"}
+    names = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert names == ["README.md", "config.json", "metrics.jsonl", "model.safetensors", "run.json"]
+    assert same(sae, load_sae(tmp_path / "run"))
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(12))
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 4, 7, 11])
+def test_stopped_and_resumed_it_ends_at_the_same_bits(stop_at, tmp_path):
+    whole = new_sae()
+    train(whole, Windows(), range(12), tmp_path / "whole", config())
+    source = Windows(lambda count: os.kill(os.getpid(), signal.SIGINT) if count == stop_at else None)
+    with pytest.raises(Stopped, match=f"stopped after step {stop_at} of 11; the same command goes on"):
+        train(new_sae(), source, range(12), tmp_path / "parts", config())
+    resumed = new_sae()
+    train(resumed, Windows(), range(12), tmp_path / "parts", config())
+    assert same(whole, resumed)
+    without_speed = [[{**line, "tokens_per_s": 0} for line in lines(tmp_path / run)] for run in ("whole", "parts")]
+    assert without_speed[0] == without_speed[1]
+
+
+PROGRAM = textwrap.dedent(
+    """
+    import os, signal, sys
+    sys.path.insert(0, {tests!r})
+    import csae.checkpoint, csae.files
+    from test_train import Windows, config, new_sae, train
+    os.replace_before, os.rename_before = os.replace, os.rename
+    moves = 0
+    def counted(move):
+        def call(*args):
+            global moves
+            moves += 1
+            if moves == {kill_at}:
+                os.kill(os.getpid(), signal.SIGKILL)
+            move(*args)
+        return call
+    os.replace, os.rename = counted(os.replace), counted(os.rename)
+    train(new_sae(), Windows(), range(12), {run!r}, config())
+    """
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill_at", [1, 2, 4, 6, 7, 8, 12, 19, 20, 21, 22])
+def test_killed_at_any_file_it_ends_at_the_same_bits(kill_at, tmp_path):
+    """Killed just before one of the renames that make files whole: no half-written file is taken for a whole one."""
+    whole = new_sae()
+    train(whole, Windows(), range(12), tmp_path / "whole", config())
+    run = tmp_path / "parts"
+    program = PROGRAM.format(tests=str(Path(__file__).parent), kill_at=kill_at, run=str(run))
+    killed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed = new_sae()
+    train(resumed, Windows(), range(12), run, config())
+    assert same(whole, resumed)
+    assert [line["step"] for line in lines(run)] == list(range(11))
+    assert not list(run.glob("checkpoint-*"))
+
+
+def test_a_line_cut_short_and_lines_after_the_checkpoint_are_done_again(tmp_path):
+    source = Windows(lambda count: os.kill(os.getpid(), signal.SIGTERM) if count == 5 else None)
+    with pytest.raises(Stopped):
+        train(new_sae(), source, range(12), tmp_path, config())
+    assert last_checkpoint(tmp_path).name == "checkpoint-5"
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 5}) + "\n" + '{"step": 6, "lo')
+    train(new_sae(), Windows(), range(12), tmp_path, config())
+    assert [line["step"] for line in lines(tmp_path)] == list(range(11))
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    sae = new_sae()
+    train(sae, Windows(), range(12), tmp_path, config())
+    again, source = new_sae(), Windows()
+    train(again, source, range(12), tmp_path, config())
+    assert source.reads == 0
+    assert same(sae, again)
+    assert not again.training
+
+
+def test_an_unfinished_run_gives_its_last_checkpoint(tmp_path):
+    source = Windows(lambda count: os.kill(os.getpid(), signal.SIGINT) if count == 4 else None)
+    stopped = new_sae()
+    with pytest.raises(Stopped):
+        train(stopped, source, range(12), tmp_path, config())
+    assert same(stopped, load_sae(tmp_path))
+
+
+def test_each_epoch_sees_each_window_once_in_an_order_of_its_own():
+    windows, cfg = range(100, 112), config()
+    epochs = [[w for step in range(4 * e, 4 * e + 4) for w in batch_of(windows, step, cfg)] for e in range(3)]
+    assert all(sorted(epoch) == list(windows) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert batch_of(windows, 2, cfg) == batch_of(windows, 2, cfg)
+    assert batch_of(windows, 2, cfg) != batch_of(windows, 2, config(seed=1))
+
+
+def test_learning_rate_rises_stays_and_falls():
+    cfg = config(steps=100, lr=1.0, warmup=0.1, decay=0.2)
+    rates = [learning_rate(step, cfg) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[50] == rates[79] == 1.0
+    assert rates[99] == pytest.approx(0.05)
+    assert min(learning_rate(step, config(warmup=0, decay=0)) for step in range(11)) == 0.01
+
+
+def test_bfloat16_keeps_float32_parameters(tmp_path):
+    sae = new_sae()
+    train(sae, Windows(), range(12), tmp_path, config(precision="bfloat16"))
+    assert all(parameter.dtype == torch.float32 for parameter in sae.parameters())
+    assert lines(tmp_path)[-1]["fvu"] < 1
+
+
+def test_dead_features_are_trained_by_aux(tmp_path):
+    train(new_sae("topk"), Windows(), range(12), tmp_path, config(steps=40))
+    assert any(line["dead"] > 0 and line["aux"] > 0 for line in lines(tmp_path))
+
+
+class Shards:
+    def __init__(self, folder, acts):
+        save_file({"activations": acts}, folder / "a.safetensors")
+        self.source = ShardActivations(folder)
+
+
+def test_nan_activations_are_refused_with_their_place(tmp_path):
+    acts = torch.randn(12, 7, D_IN)
+    acts[8, 3, 2] = float("nan")
+    source = Shards(tmp_path, acts).source
+    with pytest.raises(UserError, match=r"a\.safetensors.*NaN or Inf.*window 8") as error:
+        train(new_sae(), source, range(12), tmp_path / "run", config())
+    assert "\n" not in str(error.value)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
+    sae = new_sae()
+
+    def poison(count):
+        if count == 5:
+            with torch.no_grad():
+                sae.W_enc.fill_(float("nan"))
+
+    with pytest.raises(UserError, match=r"the loss is nan at step 4: train again with a smaller --lr"):
+        train(sae, Windows(poison), range(12), tmp_path, config())
+    assert last_checkpoint(tmp_path).name == "checkpoint-3"
+    assert all(tensor.isfinite().all() for tensor in load_sae(tmp_path).state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"steps": 0}, "steps: given 0; needed at least 1"),
+        ({"batch_windows": 0}, "batch_windows: given 0; needed at least 1"),
+        ({"lr": 0.0}, "lr: given 0.0; needed a positive number"),
+        ({"lr": float("nan")}, "lr: given nan; needed a positive number"),
+        ({"warmup": 0.9}, "warmup, decay: given 0.9 and 0.2"),
+        ({"precision": "float16"}, "precision: given 'float16'; needed one of 'float32', 'bfloat16'"),
+        ({"checkpoint_every": 0}, "checkpoint_every: given 0; needed at least 1"),
+        ({"batch_windows": 13}, "batch_windows: given 13, but there are 12 windows to train on"),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused(changed, message, tmp_path):
+    with pytest.raises(UserError) as error:
+        train(new_sae(), Windows(), range(12), tmp_path / "run", config(**changed))
+    assert message in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("...")
+    with pytest.raises(UserError, match="not empty, and no run of csae"):
+        train(new_sae(), Windows(), range(12), tmp_path, config())
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_with_another_run_is_refused(tmp_path):
+    train(new_sae(), Windows(), range(12), tmp_path, config())
+    with pytest.raises(UserError, match=r"holds another run \(it differs in train\)"):
+        train(new_sae(), Windows(), range(12), tmp_path, config(lr=0.02))
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path):
+    source = Windows(lambda count: os.kill(os.getpid(), signal.SIGINT) if count == 4 else None)
+    with pytest.raises(Stopped):
+        train(new_sae(), source, range(12), tmp_path, config())
+    file = tmp_path / "checkpoint-4" / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(UserError, match="checkpoint-4: not a whole checkpoint of this run"):
+        train(new_sae(), Windows(), range(12), tmp_path, config())
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a file system of 64 kB; needs the right to mount."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_no_half_written_file(small_disk):
+    torch.manual_seed(0)
+    sae = TopKSAE(D_IN, 2000, 2)  # its checkpoint does not fit
+    with pytest.raises(UserError, match="the disk is full: free some space, or choose another folder"):
+        train(sae, Windows(), range(12), small_disk / "run", config())
+    left = sorted(path.name for path in (small_disk / "run").iterdir())
+    assert left == ["metrics.jsonl", "run.json"]
