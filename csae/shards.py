@@ -83,11 +83,20 @@ class ShardReader:
         self.has_tokens = all("tokens" in shard.names for shard in self._shards)
 
     def read(self, window: int) -> Window:
-        """Window number `window`, 0 <= window < n_windows. Raises UserError where it holds NaN or Inf."""
+        """Window number `window`, 0 <= window < n_windows, as it is stored; NaN and Inf are not looked for."""
+        shard, row = self._locate(window)
+        return shard.read(row)
+
+    def where(self, window: int) -> str:
+        """The file that holds a window and its number in there, for messages."""
+        shard, row = self._locate(window)
+        return f"{shard.file}, window {row}"
+
+    def _locate(self, window: int) -> tuple[_Shard, int]:
         if not 0 <= window < self.n_windows:
             raise IndexError(f"window: given {window}; needed 0 to {self.n_windows - 1}")
         number = bisect_right(self._starts, window) - 1
-        return self._shards[number].read(window - self._starts[number])
+        return self._shards[number], window - self._starts[number]
 
 
 class _Shard:
@@ -120,16 +129,8 @@ class _Shard:
                 needed = "bool or uint8" if name == "mask" else "an integer type"
                 raise UserError(f"{file}: {name} is {tensor.get_dtype()}; needed {needed}")
 
-    def read(self, window: int) -> Window:
-        stored = {name: self._tensors.get_slice(name)[window] for name in Window._fields if name in self.names}
-        finite = stored["activations"].isfinite().all(dim=-1)
-        if not finite.all():
-            position = int(finite.logical_not().nonzero()[0])
-            raise UserError(
-                f"{self.file}: NaN or Inf in the activations of window {window}, position {position}; write it again "
-                "(float16 ends at 65504, bfloat16 does not)"
-            )
-        return Window(**stored)
+    def read(self, row: int) -> Window:
+        return Window(**{name: self._tensors.get_slice(name)[row] for name in Window._fields if name in self.names})
 
 
 def _check_complete(files: Sequence[Path]) -> None:

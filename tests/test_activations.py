@@ -187,10 +187,26 @@ def test_a_stored_mask_is_taken_as_it_is(tmp_path: Path) -> None:
     assert ShardActivations(tmp_path).read([0]).mask.tolist() == [[True, True, False, True]]
 
 
-def test_no_windows_asked(source: ModelActivations, tmp_path: Path) -> None:
-    write_cache(source, tmp_path)
-    for empty in (source.read([]), ShardActivations(tmp_path).read([])):
-        assert [tuple(tensor.shape) for tensor in empty] == [(0, T, 16), (0, T), (0, T), (0, T)]
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_shards_that_hold_nan(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
+    acts = torch.randn(4, 6, 3).to(dtype)
+    save_file({"activations": acts}, tmp_path / "a.safetensors")
+    acts[2, 0, 1] = value  # position 0 is masked out, but its NaN would spread
+    save_file({"activations": acts}, tmp_path / "b.safetensors")
+    source = ShardActivations(tmp_path)
+    assert source.read([0, 5, 7]).acts.isfinite().all()  # only what is asked is looked at
+    with pytest.raises(UserError, match=r"b\.safetensors, window 2: NaN or Inf in the activations") as error:
+        source.read([0, 5, 6])
+    assert "\n" not in str(error.value)
+
+
+def test_shards_of_several_dtypes(tmp_path: Path) -> None:
+    acts = torch.randn(3, 6, 3)
+    for i, dtype in enumerate([torch.float16, torch.bfloat16, torch.float32]):
+        save_file({"activations": acts[i : i + 1].to(dtype)}, tmp_path / f"{i}.safetensors")
+    got = ShardActivations(tmp_path).read([2, 1, 0]).acts
+    assert torch.equal(got, torch.stack([acts[2], acts[1].bfloat16().float(), acts[0].half().float()]))
 
 
 def test_too_large_for_float16(tmp_path: Path) -> None:
