@@ -5,6 +5,7 @@ functions in `csae.kernels.portable` do the work in PyTorch.
 """
 
 from .library import available, describe, warn_once, why_not
+from .sparse_sums import feature_sum, gather_dot, gather_sum
 from .topk_rows import topk_rows
 
-__all__ = ["available", "describe", "topk_rows", "warn_once", "why_not"]
+__all__ = ["available", "describe", "feature_sum", "gather_dot", "gather_sum", "topk_rows", "warn_once", "why_not"]

@@ -19,10 +19,20 @@ ABI_VERSION = 1
 PATH = Path(__file__).with_name("libcsae_cpu.so")
 ISAS = ("portable", "avx2", "avx512")
 
+# csae_status in src/csae_cpu.h
+OUT_OF_MEMORY, BAD_INDEX = 2, 3
+
 HOW_TO_GET_IT = (
     "install a C++17 compiler (g++ or clang++) and run "
     "`pip install --force-reinstall --no-deps --no-cache-dir csae` (with -v to see its build)"
 )
+
+# Two matrices [n, *] and [n, k] with k, a third with its two sizes, the result, threads.
+_SPARSE_SUM = [
+    *(c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64),
+    *(c_void_p, c_int64, c_int64, c_int64),
+    *(c_void_p, c_int64, c_int),
+]
 
 _SIGNATURES = {
     "csae_isa": (c_int, []),
@@ -33,6 +43,9 @@ _SIGNATURES = {
         c_int,
         [c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int],
     ),
+    "csae_gather_sum": (c_int, _SPARSE_SUM),
+    "csae_gather_dot": (c_int, _SPARSE_SUM),
+    "csae_feature_sum": (c_int, _SPARSE_SUM),
 }
 
 
@@ -126,7 +139,7 @@ def native() -> ctypes.CDLL:
 
 def check_status(function: str, status: int) -> None:
     """Turn the status that a native function returned into an error."""
-    if status == 2:
+    if status == OUT_OF_MEMORY:
         raise MemoryError(f"{function}: no memory for the workspace of its threads")
     if status != 0:
         raise ValueError(f"{function}: the native library refused an argument (status {status})")

@@ -1,0 +1,34 @@
+// The dot products of each row with k rows of the table.
+#include <algorithm>
+#include <atomic>
+
+#include "csae_cpu.h"
+#include "parallel.h"
+#include "row_sums.h"
+
+int csae_gather_dot(const float* rows, int64_t rows_stride, const int64_t* indices, int64_t indices_stride, int64_t n,
+                    int64_t k, const float* table, int64_t table_stride, int64_t d_sae, int64_t d, float* out,
+                    int64_t out_stride, int n_threads) {
+    if (n < 0 || k < 0 || d_sae < 0 || d < 0 || n_threads < 1) return csae_bad_argument;
+    if (rows_stride < 0 || indices_stride < 0 || table_stride < 0 || (n > 1 && out_stride < k)) {
+        return csae_bad_argument;
+    }
+    if ((n * d > 0 && rows == nullptr) || (n * k > 0 && (out == nullptr || indices == nullptr))) {
+        return csae_bad_argument;
+    }
+    if (d_sae * d > 0 && table == nullptr) return csae_bad_argument;
+    const csae::RowSums& sums = csae::row_sums();
+    std::atomic<bool> good{true};
+    const int64_t piece = std::max<int64_t>(1, std::min<int64_t>(16, n / (4 * n_threads)));
+    csae::parallel_for(n, piece, n_threads, [&](int, int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t* ids = indices + i * indices_stride;
+            if (!csae::all_below(ids, k, d_sae)) {
+                good.store(false, std::memory_order_relaxed);
+                return;
+            }
+            sums.dots(table, table_stride, d, ids, k, rows + i * rows_stride, out + i * out_stride);
+        }
+    });
+    return good ? csae_ok : csae_bad_index;
+}

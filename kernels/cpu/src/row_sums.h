@@ -1,0 +1,28 @@
+// Sums over chosen rows of a table, in each instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace csae {
+
+struct RowSums {
+    // out [d] = sum over j < count of weights[j] * table[ids[j]], added in the order of j.
+    // next_ids [next_count]: the rows that the next call needs; their beginnings are fetched meanwhile.
+    void (*weighted_sum)(const float* table, int64_t stride, int64_t d, const int64_t* ids, const float* weights,
+                         int64_t count, const int64_t* next_ids, int64_t next_count, float* out);
+
+    // out[j] = <row, table[ids[j]]> for j < count.
+    void (*dots)(const float* table, int64_t stride, int64_t d, const int64_t* ids, int64_t count, const float* row,
+                 float* out);
+};
+
+const RowSums& row_sums();
+
+// Whether all of ids [count] lie in [0, n).
+inline bool all_below(const int64_t* ids, int64_t count, int64_t n) {
+    uint64_t outside = 0;
+    for (int64_t j = 0; j < count; ++j) outside |= static_cast<uint64_t>(ids[j]) >= static_cast<uint64_t>(n);
+    return outside == 0;
+}
+
+}  // namespace csae
