@@ -63,15 +63,19 @@ CSAE_INLINE void weighted_sum(const float* table, int64_t stride, int64_t d, con
     }
 }
 
-// R dot products at once: the row is loaded once for all, and their sums don't wait for each other.
+// R dot products at once: the row is loaded once for all, and their sums don't wait for each other. The R rows of
+// the table that come next are fetched on the way.
 template <int W, int R>
-CSAE_INLINE void dots_of(const float* table, int64_t stride, int64_t d, const int64_t* ids, const float* row,
-                         float* out) {
+CSAE_INLINE void dots_of(const float* table, int64_t stride, int64_t d, const int64_t* ids, const int64_t* next_ids,
+                         const float* row, float* out) {
     Register<W> sum[R] = {};
     int64_t c = 0;
     for (; c + W <= d; c += W) {
         const Register<W> x = load<W>(row + c);
-        for (int r = 0; r < R; ++r) sum[r].x += x.x * load<W>(table + ids[r] * stride + c).x;
+        for (int r = 0; r < R; ++r) {
+            __builtin_prefetch(table + next_ids[r] * stride + c);
+            sum[r].x += x.x * load<W>(table + ids[r] * stride + c).x;
+        }
     }
     for (int r = 0; r < R; ++r) {
         float total = 0;
@@ -86,10 +90,10 @@ CSAE_INLINE void dots(const float* table, int64_t stride, int64_t d, const int64
                       const float* row, float* out) {
     int64_t j = 0;
     for (; j + 4 <= count; j += 4) {
-        for (int64_t next = j + 4; next < count && next < j + 8; ++next) fetch(table + ids[next] * stride, d);
-        dots_of<W, 4>(table, stride, d, ids + j, row, out + j);
+        const int64_t* next = ids + (j + 8 <= count ? j + 4 : j);
+        dots_of<W, 4>(table, stride, d, ids + j, next, row, out + j);
     }
-    for (; j < count; ++j) dots_of<W, 1>(table, stride, d, ids + j, row, out + j);
+    for (; j < count; ++j) dots_of<W, 1>(table, stride, d, ids + j, ids + j, row, out + j);
 }
 
 #define CSAE_ROW_SUMS(NAME, TARGET, W)                                                                              \
