@@ -35,7 +35,7 @@ def open_source(
 
 def _windows(origin: dict[str, Any], lm: LanguageModel, progress: Progress) -> TokenWindows:
     n_ctx, max_tokens = origin["n_ctx"], origin.get("max_tokens")
-    if n_ctx > lm.max_ctx:
+    if lm.max_ctx is not None and n_ctx > lm.max_ctx:
         raise UserError(f"--n-ctx: given {n_ctx}; the context of {lm.name} is {lm.max_ctx} tokens at most")
     if origin.get("dataset") is not None:
         return load_token_dataset(origin["dataset"], n_ctx, max_tokens)

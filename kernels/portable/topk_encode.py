@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import cpu
+from . import on_native
 
 # Pre-activations of one chunk. Few enough to be read back from cache, enough rows for an efficient product.
 WORKSPACE_BYTES = 32 << 20
@@ -46,7 +47,7 @@ def _pre_acts(x: Tensor, W_enc: Tensor, b_enc: Tensor, out: Tensor) -> None:
 
 def _select(pre_acts: Tensor, k: int, values: Tensor, indices: Tensor) -> None:
     """The k largest of each row, relu'd, into values and indices [rows, k]; equal ones by lower index."""
-    if pre_acts.device.type == "cpu" and pre_acts.dtype == torch.float32 and cpu.available():
+    if on_native(pre_acts):
         cpu.topk_rows(pre_acts, k, values, indices)
         return
     found, where = pre_acts.topk(k, dim=1)

@@ -158,8 +158,8 @@ V, J, W = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(7
         ((V, J, W[0]), ValueError, "W_dec: given shape [4]; needed [d_sae, d_out] = [any, any]"),
         ((V, J.to("meta"), W), ValueError, "indices: given on meta; needed on cpu as values is"),
         ((torch.zeros(()), torch.tensor(0), W), ValueError, "values: given a scalar; needed [..., k]"),
-        ((V, J + 7, W), ValueError, "indices: given values from 7 to 7; needed 0 to 6"),
-        ((V, J - 1, W), ValueError, "indices: given values from -1 to -1; needed 0 to 6"),
+        ((V, J + 7, W), ValueError, "indices: given values from 7 to 7; needed 0 <= index < d_sae = 7"),
+        ((V, J - 1, W), ValueError, "indices: given values from -1 to -1; needed 0 <= index < d_sae = 7"),
     ],
 )
 def test_errors_name_the_argument(args, kind, message):
