@@ -25,9 +25,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..portable import lookback_attention as portable
 from .variant import Variant, aligned, dot_precision, dtypes_and_precisions, jit
 
-SIZES = (16, 32, 64, 128, 256, 512)  # tiles are this wide: the first that holds both d_head and d_value
+SIZES = (16, 32, 64, 128, 256)  # tiles are this wide: the first that holds both d_head and d_value
+# Wider heads than that take the plain PyTorch path: a tile of them does not fit the registers.
 _LOG2E = tl.constexpr(math.log2(math.e))
 _LN2 = tl.constexpr(math.log(2))
 
@@ -329,26 +331,25 @@ _DTYPES = {
 }
 
 
+# Queries in a block, keys in a block, warps, by the bytes of a row of a tile: what fits the registers and
+# 99 KiB of shared memory. "ieee" products, by the 32-bit units, take their operands through registers.
+_BLOCKS = {
+    "_forward": {256: (128, 64, 8), 512: (64, 32, 8), 1024: (32, 16, 4)},
+    "_backward_queries": {128: (64, 64, 8), 256: (64, 32, 8), 512: (32, 32, 8), 1024: (16, 16, 4)},
+    "_backward_keys": {128: (32, 64, 4), 512: (32, 32, 8), 1024: (16, 16, 8)},
+    "ieee": {64: (32, 32, 4), 256: (16, 32, 4), 1024: (16, 16, 4)},
+}
+
+
 def _variant(kernel: Any, dtype: torch.dtype, precision: str, size: int) -> Variant:
     """All other tensors are in the dtype of q, k and v."""
     tensors = {name: _DTYPES.get(name, dtype) for name in kernel.arg_names if name.endswith("_ptr")}
-    block_t, block_j, num_warps = _blocks(kernel is _forward, precision, dtype.itemsize * size)
+    by_bytes = _BLOCKS["ieee" if precision == "ieee" else kernel.__name__]
+    row_bytes = next(limit for limit in by_bytes if dtype.itemsize * size <= limit)
+    block_t, block_j, num_warps = by_bytes[row_bytes]
     blocks = {"BLOCK_T": block_t, "BLOCK_J": block_j, "SIZE": size}
     constants = {"UNIT": 16 // dtype.itemsize, **blocks, "PRECISION": precision}
     return Variant(kernel, tensors, constants, num_warps, num_stages=2)
-
-
-def _blocks(forward: bool, precision: str, row_bytes: int) -> tuple[int, int, int]:
-    """Queries in a block, keys in a block, warps: what fits the registers and 99 KiB of shared memory."""
-    if precision == "ieee":
-        return (32, 32, 4) if row_bytes <= 256 else (16, 16, 4)
-    if row_bytes > 1024:
-        return 16, 16, 4
-    if row_bytes > 512:
-        return 32, 16, 4
-    if row_bytes > 256:
-        return (64, 32, 8) if forward else (32, 32, 8)
-    return (128, 64, 8) if forward else (64, 64, 8)
 
 
 def variants() -> list[Variant]:
@@ -374,6 +375,8 @@ def forward(
     """
     B, T, H, d_head = q.shape
     d_value = v.shape[3]
+    if max(d_head, d_value) > SIZES[-1]:
+        return portable.forward(q, k, v, slope, null, mask, starts)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     q, k, v = _in_units(q), _in_units(k), _in_units(v)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -407,6 +410,8 @@ def backward(
     """
     B, T, H, d_head = q.shape
     d_value = v.shape[3]
+    if max(d_head, d_value) > SIZES[-1]:
+        return portable.backward(grad_out, q, k, v, slope, null, mask, starts, out, lse)
     if B * T * H * d_head * d_value == 0:
         return tuple(torch.zeros_like(tensor) for tensor in (q, k, v, slope, null))
     q, k, v = _in_units(q), _in_units(k), _in_units(v)
@@ -444,12 +449,7 @@ def backward(
 
 
 def _size(d_head: int, d_value: int) -> int:
-    for size in SIZES:
-        if max(d_head, d_value) <= size:
-            return size
-    raise ValueError(
-        f"q, v: given d_head={d_head} and d_value={d_value}; needed at most {SIZES[-1]} on CUDA: use more heads"
-    )
+    return next(size for size in SIZES if max(d_head, d_value) <= size)
 
 
 def _in_units(tensor: Tensor) -> Tensor:

@@ -25,6 +25,12 @@ from .variant import Variant
 # Compute capability -> bytes of shared memory that one program may have.
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 TARGETS = (80, 90, 100)
+GATHERS = (
+    sparse_decode._gather_sum,
+    sparse_decode._gather_dot,
+    sparse_decode._feature_pieces,
+    sparse_decode._feature_sum,
+)
 
 
 class Compiled(NamedTuple):
@@ -80,6 +86,15 @@ def problems(compiled: Compiled) -> list[str]:
         found.append(f"spills {compiled.spills} bytes a thread")
     if compiled.shared > SHARED_MEMORY[compiled.arch]:
         found.append(f"needs {compiled.shared} bytes of shared memory of {SHARED_MEMORY[compiled.arch]}")
+    constants = compiled.variant.constants
+    # Only wgmma reaches the full rate of Hopper's tensor cores.
+    to_tensor_cores = compiled.variant.kernel is topk_encode._pre_acts and constants["PRECISION"] != "ieee"
+    if compiled.arch == 90 and to_tensor_cores and "wgmma.mma_async" not in compiled.ptx:
+        found.append("multiplies without wgmma")
+    if compiled.variant.kernel in GATHERS and constants["UNIT"] > 1:
+        wide = len(re.findall(r"\bLDG\.E\.(?:[A-Z0-9]+\.)*128\b", compiled.sass))
+        if wide < constants["ROWS"]:
+            found.append(f"gathers {constants['ROWS']} rows with {wide} loads of 16 bytes")
     return found
 
 

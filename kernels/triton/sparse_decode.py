@@ -220,8 +220,8 @@ def _feature_sum_variant(rows: torch.dtype, unit: int) -> Variant:
 
 
 def _tile(unit: int) -> dict[str, int]:
-    """One warp reads a unit a thread of each row, or four elements one by one."""
-    return {"UNIT": unit, "ROWS": ROWS, "COLUMNS": 32 * max(unit, 4)}
+    """One warp reads a unit a thread of ROWS rows, or four elements of half as many, one by one."""
+    return {"UNIT": unit, "ROWS": ROWS if unit > 1 else ROWS // 2, "COLUMNS": 32 * max(unit, 4)}
 
 
 def variants() -> list[Variant]:

@@ -1,0 +1,30 @@
+"""The tests of the Triton kernels, in Triton's interpreter, in a process of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+FILES = ["test_triton_lookback_attention.py", "test_triton_sparse_decode.py", "test_triton_topk_encode.py"]
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the same tests run on the CUDA device")
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_kernels_in_the_interpreter(which: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-rs", f"--confcutdir={HERE}", "-m", which]
+    done = subprocess.run(
+        [*command, *(str(HERE / file) for file in FILES)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped" not in done.stdout, done.stdout

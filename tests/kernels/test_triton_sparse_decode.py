@@ -1,0 +1,180 @@
+"""The Triton gather_sum, gather_dot and feature_sum against the reference and its gradients in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from triton_setup import DEVICE, DTYPES, eps, needs_triton, only_listed_variants, random_normal
+
+from csae import reference
+
+pytestmark = needs_triton
+
+SHAPES = [  # n, k, d_sae, d
+    (1, 1, 1, 1),
+    (3, 17, 65, 129),
+    (5, 3, 17, 24),
+    (2, 9, 9, 257),
+    (2, 1, 3, 512),
+    (0, 3, 5, 8),
+]
+
+
+@pytest.fixture(autouse=True)
+def _listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from csae.kernels.triton import sparse_decode
+
+    only_listed_variants(sparse_decode, monkeypatch)
+
+
+def code(n: int, k: int, d_sae: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    indices = torch.randint(0, d_sae, (n, k), generator=generator).to(DEVICE)
+    return random_normal(n, k, dtype=dtype), indices
+
+
+def assert_sum_close(got: Tensor, want: Tensor, magnitude: Tensor, terms: int) -> None:
+    """Within one rounding of the result, and one of float32 a term on the sum of the terms' magnitudes."""
+    assert got.shape == want.shape
+    tolerance = eps(got.dtype) * want.abs() + (terms + 2) * eps(torch.float32) * magnitude
+    assert ((got.double() - want).abs() <= tolerance).all()
+
+
+def feature_sums(values: Tensor, indices: Tensor, rows: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
+    """What feature_sum must give, in float64, and the sums of the terms' magnitudes."""
+    terms = (values.double()[..., None] * rows.double()[:, None]).flatten(0, 1)
+    zeros = terms.new_zeros(d_sae, rows.shape[1])
+    return zeros.index_add(0, indices.flatten(), terms), zeros.index_add(0, indices.flatten(), terms.abs())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "k", "d_sae", "d"), SHAPES)
+def test_forward_and_gradients_equal_the_reference(n: int, k: int, d_sae: int, d: int, dtype: torch.dtype) -> None:
+    from csae.kernels.triton.sparse_decode import feature_sum, gather_dot, gather_sum
+
+    values, indices = code(n, k, d_sae, dtype)
+    table, grad = random_normal(d_sae, d, dtype=dtype, seed=1), random_normal(n, d, dtype=dtype, seed=2)
+    wide_values, wide_table = values.double().requires_grad_(), table.double().requires_grad_()
+    want = reference.sparse_decode(wide_values, indices, wide_table)
+    want_dvalues, want_dtable = torch.autograd.grad(want, [wide_values, wide_table], grad.double())
+    # The same with all numbers positive: how large the terms were that were added.
+    magnitude_values, magnitude_table = values.double().abs().requires_grad_(), table.double().abs().requires_grad_()
+    magnitude = reference.sparse_decode(magnitude_values, indices, magnitude_table)
+    of_gradients = torch.autograd.grad(magnitude, [magnitude_values, magnitude_table], grad.double().abs())
+
+    out, dvalues = gather_sum(values, indices, table), gather_dot(grad, indices, table)
+    dtable = feature_sum(values, indices, grad, d_sae)
+    assert out.dtype == dvalues.dtype == dtable.dtype == dtype
+    assert_sum_close(out, want.detach(), magnitude.detach(), k)
+    assert_sum_close(dvalues, want_dvalues, of_gradients[0], d)
+    assert_sum_close(dtable, want_dtable, of_gradients[1], n * k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_float32_values_with_a_narrower_table(dtype: torch.dtype) -> None:
+    from csae.kernels.triton.sparse_decode import feature_sum, gather_dot, gather_sum
+
+    values, indices = code(3, 5, 11, torch.float32)
+    table, grad = random_normal(11, 16, dtype=dtype, seed=1), random_normal(3, 16, seed=2)
+    rows = table[indices].double()
+    terms = values.double()[..., None] * rows
+    out = gather_sum(values, indices, table)
+    assert out.dtype == dtype
+    assert_sum_close(out, terms.sum(1), terms.abs().sum(1), 5)
+    terms = grad.double()[:, None] * rows
+    dots = gather_dot(grad, indices, table)
+    assert dots.dtype == torch.float32
+    assert_sum_close(dots, terms.sum(2), terms.abs().sum(2), 16)
+    rows = grad.to(dtype)
+    assert_sum_close(feature_sum(values, indices, rows, 11), *feature_sums(values, indices, rows, 11), terms=15)
+
+
+@pytest.mark.parametrize("piece", [None, 8])
+def test_features_that_fire_on_nearly_every_token(piece: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from csae.kernels.triton import sparse_decode
+
+    if piece is not None:
+        monkeypatch.setattr(sparse_decode, "PIECE", piece)
+    piece = sparse_decode.PIECE
+    # Runs of piece + 43 (two pieces), exactly piece (none), one pair, and none at all.
+    n = piece + 43
+    indices = torch.full((n, 2), 1, device=DEVICE)
+    indices[:, 0] = 4
+    indices[piece:, 1] = 5
+    indices[piece + 1 :, 1] = 6
+    values, rows = random_normal(n, 2), random_normal(n, 5, seed=1)
+    got = sparse_decode.feature_sum(values, indices, rows, 9)
+    assert_sum_close(got, *feature_sums(values, indices, rows, 9), terms=n)
+    assert torch.equal(got, sparse_decode.feature_sum(values, indices, rows, 9))
+    assert (got[[0, 2, 3, 7, 8]] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [-1, 7, -(2**40), 2**40, 2**32])
+def test_an_index_outside_the_table_is_never_followed(bad: int) -> None:
+    from csae.kernels.triton.sparse_decode import feature_sum, gather_dot, gather_sum
+
+    values, indices = code(4, 3, 7, torch.float32)
+    table, grad = random_normal(7, 10, seed=1), random_normal(4, 10, seed=2)
+    want = [gather_sum(values, indices, table), gather_dot(grad, indices, table)]
+    indices[2, 1] = bad
+    out, dots = gather_sum(values, indices, table), gather_dot(grad, indices, table)
+    assert out[2].isnan().all()
+    assert dots[2, 1].isnan()
+    others = [0, 1, 3]
+    assert torch.equal(out[others], want[0][others])
+    assert torch.equal(dots[others], want[1][others])
+    assert torch.equal(dots[2, [0, 2]], want[1][2, [0, 2]])
+    silent = torch.where(indices == bad, 0.0, values)
+    inside = torch.where(indices == bad, 0, indices)
+    torch.testing.assert_close(feature_sum(values, indices, grad, 7), feature_sum(silent, inside, grad, 7))
+
+
+def test_infinite_and_nan_numbers_come_through() -> None:
+    from csae.kernels.triton.sparse_decode import feature_sum, gather_dot, gather_sum
+
+    indices = torch.tensor([[0, 1], [2, 3], [3, 3]], device=DEVICE)
+    table = torch.tensor([[math.inf], [1.0], [math.nan], [-math.inf]], device=DEVICE).expand(4, 3)
+    values = torch.ones(3, 2, device=DEVICE)
+    rows = torch.tensor([[math.inf], [math.nan], [1.0]], device=DEVICE).expand(3, 3)
+    inf, nan = math.inf, math.nan
+    out = gather_sum(values, indices, table)[:, 0].cpu()
+    torch.testing.assert_close(out, torch.tensor([inf, nan, -inf]), equal_nan=True)
+    dots = gather_dot(rows, indices, table).cpu()
+    torch.testing.assert_close(dots, torch.tensor([[inf, inf], [nan, nan], [-inf, -inf]]), equal_nan=True)
+    sums = feature_sum(values, indices, rows, 5)[:, 0].cpu()
+    torch.testing.assert_close(sums, torch.tensor([inf, inf, nan, nan, 0.0]), equal_nan=True)
+
+
+def test_strided_and_unaligned_inputs() -> None:
+    from csae.kernels.triton.sparse_decode import feature_sum, gather_dot, gather_sum
+
+    values, indices = code(6, 5, 9, torch.float32)
+    table, grad = random_normal(20, 9, seed=1), random_normal(6, 39, seed=2)
+    indices = indices.clamp(max=8)
+    # Columns of a wider code, a transposed table that begins inside its storage, every second column of grad.
+    strided = [values[:, 1:3], indices[:, 1:3], table.T[:, 1:], grad[:, 1::2]]
+    dense = [tensor.clone(memory_format=torch.contiguous_format) for tensor in strided]
+    assert not any(tensor.is_contiguous() for tensor in strided)
+    for call in (
+        lambda v, i, t, g: gather_sum(v, i, t),
+        lambda v, i, t, g: gather_dot(g, i, t),
+        lambda v, i, t, g: feature_sum(v, i, g, 9),
+    ):
+        assert torch.equal(call(*strided), call(*dense))
+
+
+@pytest.mark.slow
+def test_a_table_of_more_than_two_to_the_31_elements() -> None:
+    from csae.kernels.triton.sparse_decode import gather_dot, gather_sum
+
+    d_sae, d = 2**22, 520
+    table = torch.zeros(d_sae, d, dtype=torch.float16, device=DEVICE)
+    table[-1] = 1.0
+    indices = torch.tensor([[d_sae - 1, 0]], device=DEVICE)
+    values = torch.tensor([[2.0, 3.0]], dtype=torch.float16, device=DEVICE)
+    assert (gather_sum(values, indices, table) == 2.0).all()
+    dots = gather_dot(torch.ones(1, d, dtype=torch.float16, device=DEVICE), indices, table)
+    assert dots.tolist() == [[d, 0]]

@@ -1,0 +1,144 @@
+"""The Triton topk_encode against the reference in float64.
+
+Most cases have small integers for inputs: then products and sums are exact in every dtype and precision, ties are
+many, and the result must be equal, not close.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from triton_setup import DEVICE, DTYPES, INTERPRETED, eps, needs_triton, only_listed_variants, random_normal
+
+from csae import reference
+
+pytestmark = needs_triton
+
+
+@pytest.fixture(autouse=True)
+def _listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from csae.kernels.triton import topk_encode
+
+    only_listed_variants(topk_encode, monkeypatch)
+
+
+def integers(*shape: int, low: int = -3, high: int = 4, seed: int = 0) -> Tensor:
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def assert_equal_to_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype) -> None:
+    from csae.kernels.triton.topk_encode import topk_encode
+
+    want_values, want_indices = reference.topk_encode(x, W_enc, b_enc, k)
+    values, indices = topk_encode(*(tensor.to(DEVICE, dtype) for tensor in (x, W_enc, b_enc)), k)
+    assert values.dtype == dtype
+    assert indices.dtype == torch.int64
+    torch.testing.assert_close(indices.cpu(), want_indices, rtol=0, atol=0)
+    torch.testing.assert_close(values.double().cpu(), want_values, rtol=0, atol=0, equal_nan=True)
+
+
+SHAPES = [  # n, d_in, d_sae, k
+    pytest.param(0, 8, 16, 4, id="no rows"),
+    pytest.param(1, 1, 1, 1, id="ones"),
+    pytest.param(3, 17, 65, 65, id="k is d_sae"),
+    pytest.param(5, 129, 17, 3, id="more inputs than features"),
+    pytest.param(2, 65, 1100, 3, id="by groups"),
+    pytest.param(2, 24, 3000, 40, id="by groups, several blocks of candidates"),
+    pytest.param(2, 16, 2049, 40, id="directly, several blocks of keys"),
+    pytest.param(2, 3, 256, 4, id="as many groups as twice k"),
+    pytest.param(130, 8, 129, 2, id="more rows than a block", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "d_in", "d_sae", "k"), SHAPES)
+def test_equals_reference(n: int, d_in: int, d_sae: int, k: int, dtype: torch.dtype) -> None:
+    assert_equal_to_reference(integers(n, d_in), integers(d_sae, d_in, seed=1), integers(d_sae, seed=2), k, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_of_equal_pre_activations_gives_the_lowest_indices(dtype: torch.dtype) -> None:
+    zeros = torch.zeros(2, 5, dtype=torch.float64)
+    assert_equal_to_reference(zeros, integers(500, 5), torch.full((500,), 2.0, dtype=torch.float64), 7, dtype)
+
+
+@pytest.mark.parametrize("k", [3, 40])
+def test_rows_without_a_positive_pre_activation_give_zeros_in_order(k: int) -> None:
+    x = torch.zeros(2, 5, dtype=torch.float64)
+    assert_equal_to_reference(x, integers(300, 5), integers(300, low=-9, high=0), k, torch.float32)
+
+
+@pytest.mark.parametrize("d_sae", [11, 500])
+def test_infinities_and_signed_zeros_and_nan(d_sae: int) -> None:
+    # Pre-activations x * w: with x = 1 all kinds of numbers, with x = 0 a NaN from 0 * inf, and so on.
+    x = torch.tensor([[1.0], [0.0], [-1.0], [math.nan], [math.inf], [2.0]], dtype=torch.float64)
+    W_enc = integers(d_sae, 1)
+    W_enc[:7, 0] = torch.tensor([-0.0, 0.0, math.inf, -1.0, -math.inf, -0.0, math.inf], dtype=torch.float64)
+    b_enc = torch.full((d_sae,), -0.0, dtype=torch.float64)
+    for k in (1, 4, 11):
+        assert_equal_to_reference(x, W_enc, b_enc, k, torch.float32)
+        assert_equal_to_reference(x[[0, 2, 5]], W_enc, b_enc, k, torch.float16)
+
+
+def test_one_nan_spoils_its_row_only() -> None:
+    x = integers(4, 6)
+    x[2, 3] = math.nan
+    assert_equal_to_reference(x, integers(700, 6, seed=1), integers(700, seed=2), 5, torch.float32)
+
+
+@pytest.mark.parametrize("budget", ["one row", pytest.param("some rows", marks=pytest.mark.slow)])
+def test_chunks_of_rows_give_the_same(budget: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from csae.kernels.triton import topk_encode
+
+    d_sae = 129
+    n, rows = {"one row": (3, 1), "some rows": (131, 128)}[budget]
+    bytes_a_row = 4 * (d_sae + 2 * math.ceil(d_sae / topk_encode.GROUP))
+    monkeypatch.setattr(topk_encode, "WORKSPACE_BYTES", bytes_a_row * rows)
+    assert_equal_to_reference(integers(n, 5), integers(d_sae, 5, seed=1), integers(d_sae, seed=2), 1, torch.float32)
+
+
+def test_the_workspace_is_bounded() -> None:
+    from csae.kernels.triton import topk_encode
+
+    for d_sae in (1, 100, 131072, 2**24, 2**27):
+        for n in (1, 1000, 10**7):
+            rows = topk_encode._rows_at_a_time(n, d_sae, 128)
+            assert 1 <= rows <= n
+            groups = math.ceil(d_sae / topk_encode.GROUP)
+            # keys and maxima, and the k <= groups / 2 chosen groups as int64
+            assert rows == 1 or rows * (4 * d_sae + 4 * groups + 8 * (groups // 2)) <= 256 * 2**20
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_and_unaligned_inputs(dtype: torch.dtype) -> None:
+    x, W_enc, b_enc = integers(33, 5).T[:, 1:], integers(65, 70)[:, 3:67:2], integers(130)[::2]
+    assert_equal_to_reference(x, W_enc, b_enc, 4, dtype)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_real_numbers_to_rounding(dtype: torch.dtype, precision: str) -> None:
+    from csae.kernels.triton.topk_encode import topk_encode
+
+    n, d_in, d_sae, k = 9, 67, 300, 8
+    x, W_enc = random_normal(n, d_in, dtype=dtype), random_normal(d_sae, d_in, dtype=dtype, seed=1)
+    b_enc = random_normal(d_sae, dtype=dtype, seed=2)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        values, indices = topk_encode(x, W_enc, b_enc, k)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    pre_acts = x.double() @ W_enc.double().T + b_enc.double()
+    # Products of TF32 have 10 bits; the interpreter has no TF32. Sums are float32.
+    product = 2**-10 if dtype == torch.float32 and precision == "high" and not INTERPRETED else 0.0
+    magnitude = x.double().abs() @ W_enc.double().abs().T + b_enc.double().abs()
+    close = (product + d_in * eps(torch.float32)) * magnitude.amax(dim=1, keepdim=True)
+    chosen = pre_acts.gather(1, indices)
+    assert ((values.double() - chosen.relu()).abs() <= close + eps(dtype) * chosen.abs()).all()
+    # What was chosen is the top k but for differences that rounding hides.
+    assert ((chosen - pre_acts.topk(k, dim=1).values).abs() <= 2 * close).all()
+    assert all(len(set(row)) == k for row in indices.tolist())

@@ -1,0 +1,48 @@
+"""Where the tests of the Triton kernels run: on a CUDA device, or in Triton's interpreter on the CPU.
+
+Triton decides at its first import whether it interprets, so without a GPU these tests run in a process of their own,
+started by test_triton_interpreter.py with TRITON_INTERPRET=1; elsewhere they skip.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
+# The interpreter takes the bits of a bfloat16 for an integer: bfloat16 is for a GPU only.
+DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
+
+needs_triton = [
+    *([] if INTERPRETED else [pytest.mark.gpu]),
+    pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="no CUDA device, and not TRITON_INTERPRET=1"),
+]
+
+
+def random_normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """The same numbers on every device."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
+def only_listed_variants(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail a launch of a variant that `module.variants()`, which is checked offline, doesn't list."""
+    from csae.kernels.triton.variant import Variant
+
+    launch: Callable[..., None] = Variant.launch
+
+    def checked(self: Any, *arguments: Any) -> None:
+        assert self in module.variants()
+        launch(self, *arguments)
+
+    monkeypatch.setattr(Variant, "launch", checked)
