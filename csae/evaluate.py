@@ -248,15 +248,20 @@ def _now(device: torch.device) -> float:
 def table(results: Sequence[dict[str, Any]]) -> Table:
     """A row for each SAE, and for a contextual one a second row for the form in sweeps.
 
-    results: as `evaluate` gives them; a key `name`, where there, is shown instead of arch.
+    results: as `evaluate` gives them; where there is a key `name`, it is shown instead of arch.
     """
+    from rich import box
     from rich.table import Table
 
     with_lm = any("ce_sae" in result for result in results)
-    columns = ["SAE", "k", "d_sae", "params", "FVU", "L0", "dead", "cosine", "tokens/s"]
-    shown = Table(*columns, *(["CE", "recovered"] if with_lm else []))
-    for column in shown.columns[1:]:
-        column.justify = "right"
+    headers = ["SAE", "k", "d_sae", "params", "FVU", "L0", "dead", "cosine", "eval\ntokens/s"]
+    shown = Table(box=box.SIMPLE_HEAD, padding=0)
+    for header in headers + (["CE", "loss\nrecovered"] if with_lm else []):
+        # Where a terminal is narrow, a name may break, a figure not.
+        figure = header != "SAE"
+        shown.add_column(
+            header, justify="right" if figure else "left", no_wrap=figure, min_width=None if figure else 11
+        )
     for result in results:
         contextual = "fvu_sweeps" in result
         for form in ["", "_sweeps"] if contextual else [""]:
@@ -274,8 +279,9 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
                 f"{result['cosine' + form]:.4f}",
                 f"{result['tokens_per_s' + form]:,.0f}",
             ]
-            if "ce_sae" in result:
-                recovered = result["loss_recovered" + form]
-                row += [f"{result['ce_sae' + form]:.3f}", "-" if recovered is None else f"{recovered:.1%}"]
+            if with_lm:
+                recovered = result.get("loss_recovered" + form)
+                row.append(f"{result['ce_sae' + form]:.3f}" if "ce_sae" in result else "-")
+                row.append("-" if recovered is None else f"{recovered:.1%}")
             shown.add_row(*row)
     return shown

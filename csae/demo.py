@@ -1,0 +1,192 @@
+"""The main job: a contextual SAE against per-token SAEs on a real language model, from nothing to a report.
+
+All in one folder:
+
+    OUT/activations/      the activations of the language model, as shards; made once
+    OUT/runs/NAME/        a run of csae.train for each SAE
+    OUT/results.json      the figures
+    OUT/report.html       the page to open
+
+A second run of the same demo finds the activations and the runs, and makes only the figures and the page again.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from csae.activations import (
+    ActivationSource,
+    ModelActivations,
+    ShardActivations,
+    estimate_normalisation,
+    held_out,
+    write_cache,
+)
+from csae.contextual_sae import ContextualSAE
+from csae.errors import UserError
+from csae.evaluate import EVAL, evaluate, table
+from csae.files import write_json
+from csae.language_model import LanguageModel, smollm2
+from csae.passages import explain
+from csae.progress import Progress, track
+from csae.report import write_report
+from csae.sae import SAE
+from csae.shards import ABOUT_FILE
+from csae.text import python_prose, read_documents, tokenize
+from csae.topk_sae import TopKSAE
+from csae.train import METRICS, TrainConfig, train
+
+TOKENS = 420_000
+EPOCHS = 2
+N_CTX = 256
+LAYER = 12
+K = 16
+D_SAE = 2304
+BATCH_WINDOWS = 8
+LR = 1e-3
+DEAD_AFTER = 200_000
+EVAL_WINDOWS = 100
+CE_WINDOWS = 8
+PASSAGES = 3
+
+
+def run_demo(
+    out: Path | str = Path("demo"),
+    model: str | None = None,
+    text: Path | str | None = None,
+    layer: int = LAYER,
+    k: int = K,
+    d_sae: int = D_SAE,
+    tokens: int = TOKENS,
+    epochs: int = EPOCHS,
+    n_ctx: int = N_CTX,
+    batch_windows: int = BATCH_WINDOWS,
+    eval_windows: int = EVAL_WINDOWS,
+    seed: int = 0,
+    device: str | None = None,
+    progress: Progress = track,
+) -> dict[str, Any]:
+    """Trains a TopK SAE, a wider one and a contextual one on the same tokens; gives what is in results.json.
+
+    Args:
+        out: the folder for all that is made.
+        model: what LanguageModel.load takes; by default SmolLM2-135M from its PyPI package.
+        text: a file or folder of text; by default the prose that comes with Python.
+        layer: the activations are the residual stream after this many blocks.
+        k, d_sae: of the TopK and the contextual SAE. The wider TopK SAE has the same k, and as many features
+            as it takes to have as many parameters as the contextual one.
+        tokens: to train on; each is seen `epochs` times. Less where the text is shorter.
+        eval_windows: windows held out for the figures; no more than a fifth of all.
+        device: of the language model and of training; CUDA where there is one, otherwise the CPU.
+
+    Raises UserError where the model or the text is missing or does not fit, or `out` holds another demo.
+    """
+    from rich.console import Console
+
+    for name, size in {"tokens": tokens, "epochs": epochs, "eval_windows": eval_windows}.items():
+        if size < 1:
+            raise UserError(f"{name}: given {size}; needed at least 1")
+    out = Path(out)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _say("language model: loading")
+    lm = LanguageModel.load(smollm2() if model is None else model, device=device)
+    documents = python_prose() if text is None else read_documents(text)
+    wanted = tokens + eval_windows * n_ctx
+    token_windows = tokenize(documents, lm.tokenizer, n_ctx, max_tokens=wanted, seed=seed, progress=progress)
+    # Made before the long steps, so that sizes that don't fit are said at once.
+    n_windows = len(token_windows.tokens)
+    train_windows, test_windows = held_out(n_windows, max(1, min(eval_windows, n_windows // 5)))
+    activations = ModelActivations(lm, layer, token_windows)
+    config = TrainConfig(
+        steps=max(1, epochs * (len(train_windows) // batch_windows)), batch_windows=batch_windows, lr=LR, seed=seed
+    )
+    saes = _make_saes(lm.d_in, d_sae, k, seed)
+    runs = {name: out / "runs" / name for name in saes}
+
+    source = _cached(activations, out / "activations", progress)
+    mean, scale = estimate_normalisation(source, train_windows, seed=seed)
+    for name, sae in saes.items():
+        _say(f"{name}: training {sae.n_params / 1e6:.2f}M parameters on {config.steps * batch_windows} windows")
+        sae.initialise(mean, scale)
+        train(sae.to(device), source, train_windows, runs[name], config)
+    rows: list[dict[str, Any]] = []
+    figures: list[dict[str, Any]] = []
+    for name, sae in saes.items():
+        _say(f"{name}: evaluating on {len(test_windows)} held-out windows")
+        found = evaluate(sae, source, test_windows, lm=lm, layer=layer, ce_windows=CE_WINDOWS, progress=progress)
+        write_json(runs[name] / EVAL, found)
+        rows.append(found | {"name": name})
+        # In results.json tokens_per_s is the speed of training, which is what trained models are compared by.
+        speeds = {"tokens_per_s": _training_speed(runs[name]), "eval_tokens_per_s": found["tokens_per_s"]}
+        figures.append(found | {"arch": name} | speeds)
+
+    results = {
+        "model": Path(lm.name).name if Path(lm.name).exists() else lm.name,
+        "layer": layer,
+        "tokens": config.steps * batch_windows * n_ctx,
+        "distinct_tokens": len(train_windows) * n_ctx,
+        "n_ctx": n_ctx,
+        "text": "the prose that comes with Python" if text is None else Path(text).name,
+        "seed": seed,
+        "saes": figures,
+    }
+    write_json(out / "results.json", results)
+    _say("report: which features are active where")
+    contextual = saes["contextual"]
+    assert isinstance(contextual, ContextualSAE)
+    explained = explain(contextual, source, test_windows, lm.tokenizer, PASSAGES, progress)
+    write_report(out / "report.html", results, runs, explained)
+    Console().print(table(rows))
+    _say(f"figures: {out / 'results.json'}\nreport:  {out / 'report.html'}")
+    return results
+
+
+def _make_saes(d_in: int, d_sae: int, k: int, seed: int) -> dict[str, SAE]:
+    """The three SAEs, untrained, each from the same seed."""
+    if d_sae < 1:
+        raise UserError(f"d_sae: given {d_sae}; needed at least 1")
+    if not 1 <= k <= d_sae:
+        raise UserError(f"k: given {k}; needed 1 to d_sae = {d_sae}")
+    torch.manual_seed(seed)
+    contextual = ContextualSAE(d_in, d_sae, k, dead_after=DEAD_AFTER)
+    torch.manual_seed(seed)
+    topk = TopKSAE(d_in, d_sae, k, dead_after=DEAD_AFTER)
+    torch.manual_seed(seed)
+    wide = TopKSAE(d_in, wide_as(contextual.n_params, d_in), k, dead_after=DEAD_AFTER)
+    return {"topk": topk, "topk-wide": wide, "contextual": contextual}
+
+
+def wide_as(n_params: int, d_in: int) -> int:
+    """The d_sae with which a TopK SAE has n_params parameters, or the fewest that are more."""
+    return -(-(n_params - d_in) // (2 * d_in + 1))
+
+
+def _cached(source: ModelActivations, folder: Path, progress: Progress) -> ActivationSource:
+    """The activations of `source` from shards in the folder, written first where they are not there."""
+    if not (folder / ABOUT_FILE).is_file():
+        write_cache(source, folder, progress=progress)
+        return ShardActivations(folder)
+    cached = ShardActivations(folder)
+    made_from, wanted = cached.describe(), json.loads(json.dumps(source.describe()))
+    # The type that they are stored in is another than the model's.
+    differing = [key for key in wanted if key != "dtype" and made_from.get(key) != wanted[key]]
+    if differing:
+        changes = "; ".join(f"{key}: {made_from.get(key)}, wanted {wanted[key]}" for key in differing)
+        raise UserError(f"{folder} holds the activations of another demo ({changes}): give another --out, or delete it")
+    return cached
+
+
+def _training_speed(run: Path) -> float:
+    """Tokens a second in training, the median over the steps."""
+    with open(run / METRICS, encoding="utf-8") as lines:
+        return statistics.median(json.loads(line)["tokens_per_s"] for line in lines)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
