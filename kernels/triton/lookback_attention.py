@@ -413,7 +413,8 @@ def backward(
     if max(d_head, d_value) > SIZES[-1]:
         return portable.backward(grad_out, q, k, v, slope, null, mask, starts, out, lse)
     if B * T * H * d_head * d_value == 0:
-        return tuple(torch.zeros_like(tensor) for tensor in (q, k, v, slope, null))
+        dq, dk, dv, dslope, dnull = (torch.zeros_like(tensor) for tensor in (q, k, v, slope, null))
+        return dq, dk, dv, dslope, dnull
     q, k, v = _in_units(q), _in_units(k), _in_units(v)
     grad, out = _in_units(grad_out.to(v.dtype)).contiguous(), _in_units(out).contiguous()
     mask, starts = _positions(q, mask, starts)

@@ -16,6 +16,16 @@ from triton_setup import DEVICE, DTYPES, INTERPRETED, eps, needs_triton, only_li
 from csae import reference
 
 pytestmark = needs_triton
+triton = pytest.importorskip("triton")
+tl = triton.language
+from csae.kernels.triton.topk_encode import _to_key  # noqa: E402
+
+
+@triton.jit
+def keys_of(numbers_ptr, keys_ptr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    o_x = tl.arange(0, BLOCK)
+    # [BLOCK]
+    tl.store(keys_ptr + o_x, _to_key(tl.load(numbers_ptr + o_x)))
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +59,6 @@ SHAPES = [  # n, d_in, d_sae, k
     pytest.param(2, 24, 3000, 40, id="by groups, several blocks of candidates"),
     pytest.param(2, 16, 2049, 40, id="directly, several blocks of keys"),
     pytest.param(2, 3, 256, 4, id="as many groups as twice k"),
-    pytest.param(130, 8, 129, 2, id="more rows than a block", marks=pytest.mark.slow),
 ]
 
 
@@ -57,6 +66,11 @@ SHAPES = [  # n, d_in, d_sae, k
 @pytest.mark.parametrize(("n", "d_in", "d_sae", "k"), SHAPES)
 def test_equals_reference(n: int, d_in: int, d_sae: int, k: int, dtype: torch.dtype) -> None:
     assert_equal_to_reference(integers(n, d_in), integers(d_sae, d_in, seed=1), integers(d_sae, seed=2), k, dtype)
+
+
+@pytest.mark.slow
+def test_more_rows_than_a_block() -> None:
+    assert_equal_to_reference(integers(130, 8), integers(129, 8, seed=1), integers(129, seed=2), 2, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -81,6 +95,29 @@ def test_infinities_and_signed_zeros_and_nan(d_sae: int) -> None:
     for k in (1, 4, 11):
         assert_equal_to_reference(x, W_enc, b_enc, k, torch.float32)
         assert_equal_to_reference(x[[0, 2, 5]], W_enc, b_enc, k, torch.float16)
+
+
+def test_a_last_group_that_is_not_full_ends_with_its_row() -> None:
+    # The largest of row 0 is in the last feature; after it in memory come the keys of row 1, which are larger.
+    W_enc = torch.full((1100, 2), -1.0, dtype=torch.float64)
+    W_enc[1099], W_enc[:40] = torch.tensor([5.0, 0.0]), torch.tensor([0.0, 9.0])
+    x = torch.eye(2, dtype=torch.float64)
+    assert_equal_to_reference(x, W_enc, torch.zeros(1100, dtype=torch.float64), 4, torch.float32)
+
+
+def test_keys_have_the_order_of_their_floats() -> None:
+    from csae.kernels.triton.topk_encode import NAN_KEY
+
+    tiny, huge, inf = 1e-45, 3.4e38, math.inf
+    rising = [-inf, -huge, -1.0, -tiny, 0.0, tiny, 1.0, huge, inf, math.nan]
+    numbers = torch.tensor([*rising, -0.0, -math.nan, 1.0, 1.0, 1.0, 1.0])
+    keys = torch.empty(16, dtype=torch.int32, device=DEVICE)
+    keys_of[(1,)](numbers.to(DEVICE), keys, 16)
+    ordered = keys[:10].tolist()
+    assert ordered == sorted(set(ordered))
+    assert keys[10] == keys[4] == 0
+    assert keys[9] == keys[11] == NAN_KEY
+    assert keys[0] > -(2**31)
 
 
 def test_one_nan_spoils_its_row_only() -> None:
