@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -224,11 +225,17 @@ def test_other_errors(source: Windows, tiny_lm: LanguageModel) -> None:
 def test_table(source: Windows) -> None:
     results = [evaluate(make(arch), source, range(N)) for arch in ("topk", "contextual")]
     results[0]["name"] = "mine"
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(table(results))
-    lines = console.export_text().splitlines()
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
-    assert [row[0] for row in rows] == ["mine", "contextual, exact", "contextual, 2 sweeps"]
-    figures = [results[0]["fvu"], results[1]["fvu"], results[1]["fvu_sweeps"]]
-    assert [row[4] for row in rows] == [f"{figure:.4f}" for figure in figures]
-    assert rows[0][6] == "12.5%"
+    for result in results:
+        result |= {"ce_sae": 3.21, "loss_recovered": 0.9, "ce_sae_sweeps": 3.2, "loss_recovered_sweeps": None}
+    shown = table(results)
+    columns = [list(column.cells) for column in shown.columns]
+    assert columns[0] == ["mine", "contextual, exact", "contextual, 2 sweeps"]
+    fvu = [results[0]["fvu"], results[1]["fvu"], results[1]["fvu_sweeps"]]
+    assert columns[4] == [f"{figure:.4f}" for figure in fvu]
+    assert columns[6] == ["12.5%"] * 3
+    assert columns[-2:] == [["3.210", "3.210", "3.200"], ["90.0%", "90.0%", "-"]]
+
+    narrow = Console(width=80, file=io.StringIO())
+    narrow.print(shown)
+    words = narrow.file.getvalue().split()
+    assert all(cell in words for column in columns[1:] for cell in column), "a figure was cut"

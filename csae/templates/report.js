@@ -47,7 +47,8 @@
   function card(number, about) {
     const list = element("ul", "");
     for (const [before, here, after] of about.examples) {
-      list.append(element("li", "", `…${visible(before)}`, element("b", "", visible(here)), `${visible(after)}…`));
+      const token = element("b", "", visible(here));
+      list.append(element("li", "", `…${visible(before)}`, token, `${visible(after)}…`));
     }
     const rate = 100 * about.rate;
     const often = `New at ${rate < 0.1 ? rate.toFixed(2) : rate.toFixed(1)} % of the held-out tokens, most strongly at:`;
@@ -94,11 +95,13 @@
       for (const [number, part] of features) {
         via.append(element("li", "", feature(number), element("span", "small", ` ${percent(part)}`)));
       }
-      list.append(element("li", "", row(percent(share), share,
-        token(tokens[from].text), element("span", "small", back === 1 ? " the token before" : ` ${back} tokens back`), via)));
+      const where = element("span", "small", back === 1 ? " the token before" : ` ${back} tokens back`);
+      list.append(element("li", "", row(percent(share), share, token(tokens[from].text), where, via)));
     }
     made.push(list);
-    if (!here.sources.length) made.push(element("p", "small", "nothing: no earlier token of this document can be looked back at"));
+    if (!here.sources.length) {
+      made.push(element("p", "small", "nothing: there is no earlier token of this document to look back at"));
+    }
     return made;
   }
 
