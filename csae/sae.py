@@ -149,17 +149,20 @@ class SAE(nn.Module, PyTorchModelHubMixin):
         fvu = _energy(residual, weight) / _energy(x - _mean(x, weight), weight)
         aux = fvu.new_zeros(())
         if dead is not None and dead.numel() > 0:
-            aux = self._aux(x - c, residual.detach(), weight, dead)
+            aux = self._aux((x - c - self.b_dec).detach(), residual.detach(), weight, dead)
         return Losses(fvu + self.aux_coef * aux, fvu, aux, code)
 
     def _aux(self, x: Tensor, residual: Tensor, weight: Tensor, dead: Tensor) -> Tensor:
         """AuxK (Gao et al. 2024, section A.2): the residual rebuilt by the most active dead features.
 
-        Only the dead rows are multiplied: the cost grows with their number, not with d_sae.
+        x [..., d_in] without b_dec and c. Only the dead rows are multiplied: the cost grows with their number,
+        not with d_sae. Only they get a gradient: its graph shares nothing with that of the fvu.
         """
         k = min(self.k_aux, dead.numel())
-        values, among_dead = topk_encode(x - self.b_dec, self.W_enc[dead], self.b_enc[dead], k)
-        residual_hat = sparse_decode(values, dead[among_dead], self.W_dec)
+        # Their gradient joins the dense one row by row, where a compiler does not insist on a second dense one.
+        sparse = not torch.compiler.is_compiling()
+        W_enc, W_dec = (nn.functional.embedding(dead, weight, sparse=sparse) for weight in (self.W_enc, self.W_dec))
+        residual_hat = sparse_decode(*topk_encode(x, W_enc, self.b_enc[dead], k), W_dec)
         share = k / self.k_aux  # a few dead features can't be asked for as much as many
         return share * _energy(residual - residual_hat, weight) / _energy(residual, weight).clamp_min(1e-12)
 

@@ -47,4 +47,4 @@ class TopKSAE(SAE):
 
     def _run(self, x: Tensor, mask: Tensor | None, documents: Tensor | None) -> tuple[Tensor, Code, Tensor]:
         code = Code(*topk_encode(x - self.b_dec, self.W_enc, self.b_enc, self.k))
-        return sparse_decode(*code, self.W_dec) + self.b_dec, code, torch.zeros_like(x)
+        return sparse_decode(*code, self.W_dec) + self.b_dec, code, x.new_zeros(()).expand_as(x)

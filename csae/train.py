@@ -189,7 +189,10 @@ def train_step(
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16"):
         losses = sae.loss(acts, mask, documents, dead)
     optimizer.zero_grad(set_to_none=True)
-    losses.loss.backward()
+    # One after the other: together they would hold a second gradient of W_enc and of W_dec.
+    losses.fvu.backward()
+    if losses.aux.requires_grad:
+        (sae.aux_coef * losses.aux).backward()
     sae.remove_parallel_gradient()
     torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip)
     for group in optimizer.param_groups:

@@ -9,7 +9,7 @@ from .. import cpu
 from . import on_native
 
 # Pre-activations of one chunk. Few enough to be read back from cache, enough rows for an efficient product.
-WORKSPACE_BYTES = 32 << 20
+WORKSPACE_BYTES = 16 << 20
 
 
 def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,75 @@
+"""Peak memory of a training step on a CPU, beyond weights, gradients and the optimizer's state.
+
+    python -m bench.memory [--n 4096 --d-in 576 --d-sae 36864 --k 32 --arch topk --dead 0]
+
+Counts resident memory as Linux sees it: the high-water mark of the step, less what was resident before the
+model was made, less the bytes of weights, gradients and moments. The second step is measured, so that the
+gradients and moments of the first are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from csae import SAE, ContextualSAE, TopKSAE
+from csae.activations import Batch
+from csae.train import TrainConfig, train_step
+
+T = 256
+
+
+def measure(n: int, d_in: int, d_sae: int, k: int, arch: str, dead: int) -> dict[str, float]:
+    """Megabytes (2**20 bytes): the step's peak beyond weights, gradients and moments, and those."""
+    config = TrainConfig(steps=10)
+    device = torch.device("cpu")
+    _step(TopKSAE(8, 16, 2), 64, 0, config, device)  # threads and caches of the libraries are up
+    before = _resident("VmRSS")
+    torch.manual_seed(0)
+    sae: SAE = TopKSAE(d_in, d_sae, k) if arch == "topk" else ContextualSAE(d_in, d_sae, k)
+    optimizer, _ = _step(sae, n, dead, config, device)
+    held = sum(parameter.numel() * 4 for parameter in sae.parameters()) * 4  # weight, gradient, two moments
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    _step(sae, n, dead, config, device, optimizer)
+    return {"beyond_mb": (_resident("VmHWM") - before - held) / 2**20, "held_mb": held / 2**20}
+
+
+def _step(
+    sae: SAE,
+    n: int,
+    dead: int,
+    config: TrainConfig,
+    device: torch.device,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> tuple[torch.optim.Optimizer, object]:
+    optimizer = optimizer or torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
+    shape = (max(1, n // T), min(n, T))
+    batch = Batch(
+        torch.randn(*shape, sae.d_in), torch.ones(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.int64), None
+    )
+    sae.tokens_since_fired[:dead] = sae.dead_after
+    return optimizer, train_step(sae, optimizer, batch, 1e-3, config, device)
+
+
+def _resident(field: str) -> int:
+    """VmRSS (now) or VmHWM (most) of this process, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}: this measurement needs Linux")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("n", 4096), ("d-in", 576), ("d-sae", 36864), ("k", 32), ("dead", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--arch", choices=["topk", "contextual"], default="topk")
+    args = parser.parse_args()
+    print(json.dumps(vars(args) | measure(**vars(args)), indent=2))
+
+
+if __name__ == "__main__":
+    main()
