@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from csae.errors import UserError
@@ -23,9 +24,11 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # safetensors writes files that only their owner can read
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         reason = _disk_problem(error)
         if reason:
             raise UserError(f"{path}: not written: {reason}; nothing half-written was left") from error
@@ -35,6 +38,12 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 def write_json(path: Path, content: object) -> None:
     text = json.dumps(content, indent=2) + "\n"
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
 
 
 def _disk_problem(error: BaseException) -> str | None:

@@ -118,6 +118,7 @@ def train(
     optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
     if (run / CONFIG).is_file():
         sae.load_state_dict(type(sae).from_pretrained(str(run)).state_dict())
+        sae.eval()
         return
     checkpoint = last_checkpoint(run)
     first = 0 if checkpoint is None else restore_checkpoint(checkpoint, sae, optimizer)
@@ -242,6 +243,8 @@ def read_origin(run: Path) -> dict[str, Any]:
 def _claim(run: Path, job: dict[str, Any]) -> None:
     """Make `run` the folder of this job; an earlier one there must be the same."""
     file = run / RUN
+    for unfinished in run.glob(".*.tmp"):  # a kill cut their writing short
+        shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
     if file.is_file():
         try:
             earlier = json.loads(file.read_text(encoding="utf-8"))

@@ -204,7 +204,7 @@ def test_nan_activations_are_refused_with_their_place(tmp_path):
     acts = torch.randn(12, 7, D_IN)
     acts[8, 3, 2] = float("nan")
     source = Shards(tmp_path, acts).source
-    with pytest.raises(UserError, match=r"a\.safetensors.*NaN or Inf.*window 8") as error:
+    with pytest.raises(UserError, match=r"a\.safetensors, window 8: NaN or Inf") as error:
         train(new_sae(), source, range(12), tmp_path / "run", config())
     assert "\n" not in str(error.value)
 

@@ -1,0 +1,49 @@
+import errno
+import json
+import stat
+
+import pytest
+
+from csae.errors import UserError
+from csae.files import write_file, write_json
+
+
+def test_a_file_is_whole_and_readable_as_others_are(tmp_path):
+    plain = tmp_path / "plain"
+    plain.write_text("x")
+    write_json(tmp_path / "new" / "a.json", {"k": 1})
+    assert json.loads((tmp_path / "new" / "a.json").read_text()) == {"k": 1}
+    assert stat.S_IMODE((tmp_path / "new" / "a.json").stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), UserError, "the disk is full"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), UserError, "the disk is full"),
+        (RuntimeError("IoError: No space left on device (os error 28)"), UserError, "the disk is full"),
+        (OSError(errno.EFBIG, "File too large"), UserError, "larger than this file system"),
+        (PermissionError(errno.EACCES, "denied"), UserError, "no permission to write there"),
+        (ValueError("a bug"), ValueError, "a bug"),
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+    ],
+)
+def test_a_failed_write_leaves_what_was_there(error, kind, message, tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text("before")
+
+    def write(path):
+        path.write_text("hal")
+        raise error
+
+    with pytest.raises(kind) as raised:
+        write_file(file, write)
+    assert message in str(raised.value)
+    assert file.read_text() == "before"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UserError, match="a part of that path is a file, not a folder"):
+        write_json(tmp_path / "taken" / "a.json", {})
