@@ -54,8 +54,13 @@ class Variant(NamedTuple):
     def launch(self, grid: tuple[int, ...], *arguments: Tensor | int | float) -> None:
         """Run on the device of the first argument. `arguments`: in the kernel's order, without the constants."""
         for (name, dtype), tensor in zip(self.tensors.items(), arguments, strict=False):
-            if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.data_ptr() % 16:
-                raise TypeError(f"{self}: {name} must be a 16-byte aligned tensor of {dtype}")
+            given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor)
+            if dtype not in _POINTERS:
+                raise TypeError(f"{name}: given {given}; needed float32, bfloat16 or float16")
+            if given != dtype:
+                raise TypeError(f"{name}: given {given}; needed {dtype}, as the tensors before it have it")
+            if tensor.data_ptr() % 16:
+                raise ValueError(f"{name}: given an address that is no multiple of 16 bytes; needed `aligned`")
         with torch.cuda.device_of(arguments[0]):
             self.kernel[grid](*arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
 
@@ -100,9 +105,14 @@ def aligned(tensor: Tensor) -> Tensor:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How products of `dtype` are to be multiplied: torch's own switch says whether TF32 will do for float32."""
-    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if exact else "tf32"
+    """How products of `dtype` are to be multiplied: torch's own switch says whether TF32 will do for float32.
+
+    That is torch.set_float32_matmul_precision, "highest" unless set. It is read by its newer name, since
+    torch.get_float32_matmul_precision raises where the newer one was used to set it.
+    """
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "ieee"
+    return "tf32"
 
 
 def dtypes_and_precisions() -> list[tuple[torch.dtype, str]]:

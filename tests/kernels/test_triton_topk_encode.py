@@ -16,16 +16,6 @@ from triton_setup import DEVICE, DTYPES, INTERPRETED, eps, needs_triton, only_li
 from csae import reference
 
 pytestmark = needs_triton
-triton = pytest.importorskip("triton")
-tl = triton.language
-from csae.kernels.triton.topk_encode import _to_key  # noqa: E402
-
-
-@triton.jit
-def keys_of(numbers_ptr, keys_ptr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    o_x = tl.arange(0, BLOCK)
-    # [BLOCK]
-    tl.store(keys_ptr + o_x, _to_key(tl.load(numbers_ptr + o_x)))
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +96,8 @@ def test_a_last_group_that_is_not_full_ends_with_its_row() -> None:
 
 
 def test_keys_have_the_order_of_their_floats() -> None:
+    from triton_keys import keys_of
+
     from csae.kernels.triton.topk_encode import NAN_KEY
 
     tiny, huge, inf = 1e-45, 3.4e38, math.inf
@@ -153,6 +145,29 @@ def test_the_workspace_is_bounded() -> None:
 def test_strided_and_unaligned_inputs(dtype: torch.dtype) -> None:
     x, W_enc, b_enc = integers(33, 5).T[:, 1:], integers(65, 70)[:, 3:67:2], integers(130)[::2]
     assert_equal_to_reference(x, W_enc, b_enc, 4, dtype)
+
+
+def test_dtypes_that_no_kernel_was_compiled_for() -> None:
+    from csae.kernels.triton.topk_encode import topk_encode
+
+    x, W_enc, b_enc = (integers(*shape).to(DEVICE) for shape in ((2, 3), (5, 3), (5,)))
+    with pytest.raises(TypeError, match=r"x_ptr: given torch.float64; needed float32, bfloat16 or float16"):
+        topk_encode(x, W_enc, b_enc, 1)
+    with pytest.raises(TypeError, match=r"W_ptr: given torch.float64; needed torch.float32"):
+        topk_encode(x.float(), W_enc, b_enc, 1)
+
+
+def test_float32_is_multiplied_as_torch_is_told_to() -> None:
+    from csae.kernels.triton.variant import dot_precision
+
+    before = torch.get_float32_matmul_precision()
+    assert dot_precision(torch.float32) == "ieee"
+    try:
+        for precision, want in (("high", "tf32"), ("medium", "tf32"), ("highest", "ieee")):
+            torch.set_float32_matmul_precision(precision)
+            assert dot_precision(torch.float32) == want
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("precision", ["highest", "high"])
