@@ -52,7 +52,7 @@ BATCH_WINDOWS = 8
 LR = 1e-3
 DEAD_AFTER = 200_000
 EVAL_WINDOWS = 100
-CE_WINDOWS = 8
+CE_WINDOWS = 4  # each is a pass or more through the whole language model for each figure
 PASSAGES = 3
 
 

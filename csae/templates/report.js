@@ -20,8 +20,10 @@
   const percent = (share) => `${Math.round(100 * share)} %`;
   const clamp = (share) => Math.min(1, Math.max(0, share));
   // White space that stands alone would not be seen.
-  const visible = (piece) =>
-    piece.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/^ +$/, (spaces) => "␣".repeat(spaces.length));
+  const visible = (piece) => {
+    const marked = piece.replace(/\n/g, "↵").replace(/\t/g, "⇥");
+    return piece.trim() ? marked : marked.replace(/ /g, "␣");
+  };
 
   function token(piece) {
     return element("span", "token", visible(piece.trim() || piece) || "…");
