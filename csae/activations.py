@@ -173,10 +173,10 @@ def window_order(n_windows: int, seed: int, epoch: int) -> list[int]:
 
 
 def held_out(n_windows: int, amount: int | float) -> tuple[range, range]:
-    """The windows to train on and those held out: the last ones, a number (int) or a share (float) of them, at least one.
+    """The windows to train on and those held out: the last ones, a number (int) or a share (float) of them.
 
-    The documents were shuffled before they were packed, so the last windows are like the others; a document on
-    the border may be in both. Raises UserError where either part would be empty.
+    A share is one window at least. The documents were shuffled before they were packed, so the last windows are
+    like the others; a document on the border may be in both. Raises UserError where either part would be empty.
     """
     count = max(1, round(amount * n_windows)) if isinstance(amount, float) else amount
     if not 1 <= count < n_windows:

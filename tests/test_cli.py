@@ -221,7 +221,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     args = bad(name, tmp_path, tiny_model_path, text)
     before = sorted(tmp_path.rglob("*"))
-    code, out, err = csae(*args, capsys=capsys)
+    code, _, err = csae(*args, capsys=capsys)
     assert code == 2
     assert message in err
     assert "Traceback" not in err

@@ -1,0 +1,30 @@
+"""The measurements themselves; times are reported, never asserted. Memory is a promise."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+LINUX_ONLY = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+
+
+def run(*args):
+    done = subprocess.run([sys.executable, "-m", *args], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_ops_prints_a_ratio_for_each_case():
+    out = run("bench.ops", "--n", "64", "--d-in", "8", "--d-sae", "64", "--k", "4", "--rounds", "1")
+    assert out.count("x the product") == 7
+
+
+@LINUX_ONLY
+@pytest.mark.slow
+@pytest.mark.parametrize("dead", [0, 5000])
+def test_a_training_step_stays_within_256_megabytes(dead):
+    """n=4096, d_in=576, d_sae=36864, k=32: beyond weights, gradients and the optimizer's state."""
+    found = json.loads(run("bench.memory", "--dead", str(dead)))
+    assert 0 < found["beyond_mb"] <= 256
