@@ -54,10 +54,10 @@ class Variant(NamedTuple):
     def launch(self, grid: tuple[int, ...], *arguments: Tensor | int | float) -> None:
         """Run on the device of the first argument. `arguments`: in the kernel's order, without the constants."""
         for (name, dtype), tensor in zip(self.tensors.items(), arguments, strict=False):
-            given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor)
             if dtype not in _POINTERS:
-                raise TypeError(f"{name}: given {given}; needed float32, bfloat16 or float16")
-            if given != dtype:
+                raise TypeError(f"{name}: given {dtype}; needed float32, bfloat16 or float16")
+            if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+                given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor)
                 raise TypeError(f"{name}: given {given}; needed {dtype}, as the tensors before it have it")
             if tensor.data_ptr() % 16:
                 raise ValueError(f"{name}: given an address that is no multiple of 16 bytes; needed `aligned`")
