@@ -89,9 +89,8 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     found = measure(cases(args.n, args.d_in, args.d_sae, args.k, device), args.rounds, device)
-    print(
-        f"n={args.n} d_in={args.d_in} d_sae={args.d_sae} k={args.k} {device}, {torch.get_num_threads()} threads, float32"
-    )
+    shape = f"n={args.n} d_in={args.d_in} d_sae={args.d_sae} k={args.k}"
+    print(f"{shape}, float32, {device}, {torch.get_num_threads()} threads")
     for name, median in found.items():
         print(f"{name:<38}{median:9.1f} ms   {median / found['product']:6.2f} x the product")
 
