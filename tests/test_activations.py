@@ -266,7 +266,7 @@ def test_the_last_windows_are_held_out(amount: int | float, count: int) -> None:
     assert len(test) == count
 
 
-@pytest.mark.parametrize("amount", [0, 20, 25, -1, 0.0, 0.01, 1.0])
+@pytest.mark.parametrize("amount", [0, 20, 25, -1, 1.0])
 def test_nothing_to_train_or_evaluate_on(amount: int | float) -> None:
     with pytest.raises(UserError, match="needed at least one each: give more text, or another amount"):
         held_out(20, amount)
