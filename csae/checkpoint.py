@@ -72,7 +72,7 @@ def save_checkpoint(run: Path, step: int, sae: SAE, optimizer: torch.optim.Optim
     """Write `run/checkpoint-STEP`, and remove older ones only when it is there."""
     temporary, final = run / f".checkpoint-{step}.tmp", run / f"checkpoint-{step}"
     shutil.rmtree(temporary, ignore_errors=True)
-    names = {parameter: name for name, parameter in sae.named_parameters()}
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in sae.named_parameters()}
     moments = {
         f"{names[parameter]}.{key}": tensor.detach().contiguous()
         for parameter, state in optimizer.state.items()

@@ -96,6 +96,7 @@ def train(**options: Any) -> None:
     from csae.activations import estimate_normalisation, held_out
     from csae.contextual_sae import ContextualSAE
     from csae.progress import track
+    from csae.sae import SAE
     from csae.sources import open_source
     from csae.topk_sae import TopKSAE
     from csae.train import TrainConfig
@@ -114,7 +115,7 @@ def train(**options: Any) -> None:
     sizes = {"d_in": source.d_in, "d_sae": d_sae, "k": options["k"], "dead_after": options["dead_after"]}
     try:
         if options["arch"] == "topk":
-            sae = TopKSAE(**sizes)
+            sae: SAE = TopKSAE(**sizes)
         else:
             look_back = {name: options[name] for name in ("d_head", "d_value", "query", "sweeps")}
             sae = ContextualSAE(**sizes, n_heads=options["heads"], **look_back)

@@ -130,7 +130,7 @@ class ContextualSAE(SAE):
         if c is None:
             if self.query != "past":
                 raise ValueError('c: not given; needed with query="current": pass the c that forward() returned')
-            return self._recur(None, mask, documents, code)[0] * self.scale
+            return self._recur(code, mask, documents)[0] * self.scale
         return (sparse_decode(code.values, code.indices, self.W_dec) + self.b_dec) * self.scale + c
 
     def _run(self, x: Tensor, mask: Tensor | None, documents: Tensor | None) -> tuple[Tensor, Code, Tensor]:
@@ -172,15 +172,15 @@ class ContextualSAE(SAE):
 
     @torch.no_grad()
     def _recur(
-        self, x: Tensor | None, mask: Tensor | None, documents: Tensor | None, given: Code | None = None
+        self, given: Tensor | Code, mask: Tensor | None, documents: Tensor | None
     ) -> tuple[Tensor, Code, Tensor]:
         """x_hat, code and c, exactly, position by position, in normalised units.
 
-        Encodes x [B, T, d_in]; or, where `given` is a code [B, T, k], decodes it without x (query="past").
+        given: x [B, T, d_in] to encode; or a code [B, T, k] to decode without x, with query="past".
         Keys and values of the positions behind are kept, so that nothing is computed twice.
         """
         like, H = self.W_dec, self.n_heads
-        B, T = (x if given is None else given.values).shape[:2]
+        B, T = (given if isinstance(given, Tensor) else given.values).shape[:2]
         x_hat, c = like.new_zeros(B, T, self.d_in), like.new_zeros(B, T, self.d_in)
         code = Code(like.new_zeros(B, T, self.k), x_hat.new_zeros(B, T, self.k, dtype=torch.int64))
         keys, values = like.new_zeros(B, H, T, self.d_head), like.new_zeros(B, H, T, self.d_value)
@@ -192,7 +192,8 @@ class ContextualSAE(SAE):
         starts = position.new_zeros(B, T) if documents is None else document_starts(documents)
         for t in range(T):
             if self.query == "current":
-                query = x[:, t] - self.b_dec
+                assert isinstance(given, Tensor)
+                query = given[:, t] - self.b_dec
             else:
                 query = x_hat[:, t - 1] - self.b_dec if t > 0 else torch.zeros_like(x_hat[:, 0])
             queries = nn.functional.linear(query, self.W_Q).view(B, H, self.d_head, 1)
@@ -201,8 +202,8 @@ class ContextualSAE(SAE):
             scores = scores.masked_fill(~visible[:, None], -math.inf)  # [B, H, t]
             weights = torch.cat([scores, nothing], dim=-1).softmax(dim=-1)[:, :, None, :t]  # [B, H, 1, t]
             c[:, t] = nn.functional.linear((weights @ values[:, :, :t]).flatten(1), self.W_O)
-            if given is None:
-                here = self._encode(x[:, t] - self.b_dec - c[:, t], mask[:, t])
+            if isinstance(given, Tensor):
+                here = self._encode(given[:, t] - self.b_dec - c[:, t], mask[:, t])
             else:
                 here = Code(given.values[:, t], given.indices[:, t])
             code.values[:, t], code.indices[:, t] = here

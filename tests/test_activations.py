@@ -259,7 +259,7 @@ def test_window_order_is_a_permutation_of_its_own_for_seed_and_epoch() -> None:
     assert window_order(50, 1, 2) == list(orders[1, 2])
 
 
-@pytest.mark.parametrize(("amount", "count"), [(3, 3), (0.1, 2), (0.25, 5), (19, 19)])
+@pytest.mark.parametrize(("amount", "count"), [(3, 3), (0.1, 2), (0.25, 5), (0.01, 1), (19, 19)])
 def test_the_last_windows_are_held_out(amount: int | float, count: int) -> None:
     train, test = held_out(20, amount)
     assert list(train) + list(test) == list(range(20))

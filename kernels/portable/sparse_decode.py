@@ -92,6 +92,4 @@ def _check_range(indices: Tensor, d_sae: int) -> None:
         return
     low, high = indices.aminmax()
     if low < 0 or high >= d_sae:
-        raise ValueError(
-            f"indices: given values from {int(low)} to {int(high)}; needed 0 <= index < d_sae = {d_sae}"
-        )
+        raise ValueError(f"indices: given values from {int(low)} to {int(high)}; needed 0 <= index < d_sae = {d_sae}")
