@@ -17,7 +17,7 @@ import torch
 
 from csae import SAE, ContextualSAE, TopKSAE
 from csae.activations import Batch
-from csae.train import TrainConfig, train_step
+from csae.train import TrainConfig, adam, train_step
 
 T = 256
 
@@ -45,7 +45,7 @@ def _step(
     device: torch.device,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> tuple[torch.optim.Optimizer, object]:
-    optimizer = optimizer or torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
+    optimizer = optimizer or adam(sae, config)
     shape = (max(1, n // T), min(n, T))
     batch = Batch(
         torch.randn(*shape, sae.d_in), torch.ones(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.int64), None

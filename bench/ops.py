@@ -18,7 +18,7 @@ import torch
 from csae import SAE, ContextualSAE, TopKSAE
 from csae.activations import Batch
 from csae.ops import sparse_decode, topk_encode
-from csae.train import TrainConfig, train_step
+from csae.train import TrainConfig, adam, train_step
 
 T = 256
 
@@ -49,7 +49,7 @@ def cases(n: int, d_in: int, d_sae: int, k: int, device: torch.device) -> dict[s
         topk.loss(acts).loss.backward()
 
     def step(sae: SAE) -> Callable[[], object]:
-        optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True)
+        optimizer = adam(sae, config)
         return lambda: train_step(sae, optimizer, batch, 1e-4, config, device)
 
     return {

@@ -81,6 +81,7 @@ def demo(**options: Any) -> None:
 @click.option("--tokens", type=int, help="Tokens to train on; all of the data once if not given.")
 @click.option("--batch-windows", type=int, default=8, show_default=True, help="Windows a step.")
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak learning rate of Adam.")
+@click.option("--look-back-lr", type=float, default=0.25, show_default=True, help="The look-back's share of --lr.")
 @click.option("--warmup", type=float, default=0.05, show_default=True, help="Share of the steps.")
 @click.option("--decay", type=float, default=0.2, show_default=True, help="Share of the steps, the last ones.")
 @click.option("--clip", type=float, default=1.0, show_default=True, help="Largest norm of the gradient.")
@@ -108,7 +109,7 @@ def train(**options: Any) -> None:
     train_windows, _ = held_out(source.n_windows, options["held_out"])
     per_step = options["batch_windows"] * source.n_ctx
     tokens = options["tokens"] or len(train_windows) * source.n_ctx
-    names = ("batch_windows", "lr", "warmup", "decay", "clip", "precision", "checkpoint_every", "seed")
+    names = ("batch_windows", "lr", "look_back_lr", "warmup", "decay", "clip", "precision", "checkpoint_every", "seed")
     config = TrainConfig(steps=max(1, tokens // max(1, per_step)), **{name: options[name] for name in names})
     d_sae = options["d_sae"] or 8 * source.d_in
     torch.manual_seed(options["seed"])

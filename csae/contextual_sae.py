@@ -36,6 +36,7 @@ class ContextualSAE(SAE):
     """
 
     arch = "contextual"
+    look_back = ("W_Q", "W_KV", "W_O", "slope", "null")
 
     W_Q: nn.Parameter
     """[n_heads * d_head, d_in]"""

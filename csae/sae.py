@@ -70,6 +70,8 @@ class SAE(nn.Module, PyTorchModelHubMixin):
     """
 
     arch: str
+    look_back: tuple[str, ...] = ()
+    """names of the parameters of the look-back, which train at a lower rate"""
 
     W_enc: nn.Parameter
     """[d_sae, d_in]"""

@@ -48,6 +48,8 @@ class TrainConfig:
     """windows a step"""
     lr: float = 1e-3
     """peak learning rate of Adam"""
+    look_back_lr: float = 0.25
+    """that of a contextual SAE's look-back, as a share of it: at 1 and lr 4e-3 training was unstable"""
     warmup: float = 0.05
     """share of the steps in which the learning rate rises from zero"""
     decay: float = 0.2
@@ -65,7 +67,7 @@ class TrainConfig:
         for name, least in (("steps", 1), ("batch_windows", 1), ("checkpoint_every", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"{name}: given {getattr(self, name)}; needed at least {least}")
-        for name in ("lr", "clip"):
+        for name in ("lr", "look_back_lr", "clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name}: given {getattr(self, name)}; needed a positive number")
         if min(self.warmup, self.decay) < 0 or self.warmup + self.decay > 1:
@@ -115,7 +117,7 @@ def train(
         "origin": origin,
     }
     _claim(run, job)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
+    optimizer = adam(sae, config)
     if (run / CONFIG).is_file():
         sae.load_state_dict(type(sae).from_pretrained(str(run)).state_dict())
         sae.eval()
@@ -197,11 +199,19 @@ def train_step(
     sae.remove_parallel_gradient()
     torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["share"]
     optimizer.step()
     sae.normalise_decoder()
     sae.track(losses.code, mask)
     return losses, dead
+
+
+def adam(sae: SAE, config: TrainConfig) -> torch.optim.Adam:
+    """Adam over the SAE's parameters, those of the look-back with their own share of the learning rate."""
+    look_back = [parameter for name, parameter in sae.named_parameters() if name in sae.look_back]
+    others = [parameter for name, parameter in sae.named_parameters() if name not in sae.look_back]
+    groups = [{"params": others, "share": 1.0}, {"params": look_back, "share": config.look_back_lr}]
+    return torch.optim.Adam([group for group in groups if group["params"]], lr=config.lr, fused=True)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

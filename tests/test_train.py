@@ -182,6 +182,15 @@ def test_learning_rate_rises_stays_and_falls():
     assert min(learning_rate(step, config(warmup=0, decay=0)) for step in range(11)) == 0.01
 
 
+def test_the_look_back_trains_at_its_own_rate(tmp_path):
+    before, frozen = new_sae(), new_sae()
+    train(frozen, Windows(), range(12), tmp_path, config(look_back_lr=1e-12))
+    moved = {
+        name for name, tensor in frozen.named_parameters() if not torch.allclose(tensor, before.get_parameter(name))
+    }
+    assert moved == {"W_enc", "b_enc", "W_dec", "b_dec"}
+
+
 def test_bfloat16_keeps_float32_parameters(tmp_path):
     sae = new_sae()
     train(sae, Windows(), range(12), tmp_path, config(precision="bfloat16"))
@@ -229,6 +238,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
         ({"steps": 0}, "steps: given 0; needed at least 1"),
         ({"batch_windows": 0}, "batch_windows: given 0; needed at least 1"),
         ({"lr": 0.0}, "lr: given 0.0; needed a positive number"),
+        ({"look_back_lr": 0.0}, "look_back_lr: given 0.0; needed a positive number"),
         ({"lr": float("nan")}, "lr: given nan; needed a positive number"),
         ({"warmup": 0.9}, "warmup, decay: given 0.9 and 0.2"),
         ({"precision": "float16"}, "precision: given 'float16'; needed one of 'float32', 'bfloat16'"),
