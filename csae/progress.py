@@ -1,11 +1,12 @@
-"""Progress of a long loop: a bar on a terminal, a line now and then in a log."""
+"""Progress of a long loop, on stderr: drawn often on a terminal, every ten seconds in a log."""
 
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterable, Iterator, Sized
-from typing import Protocol, TypeVar
+from collections.abc import Iterable
+from typing import Any, Protocol, TypeVar
+
+from tqdm import tqdm
 
 T = TypeVar("T")
 
@@ -24,39 +25,11 @@ def quiet(iterable: Iterable[T], description: str, total: int | None = None) -> 
 
 
 def track(iterable: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
-    """Shows progress on stderr: a bar on a terminal, otherwise a line every ten seconds and one at the end."""
-    if total is None and isinstance(iterable, Sized):
-        total = len(iterable)
-    if sys.stderr.isatty():
-        try:
-            return _bar(iterable, description, total)
-        except ImportError:  # rich comes with the extra csae[cli]; without it lines do
-            pass
-    return _lines(iterable, description, total)
+    """The progress that shows a bar with what is done, the time taken and the time left."""
+    return bar(iterable, desc=description, total=total)
 
 
-def _bar(iterable: Iterable[T], description: str, total: int | None) -> Iterable[T]:
-    from rich.console import Console
-    from rich.progress import track as rich_track
-
-    return rich_track(iterable, description, total=total, console=Console(stderr=True))
-
-
-def _lines(iterable: Iterable[T], description: str, total: int | None) -> Iterator[T]:
-    start = last = time.monotonic()
-    done = 0
-    for item in iterable:
-        yield item
-        done += 1
-        now = time.monotonic()
-        if now - last >= SECONDS_BETWEEN_LINES:
-            last = now
-            print(_line(description, done, total, now - start), file=sys.stderr, flush=True)
-    print(_line(description, done, total, time.monotonic() - start), file=sys.stderr, flush=True)
-
-
-def _line(description: str, done: int, total: int | None, seconds: float) -> str:
-    line = f"{description}: {done}" + (f"/{total}" if total else "") + f", {seconds:.0f} s"
-    if total and 0 < done < total:
-        line += f", {seconds / done * (total - done):.0f} s left"
-    return line
+def bar(iterable: Iterable[T] | None = None, **options: Any) -> tqdm[T]:
+    """tqdm, drawn as often as whoever reads stderr can bear."""
+    interval = 0.1 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES
+    return tqdm(iterable, mininterval=interval, maxinterval=interval, **options)

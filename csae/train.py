@@ -16,7 +16,6 @@ import dataclasses
 import json
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -27,12 +26,12 @@ from typing import Any, TextIO
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from csae.activations import ActivationSource, Batch, window_order
 from csae.checkpoint import last_checkpoint, restore_checkpoint, save_checkpoint
 from csae.errors import UserError
 from csae.files import write_file, write_json
+from csae.progress import bar as progress_bar
 from csae.sae import CONFIG, SAE, Losses
 
 PRECISIONS = ("float32", "bfloat16")
@@ -146,10 +145,7 @@ def _steps(
     stop: threading.Event,
 ) -> None:
     device = sae.W_dec.device
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    with tqdm(
-        total=config.steps, initial=first, desc=run.name, unit="step", mininterval=interval, maxinterval=interval
-    ) as bar:
+    with progress_bar(total=config.steps, initial=first, desc=run.name, unit="step") as bar:
         for step in range(first, config.steps):
             began = time.perf_counter()
             batch = source.read(batch_of(windows, step, config))
