@@ -14,6 +14,13 @@ from csae.kernels import cpu, triton
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "huggingface-hub", "transformers", "datasets")
 
+# What each op runs on where the native library is there: it knows float32; other dtypes go to PyTorch.
+NATIVE_PART = {
+    "topk_encode": "PyTorch's product, native selection",
+    "sparse_decode": "native",
+    "lookback_attention": "PyTorch",
+}
+
 
 class Fact(NamedTuple):
     """One line of `csae info`."""
@@ -41,15 +48,22 @@ def facts() -> list[Fact]:
         ]
     else:
         found.append(Fact("cuda", "no device", "" if torch.version.cuda else "this torch is built without CUDA"))
-    on_cuda = (
-        Fact("ops on cuda", "Triton") if triton.available() else Fact("ops on cuda", "PyTorch", triton.why_not() or "")
-    )
-    on_cpu = Fact(
-        "ops on cpu", "native + PyTorch", ", ".join(f"{key}: {value}" for key, value in cpu.describe().items())
-    )
-    if not cpu.available():
-        on_cpu = Fact("ops on cpu", "PyTorch", cpu.why_not() or "")
-    return [*found, on_cuda, on_cpu]
+    found += [Fact(op, f"cuda: {_on_cuda()}; cpu: {_on_cpu(native)}") for op, native in NATIVE_PART.items()]
+    if not triton.available():
+        found.append(Fact("no Triton", triton.why_not() or ""))
+    if cpu.available():
+        found.append(Fact("native library", str(cpu.describe()["isa"]), str(cpu.describe()["library"])))
+    else:
+        found.append(Fact("no native library", cpu.why_not() or ""))
+    return found
+
+
+def _on_cuda() -> str:
+    return "Triton" if triton.available() else "PyTorch"
+
+
+def _on_cpu(native: str) -> str:
+    return native if cpu.available() else "PyTorch"
 
 
 def _package(name: str) -> Fact:
