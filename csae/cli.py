@@ -194,6 +194,8 @@ def info() -> None:
     from csae.info import facts
 
     table = Table(show_header=False, box=None, pad_edge=False)
+    for _ in range(3):
+        table.add_column(overflow="fold")
     for fact in facts():
         table.add_row(fact.name, fact.value, fact.note)
     Console().print(table)

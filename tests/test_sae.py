@@ -191,27 +191,27 @@ def test_a_compiled_training_step_agrees_with_eager(make):
     dead = torch.tensor([1, 4, 9])
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
 
-    def step():
-        optimizer.zero_grad()
-        losses = sae.loss(acts, mask, documents, dead)
-        losses.loss.backward()
-        sae.remove_parallel_gradient()
-        optimizer.step()
+    def after(code):
         sae.normalise_decoder()
-        sae.track(losses.code, mask)
-        return losses.loss
+        sae.track(code, mask)
 
+    def step(loss, before, after):
+        optimizer.zero_grad()
+        losses = loss(acts, mask, documents, dead)
+        losses.loss.backward()
+        before()
+        optimizer.step()  # torch itself breaks the graph there
+        after(losses.code)
+        return losses.loss.detach()
+
+    parts = (sae.loss, sae.remove_parallel_gradient, after)
     start = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
-    wanted = [step() for _ in range(3)]
+    wanted = [step(*parts) for _ in range(3)]
     eager = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
     sae.load_state_dict(start)
     optimizer.state.clear()
-    loss = torch.compile(sae.loss, fullgraph=True)
-    eager_loss, sae.loss = sae.loss, loss
-    try:
-        found = [step() for _ in range(3)]
-    finally:
-        sae.loss = eager_loss
+    compiled = [torch.compile(part, fullgraph=True) for part in parts]
+    found = [step(*compiled) for _ in range(3)]
     torch.testing.assert_close(torch.stack(found), torch.stack(wanted))
     for name, tensor in sae.state_dict().items():
         torch.testing.assert_close(tensor, eager[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
