@@ -49,7 +49,8 @@ LAYER = 12
 K = 16
 D_SAE = 2304
 BATCH_WINDOWS = 8
-LR = 4e-3  # at this length of training the best of 1e-3, 2e-3, 4e-3, 8e-3 for the TopK SAEs too
+# Of 1e-3, 2e-3, 3e-3, 4e-3 and 8e-3 the widened TopK SAE did best, and alike, with 3e-3 and 4e-3.
+LR = 4e-3
 DEAD_AFTER = 200_000
 EVAL_WINDOWS = 100
 CE_WINDOWS = 4  # each is a pass or more through the whole language model for each figure
