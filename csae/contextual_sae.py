@@ -106,7 +106,7 @@ class ContextualSAE(SAE):
             exact: the recurrence as it is defined (no gradient), or `sweeps` sweeps of it in parallel. If
                 not given: sweeps in training mode, exact in evaluation mode.
         """
-        self._check_acts(acts)
+        self._check_acts(acts, mask, documents)
         exact = not self.training if exact is None else exact
         run = self._recur if exact else self._run
         x_hat, code, c = run(acts / self.scale, mask, documents)
@@ -212,7 +212,7 @@ class ContextualSAE(SAE):
             keys[:, :, t], values[:, :, t] = self._keys_values(here)
         return x_hat, code, c
 
-    def _check_acts(self, acts: Tensor) -> None:
-        super()._check_acts(acts)
+    def _check_acts(self, acts: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> None:
+        super()._check_acts(acts, mask, documents)
         if acts.dim() != 3:
             raise ValueError(f"acts: given shape {list(acts.shape)}; needed windows [B, T, d_in]: positions look back")

@@ -143,7 +143,7 @@ class SAE(nn.Module, PyTorchModelHubMixin):
             documents: [B, T] integer, a document is a run of equal ids; used by a contextual SAE.
             dead: [n_dead] int64, the dead features (`dead_features()`), or None for no AuxK.
         """
-        self._check_acts(acts)
+        self._check_acts(acts, mask, documents)
         x = acts / self.scale
         x_hat, code, c = self._run(x, mask, documents)
         weight = x.new_ones(x.shape[:-1]) if mask is None else mask.to(x.dtype)
@@ -196,13 +196,20 @@ class SAE(nn.Module, PyTorchModelHubMixin):
         """[n_dead] int64: the features that have not fired for `dead_after` training tokens."""
         return (self.tokens_since_fired >= self.dead_after).nonzero().squeeze(1)
 
-    def _check_acts(self, acts: Tensor) -> None:
+    def _check_acts(self, acts: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> None:
         if not isinstance(acts, Tensor):
             raise TypeError(f"acts: given a {type(acts).__name__}; needed a torch.Tensor")
         if acts.dim() == 0 or acts.shape[-1] != self.d_in:
             raise ValueError(f"acts: given shape {list(acts.shape)}; needed [..., d_in] with d_in = {self.d_in}")
         if not acts.is_floating_point():
             raise TypeError(f"acts: given dtype {acts.dtype}; needed a floating dtype")
+        for name, tensor in (("mask", mask), ("documents", documents)):
+            if tensor is not None and tensor.shape != acts.shape[:-1]:
+                raise ValueError(
+                    f"{name}: given shape {list(tensor.shape)}; needed one entry a position, {list(acts.shape[:-1])}"
+                )
+        if mask is not None and mask.dtype != torch.bool:
+            raise TypeError(f"mask: given dtype {mask.dtype}; needed torch.bool, True where a position takes part")
 
     # Saving and loading, through huggingface_hub's mixin: a local folder or a hub id. Safetensors only.
 

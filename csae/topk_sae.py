@@ -42,6 +42,7 @@ class TopKSAE(SAE):
 
     def forward(self, acts: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Output:
         """acts [..., d_in] -> `Output`. Tokens don't see each other: mask and documents change nothing here."""
+        self._check_acts(acts, mask, documents)
         code = self.encode(acts)
         return Output(self.decode(code), code, torch.zeros_like(acts))
 

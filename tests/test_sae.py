@@ -237,6 +237,23 @@ def test_saved_and_loaded_it_is_the_same(sae, tmp_path):
         assert torch.equal(loaded.eval()(acts, mask, documents).x_hat, sae.eval()(acts, mask, documents).x_hat)
 
 
+def test_a_hub_id_works_as_a_folder_does(tmp_path, monkeypatch):
+    sae = contextual(torch.float32)
+    sae.save_pretrained(tmp_path)
+    asked = []
+
+    def download(repo_id, filename, **options):
+        asked.append((repo_id, filename))
+        return str(tmp_path / filename)
+
+    for module in ("csae.sae", "csae.checkpoint", "huggingface_hub.hub_mixin"):
+        monkeypatch.setattr(f"{module}.hf_hub_download", download)
+    for loaded in (ContextualSAE.from_pretrained("someone/some-sae"), load_sae("someone/some-sae")):
+        for name, tensor in sae.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert set(asked) == {("someone/some-sae", "config.json"), ("someone/some-sae", "model.safetensors")}
+
+
 def damaged(folder, damage):
     if damage == "truncated":
         file = folder / "model.safetensors"
@@ -311,6 +328,21 @@ def test_nothing_is_unpickled(tmp_path):
         (lambda: topk()(torch.zeros(2, 5)), ValueError, "acts: given shape [2, 5]; needed [..., d_in] with d_in = 6"),
         (lambda: topk()([1.0]), TypeError, "acts: given a list; needed a torch.Tensor"),
         (lambda: topk()(torch.zeros(2, 6).long()), TypeError, "acts: given dtype torch.int64; needed a floating dtype"),
+        (
+            lambda: topk().loss(torch.zeros(2, 9, 6), torch.ones(9).bool()),
+            ValueError,
+            "mask: given shape [9]; needed one entry a position, [2, 9]",
+        ),
+        (
+            lambda: contextual()(torch.zeros(2, 9, 6), documents=torch.ones(2, 8).int()),
+            ValueError,
+            "documents: given shape [2, 8]; needed one entry a position, [2, 9]",
+        ),
+        (
+            lambda: topk().loss(torch.zeros(2, 9, 6), torch.ones(2, 9)),
+            TypeError,
+            "mask: given dtype torch.float32; needed torch.bool",
+        ),
         (lambda: contextual()(torch.zeros(2, 6)), ValueError, "acts: given shape [2, 6]; needed windows [B, T, d_in]"),
     ],
 )
