@@ -118,6 +118,18 @@ def test_many_chunks_give_what_one_gives(monkeypatch):
     assert torch.equal(whole[1], chunked[1])
 
 
+@pytest.mark.slow
+def test_more_pre_activations_than_int32_counts():
+    n, d_sae = 70_000, 32_768  # 2.3e9
+    torch.manual_seed(0)
+    x, W, b = torch.randint(-3, 4, (n, 2)).float(), torch.randint(-3, 4, (d_sae, 2)).float(), torch.rand(d_sae)
+    values, indices = topk_encode(x, W, b, 2)
+    for rows in (slice(0, 50), slice(65_500, 65_600), slice(n - 50, n)):
+        expected_values, expected_indices = reference.topk_encode(x[rows], W, b, 2)
+        assert torch.equal(values[rows], expected_values)
+        assert torch.equal(indices[rows], expected_indices)
+
+
 def test_gradcheck():
     x, W, b = inputs(5, 4, 9, torch.float64)
     assert torch.autograd.gradcheck(lambda *args: topk_encode(*args, 3)[0], (x, W, b))
