@@ -114,6 +114,11 @@ class SAE(nn.Module, PyTorchModelHubMixin):
         raise NotImplementedError
 
     @property
+    def config(self) -> dict[str, Any]:
+        """What config.json holds: arch, and the arguments that the SAE was made with."""
+        return {"arch": self.arch, **(self._hub_mixin_config or {})}  # type: ignore[dict-item]
+
+    @property
     def n_params(self) -> int:
         """Number of trained parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
@@ -215,11 +220,10 @@ class SAE(nn.Module, PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-        config = {"arch": self.arch, **(self._hub_mixin_config or {})}  # type: ignore[dict-item]
         card = f"---\nlibrary_name: csae\ntags:\n- sparse-autoencoder\n- {self.arch}\n---\n"
         write_file(save_directory / WEIGHTS, lambda path: save_file(tensors, path))
         write_file(save_directory / CARD, lambda path: path.write_text(card))
-        write_json(save_directory / CONFIG, config)
+        write_json(save_directory / CONFIG, self.config)
 
     @classmethod
     def _from_pretrained(

@@ -106,8 +106,7 @@ def train(
             f"needed as many: give more text, or a smaller batch"
         )
     job = {
-        "arch": sae.arch,
-        "sae": sae._hub_mixin_config,
+        "sae": sae.config,
         "n_params": sae.n_params,
         "train": dataclasses.asdict(config),
         "data": source.describe(),
