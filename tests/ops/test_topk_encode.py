@@ -107,15 +107,39 @@ def test_selection_over_ties_negatives_nan_and_inf(n, d_sae, share, levels, kind
     assert torch.equal(indices, expected_indices)
 
 
-def test_many_chunks_give_what_one_gives(monkeypatch):
+@pytest.mark.parametrize("kind", ["reals", "ties", "negative", "specials"])
+@pytest.mark.parametrize("tile", [(1000, 5), (7, 5), (3, 1000), (1, 1), (1000, 64)], ids=str)
+def test_many_tiles_give_what_the_reference_gives(kind, tile, monkeypatch):
+    """Tiles of so many rows and columns, down to narrower ones than k."""
     from csae.kernels.portable import topk_encode as portable
 
-    x, W, b = inputs(37, 8, 50)
-    whole = topk_encode(x, W, b, 6)
-    monkeypatch.setattr(portable, "WORKSPACE_BYTES", 5 * 50 * 4)
-    chunked = topk_encode(x, W, b, 6)
-    torch.testing.assert_close(whole[0], chunked[0])
-    assert torch.equal(whole[1], chunked[1])
+    n, d_in, d_sae, k = 37, 8, 150, 6
+    monkeypatch.setattr(portable, "_tile", lambda *sizes: (min(n, tile[0]), min(d_sae, tile[1])))
+    torch.manual_seed(0)
+    if kind == "reals":
+        x, W, b = (tensor.detach() for tensor in inputs(n, d_in, d_sae))
+    else:  # products of small integers are exact, and there are many ties
+        x, W, b = (torch.randint(-2, 3, shape).float() for shape in ((n, d_in), (d_sae, d_in), (d_sae,)))
+    if kind == "negative":
+        b -= 100
+    if kind == "specials":
+        b[70], b[71], x[5, 0], x[9, 3] = math.inf, -math.inf, math.nan, math.inf
+    values, indices = topk_encode(x, W, b, k)
+    expected_values, expected_indices = reference.topk_encode(x, W, b, k)
+    torch.testing.assert_close(values, expected_values, equal_nan=True)
+    assert torch.equal(indices, expected_indices)
+
+
+def test_the_workspace_is_bounded():
+    from csae.kernels.portable.topk_encode import WORKSPACE_BYTES, _tile
+
+    for n in (1, 100, 5_000, 1_000_000):
+        for d_sae in (1, 300, 40_000, 1_000_000):
+            for k in {1, 32, d_sae}:
+                rows, columns = _tile(n, d_sae, min(k, d_sae), 4)
+                assert 1 <= rows <= n
+                assert columns == d_sae or 16 * k <= columns < d_sae
+                assert rows * columns * 4 <= WORKSPACE_BYTES or rows == 1
 
 
 @pytest.mark.slow
