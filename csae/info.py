@@ -18,7 +18,7 @@ PACKAGES = ("torch", "triton", "numpy", "safetensors", "huggingface-hub", "trans
 NATIVE_PART = {
     "topk_encode": "PyTorch's product, native selection",
     "sparse_decode": "native",
-    "lookback_attention": "PyTorch",
+    "lookback_attention": "native",
 }
 
 

@@ -5,7 +5,19 @@ functions in `csae.kernels.portable` do the work in PyTorch.
 """
 
 from .library import available, describe, warn_once, why_not
+from .lookback_attention import lookback_backward, lookback_forward
 from .sparse_sums import feature_sum, gather_dot, gather_sum
 from .topk_rows import topk_rows
 
-__all__ = ["available", "describe", "feature_sum", "gather_dot", "gather_sum", "topk_rows", "warn_once", "why_not"]
+__all__ = [
+    "available",
+    "describe",
+    "feature_sum",
+    "gather_dot",
+    "gather_sum",
+    "lookback_backward",
+    "lookback_forward",
+    "topk_rows",
+    "warn_once",
+    "why_not",
+]

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-def check_matrix(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, int | None]) -> None:
-    """`tensor` is a CPU matrix of this dtype and shape (None: any) whose rows are contiguous.
+def check_strided(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
+    """`tensor` is a strided CPU tensor of this dtype and shape (None: any).
 
     TypeError for what is no tensor and for a wrong dtype, ValueError for the rest.
     """
@@ -18,8 +18,14 @@ def check_matrix(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int
     if tensor.device.type != "cpu" or tensor.layout != torch.strided:
         raise ValueError(f"{name}: given a {tensor.layout} tensor on {tensor.device}; needed a strided one on the CPU")
     wanted = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
-    if tensor.ndim != 2 or any(size not in (None, given) for size, given in zip(shape, tensor.shape, strict=True)):
+    fits = tensor.ndim == len(shape)
+    if not fits or any(size not in (None, given) for size, given in zip(shape, tensor.shape, strict=True)):
         raise ValueError(f"{name}: given shape {list(tensor.shape)}; needed {wanted}")
+
+
+def check_matrix(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, int | None]) -> None:
+    """`tensor` is a CPU matrix of this dtype and shape (None: any) whose rows are contiguous; errors likewise."""
+    check_strided(name, tensor, dtype, shape)
     if tensor.shape[1] > 1 and tensor.stride(1) != 1:
         raise ValueError(f"{name}: given strides {tensor.stride()}; needed a contiguous last dimension")
 

@@ -10,12 +10,12 @@ import ctypes
 import functools
 import logging
 import warnings
-from ctypes import c_char_p, c_int, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_int, c_int64, c_void_p
 from pathlib import Path
 
 import torch
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 PATH = Path(__file__).with_name("libcsae_cpu.so")
 ISAS = ("portable", "avx2", "avx512")
 
@@ -26,6 +26,23 @@ HOW_TO_GET_IT = (
     "install a C++17 compiler (g++ or clang++) and run "
     "`pip install --force-reinstall --no-deps --no-cache-dir csae` (with -v to see its build)"
 )
+
+
+class Heads(ctypes.Structure):
+    """csae_heads in src/csae_cpu.h"""
+
+    _fields_ = (("x", c_void_p), ("stride_b", c_int64), ("stride_t", c_int64), ("stride_h", c_int64))
+
+
+class Attention(ctypes.Structure):
+    """csae_attention in src/csae_cpu.h"""
+
+    _fields_ = (
+        *((name, Heads) for name in ("q", "k", "v")),
+        *((name, c_void_p) for name in ("slope", "null", "mask", "starts")),
+        *((name, c_int64) for name in ("B", "T", "H", "d_head", "d_value")),
+    )
+
 
 # Two matrices [n, *] and [n, k] with k, a third with its two sizes, the result, threads.
 _SPARSE_SUM = [
@@ -46,6 +63,11 @@ _SIGNATURES = {
     "csae_gather_sum": (c_int, _SPARSE_SUM),
     "csae_gather_dot": (c_int, _SPARSE_SUM),
     "csae_feature_sum": (c_int, _SPARSE_SUM),
+    "csae_lookback_forward": (c_int, [POINTER(Attention), c_void_p, c_void_p, c_int]),
+    "csae_lookback_backward": (
+        c_int,
+        [POINTER(Attention), POINTER(Heads), POINTER(Heads), *(c_void_p,) * 6, c_int],
+    ),
 }
 
 

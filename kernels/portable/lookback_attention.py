@@ -11,6 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .. import cpu
+from . import on_native
+
 # Scores of one block of queries.
 WORKSPACE_BYTES = 16 << 20
 
@@ -21,6 +24,8 @@ def forward(
     """q, k [B, T, H, d_head], v [B, T, H, d_value], slope, null [H], mask [B, T] bool, starts [B, T]
     -> out [B, T, H, d_value] in v's dtype, lse [B, H, T] (float32, or float64 for float64 input).
     """
+    if on_native(q):
+        return cpu.lookback_forward(q, k, v, slope, null, mask, starts)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     B, T, H = v.shape[:3]
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
@@ -49,6 +54,8 @@ def backward(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, slope and null, each in its own dtype."""
+    if on_native(q):
+        return cpu.lookback_backward(grad_out, q, k, v, slope, null, mask, starts, out, lse)
     wide = lse.dtype
     B, T, H, d_head = q.shape
     scale = 1 / math.sqrt(d_head)

@@ -52,3 +52,29 @@ CSAE_EXPORT int csae_gather_dot(const float* rows, int64_t rows_stride, const in
 CSAE_EXPORT int csae_feature_sum(const float* values, int64_t values_stride, const int64_t* indices,
                                  int64_t indices_stride, int64_t n, int64_t k, const float* rows, int64_t rows_stride,
                                  int64_t d_sae, int64_t d, float* out, int64_t out_stride, int n_threads);
+
+// A tensor [B, T, H, d] with its strides, in elements; its last dimension is contiguous.
+struct csae_heads {
+    const float* x;
+    int64_t stride_b, stride_t, stride_h;
+};
+
+// The input of look-back attention: q, k [B, T, H, d_head], v [B, T, H, d_value], slope, null [H], and mask, starts
+// [B, T], contiguous, or null pointers. d_head >= 1. A position t looks at the positions in [starts_t, t) that have
+// mask, if it has mask itself; any number in starts will do.
+struct csae_attention {
+    csae_heads q, k, v;
+    const float *slope, *null;
+    const uint8_t* mask;
+    const int32_t* starts;
+    int64_t B, T, H, d_head, d_value;
+};
+
+// out [B, T, H, d_value], lse [B, H, T], contiguous. score(t, j) = <q_t, k_j> / sqrt(d_head) - slope * log(t - j);
+// out is the mean of v under the softmax of these and null, whose value is zero; lse the log of its denominator.
+CSAE_EXPORT int csae_lookback_forward(const csae_attention* given, float* out, float* lse, int n_threads);
+
+// The gradients of q, k, v, slope and null, contiguous, from that of out [B, T, H, d_value] and what forward gave.
+CSAE_EXPORT int csae_lookback_backward(const csae_attention* given, const csae_heads* grad_out, const csae_heads* out,
+                                       const float* lse, float* d_q, float* d_k, float* d_v, float* d_slope,
+                                       float* d_null, int n_threads);

@@ -1,31 +1,10 @@
 #include "row_sums.h"
 
-#include <cstring>
-
 #include "isa.h"
+#include "register.h"
 
 namespace csae {
 namespace {
-
-// One vector register of W floats. GCC and clang turn its arithmetic into the instructions of the function that it
-// is inlined into.
-template <int W>
-struct Register {
-    typedef float Floats __attribute__((vector_size(W * sizeof(float))));
-    Floats x;
-};
-
-template <int W>
-CSAE_INLINE Register<W> load(const float* p) {
-    Register<W> r;
-    std::memcpy(&r.x, p, sizeof r.x);
-    return r;
-}
-
-template <int W>
-CSAE_INLINE void store(float* p, const Register<W>& r) {
-    std::memcpy(p, &r.x, sizeof r.x);
-}
 
 CSAE_INLINE void fetch(const float* p, int64_t n_floats) {
     for (int64_t c = 0; c < n_floats; c += 16) __builtin_prefetch(p + c);

@@ -1,0 +1,111 @@
+"""Look-back attention and its gradients: float32 on the CPU.
+
+Same functions as in `csae.kernels.portable.lookback_attention`; `csae.reference.lookback_attention` defines them. Each
+tensor [B, T, H, d] may have any strides; it is copied only where its last dimension is not contiguous. Each sum has a
+fixed order: the result doesn't depend on the number of threads, which is torch.get_num_threads(). TypeError and
+ValueError name an argument that doesn't fit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from .arguments import check_strided
+from .library import Attention, Heads, check_status, native
+
+
+def lookback_forward(
+    q: Tensor, k: Tensor, v: Tensor, slope: Tensor, null: Tensor, mask: Tensor | None, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """q, k [B, T, H, d_head], v [B, T, H, d_value], slope, null [H], mask [B, T] bool, starts [B, T] int32
+    -> out [B, T, H, d_value], lse [B, H, T], the log of each softmax's denominator.
+
+    A position sees no key before its start: any number will do. One that is out of the mask has out 0, lse null.
+    """
+    B, T, H, d_value = _check_inputs(q, k, v, slope, null, mask, starts)
+    out, lse = v.new_empty(B, T, H, d_value), v.new_empty(B, H, T)
+    given, _kept = _pack(q, k, v, slope, null, mask, starts)
+    status = native().csae_lookback_forward(
+        ctypes.byref(given), out.data_ptr(), lse.data_ptr(), torch.get_num_threads()
+    )
+    check_status("lookback_forward", status)
+    return out, lse
+
+
+def lookback_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slope: Tensor,
+    null: Tensor,
+    mask: Tensor | None,
+    starts: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v, slope and null, from grad_out [B, T, H, d_value] and what `lookback_forward` gave."""
+    B, T, H, d_value = _check_inputs(q, k, v, slope, null, mask, starts)
+    check_strided("grad_out", grad_out, torch.float32, (B, T, H, d_value))
+    check_strided("out", out, torch.float32, (B, T, H, d_value))
+    check_strided("lse", lse, torch.float32, (B, H, T))
+    d_q, d_k, d_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    d_slope, d_null = slope.new_empty(H), null.new_empty(H)
+    given, _kept = _pack(q, k, v, slope, null, mask, starts)
+    grad_out, out, lse = _with_rows(grad_out), _with_rows(out), _packed(lse)
+    status = native().csae_lookback_backward(
+        *(ctypes.byref(given), ctypes.byref(_heads(grad_out)), ctypes.byref(_heads(out)), lse.data_ptr()),
+        *(gradient.data_ptr() for gradient in (d_q, d_k, d_v, d_slope, d_null)),
+        torch.get_num_threads(),
+    )
+    check_status("lookback_backward", status)
+    return d_q, d_k, d_v, d_slope, d_null
+
+
+def _check_inputs(
+    q: Tensor, k: Tensor, v: Tensor, slope: Tensor, null: Tensor, mask: Tensor | None, starts: Tensor | None
+) -> tuple[int, int, int, int]:
+    check_strided("q", q, torch.float32, (None, None, None, None))
+    B, T, H, d_head = q.shape
+    if d_head == 0:
+        raise ValueError(f"q: given shape {list(q.shape)}; needed d_head of 1 or more")
+    check_strided("k", k, torch.float32, (B, T, H, d_head))
+    check_strided("v", v, torch.float32, (B, T, H, None))
+    check_strided("slope", slope, torch.float32, (H,))
+    check_strided("null", null, torch.float32, (H,))
+    if mask is not None:
+        check_strided("mask", mask, torch.bool, (B, T))
+    if starts is not None:
+        check_strided("starts", starts, torch.int32, (B, T))
+    return B, T, H, v.shape[3]
+
+
+def _pack(
+    q: Tensor, k: Tensor, v: Tensor, slope: Tensor, null: Tensor, mask: Tensor | None, starts: Tensor | None
+) -> tuple[Attention, tuple[Tensor | None, ...]]:
+    """The native form of the input, and the tensors that it points into, to be kept for as long."""
+    q, k, v = _with_rows(q), _with_rows(k), _with_rows(v)
+    slope, null = _packed(slope), _packed(null)
+    mask = None if mask is None else _packed(mask)
+    starts = None if starts is None else _packed(starts)
+    given = Attention(
+        *(_heads(q), _heads(k), _heads(v), slope.data_ptr(), null.data_ptr()),
+        *(None if tensor is None else tensor.data_ptr() for tensor in (mask, starts)),
+        *(*q.shape, v.shape[3]),
+    )
+    return given, (q, k, v, slope, null, mask, starts)
+
+
+def _heads(tensor: Tensor) -> Heads:
+    return Heads(tensor.data_ptr(), *tensor.stride()[:3])
+
+
+def _with_rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else _packed(tensor)
+
+
+def _packed(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_contiguous() else tensor.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,127 @@
+#include "attention_head.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "register.h"
+
+namespace csae {
+
+Attention::Attention(const csae_attention& given)
+    : q(given.q),
+      k(given.k),
+      v(given.v),
+      slope(given.slope),
+      null(given.null),
+      mask(given.mask),
+      starts(given.starts),
+      B(given.B),
+      T(given.T),
+      H(given.H),
+      d_head(given.d_head),
+      d_value(given.d_value),
+      tiles(attention_tiles()),
+      n_tiles(round_up(given.T, tile_size) / tile_size),
+      head_width(round_up(given.d_head, tiles.lanes)),
+      value_width(round_up(given.d_value, tiles.lanes)),
+      logs(new float[static_cast<size_t>((n_tiles + 1) * tile_size)]) {
+    const int64_t n = n_tiles * tile_size;
+    for (int64_t i = 0; i < n; ++i) logs[i] = static_cast<float>(std::log(static_cast<double>(n - i)));
+    std::fill(logs.get() + n, logs.get() + n + tile_size, 0.0f);
+}
+
+bool good(const csae_heads& heads, const csae_attention& of, int64_t d) {
+    if (heads.stride_b < 0 || heads.stride_t < 0 || heads.stride_h < 0) return false;
+    return heads.x != nullptr || of.B * of.T * of.H * d == 0;
+}
+
+bool good(const csae_attention& of) {
+    if (of.B < 0 || of.T < 0 || of.H < 0 || of.d_head < 1 || of.d_value < 0) return false;
+    if (of.H > 0 && (of.slope == nullptr || of.null == nullptr)) return false;
+    return good(of.q, of, of.d_head) && good(of.k, of, of.d_head) && good(of.v, of, of.d_value);
+}
+
+bool pack(const float* rows, int64_t stride, int64_t count, int64_t d, const uint8_t* mask, float scale, float* to,
+          int64_t width) {
+    Register<4> zeros = {};  // x - x is 0 if x is finite, and NaN if not
+    float zero = 0;
+    for (int64_t r = 0; r < tile_size; ++r, to += width) {
+        int64_t c = 0;
+        if (r < count && (mask == nullptr || mask[r] != 0)) {
+            const float* row = rows + r * stride;
+            for (; c + 4 <= d; c += 4) {
+                const Register<4> x = {scale * load<4>(row + c).x};
+                zeros.x += x.x - x.x;
+                store<4>(to + c, x);
+            }
+            for (; c < d; ++c) {
+                to[c] = scale * row[c];
+                zero += to[c] - to[c];
+            }
+        }
+        for (; c < width; ++c) to[c] = 0.0f;
+    }
+    return zeros.x[0] + zeros.x[1] + zeros.x[2] + zeros.x[3] + zero == 0.0f;
+}
+
+void transpose(const float* from, int64_t width, int64_t d, float* to) {
+    for (int64_t c = 0; c < d; ++c) {
+        for (int64_t r = 0; r < tile_size; ++r) to[c * tile_size + r] = from[r * width + c];
+    }
+}
+
+void TileOfKeys::set(const Attention& of, int64_t b, int64_t tile) {
+    const uint8_t* mask = of.mask_of(b, tile);
+    const int64_t count = of.count(tile);
+    all = count == tile_size;
+    for (int64_t j = 0; j < tile_size; ++j) {
+        taking_part[j] = j < count && (mask == nullptr || mask[j] != 0) ? -1 : 0;
+        all = all && taking_part[j] != 0;
+    }
+}
+
+void TileOfQueries::set(const Attention& of, int64_t b, int64_t tile_) {
+    tile = tile_;
+    rows = round_up(of.count(tile), row_group);
+    const uint8_t* mask = of.mask_of(b, tile);
+    const int64_t nowhere = of.n_tiles * tile_size;
+    int64_t earliest = nowhere;
+    latest_start = 0;
+    for (int64_t r = 0; r < tile_size; ++r) {
+        if (r >= of.count(tile) || (mask != nullptr && mask[r] == 0)) {
+            start[r] = nowhere;
+        } else {
+            const int64_t begin = of.starts == nullptr ? 0 : of.starts[b * of.T + tile * tile_size + r];
+            start[r] = std::max<int64_t>(0, std::min(begin, nowhere));
+        }
+        earliest = std::min(earliest, start[r]);
+        latest_start = std::max(latest_start, r < rows ? start[r] : 0);
+    }
+    first_tile = earliest / tile_size;
+}
+
+Pairs TileOfQueries::with(const Attention& of, int64_t h, int64_t key_tile, const TileOfKeys& keys) {
+    const int64_t key = key_tile * tile_size;
+    const bool diagonal = key_tile == tile;
+    for (int64_t r = 0; r < tile_size; ++r) {
+        first[r] = static_cast<int32_t>(std::max<int64_t>(0, std::min(start[r] - key, tile_size)));
+        end[r] = static_cast<int32_t>(diagonal ? r : tile_size);
+    }
+    const bool open = !diagonal && keys.all && latest_start <= key;
+    const float* logs = of.logs.get() + (of.n_tiles - tile + key_tile) * tile_size;
+    return {logs, of.slope[h], rows, diagonal, open, first, end, keys.taking_part};
+}
+
+void visible_product(const Pairs& pairs, const float* a, bool transposed, const float* b, float* c, int64_t width) {
+    for (int64_t r = 0; r < pairs.rows; ++r) {
+        for (int64_t j = 0; j < tile_size; ++j) {
+            if (!pairs.visible(r, j)) continue;
+            const float factor = a[r * tile_size + j];
+            const float* from = b + (transposed ? r : j) * width;
+            float* to = c + (transposed ? j : r) * width;
+            for (int64_t i = 0; i < width; ++i) to[i] += factor * from[i];
+        }
+    }
+}
+
+}  // namespace csae

@@ -1,0 +1,68 @@
+// What look-back attention reads of one window and head, brought into tiles.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "attention_tiles.h"
+#include "csae_cpu.h"
+
+namespace csae {
+
+// The tensors of a call. Widths are d_head and d_value rounded up to whole registers.
+struct Attention {
+    csae_heads q, k, v;
+    const float *slope, *null;
+    const uint8_t* mask;    // [B, T] or null
+    const int32_t* starts;  // [B, T] or null
+    int64_t B, T, H, d_head, d_value;
+    const AttentionTiles& tiles;
+    int64_t n_tiles, head_width, value_width;
+    std::unique_ptr<float[]> logs;  // log(n_tiles * 64 - i), 0 where that is not positive
+
+    // May throw std::bad_alloc.
+    Attention(const csae_attention& given);
+
+    // The first of the 64 that may not all exist, of one window and head.
+    const float* rows(const csae_heads& of, int64_t b, int64_t h, int64_t tile) const {
+        return of.x + b * of.stride_b + h * of.stride_h + tile * tile_size * of.stride_t;
+    }
+    int64_t count(int64_t tile) const { return T - tile * tile_size < tile_size ? T - tile * tile_size : tile_size; }
+    const uint8_t* mask_of(int64_t b, int64_t tile) const { return mask ? mask + b * T + tile * tile_size : nullptr; }
+};
+
+bool good(const csae_attention& given);
+bool good(const csae_heads& heads, const csae_attention& of, int64_t d);
+
+// to [64, width] = scale * rows [count, d], zero elsewhere and for rows that don't take part: so nothing that is
+// hidden, NaN or not, gets into a sum. Returns whether all of it is finite.
+bool pack(const float* rows, int64_t stride, int64_t count, int64_t d, const uint8_t* mask, float scale, float* to,
+          int64_t width);
+
+// from [64, width] -> to [d, 64]
+void transpose(const float* from, int64_t width, int64_t d, float* to);
+
+// Which of 64 keys take part.
+struct TileOfKeys {
+    int32_t taking_part[tile_size];
+    bool all;
+    void set(const Attention& of, int64_t b, int64_t tile);
+};
+
+// Where the documents of 64 queries begin; after all keys for a query that does not take part or does not exist.
+struct TileOfQueries {
+    int64_t tile, rows;  // rows: a multiple of row_group
+    int64_t start[tile_size];
+    int64_t first_tile;   // no query sees a key before this tile
+    int64_t latest_start;  // all queries see all earlier keys from here on
+    int32_t first[tile_size], end[tile_size];  // for the pairs that were made last
+
+    void set(const Attention& of, int64_t b, int64_t tile);
+    Pairs with(const Attention& of, int64_t h, int64_t key_tile, const TileOfKeys& keys);
+};
+
+// c [rows, width] += a [64, 64] * b [64, width] over the pairs that see each other only; with `transposed`, += a^T * b.
+// It is for a b with NaN or infinity in it: 0 times that is not 0.
+void visible_product(const Pairs& pairs, const float* a, bool transposed, const float* b, float* c, int64_t width);
+
+}  // namespace csae

@@ -1,0 +1,231 @@
+#include "attention_tiles.h"
+
+#include <limits>
+
+#include "isa.h"
+#include "register.h"
+
+namespace csae {
+namespace {
+
+template <int W>
+CSAE_INLINE Register<W> broadcast(float x) {
+    return {x - typename Register<W>::Floats{}};  // x - 0 is x, even for -0.0
+}
+
+// e^x to 2 ulp: 2^n times the Taylor series, of degree 7, on |r| <= log(2) / 2. Zero below -87, where float32 would
+// become denormal; infinity above 88.7; NaN stays NaN.
+template <int W>
+CSAE_INLINE Register<W> exp_of(const Register<W>& given) {
+    typedef typename Register<W>::Floats Floats;
+    typedef typename Register<W>::Bits Bits;
+    const Floats high = broadcast<W>(89.0f).x;
+    const Floats x = given.x > high ? high : given.x;
+    // Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits.
+    const Floats shifted = x * 1.44269504f + 12582912.0f;
+    const Floats n = shifted - 12582912.0f;
+    const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // log(2) in two parts, the first of few bits
+    Floats series = r * (1.0f / 5040) + 1.0f / 720;
+    series = series * r + 1.0f / 120;
+    series = series * r + 1.0f / 24;
+    series = series * r + 1.0f / 6;
+    series = series * r + 0.5f;
+    series = series * r + 1.0f;
+    series = series * r + 1.0f;
+    const Bits power = ((Bits)shifted + 127) << 23;
+    return {given.x < -87.0f ? Floats{} : series * (Floats)power};
+}
+
+template <int W>
+CSAE_INLINE float largest_of(const Register<W>& r) {
+    if constexpr (W == 1) {
+        return r.x[0];
+    } else {
+        Register<W / 2> low, high;
+        std::memcpy(&low.x, &r.x, sizeof low.x);
+        std::memcpy(&high.x, reinterpret_cast<const char*>(&r.x) + sizeof low.x, sizeof high.x);
+        return largest_of<W / 2>({low.x > high.x ? low.x : high.x});
+    }
+}
+
+template <int W>
+CSAE_INLINE int64_t diagonal_columns(int64_t row) {
+    return round_up(row / row_group * row_group + row_group, W);
+}
+
+// R rows and V registers of columns of a product, summed in registers.
+template <int W, int R, int V>
+CSAE_INLINE void product_block(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row,
+                               float* c, int64_t c_row, int64_t p, bool add) {
+    Register<W> sum[R][V] = {};
+    if (add) {
+        for (int r = 0; r < R; ++r) {
+            for (int v = 0; v < V; ++v) sum[r][v] = load<W>(c + r * c_row + v * W);
+        }
+    }
+    for (int64_t i = 0; i < p; ++i, a += a_column, b += b_row) {
+        Register<W> row[V];
+        for (int v = 0; v < V; ++v) row[v] = load<W>(b + v * W);
+        for (int r = 0; r < R; ++r) {
+            const float factor = a[r * a_row];
+            for (int v = 0; v < V; ++v) sum[r][v].x += factor * row[v].x;
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        for (int v = 0; v < V; ++v) store<W>(c + r * c_row + v * W, sum[r][v]);
+    }
+}
+
+template <int W, int R>
+CSAE_INLINE void product(const Product& of) {
+    static_assert(row_group % R == 0, "a block of rows is within a group");
+    for (int64_t m = 0; m < of.m; m += R) {
+        const int64_t group = m / row_group * row_group;
+        const int64_t n = of.part == Part::columns_to_row ? diagonal_columns<W>(m) : of.n;
+        const int64_t from = of.part == Part::terms_from_row ? group : 0;
+        const int64_t to = of.part == Part::terms_to_row ? group + row_group : of.p;
+        const float* a = of.a + m * of.a_row + from * of.a_column;
+        const float* b = of.b + from * of.b_row;
+        float* c = of.c + m * of.c_row;
+        int64_t column = 0;
+        for (; column + 2 * W <= n; column += 2 * W) {
+            product_block<W, R, 2>(a, of.a_row, of.a_column, b + column, of.b_row, c + column, of.c_row, to - from,
+                                   of.add);
+        }
+        for (; column < n; column += W) {
+            product_block<W, R, 1>(a, of.a_row, of.a_column, b + column, of.b_row, c + column, of.c_row, to - from,
+                                   of.add);
+        }
+    }
+}
+
+#if defined(__FP_FAST_FMAF)
+constexpr bool always_fused = true;
+#else
+constexpr bool always_fused = false;
+#endif
+
+// Fused as the compiler fuses `product`; it wouldn't do it by itself in a sum of scalars that it vectorises.
+template <int W>
+CSAE_INLINE void dots(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t d, float* delta) {
+    constexpr bool fused = W > 4 || always_fused;
+    float sum[row_group] = {};
+    for (int64_t c = 0; c < d; ++c) {
+        for (int64_t r = 0; r < row_group; ++r) {
+            const float x = a[r * a_row + c], y = b[r * b_row + c];
+            sum[r] = fused ? __builtin_fmaf(x, y, sum[r]) : sum[r] + x * y;
+        }
+    }
+    for (int64_t r = 0; r < row_group; ++r) delta[r] = sum[r];
+}
+
+// All bits set where row r sees columns [c, c + W).
+template <int W>
+CSAE_INLINE void visible_columns(const Pairs& pairs, int64_t r, int64_t c, typename Register<W>::Ints& visible) {
+    typename Register<W>::Ints column, taking_part;
+    for (int l = 0; l < W; ++l) column[l] = l;
+    column += static_cast<int32_t>(c);
+    std::memcpy(&taking_part, pairs.taking_part + c, sizeof taking_part);
+    visible = (column >= pairs.first[r]) & (column < pairs.end[r]) & taking_part;
+}
+
+template <int W>
+CSAE_INLINE void weigh(const Pairs& pairs, float* scores, float* maximum, float* sum, float* out, int64_t width) {
+    const Register<W> hidden = broadcast<W>(-std::numeric_limits<float>::infinity());
+    for (int64_t r = 0; r < pairs.rows; ++r) {
+        const int64_t columns = pairs.diagonal ? diagonal_columns<W>(r) : tile_size;
+        float* row = scores + r * tile_size;
+        const float before = maximum[r];
+        Register<W> largest = broadcast<W>(before);
+        for (int64_t c = 0; c < columns; c += W) {
+            Register<W> score = {load<W>(row + c).x - pairs.slope * load<W>(pairs.logs - r + c).x};
+            if (!pairs.open) {
+                typename Register<W>::Ints visible;
+                visible_columns<W>(pairs, r, c, visible);
+                score.x = visible ? score.x : hidden.x;
+            }
+            store<W>(row + c, score);
+            largest.x = score.x > largest.x ? score.x : largest.x;
+        }
+        const float now = largest_of<W>(largest);
+        // Nothing seen and no null either: exp(-inf - 0) is the zero that exp(-inf + inf) would not be.
+        const float origin = now == hidden.x[0] ? 0.0f : now;
+        Register<W> total = load<W>(sum + r * W);
+        if (before != now) {
+            const float shrink = exp_of<W>(broadcast<W>(before - origin)).x[0];
+            total.x *= shrink;
+            float* to = out + r * width;
+            for (int64_t c = 0; c < width; c += W) store<W>(to + c, {load<W>(to + c).x * shrink});
+            maximum[r] = now;
+        }
+        for (int64_t c = 0; c < columns; c += W) {
+            const Register<W> weight = exp_of<W>({load<W>(row + c).x - origin});
+            store<W>(row + c, weight);
+            total.x += weight.x;
+        }
+        store<W>(sum + r * W, total);
+    }
+}
+
+template <int W>
+CSAE_INLINE float weigh_back(const Pairs& pairs, float* scores, float* d_weights, const float* lse,
+                             const float* delta) {
+    const Register<W> none = {};
+    Register<W> total = {};
+    for (int64_t r = 0; r < pairs.rows; ++r) {
+        const int64_t columns = pairs.diagonal ? diagonal_columns<W>(r) : tile_size;
+        float *row = scores + r * tile_size, *d_row = d_weights + r * tile_size;
+        for (int64_t c = 0; c < columns; c += W) {
+            const Register<W> log = load<W>(pairs.logs - r + c);
+            // In the order of `weigh`, to round as it did: of large scores a weight is their difference to lse.
+            const Register<W> score = {load<W>(row + c).x - pairs.slope * log.x};
+            Register<W> weight = exp_of<W>({score.x - lse[r]});
+            Register<W> d_score = {weight.x * (load<W>(d_row + c).x - delta[r])};
+            if (!pairs.open) {
+                typename Register<W>::Ints visible;
+                visible_columns<W>(pairs, r, c, visible);
+                weight.x = visible ? weight.x : none.x;
+                d_score.x = visible ? d_score.x : none.x;
+            }
+            store<W>(row + c, weight);
+            store<W>(d_row + c, d_score);
+            total.x += d_score.x * log.x;
+        }
+    }
+    float sum = 0;
+    for (int l = 0; l < W; ++l) sum += total.x[l];
+    return sum;
+}
+
+#define CSAE_ATTENTION_TILES(NAME, TARGET, W, R)                                                                    \
+    TARGET void product_##NAME(const Product& of) { product<W, R>(of); }                                            \
+    TARGET void weigh_##NAME(const Pairs& pairs, float* scores, float* maximum, float* sum, float* out,             \
+                             int64_t width) {                                                                       \
+        weigh<W>(pairs, scores, maximum, sum, out, width);                                                          \
+    }                                                                                                               \
+    TARGET void dots_##NAME(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t d, float* delta) {   \
+        dots<W>(a, a_row, b, b_row, d, delta);                                                                      \
+    }                                                                                                               \
+    TARGET float weigh_back_##NAME(const Pairs& pairs, float* scores, float* d_weights, const float* lse,           \
+                                   const float* delta) {                                                            \
+        return weigh_back<W>(pairs, scores, d_weights, lse, delta);                                                 \
+    }                                                                                                               \
+    constexpr AttentionTiles NAME = {W, product_##NAME, weigh_##NAME, dots_##NAME, weigh_back_##NAME};
+
+CSAE_ATTENTION_TILES(portable, , 4, 4)
+#if CSAE_X86
+CSAE_ATTENTION_TILES(avx2, CSAE_AVX2, 8, 4)
+CSAE_ATTENTION_TILES(avx512, CSAE_AVX512, 16, 8)
+#endif
+
+}  // namespace
+
+const AttentionTiles& attention_tiles() {
+#if CSAE_X86
+    if (current_isa() == Isa::avx512) return avx512;
+    if (current_isa() == Isa::avx2) return avx2;
+#endif
+    return portable;
+}
+
+}  // namespace csae
