@@ -6,6 +6,11 @@
 #include "register.h"
 
 namespace csae {
+namespace {
+
+constexpr int64_t rows_ahead = 12;
+
+}  // namespace
 
 Attention::Attention(const csae_attention& given)
     : q(given.q),
@@ -47,6 +52,10 @@ bool pack(const float* rows, int64_t stride, int64_t count, int64_t d, const uin
     float zero = 0;
     for (int64_t r = 0; r < tile_size; ++r, to += width) {
         int64_t c = 0;
+        // Rows are far apart, often each on a page of its own, which the hardware doesn't fetch ahead.
+        if (r + rows_ahead < count) {
+            for (int64_t i = 0; i < d; i += 16) __builtin_prefetch(rows + (r + rows_ahead) * stride + i);
+        }
         if (r < count && (mask == nullptr || mask[r] != 0)) {
             const float* row = rows + r * stride;
             for (; c + 4 <= d; c += 4) {
@@ -75,8 +84,8 @@ void TileOfKeys::set(const Attention& of, int64_t b, int64_t tile) {
     const int64_t count = of.count(tile);
     all = count == tile_size;
     for (int64_t j = 0; j < tile_size; ++j) {
-        taking_part[j] = j < count && (mask == nullptr || mask[j] != 0) ? -1 : 0;
-        all = all && taking_part[j] != 0;
+        out_of_mask[j] = j < count && (mask == nullptr || mask[j] != 0) ? 0.0f : -1.0f;
+        all = all && out_of_mask[j] == 0;
     }
 }
 
@@ -104,12 +113,12 @@ Pairs TileOfQueries::with(const Attention& of, int64_t h, int64_t key_tile, cons
     const int64_t key = key_tile * tile_size;
     const bool diagonal = key_tile == tile;
     for (int64_t r = 0; r < tile_size; ++r) {
-        first[r] = static_cast<int32_t>(std::max<int64_t>(0, std::min(start[r] - key, tile_size)));
-        end[r] = static_cast<int32_t>(diagonal ? r : tile_size);
+        first[r] = static_cast<float>(std::max<int64_t>(0, std::min(start[r] - key, tile_size)));
+        last[r] = static_cast<float>((diagonal ? r : tile_size) - 1);
     }
     const bool open = !diagonal && keys.all && latest_start <= key;
     const float* logs = of.logs.get() + (of.n_tiles - tile + key_tile) * tile_size;
-    return {logs, of.slope[h], rows, diagonal, open, first, end, keys.taking_part};
+    return {logs, of.slope[h], rows, diagonal, open, first, last, keys.out_of_mask};
 }
 
 void visible_product(const Pairs& pairs, const float* a, bool transposed, const float* b, float* c, int64_t width) {

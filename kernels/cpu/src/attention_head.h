@@ -44,7 +44,7 @@ void transpose(const float* from, int64_t width, int64_t d, float* to);
 
 // Which of 64 keys take part.
 struct TileOfKeys {
-    int32_t taking_part[tile_size];
+    float out_of_mask[tile_size];  // 0 or -1
     bool all;
     void set(const Attention& of, int64_t b, int64_t tile);
 };
@@ -55,7 +55,7 @@ struct TileOfQueries {
     int64_t start[tile_size];
     int64_t first_tile;   // no query sees a key before this tile
     int64_t latest_start;  // all queries see all earlier keys from here on
-    int32_t first[tile_size], end[tile_size];  // for the pairs that were made last
+    float first[tile_size], last[tile_size];  // for the pairs that were made last
 
     void set(const Attention& of, int64_t b, int64_t tile);
     Pairs with(const Attention& of, int64_t h, int64_t key_tile, const TileOfKeys& keys);

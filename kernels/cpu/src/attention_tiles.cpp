@@ -119,47 +119,63 @@ CSAE_INLINE void dots(const float* a, int64_t a_row, const float* b, int64_t b_r
     for (int64_t r = 0; r < row_group; ++r) delta[r] = sum[r];
 }
 
-// All bits set where row r sees columns [c, c + W).
+// x where row r sees columns [c, c + W), `hidden` elsewhere. Only one comparison makes the choice, of floats: GCC 12
+// takes a comparison of integers, and the `&` of any two, apart lane by lane.
 template <int W>
-CSAE_INLINE void visible_columns(const Pairs& pairs, int64_t r, int64_t c, typename Register<W>::Ints& visible) {
-    typename Register<W>::Ints column, taking_part;
-    for (int l = 0; l < W; ++l) column[l] = l;
-    column += static_cast<int32_t>(c);
-    std::memcpy(&taking_part, pairs.taking_part + c, sizeof taking_part);
-    visible = (column >= pairs.first[r]) & (column < pairs.end[r]) & taking_part;
+CSAE_INLINE void hide(const Pairs& pairs, int64_t r, int64_t c, const Register<W>& hidden, Register<W>& x) {
+    Register<W> column;
+    for (int l = 0; l < W; ++l) column.x[l] = static_cast<float>(l);
+    column.x += static_cast<float>(c);
+    // Each of the three is negative where the column is not seen.
+    const Register<W> since_first = {column.x - pairs.first[r]}, to_last = {pairs.last[r] - column.x};
+    const Register<W> within = {since_first.x < to_last.x ? since_first.x : to_last.x};
+    const Register<W> key = load<W>(pairs.out_of_mask + c);
+    const Register<W> seen = {within.x < key.x ? within.x : key.x};
+    x.x = seen.x >= Register<W>{}.x ? x.x : hidden.x;
 }
 
+// Replaces <q, k> by the scores, and gives the largest of each row and of `maximum`.
 template <int W>
-CSAE_INLINE void weigh(const Pairs& pairs, float* scores, float* maximum, float* sum, float* out, int64_t width) {
+CSAE_INLINE void make_scores(const Pairs& pairs, float* scores, const float* maximum, float* largest_of_row) {
     const Register<W> hidden = broadcast<W>(-std::numeric_limits<float>::infinity());
     for (int64_t r = 0; r < pairs.rows; ++r) {
         const int64_t columns = pairs.diagonal ? diagonal_columns<W>(r) : tile_size;
         float* row = scores + r * tile_size;
-        const float before = maximum[r];
-        Register<W> largest = broadcast<W>(before);
+        Register<W> largest = broadcast<W>(maximum[r]);
         for (int64_t c = 0; c < columns; c += W) {
             Register<W> score = {load<W>(row + c).x - pairs.slope * load<W>(pairs.logs - r + c).x};
-            if (!pairs.open) {
-                typename Register<W>::Ints visible;
-                visible_columns<W>(pairs, r, c, visible);
-                score.x = visible ? score.x : hidden.x;
-            }
+            if (!pairs.open) hide<W>(pairs, r, c, hidden, score);
             store<W>(row + c, score);
             largest.x = score.x > largest.x ? score.x : largest.x;
         }
-        const float now = largest_of<W>(largest);
+        largest_of_row[r] = largest_of<W>(largest);
+    }
+}
+
+template <int W>
+CSAE_INLINE void weigh(const Pairs& pairs, float* scores, float* maximum, float* sum, float* out, int64_t width) {
+    const Register<W> lowest = broadcast<W>(-std::numeric_limits<float>::infinity());
+    const Register<W> zero = {};
+    float now[tile_size] = {}, origin[tile_size], shrink[tile_size];
+    make_scores<W>(pairs, scores, maximum, now);
+    for (int64_t r = 0; r < pairs.rows; r += W) {
+        const Register<W> largest = load<W>(now + r), before = load<W>(maximum + r);
         // Nothing seen and no null either: exp(-inf - 0) is the zero that exp(-inf + inf) would not be.
-        const float origin = now == hidden.x[0] ? 0.0f : now;
-        Register<W> total = load<W>(sum + r * W);
-        if (before != now) {
-            const float shrink = exp_of<W>(broadcast<W>(before - origin)).x[0];
-            total.x *= shrink;
-            float* to = out + r * width;
-            for (int64_t c = 0; c < width; c += W) store<W>(to + c, {load<W>(to + c).x * shrink});
-            maximum[r] = now;
+        const Register<W> from = {largest.x == lowest.x ? zero.x : largest.x};
+        store<W>(origin + r, from);
+        // An infinite maximum that stays leaves 1, not exp(inf - inf).
+        store<W>(shrink + r, {before.x == largest.x ? broadcast<W>(1.0f).x : exp_of<W>({before.x - from.x}).x});
+        store<W>(maximum + r, largest);
+    }
+    for (int64_t r = 0; r < pairs.rows; ++r) {
+        const int64_t columns = pairs.diagonal ? diagonal_columns<W>(r) : tile_size;
+        float *row = scores + r * tile_size, *to = out + r * width;
+        Register<W> total = {load<W>(sum + r * W).x * shrink[r]};
+        if (shrink[r] != 1.0f) {
+            for (int64_t c = 0; c < width; c += W) store<W>(to + c, {load<W>(to + c).x * shrink[r]});
         }
         for (int64_t c = 0; c < columns; c += W) {
-            const Register<W> weight = exp_of<W>({load<W>(row + c).x - origin});
+            const Register<W> weight = exp_of<W>({load<W>(row + c).x - origin[r]});
             store<W>(row + c, weight);
             total.x += weight.x;
         }
@@ -182,10 +198,8 @@ CSAE_INLINE float weigh_back(const Pairs& pairs, float* scores, float* d_weights
             Register<W> weight = exp_of<W>({score.x - lse[r]});
             Register<W> d_score = {weight.x * (load<W>(d_row + c).x - delta[r])};
             if (!pairs.open) {
-                typename Register<W>::Ints visible;
-                visible_columns<W>(pairs, r, c, visible);
-                weight.x = visible ? weight.x : none.x;
-                d_score.x = visible ? d_score.x : none.x;
+                hide<W>(pairs, r, c, none, weight);
+                hide<W>(pairs, r, c, none, d_score);
             }
             store<W>(row + c, weight);
             store<W>(d_row + c, d_score);

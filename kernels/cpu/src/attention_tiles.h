@@ -36,17 +36,18 @@ struct Product {
 };
 
 // The pairs of a tile: `logs` [-r + c] is the log of the distance between row r and column c. Row r sees the columns
-// in [first[r], end[r]) whose `taking_part` is -1 and not 0; all columns where `open`.
+// from first[r] to last[r] whose `out_of_mask` is 0 and not -1; all columns where `open`.
 struct Pairs {
     const float* logs;
     float slope;
     int64_t rows;
     bool diagonal, open;
-    const int32_t *first, *end;  // [tile_size]
-    const int32_t* taking_part;  // [tile_size]
+    const float *first, *last;  // [tile_size]
+    const float* out_of_mask;   // [tile_size]
 
     bool visible(int64_t r, int64_t c) const {
-        return open || (c >= first[r] && c < end[r] && taking_part[c] != 0);
+        const auto column = static_cast<float>(c);
+        return open || (column >= first[r] && column <= last[r] && out_of_mask[c] == 0);
     }
 };
 

@@ -28,7 +28,7 @@ struct BackwardSpace {
     std::unique_ptr<float[]> key_columns;    // [n_tiles, d_head, 64]
     std::unique_ptr<float[]> value_columns;  // [n_tiles, d_value, 64]
     std::unique_ptr<bool[]> finite_keys;
-    std::unique_ptr<TileOfKeys[]> taking_part;
+    std::unique_ptr<TileOfKeys[]> in_mask;
     std::unique_ptr<float[]> d_k;   // [n_tiles, 64, head_width]
     std::unique_ptr<float[]> d_v;   // [n_tiles, 64, value_width]
     std::unique_ptr<float[]> q;     // [64, head_width], times scale
@@ -44,7 +44,7 @@ struct BackwardSpace {
           key_columns(new float[of.n_tiles * of.d_head * tile_size]),
           value_columns(new float[of.n_tiles * of.d_value * tile_size]),
           finite_keys(new bool[of.n_tiles]),
-          taking_part(new TileOfKeys[of.n_tiles]),
+          in_mask(new TileOfKeys[of.n_tiles]),
           d_k(new float[of.n_tiles * tile_size * of.head_width]),
           d_v(new float[of.n_tiles * tile_size * of.value_width]),
           q(new float[tile_size * of.head_width]),
@@ -56,7 +56,7 @@ struct BackwardSpace {
 void pack_keys(const Attention& of, int64_t b, int64_t h, int64_t tile, BackwardSpace& w) {
     const uint8_t* mask = of.mask_of(b, tile);
     const int64_t count = of.count(tile);
-    w.taking_part[tile].set(of, b, tile);
+    w.in_mask[tile].set(of, b, tile);
     float* keys = w.keys.get() + tile * tile_size * of.head_width;
     w.finite_keys[tile] =
         pack(of.rows(of.k, b, h, tile), of.k.stride_t, count, of.d_head, mask, 1.0f, keys, of.head_width);
@@ -110,7 +110,7 @@ void attend_back(const Attention& of, const Gradients& g, int64_t b, int64_t h, 
     }
 
     for (int64_t i = w.queries.first_tile; i <= tile; ++i) {
-        const Pairs pairs = w.queries.with(of, h, i, w.taking_part[i]);
+        const Pairs pairs = w.queries.with(of, h, i, w.in_mask[i]);
         const Part part = pairs.diagonal ? Part::columns_to_row : Part::all;
         const float* keys = w.keys.get() + i * tile_size * of.head_width;
         of.tiles.product({w.q.get(), of.head_width, 1, w.key_columns.get() + i * of.d_head * tile_size, tile_size,

@@ -17,7 +17,7 @@ struct ForwardSpace {
     std::unique_ptr<float[]> keys;    // [n_tiles, d_head, 64]
     std::unique_ptr<float[]> values;  // [n_tiles, 64, value_width]
     std::unique_ptr<bool[]> finite_values;
-    std::unique_ptr<TileOfKeys[]> taking_part;
+    std::unique_ptr<TileOfKeys[]> in_mask;
     std::unique_ptr<float[]> packed;  // [64, head_width]
     std::unique_ptr<float[]> out;     // [64, value_width]
     float scores[tile_size * tile_size];
@@ -28,7 +28,7 @@ struct ForwardSpace {
         : keys(new float[of.n_tiles * of.d_head * tile_size]),
           values(new float[of.n_tiles * tile_size * of.value_width]),
           finite_values(new bool[of.n_tiles]),
-          taking_part(new TileOfKeys[of.n_tiles]),
+          in_mask(new TileOfKeys[of.n_tiles]),
           packed(new float[tile_size * of.head_width]),
           out(new float[tile_size * of.value_width]) {}
 };
@@ -36,7 +36,7 @@ struct ForwardSpace {
 void pack_keys(const Attention& of, int64_t b, int64_t h, int64_t tile, ForwardSpace& w) {
     const uint8_t* mask = of.mask_of(b, tile);
     const int64_t count = of.count(tile);
-    w.taking_part[tile].set(of, b, tile);
+    w.in_mask[tile].set(of, b, tile);
     pack(of.rows(of.k, b, h, tile), of.k.stride_t, count, of.d_head, mask, 1.0f, w.packed.get(), of.head_width);
     transpose(w.packed.get(), of.head_width, of.d_head, w.keys.get() + tile * of.d_head * tile_size);
     w.finite_values[tile] = pack(of.rows(of.v, b, h, tile), of.v.stride_t, count, of.d_value, mask, 1.0f,
@@ -57,7 +57,7 @@ void attend(const Attention& of, int64_t b, int64_t h, int64_t tile, ForwardSpac
     for (int64_t r = 0; r < rows; ++r) w.sum[r * lanes] = null == -INFINITY ? 0.0f : one;
 
     for (int64_t i = w.queries.first_tile; i <= tile; ++i) {
-        const Pairs pairs = w.queries.with(of, h, i, w.taking_part[i]);
+        const Pairs pairs = w.queries.with(of, h, i, w.in_mask[i]);
         const float* values = w.values.get() + i * tile_size * of.value_width;
         of.tiles.product({w.packed.get(), of.head_width, 1, w.keys.get() + i * of.d_head * tile_size, tile_size,
                           w.scores, tile_size, rows, tile_size, of.d_head,

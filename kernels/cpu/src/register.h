@@ -12,7 +12,6 @@ namespace csae {
 template <int W>
 struct Register {
     typedef float Floats __attribute__((vector_size(W * sizeof(float))));
-    typedef int32_t Ints __attribute__((vector_size(W * sizeof(int32_t))));
     typedef uint32_t Bits __attribute__((vector_size(W * sizeof(uint32_t))));
     Floats x;
 };
