@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -52,7 +53,7 @@ class Losses(NamedTuple):
     """the code of the batch"""
 
 
-class SAE(nn.Module, PyTorchModelHubMixin):
+class SAE(nn.Module, PyTorchModelHubMixin, ABC):
     """Base of `TopKSAE` and `ContextualSAE`: W_enc, b_enc, W_dec, b_dec, and what is done with them.
 
     Activations are divided by `scale` on the way in and multiplied on the way out, so that the parameters
@@ -104,14 +105,13 @@ class SAE(nn.Module, PyTorchModelHubMixin):
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
 
-    # What a subclass adds: how a window is encoded, and what came from elsewhere in it.
-
+    @abstractmethod
     def forward(self, acts: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Output:
-        raise NotImplementedError
+        """Activations -> `Output`, in their units."""
 
+    @abstractmethod
     def _run(self, x: Tensor, mask: Tensor | None, documents: Tensor | None) -> tuple[Tensor, Code, Tensor]:
         """Normalised x [..., d_in] -> x_hat, code and c, in normalised units, as training runs it."""
-        raise NotImplementedError
 
     @property
     def config(self) -> dict[str, Any]:
