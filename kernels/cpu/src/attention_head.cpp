@@ -15,7 +15,7 @@ constexpr int64_t rows_ahead = 12;
 Attention::Attention(const csae_attention& given)
     : q(given.q),
       k(given.k),
-      v(given.v),
+      v(standing_if_null(given.v)),
       slope(given.slope),
       null(given.null),
       mask(given.mask),

@@ -31,6 +31,9 @@ struct Attention {
     const uint8_t* mask_of(int64_t b, int64_t tile) const { return mask ? mask + b * T + tile * tile_size : nullptr; }
 };
 
+// What has no columns may be null, which must not be stepped through, not even to stay unread.
+inline csae_heads standing_if_null(const csae_heads& heads) { return heads.x == nullptr ? csae_heads{} : heads; }
+
 bool good(const csae_attention& given);
 bool good(const csae_heads& heads, const csae_attention& of, int64_t d);
 

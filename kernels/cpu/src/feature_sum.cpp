@@ -72,7 +72,7 @@ void sum_features(const Pairs& pairs, const float* rows, int64_t rows_stride, in
     const int64_t* start = pairs.start.get();
     // Pieces of equal work: a row to add costs about as much as a row to write.
     const auto work_before = [=](int64_t f) { return start[f] + f; };
-    const int64_t n_pieces = std::min<int64_t>(d_sae, n_threads == 1 ? 1 : 16 * n_threads);
+    const int64_t n_pieces = std::min<int64_t>(d_sae, n_threads == 1 ? 1 : int64_t{16} * n_threads);
     const int64_t work = work_before(d_sae);
     const auto first_feature = [=](int64_t piece) {
         const int64_t wanted = work * piece / n_pieces;
@@ -117,6 +117,9 @@ int csae_feature_sum(const float* values, int64_t values_stride, const int64_t* 
         return csae_bad_argument;
     }
     if (n * d > 0 && rows == nullptr) return csae_bad_argument;
+    // What is empty may be null, which must not be stepped through, not even to stay unread.
+    if (k == 0) values_stride = indices_stride = 0;
+    if (d == 0) rows_stride = out_stride = 0;
     try {
         csae::Pairs pairs;
         pairs.start.reset(new int64_t[static_cast<size_t>(d_sae) + 1]);

@@ -17,9 +17,12 @@ int csae_gather_dot(const float* rows, int64_t rows_stride, const int64_t* indic
         return csae_bad_argument;
     }
     if (d_sae * d > 0 && table == nullptr) return csae_bad_argument;
+    // What is empty may be null, which must not be stepped through, not even to stay unread.
+    if (d == 0) rows_stride = table_stride = 0;
+    if (k == 0) indices_stride = out_stride = 0;
     const csae::RowSums& sums = csae::row_sums();
     std::atomic<bool> good{true};
-    const int64_t piece = std::max<int64_t>(1, std::min<int64_t>(16, n / (4 * n_threads)));
+    const int64_t piece = std::max<int64_t>(1, std::min<int64_t>(16, n / (int64_t{4} * n_threads)));
     csae::parallel_for(n, piece, n_threads, [&](int, int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t* ids = indices + i * indices_stride;

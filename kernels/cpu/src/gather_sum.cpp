@@ -17,9 +17,12 @@ int csae_gather_sum(const float* values, int64_t values_stride, const int64_t* i
         return csae_bad_argument;
     }
     if (d_sae * d > 0 && table == nullptr) return csae_bad_argument;
+    // What is empty may be null, which must not be stepped through, not even to stay unread.
+    if (k == 0) values_stride = indices_stride = 0;
+    if (d == 0) table_stride = out_stride = 0;
     const csae::RowSums& sums = csae::row_sums();
     std::atomic<bool> good{true};
-    const int64_t piece = std::max<int64_t>(1, std::min<int64_t>(16, n / (4 * n_threads)));
+    const int64_t piece = std::max<int64_t>(1, std::min<int64_t>(16, n / (int64_t{4} * n_threads)));
     csae::parallel_for(n, piece, n_threads, [&](int, int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             if (!csae::all_below(indices + i * indices_stride, k, d_sae)) good.store(false, std::memory_order_relaxed);

@@ -150,7 +150,7 @@ int csae_lookback_backward(const csae_attention* given, const csae_heads* grad_o
     if (given->d_value > 0 && d_v == nullptr) return csae_bad_argument;
     try {
         const csae::Attention of(*given);
-        const csae::Gradients g = {*grad_out, *out, lse, d_q, d_k, d_v};
+        const csae::Gradients g = {csae::standing_if_null(*grad_out), csae::standing_if_null(*out), lse, d_q, d_k, d_v};
         const std::unique_ptr<double[]> slopes(new double[static_cast<size_t>(n_heads)]());
         const std::unique_ptr<double[]> nulls(new double[static_cast<size_t>(n_heads)]());
         const int64_t n_spaces = std::min<int64_t>(n_threads, n_heads);

@@ -94,7 +94,7 @@ int csae_lookback_forward(const csae_attention* given, float* out, float* lse, i
     try {
         const csae::Attention of(*given);
         // The queries of one head go to several threads only where there are few heads: each makes its own keys.
-        const int64_t parts = std::min(of.n_tiles, (2 * n_threads - 1) / n_heads + 1);
+        const int64_t parts = std::min(of.n_tiles, (int64_t{2} * n_threads - 1) / n_heads + 1);
         const int64_t n_spaces = std::min<int64_t>(n_threads, n_heads * parts);
         std::unique_ptr<std::unique_ptr<csae::ForwardSpace>[]> spaces(
             new std::unique_ptr<csae::ForwardSpace>[static_cast<size_t>(n_spaces)]);
