@@ -1,0 +1,86 @@
+// Each function of the native CPU library must refuse what it can't work on: one argument at a time is made impossible.
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "csae_cpu.h"
+
+namespace {
+
+template <class T, class Call>
+void refused(const Call& call, std::vector<T*> arguments, T impossible, int line = __builtin_LINE()) {
+    if (call() != csae_ok) {
+        std::fprintf(stderr, "impossible_arguments.cpp:%d: the possible arguments were refused\n", line);
+        std::exit(1);
+    }
+    for (size_t i = 0; i < arguments.size(); ++i) {
+        const T possible = *arguments[i];
+        *arguments[i] = impossible;
+        if (call() != csae_bad_argument) {
+            std::fprintf(stderr, "impossible_arguments.cpp:%d: argument %zu of the list was not refused\n", line, i);
+            std::exit(1);
+        }
+        *arguments[i] = possible;
+    }
+}
+
+}  // namespace
+
+void impossible_arguments() {
+    const float zeros[8] = {}, *first = zeros, *second = zeros;
+    float results[7][8], *out = results[0], *lse = results[1], *d_q = results[2], *d_k = results[3];
+    float *d_v = results[4], *d_slope = results[5], *d_null = results[6];
+    int64_t ids[4] = {}, *indices = ids;
+    int64_t n = 2, k = 2, d_sae = 2, d = 2, first_stride = 2, indices_stride = 2, second_stride = 2, out_stride = 2;
+    int n_threads = 1;
+
+    const auto topk = [&] {
+        return csae_topk_rows(first, first_stride, n, d_sae, k, out, out_stride, indices, indices_stride, n_threads);
+    };
+    refused<int64_t>(topk, {&n, &k, &d_sae, &first_stride, &out_stride, &indices_stride}, -1);
+    refused<int64_t>(topk, {&k}, 0);
+    refused<int64_t>(topk, {&k}, 3);
+    refused<int64_t>(topk, {&d_sae}, int64_t{1} << 31);
+    refused<int64_t>(topk, {&out_stride, &indices_stride}, 1);
+    refused<const float*>(topk, {&first}, nullptr);
+    refused<float*>(topk, {&out}, nullptr);
+    refused<int64_t*>(topk, {&indices}, nullptr);
+    refused(topk, {&n_threads}, 0);
+
+    for (auto* call : {csae_gather_sum, csae_gather_dot, csae_feature_sum}) {
+        const auto sum = [&] {
+            return call(first, first_stride, indices, indices_stride, n, k, second, second_stride, d_sae, d, out,
+                        out_stride, n_threads);
+        };
+        refused<int64_t>(sum, {&n, &k, &d_sae, &d, &first_stride, &indices_stride, &second_stride, &out_stride}, -1);
+        refused<int64_t>(sum, {&out_stride}, 1);
+        refused<const float*>(sum, {&first, &second}, nullptr);
+        refused<float*>(sum, {&out}, nullptr);
+        refused<int64_t*>(sum, {&indices}, nullptr);
+        refused(sum, {&n_threads}, 0);
+    }
+
+    csae_heads x = {zeros, 2, 2, 2}, grad = x, attended = x;
+    csae_attention given = {x, x, x, zeros, zeros, nullptr, nullptr, 1, 2, 1, 2, 2};
+    const auto forward = [&] { return csae_lookback_forward(&given, out, lse, n_threads); };
+    const auto backward = [&] {
+        return csae_lookback_backward(&given, &grad, &attended, lse, d_q, d_k, d_v, d_slope, d_null, n_threads);
+    };
+    const auto both_refuse = [&](const auto& call) {
+        refused<int64_t>(call, {&given.B, &given.T, &given.H, &given.d_head, &given.d_value, &given.q.stride_b,
+                                &given.k.stride_t, &given.v.stride_h}, -1);
+        refused<int64_t>(call, {&given.d_head}, 0);
+        refused<const float*>(call, {&given.q.x, &given.k.x, &given.v.x, &given.slope, &given.null}, nullptr);
+        refused<float*>(call, {&lse}, nullptr);
+        refused(call, {&n_threads}, 0);
+    };
+    both_refuse(forward);
+    refused<float*>(forward, {&out}, nullptr);
+    both_refuse(backward);
+    refused<const float*>(backward, {&grad.x, &attended.x}, nullptr);
+    refused<int64_t>(backward, {&grad.stride_t, &attended.stride_b}, -1);
+    refused<float*>(backward, {&d_q, &d_k, &d_v, &d_slope, &d_null}, nullptr);
+    int isa = csae_isa();
+    refused([&] { return csae_use_isa(isa); }, {&isa}, -1);
+    refused([&] { return csae_use_isa(isa); }, {&isa}, 3);
+}
