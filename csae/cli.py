@@ -263,7 +263,8 @@ def main() -> None:
     try:
         cli(standalone_mode=False)
     except UserError as error:
-        sys.exit(_fail(f"csae: {error}"))
+        print(f"csae: {error}", file=sys.stderr)
+        sys.exit(2)
     except click.ClickException as error:
         error.show()
         sys.exit(2)
@@ -273,8 +274,3 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         print("\ncsae: interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def _fail(line: str) -> int:
-    print(line, file=sys.stderr)
-    return 2

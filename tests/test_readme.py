@@ -42,6 +42,13 @@ def test_make_targets_do_what_they_say(command):
     assert {"make demo": "csae demo", "make test": "pytest"}[command] in plan.stdout
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"`make ([a-z-]+)`", README))))
+def test_every_make_target_it_names_is_there(target):
+    plan = subprocess.run(["make", target, "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+    assert plan.returncode == 0, plan.stderr
+
+
 @pytest.mark.slow
 def test_commands_run_in_their_order(tiny_model_path, tmp_path):
     (tmp_path / "books").mkdir()

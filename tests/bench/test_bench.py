@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from bench import demo_figure
+
 LINUX_ONLY = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 
 
@@ -19,6 +21,19 @@ def run(*args):
 def test_ops_prints_a_ratio_for_each_case():
     out = run("bench.ops", "--n", "64", "--d-in", "8", "--d-sae", "64", "--k", "4", "--rounds", "1")
     assert out.count("x the product") == 7
+
+
+def test_the_figure_is_drawn_from_what_the_demo_left(tmp_path):
+    names = ("topk", "topk-wide", "contextual")
+    saes = [{"arch": name, "k": 4, "fvu": 0.2} for name in names]
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "results.json").write_text(json.dumps({"model": "tiny", "layer": 2, "saes": saes}))
+    for name in names:
+        (tmp_path / "demo" / "runs" / name).mkdir(parents=True)
+        lines = [json.dumps({"tokens": 100 * step, "fvu": 1 / (1 + step)}) for step in range(9)]
+        (tmp_path / "demo" / "runs" / name / "metrics.jsonl").write_text("\n".join(lines))
+    demo_figure.draw(tmp_path / "demo", tmp_path / "figures" / "demo.svg")
+    assert "<svg" in (tmp_path / "figures" / "demo.svg").read_text()
 
 
 @LINUX_ONLY
