@@ -13,6 +13,7 @@ A second run of the same demo finds the activations and the runs, and makes only
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -171,7 +172,12 @@ def wide_as(n_params: int, d_in: int) -> int:
 def _cached(source: ModelActivations, folder: Path, progress: Progress) -> ActivationSource:
     """The activations of `source` from shards in the folder, written first where they are not there."""
     if not (folder / ABOUT_FILE).is_file():
-        write_cache(source, folder, progress=progress)
+        if folder.exists():
+            raise UserError(f"{folder} is there, but holds no activations of a demo: give another --out, or delete it")
+        unfinished = folder.with_name(folder.name + ".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)  # a kill cut an earlier demo short
+        write_cache(source, unfinished, progress=progress)
+        unfinished.rename(folder)
         return ShardActivations(folder)
     cached = ShardActivations(folder)
     made_from, wanted = cached.describe(), json.loads(json.dumps(source.describe()))

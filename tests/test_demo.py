@@ -104,6 +104,21 @@ def test_bad_options_are_said_before_the_long_steps(
     assert not (options["out"] / "activations").exists()
 
 
+def test_activations_that_a_kill_cut_short_are_made_again(options: dict[str, Any]) -> None:
+    unfinished = options["out"] / "activations.unfinished"
+    unfinished.mkdir(parents=True)
+    (unfinished / "activations-00001-of-00009.safetensors").write_bytes(b"half")
+    run_demo(**options)
+    assert not unfinished.exists()
+    assert (options["out"] / "activations" / "activations.json").is_file()
+
+
+def test_a_folder_with_other_activations_is_refused(options: dict[str, Any]) -> None:
+    (options["out"] / "activations").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds no activations of a demo: give another --out, or delete it"):
+        run_demo(**options)
+
+
 @pytest.mark.parametrize("d_in", [16, 576])
 def test_wide_as(d_in: int) -> None:
     for n_params in (50_000, 50_001, 4_868_944):
