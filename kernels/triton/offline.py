@@ -1,57 +1,79 @@
 """Compile every kernel in every form that it can be launched in, without a GPU, and say what each costs.
 
-`variants` lists what the launchers launch; `compile_for` builds one for an architecture with the ptxas of
-triton's own wheel; `problems` says what is wrong with the result. Run as a module it prints a table:
+`variants` lists what the launchers launch; `compile_for` builds one for a GPU with what triton's own wheel carries;
+`problems` says what is wrong with the result; `report` makes kernels/RESOURCES.md of all results.
 
-    python -m csae.kernels.triton.offline [--arch 90] [words that must be in the variant's name]
+    python -m csae.kernels.triton.offline --write                  all of them, into RESOURCES.md (some minutes)
+    python -m csae.kernels.triton.offline [--target sm_90] WORDS   those with all these words in their name, listed
 
 Not under TRITON_INTERPRET=1: then triton makes no kernels to compile.
 """
 
 import argparse
+import importlib
+import math
+import multiprocessing
+import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import lookback_attention, sparse_decode, topk_encode
+from . import tuning
 from .variant import Variant
 
-# Compute capability -> bytes of shared memory that one program may have.
-SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
-TARGETS = (80, 90, 100)
-GATHERS = (
-    sparse_decode._gather_sum,
-    sparse_decode._gather_dot,
-    sparse_decode._feature_pieces,
-    sparse_decode._feature_sum,
-)
+RESOURCES = Path(__file__).parents[1] / "RESOURCES.md"
+# What a GPU is called: what triton calls it, and the bytes of shared memory that one program may have.
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
+}
 
 
 class Compiled(NamedTuple):
-    """What a variant became on one architecture."""
+    """What a variant became on one target. Instructions are counted as they stand in the code, not as they run."""
 
-    variant: Variant
-    arch: int
     registers: int  # a thread
-    spills: int  # bytes a thread that ptxas keeps in local memory
+    spills: int  # bytes a thread that did not fit the registers, or the stack
     shared: int  # bytes a program
-    ptx: str
-    sass: str
+    matrix: dict[str, int]  # instructions that multiply tiles, by name: wgmma, tcgen05, mma or mfma
+    wide_loads: int  # loads of 16 bytes a thread from global memory, straight to shared memory among them
+    other_loads: int  # narrower ones
+    shared_loads: int
+    local: int  # loads and stores of what was spilled
+
+
+def modules() -> dict[str, list[Variant]]:
+    """Every form in which a launcher launches a kernel, by the module that it is in."""
+    found = {}
+    for info in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        module = importlib.import_module(f".{info.name}", __package__)
+        if module.__name__ != f"{__package__}.offline" and hasattr(module, "variants"):
+            defaults = module.variants()
+            distinct = {str(variant): variant for variant in [*defaults, *tuning.tuned_variants(defaults)]}
+            found[info.name] = list(distinct.values())
+    return found
 
 
 def variants() -> list[Variant]:
-    """Every form in which a launcher launches a kernel."""
-    return [variant for module in (topk_encode, sparse_decode, lookback_attention) for variant in module.variants()]
+    """The same, of all modules."""
+    return [variant for of_module in modules().values() for variant in of_module]
 
 
-def compile_for(variant: Variant, arch: int) -> Compiled:
-    """Compile for compute capability arch / 10; the pointers are taken to be 16-byte aligned, as they always are."""
+def compile_for(variant: Variant, target: str) -> Compiled:
+    """Compile for one of TARGETS; the pointers are taken to be 16-byte aligned, as they always are."""
+    gpu, _ = TARGETS[target]
     signature = variant.signature()
     pointers = [position for position, type_ in enumerate(signature.values()) if type_.startswith("*")]
     source = ASTSource(
@@ -61,41 +83,14 @@ def compile_for(variant: Variant, arch: int) -> Compiled:
         attrs={(position,): [["tt.divisibility", 16]] for position in pointers},
     )
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    kernel = triton.compile(source, target=gpu, options=options)
+    if gpu.backend == "hip":
+        return _of_amdgcn(kernel.asm["amdgcn"], kernel.metadata.shared)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _run("nvdisasm", "--print-code", file.name)
-    found = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage))
-    return Compiled(
-        variant,
-        arch,
-        registers=int(found["REG"]),
-        spills=int(found["STACK"]) + int(found["LOCAL"]),
-        shared=kernel.metadata.shared,
-        ptx=kernel.asm["ptx"],
-        sass=sass,
-    )
-
-
-def problems(compiled: Compiled) -> list[str]:
-    """What keeps a compiled variant from being good enough to launch."""
-    found = []
-    if compiled.spills:
-        found.append(f"spills {compiled.spills} bytes a thread")
-    if compiled.shared > SHARED_MEMORY[compiled.arch]:
-        found.append(f"needs {compiled.shared} bytes of shared memory of {SHARED_MEMORY[compiled.arch]}")
-    constants = compiled.variant.constants
-    # Only wgmma reaches the full rate of Hopper's tensor cores.
-    to_tensor_cores = compiled.variant.kernel is topk_encode._pre_acts and constants["PRECISION"] != "ieee"
-    if compiled.arch == 90 and to_tensor_cores and "wgmma.mma_async" not in compiled.ptx:
-        found.append("multiplies without wgmma")
-    if compiled.variant.kernel in GATHERS and constants["UNIT"] > 1:
-        wide = len(re.findall(r"\bLDG\.E\.(?:[A-Z0-9]+\.)*128\b", compiled.sass))
-        if wide < constants["ROWS"]:
-            found.append(f"gathers {constants['ROWS']} rows with {wide} loads of 16 bytes")
-    return found
+        return _of_sass(_run("nvdisasm", "--print-code", file.name), usage, kernel.metadata.shared)
 
 
 def _run(tool: str, *arguments: str) -> str:
@@ -103,22 +98,167 @@ def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
 
 
+def _of_sass(sass: str, usage: str, shared: int) -> Compiled:
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    count = _counter(re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z0-9_.]+)", sass))
+    wide = count(r"LDG(STS)?\.(.*\.)?128(\..*)?")
+    return Compiled(
+        registers=int(found["REG"]),
+        spills=int(found["STACK"]) + int(found["LOCAL"]),
+        shared=shared,
+        matrix=_named(wgmma=count(r"[HIQ]GMMA.*"), tcgen05=count(r"UTC\w*MMA.*"), mma=count(r"[HI]MMA.*")),
+        wide_loads=wide,
+        other_loads=count(r"LDG(STS)?\..*") - wide,
+        shared_loads=count(r"LDSM?(\..*)?"),
+        local=count(r"(LDL|STL)(\..*)?"),
+    )
+
+
+def _of_amdgcn(assembly: str, shared: int) -> Compiled:
+    def metadata(name: str) -> int:
+        return int(re.findall(rf"\.{name}:\s*(\d+)", assembly)[0])
+
+    count = _counter(re.findall(r"^\s+([a-z]\w+)", assembly, flags=re.MULTILINE))
+    wide = count(r"(global|buffer)_load_dwordx4")
+    return Compiled(
+        # The accumulation registers are among vgpr_count. Scalars that spill go to lanes of vector registers.
+        registers=metadata("vgpr_count"),
+        spills=metadata("private_segment_fixed_size"),
+        shared=shared,
+        matrix=_named(mfma=count(r"v_mfma_.*")),
+        wide_loads=wide,
+        other_loads=count(r"(global|buffer)_load_.*") - wide,
+        shared_loads=count(r"ds_(read|load)\w*"),
+        local=count(r"scratch_(load|store)\w*"),
+    )
+
+
+def _counter(instructions: list[str]):
+    counts = Counter(instructions)
+    return lambda pattern: sum(number for name, number in counts.items() if re.fullmatch(pattern, name))
+
+
+def _named(**counts: int) -> dict[str, int]:
+    return {name: number for name, number in counts.items() if number}
+
+
+def problems(variant: Variant, target: str, compiled: Compiled) -> list[str]:
+    """What keeps a compiled variant from being good enough to launch."""
+    gpu, shared_limit = TARGETS[target]
+    found = []
+    if compiled.spills or compiled.local:
+        found.append(f"spills {compiled.spills} bytes a thread, {compiled.local} loads and stores")
+    if compiled.shared > shared_limit:
+        found.append(f"needs {compiled.shared} bytes of shared memory of {shared_limit}")
+    # Only wgmma reaches the full rate of Hopper's tensor cores. A kernel that multiplies tiles has a PRECISION.
+    to_tensor_cores = variant.constants.get("PRECISION", "ieee") != "ieee"
+    if target == "sm_90" and to_tensor_cores and "wgmma" not in compiled.matrix:
+        found.append("multiplies without wgmma")
+    # A kernel that gathers has tiles of ROWS rows, and its threads read a unit of them at once.
+    if "ROWS" in variant.constants and variant.constants["UNIT"] > 1:
+        tile, threads = variant.constants["ROWS"] * variant.constants["COLUMNS"], variant.num_warps * gpu.warp_size
+        needed = tile // (variant.constants["UNIT"] * threads)
+        if compiled.wide_loads < needed:
+            found.append(f"gathers with {compiled.wide_loads} loads of 16 bytes for {needed}")
+    return found
+
+
+def compile_all(chosen: Iterable[tuple[Variant, str]], processes: int = 2) -> Iterator[tuple[Variant, str, Compiled]]:
+    """Each of these variants for its target, in that order."""
+    chosen = list(chosen)
+    # A kernel can't be sent to another process, but its place in the list can.
+    places = {str(variant): place for place, variant in enumerate(variants())}
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        done = pool.map(_compile_listed, [(places[str(variant)], target) for variant, target in chosen])
+        for (variant, target), compiled in zip(chosen, done, strict=True):
+            yield variant, target, compiled
+
+
+def _compile_listed(chosen: tuple[int, str]) -> Compiled:
+    place, target = chosen
+    return compile_for(variants()[place], target)
+
+
+def report(compiled: dict[tuple[str, str], Compiled]) -> str:
+    """RESOURCES.md of what each variant became on each target, by the variant's name and the target's."""
+    lines = [_TOP.format(triton=triton.__version__)]
+    for module, of_module in modules().items():
+        lines.append(f"## {module}\n")
+        for kernel in dict.fromkeys(variant.kernel for variant in of_module):
+            of_kernel = [variant for variant in of_module if variant.kernel is kernel]
+            common = _common(of_kernel)
+            lines += [f"### `{kernel.__name__}`", f"\n{common}\n" if common else ""]
+            lines.append("| form | " + " | ".join(TARGETS) + " |\n|" + " --- |" * (len(TARGETS) + 1))
+            for variant in of_kernel:
+                cells = (_cell(compiled[str(variant), target]) for target in TARGETS)
+                lines.append(f"| {_form(variant, of_kernel)} | " + " | ".join(cells) + " |")
+            lines.append("")
+    return "\n".join(lines)
+
+
+_TOP = """# What the Triton kernels cost
+
+Made by `python -m csae.kernels.triton.offline --write` with triton {triton}; no GPU is needed. Every form in which a
+launcher launches a kernel is here, compiled for an A100 (sm_80), an H100 (sm_90), a B200 (sm_100) and an MI300
+(gfx942). A test fails on a spill, on more shared memory than the GPU has, on a product of tiles without wgmma on
+sm_90, and on a gather of rows without loads of 16 bytes.
+
+A cell: registers a thread / KiB of shared memory / matrix instructions / global loads of 16 bytes + narrower ones /
+loads from shared memory; then the bytes that are spilled, if any. Instructions are counted as they stand in the code,
+a loop's once for each time that it is unrolled. `w` is wgmma, `t` tcgen05, `m` mma or mfma.
+"""
+
+
+def _parts(variant: Variant) -> dict[str, str]:
+    """What tells the variants of a kernel apart."""
+    dtypes = dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in variant.tensors.values())
+    settings = {**variant.constants, "warps": variant.num_warps, "stages": variant.num_stages}
+    return {"types": " ".join(dtypes), **{name: f"{name}={value}" for name, value in settings.items()}}
+
+
+def _common(of_kernel: list[Variant]) -> str:
+    """What all variants of a kernel share."""
+    first, *others = map(_parts, of_kernel)
+    return ", ".join(text for name, text in first.items() if all(other[name] == text for other in others))
+
+
+def _form(variant: Variant, of_kernel: list[Variant]) -> str:
+    """What they don't share."""
+    all_parts = [_parts(other) for other in of_kernel]
+    return (
+        ", ".join(text for name, text in _parts(variant).items() if any(parts[name] != text for parts in all_parts))
+        or "the only one"
+    )
+
+
+def _cell(compiled: Compiled) -> str:
+    matrix = " ".join(f"{number}{name[0]}" for name, number in compiled.matrix.items()) or "0"
+    loads = f"{compiled.wide_loads}+{compiled.other_loads}"
+    cell = f"{compiled.registers} / {math.ceil(compiled.shared / 1024)} / {matrix} / {loads} / {compiled.shared_loads}"
+    return f"{cell}, **spills {compiled.spills}**" if compiled.spills else cell
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="compile the Triton kernels without a GPU")
-    parser.add_argument("--arch", type=int, nargs="*", choices=sorted(SHARED_MEMORY), default=list(TARGETS))
+    parser.add_argument("--target", nargs="*", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--write", action="store_true", help="all variants for all targets, into RESOURCES.md")
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("words", nargs="*", help="only variants with all of these in their name")
     arguments = parser.parse_args()
-    failures = 0
-    print("arch  registers  spills  shared  variant")
-    for variant in variants():
-        if not all(word in str(variant) for word in arguments.words):
-            continue
-        for arch in arguments.arch:
-            compiled = compile_for(variant, arch)
-            wrong = problems(compiled)
-            failures += bool(wrong)
-            numbers = f"{arch:4}  {compiled.registers:9}  {compiled.spills:6}  {compiled.shared:6}"
-            print(f"{numbers}  {variant}", *wrong, sep="  ", flush=True)
+    if arguments.write and (arguments.words or arguments.target != list(TARGETS)):
+        parser.error("--write: given a choice of variants or targets; needed all of them")
+    named = [variant for variant in variants() if all(word in str(variant) for word in arguments.words)]
+    chosen = [(variant, target) for variant in named for target in arguments.target]
+    found, failures = {}, 0
+    for variant, target, compiled in compile_all(chosen, arguments.processes):
+        found[str(variant), target] = compiled
+        wrong = problems(variant, target, compiled)
+        failures += bool(wrong)
+        if wrong or not arguments.write:
+            print(f"{target:7} {_cell(compiled):40} {variant}", *wrong, sep="  ", flush=True)
+    if arguments.write:
+        RESOURCES.write_text(report(found))
+    print(f"{len(chosen)} compiled, {failures} with problems")
     return 1 if failures else 0
 
 

@@ -3,56 +3,130 @@
 from __future__ import annotations
 
 import os
+import re
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from csae.kernels.triton.offline import Compiled
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels don't compile")
 
+TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 
-def assert_no_problems(arch: int, *words: str) -> None:
+
+@pytest.mark.parametrize(
+    ("kernel", "words", "target"),
+    [
+        ("_pre_acts", ["bfloat16", "UNIT=8"], "sm_90"),
+        ("_gather_sum", ["bfloat16 int64", "UNIT=8"], "sm_90"),
+        ("_feature_sum", ["float16", "UNIT=8"], "gfx942"),
+        ("_forward", ["bfloat16", "SIZE=64"], "sm_100"),
+    ],
+)
+def test_some_variants(kernel: str, words: list[str], target: str) -> None:
     from csae.kernels.triton import offline
 
-    chosen = [variant for variant in offline.variants() if all(word in str(variant) for word in words)]
+    chosen = [v for v in offline.variants() if all(word in str(v) for word in [f"{kernel}[", *words])]
     assert chosen
-    wrong = {str(variant): offline.problems(offline.compile_for(variant, arch)) for variant in chosen}
-    assert not {name: problems for name, problems in wrong.items() if problems}
+    for variant in chosen:
+        assert offline.problems(variant, target, offline.compile_for(variant, target)) == []
 
 
-@pytest.mark.parametrize("kernel", ["_pre_acts", "_gather_sum", "_feature_sum"])
-def test_widths_in_units_of_16_bytes_on_hopper(kernel: str) -> None:
-    assert_no_problems(90, f"{kernel}[", "bfloat16", "UNIT=8")
+@pytest.fixture(scope="module")
+def everything() -> dict[tuple[str, str], Compiled]:
+    """Every variant on every target, by their names."""
+    from csae.kernels.triton import offline
+
+    chosen = [(variant, target) for variant in offline.variants() for target in TARGETS]
+    return {(str(variant), target): compiled for variant, target, compiled in offline.compile_all(chosen)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("module", ["topk_encode", "sparse_decode", "lookback_attention"])
-def test_every_variant(module: str, arch: int) -> None:
-    from importlib import import_module
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_variant(everything: dict[tuple[str, str], Compiled], target: str) -> None:
+    from csae.kernels.triton import offline
 
-    kernels = {variant.kernel.__name__ for variant in import_module(f"csae.kernels.triton.{module}").variants()}
-    for kernel in sorted(kernels):
-        assert_no_problems(arch, f"{kernel}[")
+    wrong = {str(v): offline.problems(v, target, everything[str(v), target]) for v in offline.variants()}
+    assert not {name: problems for name, problems in wrong.items() if problems}
+
+
+@pytest.mark.slow
+def test_resources_are_what_is_written(everything: dict[tuple[str, str], Compiled]) -> None:
+    import triton
+
+    from csae.kernels.triton import offline
+
+    written = offline.RESOURCES.read_text()
+    if f"triton {triton.__version__};" not in written:
+        pytest.skip(f"RESOURCES.md was not made with triton {triton.__version__}")
+    assert written == offline.report(everything), "run `python -m csae.kernels.triton.offline --write`"
+
+
+def test_resources_list_every_variant() -> None:
+    from csae.kernels.triton import offline
+
+    nothing = offline.Compiled(0, 0, 0, {}, 0, 0, 0, 0)
+    names = [(str(variant), target) for variant in offline.variants() for target in TARGETS]
+
+    def without_numbers(text: str) -> list[str]:
+        tables = text[text.index("\n## ") :]
+        return [re.sub(r"(?<=.) \|.*", "", line) for line in tables.splitlines()]
+
+    written, wanted = offline.RESOURCES.read_text(), offline.report(dict.fromkeys(names, nothing))
+    assert without_numbers(written) == without_numbers(wanted), "run `python -m csae.kernels.triton.offline --write`"
 
 
 def test_every_kernel_is_listed() -> None:
-    from csae.kernels.triton import lookback_attention, offline, sparse_decode, topk_encode
+    from importlib import import_module
 
-    launched = {variant.kernel.__name__ for variant in offline.variants()}
-    for module in (lookback_attention, sparse_decode, topk_encode):
-        kernels = {name for name, thing in vars(module).items() if hasattr(thing, "do_not_specialize")}
-        entries = {name for name in kernels if vars(module)[name].do_not_specialize}
+    from csae.kernels.triton import offline
+
+    assert {"topk_encode", "sparse_decode", "lookback_attention"} <= set(offline.modules())
+    for name, listed in offline.modules().items():
+        module = import_module(f"csae.kernels.triton.{name}")
+        kernels = {name: thing for name, thing in vars(module).items() if hasattr(thing, "do_not_specialize")}
+        own = {name for name, kernel in kernels.items() if kernel.fn.__module__ == module.__name__}
+        entries = {name for name in own if kernels[name].do_not_specialize}
         assert entries
-        assert entries <= launched
+        assert entries <= {variant.kernel.__name__ for variant in listed}
 
 
 def test_problems_are_found() -> None:
     from csae.kernels.triton import offline
 
-    gather = next(v for v in offline.variants() if str(v).startswith("_gather_sum[float16") and "UNIT=8" in str(v))
-    product = next(v for v in offline.variants() if str(v).startswith("_pre_acts[float16"))
-    bad = offline.Compiled(gather, 90, registers=255, spills=8, shared=300_000, ptx="", sass="LDG.E.U16")
-    assert len(offline.problems(bad)) == 3
-    assert "wgmma" in "".join(offline.problems(bad._replace(variant=product)))
-    good = bad._replace(spills=0, shared=0, sass="LDG.E.128 LDG.E.128.CONSTANT " * 4)
-    assert offline.problems(good) == []
+    named = {str(variant): variant for variant in offline.variants()}
+    gather = next(v for name, v in named.items() if name.startswith("_gather_sum[float16") and "UNIT=8" in name)
+    product = next(v for name, v in named.items() if name.startswith("_pre_acts[float16"))
+    strict = next(v for name, v in named.items() if name.startswith("_pre_acts[") and "PRECISION=ieee" in name)
+    bad = offline.Compiled(
+        255, spills=8, shared=300_000, matrix={}, wide_loads=0, other_loads=9, shared_loads=0, local=2
+    )
+    assert len(offline.problems(gather, "sm_90", bad)) == 3
+    assert len(offline.problems(gather, "sm_90", bad._replace(shared=200_000))) == 2
+    assert len(offline.problems(gather, "sm_80", bad._replace(shared=200_000))) == 3
+    good = bad._replace(spills=0, local=0, shared=0)
+    assert offline.problems(product, "sm_90", good) == ["multiplies without wgmma"]
+    assert offline.problems(product, "sm_90", good._replace(matrix={"wgmma": 4})) == []
+    assert offline.problems(product, "sm_80", good) == []
+    assert offline.problems(strict, "sm_90", good) == []
+    # A warp of 64 threads reads two rows at once.
+    assert offline.problems(gather, "sm_90", good._replace(wide_loads=4)) != []
+    assert offline.problems(gather, "gfx942", good._replace(wide_loads=4)) == []
+
+
+def test_counts_instructions() -> None:
+    from csae.kernels.triton import offline
+
+    code = ["LDG.E.128.CONSTANT R4, desc", "@P0 LDGSTS.E.BYPASS.LTC128B.128 [R2]", "@!PT LDG.E.U16 R1", "LDS.128 R8"]
+    code += ["HGMMA.64x128x16.F32.BF16 R24", "STL [R1], R2", "@UP0 LDL R2", "LDSM.16.M88.4 R4", "LDGDEPBAR", "LDC R1"]
+    sass = "\n".join(f"        /*{16 * place:04x}*/                   {text} ;" for place, text in enumerate(code))
+    found = offline._of_sass(sass, "REG:40 STACK:16 SHARED:0 LOCAL:0", 1024)
+    assert found == offline.Compiled(40, 16, 1024, {"wgmma": 1}, 2, 1, 2, 2)
+    assembly = (
+        "\tglobal_load_dwordx4 v[0:3]\n\tbuffer_load_ushort v1\n\tds_read_b128 v[1:4]\n\tv_mfma_f32_32x32x8_bf16\n"
+    )
+    metadata = "    .private_segment_fixed_size: 12\n    .vgpr_count:     90\n"
+    assert offline._of_amdgcn(assembly + metadata, 64) == offline.Compiled(90, 12, 64, {"mfma": 1}, 1, 1, 1, 0)
