@@ -4,19 +4,23 @@ Ask `available()` first. Where it is False the functions raise RuntimeError, `wh
 functions in `csae.kernels.portable` do the work in PyTorch.
 """
 
+from .feature_rows import adam_rows, feature_sums, sort_pairs
 from .library import available, describe, warn_once, why_not
 from .lookback_attention import lookback_backward, lookback_forward
 from .sparse_sums import feature_sum, gather_dot, gather_sum
 from .topk_rows import topk_rows
 
 __all__ = [
+    "adam_rows",
     "available",
     "describe",
     "feature_sum",
+    "feature_sums",
     "gather_dot",
     "gather_sum",
     "lookback_backward",
     "lookback_forward",
+    "sort_pairs",
     "topk_rows",
     "warn_once",
     "why_not",

@@ -5,16 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .library import TYPES, native
 
-def check_strided(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
-    """`tensor` is a strided CPU tensor of this dtype and shape (None: any).
+# What the dtype may be where a function takes each of TYPES.
+STORED = tuple(TYPES)
+
+
+def check_strided(
+    name: str, tensor: Tensor, dtype: torch.dtype | tuple[torch.dtype, ...], shape: tuple[int | None, ...]
+) -> None:
+    """`tensor` is a strided CPU tensor of this dtype, or one of these, and of this shape (None: any).
 
     TypeError for what is no tensor and for a wrong dtype, ValueError for the rest.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: given {type(tensor).__name__}; needed a torch.Tensor")
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name}: given {tensor.dtype}; needed {dtype}")
+    dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name}: given {tensor.dtype}; needed {' or '.join(map(str, dtypes))}")
     if tensor.device.type != "cpu" or tensor.layout != torch.strided:
         raise ValueError(f"{name}: given a {tensor.layout} tensor on {tensor.device}; needed a strided one on the CPU")
     wanted = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
@@ -23,18 +31,42 @@ def check_strided(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[in
         raise ValueError(f"{name}: given shape {list(tensor.shape)}; needed {wanted}")
 
 
-def check_matrix(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, int | None]) -> None:
+def check_matrix(
+    name: str, tensor: Tensor, dtype: torch.dtype | tuple[torch.dtype, ...], shape: tuple[int | None, int | None]
+) -> None:
     """`tensor` is a CPU matrix of this dtype and shape (None: any) whose rows are contiguous; errors likewise."""
     check_strided(name, tensor, dtype, shape)
     if tensor.shape[1] > 1 and tensor.stride(1) != 1:
         raise ValueError(f"{name}: given strides {tensor.stride()}; needed a contiguous last dimension")
 
 
-def output_matrix(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
-    """`tensor` if it can be written to as a matrix of this dtype and shape, a new one if it is None."""
-    if tensor is None:
-        return torch.empty(shape, dtype=dtype)
+def check_output(
+    name: str, tensor: Tensor, dtype: torch.dtype | tuple[torch.dtype, ...], shape: tuple[int, int]
+) -> None:
+    """`tensor` can be written to as such a matrix: its rows don't overlap; errors likewise."""
     check_matrix(name, tensor, dtype, shape)
     if shape[0] > 1 and tensor.stride(0) < shape[1]:
         raise ValueError(f"{name}: given strides {tensor.stride()}; needed rows that don't overlap")
+
+
+def output_matrix(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
+    """`tensor` if it can be written to as a matrix of this dtype and shape, a new one if it is None."""
+    if tensor is None:
+        return fresh(shape, dtype)
+    check_output(name, tensor, dtype, shape)
     return tensor
+
+
+def fresh(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A new tensor for a result, nothing written yet."""
+    tensor = torch.empty(shape, dtype=dtype)
+    native().csae_use_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
+
+
+def check_count(name: str, count: int) -> None:
+    """`count` is an int of 0 or more."""
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"{name}: given {type(count).__name__}; needed int")
+    if count < 0:
+        raise ValueError(f"{name}: given {count}; needed 0 or more")

@@ -10,14 +10,17 @@ import ctypes
 import functools
 import logging
 import warnings
-from ctypes import POINTER, c_char_p, c_int, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int64, c_uint32, c_void_p
 from pathlib import Path
 
 import torch
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 PATH = Path(__file__).with_name("libcsae_cpu.so")
 ISAS = ("portable", "avx2", "avx512")
+
+# csae_type in src/csae_cpu.h
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 # csae_status in src/csae_cpu.h
 OUT_OF_MEMORY, BAD_INDEX = 2, 3
@@ -44,10 +47,57 @@ class Attention(ctypes.Structure):
     )
 
 
-# Two matrices [n, *] and [n, k] with k, a third with its two sizes, the result, threads.
-_SPARSE_SUM = [
+class SortedPairs(ctypes.Structure):
+    """csae_pairs in src/csae_cpu.h"""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("order", "tokens", "ends")),
+        *((name, c_int64) for name in ("n_pairs", "d_sae")),
+    )
+
+
+class Gradient(ctypes.Structure):
+    """csae_gradient in src/csae_cpu.h"""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("weights", "rows")),
+        *((name, c_int64) for name in ("rows_stride", "n", "d")),
+        ("type", c_int),
+    )
+
+
+class DenseGradient(ctypes.Structure):
+    """csae_dense_gradient in src/csae_cpu.h"""
+
+    _fields_ = (("gradient", Gradient), ("out", c_void_p), ("out_stride", c_int64))
+
+
+class AdamTable(ctypes.Structure):
+    """csae_table in src/csae_cpu.h"""
+
+    _fields_ = (
+        ("gradient", Gradient),
+        *((name, c_void_p) for name in ("param", "exp_avg", "exp_avg_sq")),
+        *((name, c_int64) for name in ("param_stride", "exp_avg_stride", "exp_avg_sq_stride")),
+        *((name, c_int) for name in ("moments_type", "unit_rows")),
+    )
+
+
+class AdamStep(ctypes.Structure):
+    """csae_adam in src/csae_cpu.h"""
+
+    _fields_ = (
+        *((name, c_float) for name in ("step_size", "correction", "eps")),
+        *((name, c_float) for name in ("one_minus_beta1", "beta2", "one_minus_beta2")),
+        ("seed", c_uint32),
+        ("lazy", c_int),
+    )
+
+
+# Two matrices [n, *] and [n, k] with k, a third with its two sizes and its type, the result, threads.
+_GATHER = [
     *(c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64),
-    *(c_void_p, c_int64, c_int64, c_int64),
+    *(c_void_p, c_int64, c_int64, c_int64, c_int),
     *(c_void_p, c_int64, c_int),
 ]
 
@@ -60,9 +110,12 @@ _SIGNATURES = {
         c_int,
         [c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int],
     ),
-    "csae_gather_sum": (c_int, _SPARSE_SUM),
-    "csae_gather_dot": (c_int, _SPARSE_SUM),
-    "csae_feature_sum": (c_int, _SPARSE_SUM),
+    "csae_use_huge_pages": (None, [c_void_p, c_int64]),
+    "csae_gather_sum": (c_int, _GATHER),
+    "csae_gather_dot": (c_int, _GATHER),
+    "csae_sort_pairs": (c_int, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int]),
+    "csae_feature_sums": (c_int, [POINTER(SortedPairs), POINTER(DenseGradient), c_int, c_int]),
+    "csae_adam_rows": (c_int, [POINTER(SortedPairs), POINTER(AdamTable), c_int, POINTER(AdamStep), c_int]),
     "csae_lookback_forward": (c_int, [POINTER(Attention), c_void_p, c_void_p, c_int]),
     "csae_lookback_backward": (
         c_int,

@@ -11,9 +11,9 @@ from torch import Tensor
 from .. import cpu
 
 
-def on_native(tensor: Tensor) -> bool:
-    """Whether the native library works on tensors like this one."""
-    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and cpu.available()
+def on_native(tensor: Tensor, *dtypes: torch.dtype) -> bool:
+    """Whether the native library works on tensors like this one: of these dtypes, or else float32."""
+    return tensor.device.type == "cpu" and tensor.dtype in (dtypes or (torch.float32,)) and cpu.available()
 
 
 def with_rows(tensor: Tensor) -> Tensor:

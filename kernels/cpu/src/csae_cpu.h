@@ -30,6 +30,9 @@ CSAE_EXPORT void csae_use_openmp(void* gomp_parallel);
 // The file of that runtime, or null.
 CSAE_EXPORT const char* csae_openmp_file();
 
+// Ask the system for huge pages in fresh memory that a result is to go to. Only whole pages within it are touched.
+CSAE_EXPORT void csae_use_huge_pages(void* memory, int64_t bytes);
+
 // The k largest of each row of pre_acts [n, d_sae], relu'd: values [n, k], indices [n, k].
 // Largest first, equal ones (-0.0 and 0.0 are equal) by lower index first, selected before the relu. A row with a
 // NaN gives k NaN at indices 0..k-1. Needs 1 <= k <= d_sae < 2^31.
@@ -37,21 +40,75 @@ CSAE_EXPORT int csae_topk_rows(const float* pre_acts, int64_t pre_acts_stride, i
                                float* values, int64_t values_stride, int64_t* indices, int64_t indices_stride,
                                int n_threads);
 
-// out [n, d]: out_i = sum over j of values_ij * table[indices_ij]. values, indices [n, k], table [d_sae, d].
+// What a table or its moments hold.
+enum csae_type : int { csae_float32 = 0, csae_bfloat16 = 1 };
+
+// out [n, d]: out_i = sum over j of values_ij * table[indices_ij], of table's type, summed in float32.
+// values, indices [n, k], table [d_sae, d].
 CSAE_EXPORT int csae_gather_sum(const float* values, int64_t values_stride, const int64_t* indices,
-                                int64_t indices_stride, int64_t n, int64_t k, const float* table, int64_t table_stride,
-                                int64_t d_sae, int64_t d, float* out, int64_t out_stride, int n_threads);
+                                int64_t indices_stride, int64_t n, int64_t k, const void* table, int64_t table_stride,
+                                int64_t d_sae, int64_t d, int type, void* out, int64_t out_stride, int n_threads);
 
-// out [n, k]: out_ij = <rows_i, table[indices_ij]>. rows [n, d], indices [n, k], table [d_sae, d].
+// out [n, k]: out_ij = <rows_i, table[indices_ij]>. rows [n, d], indices [n, k], table [d_sae, d] of that type.
 CSAE_EXPORT int csae_gather_dot(const float* rows, int64_t rows_stride, const int64_t* indices, int64_t indices_stride,
-                                int64_t n, int64_t k, const float* table, int64_t table_stride, int64_t d_sae,
-                                int64_t d, float* out, int64_t out_stride, int n_threads);
+                                int64_t n, int64_t k, const void* table, int64_t table_stride, int64_t d_sae,
+                                int64_t d, int type, float* out, int64_t out_stride, int n_threads);
 
-// out [d_sae, d]: out_f = sum over the pairs (i, j) with indices_ij = f of values_ij * rows_i, added in the order of
-// (i, j); zero where there is no such pair. values, indices [n, k], rows [n, d].
-CSAE_EXPORT int csae_feature_sum(const float* values, int64_t values_stride, const int64_t* indices,
-                                 int64_t indices_stride, int64_t n, int64_t k, const float* rows, int64_t rows_stride,
-                                 int64_t d_sae, int64_t d, float* out, int64_t out_stride, int n_threads);
+// Pairs (feature, token) sorted by feature, contiguous: order [n_pairs], the pair at each place as it was given;
+// tokens [n_pairs], its token; ends [d_sae + 1], with the pairs of feature f at ends[f] to ends[f + 1] - 1. What
+// comes after ends[d_sae] belongs to no feature.
+struct csae_pairs {
+    const int64_t *order, *tokens, *ends;
+    int64_t n_pairs, d_sae;
+};
+
+// Sorts features, tokens [n_pairs]; pairs of one feature stay in order. A feature outside of [0, d_sae) is inactive:
+// such pairs come last.
+CSAE_EXPORT int csae_sort_pairs(const int64_t* features, const int64_t* tokens, int64_t n_pairs, int64_t d_sae,
+                                int64_t* order, int64_t* sorted_tokens, int64_t* ends, int n_threads);
+
+// The gradient [d_sae, d] of a table: for each feature the sum over its pairs p of weights_p * rows[token of p], in
+// float32. weights [n_pairs], in the order before sorting; rows [n, d] of that type. In each run 1024 pairs at a time
+// are added in order, then these sums in order.
+struct csae_gradient {
+    const float* weights;
+    const void* rows;
+    int64_t rows_stride, n, d;
+    int type;
+};
+
+// out [d_sae, d], of the type of the gradient's rows; zero for a feature without a pair.
+struct csae_dense_gradient {
+    csae_gradient gradient;
+    void* out;
+    int64_t out_stride;
+};
+
+// csae_bad_index where an order or a token is out of range, or ends do not ascend from 0 to at most n_pairs.
+CSAE_EXPORT int csae_feature_sums(const csae_pairs* pairs, const csae_dense_gradient* tables, int n_tables,
+                                  int n_threads);
+
+// A table [d_sae, d] and its moments, of moments_type, to be updated in place. unit_rows: the rows of param have norm
+// 1; the gradient's part along a row is taken out, and the row is normalised after.
+struct csae_table {
+    csae_gradient gradient;
+    float* param;
+    void *exp_avg, *exp_avg_sq;
+    int64_t param_stride, exp_avg_stride, exp_avg_sq_stride;
+    int moments_type, unit_rows;
+};
+
+// One step of Adam. step_size is lr / (1 - beta1^t), correction 1 / sqrt(1 - beta2^t); seed is for the rounding of
+// bfloat16 moments (see adam_row.cpp); lazy: rows without a pair are left as they are.
+struct csae_adam {
+    float step_size, correction, eps, one_minus_beta1, beta2, one_minus_beta2;
+    uint32_t seed;
+    int lazy;
+};
+
+// csae_bad_index likewise; then nothing was updated.
+CSAE_EXPORT int csae_adam_rows(const csae_pairs* pairs, const csae_table* tables, int n_tables, const csae_adam* step,
+                               int n_threads);
 
 // A tensor [B, T, H, d] with its strides, in elements; its last dimension is contiguous.
 struct csae_heads {

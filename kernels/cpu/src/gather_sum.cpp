@@ -6,9 +6,37 @@
 #include "parallel.h"
 #include "row_sums.h"
 
+namespace csae {
+namespace {
+
+// False where an index is outside of [0, d_sae).
+template <class T>
+bool gather_sum(const float* values, int64_t values_stride, const int64_t* indices, int64_t indices_stride, int64_t n,
+                int64_t k, const T* table, int64_t table_stride, int64_t d_sae, int64_t d, T* out, int64_t out_stride,
+                int n_threads) {
+    const RowSums<T>& sums = row_sums<T>();
+    std::atomic<bool> good{true};
+    const int64_t piece = std::max<int64_t>(1, std::min<int64_t>(16, n / (int64_t{4} * n_threads)));
+    parallel_for(n, piece, n_threads, [&](int, int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            if (!all_below(indices + i * indices_stride, k, d_sae)) good.store(false, std::memory_order_relaxed);
+        }
+        if (!good.load(std::memory_order_relaxed)) return;
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t* ids = indices + i * indices_stride;
+            sums.rounded_weighted_sum(table, table_stride, d, ids, values + i * values_stride, k, ids + indices_stride,
+                                      i + 1 < end ? k : 0, out + i * out_stride);
+        }
+    });
+    return good;
+}
+
+}  // namespace
+}  // namespace csae
+
 int csae_gather_sum(const float* values, int64_t values_stride, const int64_t* indices, int64_t indices_stride,
-                    int64_t n, int64_t k, const float* table, int64_t table_stride, int64_t d_sae, int64_t d,
-                    float* out, int64_t out_stride, int n_threads) {
+                    int64_t n, int64_t k, const void* table, int64_t table_stride, int64_t d_sae, int64_t d, int type,
+                    void* out, int64_t out_stride, int n_threads) {
     if (n < 0 || k < 0 || d_sae < 0 || d < 0 || n_threads < 1) return csae_bad_argument;
     if (values_stride < 0 || indices_stride < 0 || table_stride < 0 || (n > 1 && out_stride < d)) {
         return csae_bad_argument;
@@ -17,22 +45,16 @@ int csae_gather_sum(const float* values, int64_t values_stride, const int64_t* i
         return csae_bad_argument;
     }
     if (d_sae * d > 0 && table == nullptr) return csae_bad_argument;
+    if (type != csae_float32 && type != csae_bfloat16) return csae_bad_argument;
     // What is empty may be null, which must not be stepped through, not even to stay unread.
     if (k == 0) values_stride = indices_stride = 0;
     if (d == 0) table_stride = out_stride = 0;
-    const csae::RowSums& sums = csae::row_sums();
-    std::atomic<bool> good{true};
-    const int64_t piece = std::max<int64_t>(1, std::min<int64_t>(16, n / (int64_t{4} * n_threads)));
-    csae::parallel_for(n, piece, n_threads, [&](int, int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            if (!csae::all_below(indices + i * indices_stride, k, d_sae)) good.store(false, std::memory_order_relaxed);
-        }
-        if (!good.load(std::memory_order_relaxed)) return;
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t* ids = indices + i * indices_stride;
-            sums.weighted_sum(table, table_stride, d, ids, values + i * values_stride, k, ids + indices_stride,
-                              i + 1 < end ? k : 0, out + i * out_stride);
-        }
-    });
+    const auto run = [&](auto* typed_table, auto* typed_out) {
+        return csae::gather_sum(values, values_stride, indices, indices_stride, n, k, typed_table, table_stride, d_sae,
+                                d, typed_out, out_stride, n_threads);
+    };
+    const bool good = type == csae_float32
+                          ? run(static_cast<const float*>(table), static_cast<float*>(out))
+                          : run(static_cast<const csae::BFloat16*>(table), static_cast<csae::BFloat16*>(out));
     return good ? csae_ok : csae_bad_index;
 }

@@ -1,5 +1,5 @@
 // One vector register of W floats. GCC and clang turn its arithmetic into the instructions of the function that it is
-// inlined into.
+// inlined into. In memory they may be bfloat16.
 #pragma once
 
 #include <cstdint>
@@ -9,11 +9,24 @@
 
 namespace csae {
 
+// The upper half of a float.
+struct BFloat16 {
+    uint16_t bits;
+};
+
 template <int W>
 struct Register {
     typedef float Floats __attribute__((vector_size(W * sizeof(float))));
     typedef uint32_t Bits __attribute__((vector_size(W * sizeof(uint32_t))));
     Floats x;
+};
+
+// The same register as integers.
+template <int W>
+struct Integers {
+    typedef uint32_t Bits __attribute__((vector_size(W * sizeof(uint32_t))));
+    typedef uint16_t Halves __attribute__((vector_size(W * sizeof(uint16_t))));
+    Bits x;
 };
 
 template <int W>
@@ -26,6 +39,44 @@ CSAE_INLINE Register<W> load(const float* p) {
 template <int W>
 CSAE_INLINE void store(float* p, const Register<W>& r) {
     std::memcpy(p, &r.x, sizeof r.x);
+}
+
+template <int W>
+CSAE_INLINE Integers<W> bits_of(const Register<W>& r) {
+    Integers<W> bits;
+    std::memcpy(&bits.x, &r.x, sizeof bits.x);
+    return bits;
+}
+
+template <int W>
+CSAE_INLINE Register<W> from_bits(const Integers<W>& bits) {
+    Register<W> r;
+    std::memcpy(&r.x, &bits.x, sizeof r.x);
+    return r;
+}
+
+template <int W>
+CSAE_INLINE Register<W> load(const BFloat16* p) {
+    typename Integers<W>::Halves halves;
+    std::memcpy(&halves, p, sizeof halves);
+    return from_bits(Integers<W>{__builtin_convertvector(halves, typename Integers<W>::Bits) << 16});
+}
+
+// As bfloat16: `below` is added below the bits that stay, and carries into them. A NaN stays one.
+template <int W>
+CSAE_INLINE void store_rounded(BFloat16* p, const Register<W>& r, const Integers<W>& below) {
+    using Bits = typename Integers<W>::Bits;
+    const Bits bits = bits_of(r).x;
+    const Bits nan = (Bits)((bits & 0x7FFFFFFFu) > 0x7F800000u);
+    const Bits rounded = (((bits + below.x) >> 16) & ~nan) | (0x7FC0u & nan);
+    const auto halves = __builtin_convertvector(rounded, typename Integers<W>::Halves);
+    std::memcpy(p, &halves, sizeof halves);
+}
+
+// To the nearest, of two equally near ones to the even.
+template <int W>
+CSAE_INLINE void store(BFloat16* p, const Register<W>& r) {
+    store_rounded(p, r, Integers<W>{0x7FFFu + ((bits_of(r).x >> 16) & 1u)});
 }
 
 }  // namespace csae

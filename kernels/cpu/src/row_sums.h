@@ -1,22 +1,30 @@
-// Sums over chosen rows of a table, in each instruction set.
+// Sums over chosen rows of a table, in each instruction set. T, the table's type, is float or BFloat16; sums are float.
 #pragma once
 
 #include <cstdint>
 
+#include "register.h"
+
 namespace csae {
 
+template <class T>
 struct RowSums {
     // out [d] = sum over j < count of weights[j] * table[ids[j]], added in the order of j.
     // next_ids [next_count]: the rows that the next call needs; their beginnings are fetched meanwhile.
-    void (*weighted_sum)(const float* table, int64_t stride, int64_t d, const int64_t* ids, const float* weights,
+    void (*weighted_sum)(const T* table, int64_t stride, int64_t d, const int64_t* ids, const float* weights,
                          int64_t count, const int64_t* next_ids, int64_t next_count, float* out);
 
+    // The same, rounded to the table's type.
+    void (*rounded_weighted_sum)(const T* table, int64_t stride, int64_t d, const int64_t* ids, const float* weights,
+                                 int64_t count, const int64_t* next_ids, int64_t next_count, T* out);
+
     // out[j] = <row, table[ids[j]]> for j < count.
-    void (*dots)(const float* table, int64_t stride, int64_t d, const int64_t* ids, int64_t count, const float* row,
+    void (*dots)(const T* table, int64_t stride, int64_t d, const int64_t* ids, int64_t count, const float* row,
                  float* out);
 };
 
-const RowSums& row_sums();
+template <class T>
+const RowSums<T>& row_sums();
 
 // Whether all of ids [count] lie in [0, n).
 inline bool all_below(const int64_t* ids, int64_t count, int64_t n) {

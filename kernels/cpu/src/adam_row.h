@@ -1,0 +1,19 @@
+// Adam on one row, in each instruction set. M, the moments' type, is float or BFloat16.
+#pragma once
+
+#include <cstdint>
+
+#include "csae_cpu.h"
+#include "register.h"
+
+namespace csae {
+
+// Updates param, exp_avg, exp_avg_sq [d] by gradient [d]. place: of the row's first element in its table, modulo 2^32.
+template <class M>
+using AdamRow = void (*)(const csae_adam& step, float* param, M* exp_avg, M* exp_avg_sq, const float* gradient,
+                         int64_t d, uint32_t place, bool unit_row);
+
+template <class M>
+AdamRow<M> adam_row();
+
+}  // namespace csae

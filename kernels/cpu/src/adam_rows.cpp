@@ -1,0 +1,55 @@
+// Adam on tables whose gradients are given in factors: a row's gradient is summed where it is used, so that parameters
+// and moments pass through memory once, and no dense gradient does.
+#include "adam_row.h"
+#include "csae_cpu.h"
+#include "feature_gradients.h"
+
+namespace csae {
+namespace {
+
+bool good(const csae_table& table, int64_t d_sae) {
+    if (table.moments_type != csae_float32 && table.moments_type != csae_bfloat16) return false;
+    const int64_t d = table.gradient.d;
+    if (d_sae > 1 && (table.param_stride < d || table.exp_avg_stride < d || table.exp_avg_sq_stride < d)) return false;
+    return d_sae * d <= 0 || (table.param != nullptr && table.exp_avg != nullptr && table.exp_avg_sq != nullptr);
+}
+
+template <class M>
+void update(const csae_adam& step, const csae_table& table, int64_t feature, const float* gradient) {
+    const int64_t d = table.gradient.d;
+    adam_row<M>()(step, table.param + feature * table.param_stride,
+                  static_cast<M*>(table.exp_avg) + feature * table.exp_avg_stride,
+                  static_cast<M*>(table.exp_avg_sq) + feature * table.exp_avg_sq_stride, gradient, d,
+                  static_cast<uint32_t>(feature) * static_cast<uint32_t>(d), table.unit_rows != 0);
+}
+
+}  // namespace
+}  // namespace csae
+
+int csae_adam_rows(const csae_pairs* pairs, const csae_table* tables, int n_tables, const csae_adam* step,
+                   int n_threads) {
+    if (pairs == nullptr || step == nullptr || n_tables < 0 || (n_tables > 0 && tables == nullptr)) {
+        return csae_bad_argument;
+    }
+    for (int i = 0; i < n_tables; ++i) {
+        if (!csae::good(tables[i], pairs->d_sae)) return csae_bad_argument;
+    }
+    try {
+        std::vector<csae_gradient> gradients;
+        for (int i = 0; i < n_tables; ++i) gradients.push_back(tables[i].gradient);
+        csae::FeatureGradients rows(*pairs, std::move(gradients), n_threads);
+        if (rows.status() != csae_ok) return rows.status();
+        rows.for_each(step->lazy != 0, [&](size_t i, int64_t feature, const float* gradient) {
+            const csae_table& table = tables[i];
+            if (table.gradient.d == 0) return;
+            if (table.moments_type == csae_float32) {
+                csae::update<float>(*step, table, feature, gradient);
+            } else {
+                csae::update<csae::BFloat16>(*step, table, feature, gradient);
+            }
+        });
+    } catch (const std::bad_alloc&) {
+        return csae_out_of_memory;
+    }
+    return csae_ok;
+}

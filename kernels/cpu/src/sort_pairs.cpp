@@ -1,0 +1,65 @@
+// Pairs (feature, token) sorted by feature, by counting.
+#include <algorithm>
+#include <memory>
+#include <new>
+
+#include "csae_cpu.h"
+#include "parallel.h"
+
+namespace csae {
+namespace {
+
+// A part of the pairs is counted and placed by one thread; each part has a counter for every feature.
+constexpr int64_t max_parts = 8;
+constexpr int64_t pairs_of_part = 16384;
+
+void sort_pairs(const int64_t* features, const int64_t* tokens, int64_t n_pairs, int64_t d_sae, int64_t* order,
+                int64_t* sorted_tokens, int64_t* ends, int n_threads) {
+    // Counters that outnumber the pairs cost more than they save.
+    const int64_t n_parts = std::max<int64_t>(
+        1, std::min({max_parts, int64_t{n_threads}, n_pairs / pairs_of_part, 4 * n_pairs / (d_sae + 1)}));
+    const int64_t n_keys = d_sae + 1;  // the last one is of what is inactive
+    const auto first_pair = [=](int64_t part) { return n_pairs * part / n_parts; };
+    const auto key_of = [=](int64_t pair) {
+        return static_cast<int64_t>(std::min(static_cast<uint64_t>(features[pair]), static_cast<uint64_t>(d_sae)));
+    };
+    std::unique_ptr<int64_t[]> place(new int64_t[static_cast<size_t>(n_parts * n_keys)]());
+    parallel_for(n_parts, 1, n_threads, [&](int, int64_t part, int64_t) {
+        int64_t* count = place.get() + part * n_keys;
+        for (int64_t pair = first_pair(part); pair < first_pair(part + 1); ++pair) ++count[key_of(pair)];
+    });
+    int64_t total = 0;
+    for (int64_t key = 0; key < n_keys; ++key) {
+        ends[key] = total;
+        for (int64_t part = 0; part < n_parts; ++part) {
+            const int64_t count = place[part * n_keys + key];
+            place[part * n_keys + key] = total;
+            total += count;
+        }
+    }
+    parallel_for(n_parts, 1, n_threads, [&](int, int64_t part, int64_t) {
+        int64_t* next = place.get() + part * n_keys;
+        for (int64_t pair = first_pair(part); pair < first_pair(part + 1); ++pair) {
+            const int64_t at = next[key_of(pair)]++;
+            order[at] = pair;
+            sorted_tokens[at] = tokens[pair];
+        }
+    });
+}
+
+}  // namespace
+}  // namespace csae
+
+int csae_sort_pairs(const int64_t* features, const int64_t* tokens, int64_t n_pairs, int64_t d_sae, int64_t* order,
+                    int64_t* sorted_tokens, int64_t* ends, int n_threads) {
+    if (n_pairs < 0 || d_sae < 0 || ends == nullptr || n_threads < 1) return csae_bad_argument;
+    if (n_pairs > 0 && (features == nullptr || tokens == nullptr || order == nullptr || sorted_tokens == nullptr)) {
+        return csae_bad_argument;
+    }
+    try {
+        csae::sort_pairs(features, tokens, n_pairs, d_sae, order, sorted_tokens, ends, n_threads);
+    } catch (const std::bad_alloc&) {
+        return csae_out_of_memory;
+    }
+    return csae_ok;
+}
