@@ -6,6 +6,7 @@ can mend ends in one line and exit code 2.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -84,7 +85,8 @@ def demo(**options: Any) -> None:
 @click.option("--look-back-lr", type=float, default=0.25, show_default=True, help="The look-back's share of --lr.")
 @click.option("--warmup", type=float, default=0.05, show_default=True, help="Share of the steps.")
 @click.option("--decay", type=float, default=0.2, show_default=True, help="Share of the steps, the last ones.")
-@click.option("--clip", type=float, default=1.0, show_default=True, help="Largest norm of the gradient.")
+@click.option("--lazy", is_flag=True, help="Don't move the rows of features that did not fire: cheaper, and not Adam.")
+@click.option("--moments", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--checkpoint-every", type=int, default=500, show_default=True, help="Steps.")
 @click.option(
@@ -109,8 +111,8 @@ def train(**options: Any) -> None:
     train_windows, _ = held_out(source.n_windows, options["held_out"])
     per_step = options["batch_windows"] * source.n_ctx
     tokens = options["tokens"] or len(train_windows) * source.n_ctx
-    names = ("batch_windows", "lr", "look_back_lr", "warmup", "decay", "clip", "precision", "checkpoint_every", "seed")
-    config = TrainConfig(steps=max(1, tokens // max(1, per_step)), **{name: options[name] for name in names})
+    how = {field.name: options[field.name] for field in dataclasses.fields(TrainConfig) if field.name in options}
+    config = TrainConfig(steps=max(1, tokens // max(1, per_step)), **how)
     d_sae = options["d_sae"] or 8 * source.d_in
     torch.manual_seed(options["seed"])
     sizes = {"d_in": source.d_in, "d_sae": d_sae, "k": options["k"], "dead_after": options["dead_after"]}

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from csae.factors import Trace
 from csae.ops import lookback_attention, sparse_decode, topk_encode
 from csae.ops.lookback_attention import document_starts
 from csae.sae import SAE, Code, Output
@@ -134,33 +135,50 @@ class ContextualSAE(SAE):
             return self._recur(code, mask, documents)[0] * self.scale
         return (sparse_decode(code.values, code.indices, self.W_dec) + self.b_dec) * self.scale + c
 
-    def _run(self, x: Tensor, mask: Tensor | None, documents: Tensor | None) -> tuple[Tensor, Code, Tensor]:
+    def _run(
+        self, x: Tensor, mask: Tensor | None, documents: Tensor | None, trace: Trace | None = None
+    ) -> tuple[Tensor, Code, Tensor]:
         """x [B, T, d_in] in normalised units -> x_hat, code, c, by `sweeps` sweeps."""
         x = x - self.b_dec
         c = torch.zeros_like(x)
-        code = self._encode(x, mask)
+        given = x if trace is None else x.detach()
+        code = self._encode(given, mask, trace)
         for _ in range(self.sweeps):
-            query = x if self.query == "current" else self._shifted(sparse_decode(*code, self.W_dec) + c)
-            c = self._look_back(query, code, mask, documents)
-            code = self._encode(x - c, mask)
-        return sparse_decode(*code, self.W_dec) + c + self.b_dec, code, c
+            query = x if self.query == "current" else self._shifted(self._rows("W_dec", code, trace) + c)
+            c = self._look_back(query, code, mask, documents, trace)
+            code = self._encode(given - c, mask, trace)
+        return self._rows("W_dec", code, trace) + c + self.b_dec, code, c
 
-    def _encode(self, x: Tensor, mask: Tensor | None) -> Code:
+    def _encode(self, x: Tensor, mask: Tensor | None, trace: Trace | None = None) -> Code:
         """x [..., d_in] without b_dec and c -> its code; empty where the mask [...] is False."""
-        values, indices = topk_encode(x, self.W_enc, self.b_enc, self.k)
+        encode = topk_encode if trace is None else trace.encode
+        values, indices = encode(x, self.W_enc, self.b_enc, self.k)
         return Code(values if mask is None else values.masked_fill(~mask.unsqueeze(-1), 0), indices)
 
-    def _look_back(self, query: Tensor, code: Code, mask: Tensor | None, documents: Tensor | None) -> Tensor:
+    def _rows(self, table: str, code: Code, trace: Trace | None) -> Tensor:
+        """The code [..., k] -> the sum of the rows that it names in W_dec or W_KV."""
+        if trace is None:
+            return sparse_decode(*code, getattr(self, table))
+        return trace.decode(table, *code, getattr(self, table))
+
+    def _look_back(
+        self,
+        query: Tensor,
+        code: Code,
+        mask: Tensor | None,
+        documents: Tensor | None,
+        trace: Trace | None = None,
+    ) -> Tensor:
         """query [B, T, d_in] and the codes of all positions -> c [B, T, d_in]."""
-        keys, values = self._keys_values(code)
+        keys, values = self._keys_values(code, trace)
         queries = nn.functional.linear(query, self.W_Q).unflatten(-1, (self.n_heads, self.d_head))
         a = lookback_attention(queries, keys, values, self.slope, self.null, mask, documents)
         return nn.functional.linear(a.flatten(-2), self.W_O)
 
-    def _keys_values(self, code: Code) -> tuple[Tensor, Tensor]:
+    def _keys_values(self, code: Code, trace: Trace | None = None) -> tuple[Tensor, Tensor]:
         """The code [..., k] -> keys [..., n_heads, d_head], values [..., n_heads, d_value]."""
         split = self.n_heads * self.d_head
-        both = sparse_decode(*code, self.W_KV)
+        both = self._rows("W_KV", code, trace)
         return (
             both[..., :split].unflatten(-1, (self.n_heads, self.d_head)),
             both[..., split:].unflatten(-1, (self.n_heads, self.d_value)),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from csae.errors import UserError
+from csae.factors import Gradients, Trace
 from csae.files import write_file, write_json
 from csae.ops import sparse_decode, topk_encode
 from csae.ops.checks import check_k
@@ -110,8 +111,13 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
         """Activations -> `Output`, in their units."""
 
     @abstractmethod
-    def _run(self, x: Tensor, mask: Tensor | None, documents: Tensor | None) -> tuple[Tensor, Code, Tensor]:
-        """Normalised x [..., d_in] -> x_hat, code and c, in normalised units, as training runs it."""
+    def _run(
+        self, x: Tensor, mask: Tensor | None, documents: Tensor | None, trace: Trace | None = None
+    ) -> tuple[Tensor, Code, Tensor]:
+        """Normalised x [..., d_in] -> x_hat, code and c, in normalised units, as training runs it.
+
+        With `trace` the tables are held constant, and their uses noted there.
+        """
 
     @property
     def config(self) -> dict[str, Any]:
@@ -149,27 +155,61 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
             dead: [n_dead] int64, the dead features (`dead_features()`), or None for no AuxK.
         """
         self._check_acts(acts, mask, documents)
+        return self._losses(acts, mask, documents, dead, None)
+
+    def gradients(
+        self,
+        acts: Tensor,
+        mask: Tensor | None = None,
+        documents: Tensor | None = None,
+        dead: Tensor | None = None,
+    ) -> tuple[Losses, Gradients]:
+        """The training loss and its gradient by every parameter, those of the tables in factors (`csae.factors`).
+
+        What `loss(...)` and `loss.backward()` give, without a tensor of a table's size: for
+        `csae.adam.Adam.update`. Args: as `loss`. The losses are without a graph.
+        """
+        self._check_acts(acts, mask, documents)
+        trace = Trace(self.d_sae, mask)
+        losses = self._losses(acts, mask, documents, dead, trace)
+        with torch.autocast(acts.device.type, enabled=False):  # forward's business
+            gradients = trace.gradients(losses.loss, self)
+        code = Code(losses.code.values.detach(), losses.code.indices)
+        return Losses(*(part.detach() for part in losses[:3]), code), gradients
+
+    def _losses(
+        self,
+        acts: Tensor,
+        mask: Tensor | None,
+        documents: Tensor | None,
+        dead: Tensor | None,
+        trace: Trace | None,
+    ) -> Losses:
         x = acts / self.scale
-        x_hat, code, c = self._run(x, mask, documents)
+        x_hat, code, c = self._run(x, mask, documents, trace)
         weight = x.new_ones(x.shape[:-1]) if mask is None else mask.to(x.dtype)
         residual = x - x_hat
         fvu = _energy(residual, weight) / _energy(x - _mean(x, weight), weight)
         aux = fvu.new_zeros(())
         if dead is not None and dead.numel() > 0:
-            aux = self._aux((x - c - self.b_dec).detach(), residual.detach(), weight, dead)
+            aux = self._aux((x - c - self.b_dec).detach(), residual.detach(), weight, dead, trace)
         return Losses(fvu + self.aux_coef * aux, fvu, aux, code)
 
-    def _aux(self, x: Tensor, residual: Tensor, weight: Tensor, dead: Tensor) -> Tensor:
+    def _aux(self, x: Tensor, residual: Tensor, weight: Tensor, dead: Tensor, trace: Trace | None) -> Tensor:
         """AuxK (Gao et al. 2024, section A.2): the residual rebuilt by the most active dead features.
 
         x [..., d_in] without b_dec and c. Only the dead rows are multiplied: the cost grows with their number,
         not with d_sae. Only they get a gradient: its graph shares nothing with that of the fvu.
         """
         k = min(self.k_aux, dead.numel())
-        # Their gradient joins the dense one row by row, where a compiler does not insist on a second dense one.
-        sparse = not torch.compiler.is_compiling()
-        W_enc, W_dec = (nn.functional.embedding(dead, weight, sparse=sparse) for weight in (self.W_enc, self.W_dec))
-        residual_hat = sparse_decode(*topk_encode(x, W_enc, self.b_enc[dead], k), W_dec)
+        if trace is None:
+            # Their gradient joins the dense one row by row, where a compiler does not insist on a second dense one.
+            sparse = not torch.compiler.is_compiling()
+            W_enc, W_dec = (nn.functional.embedding(dead, weight, sparse=sparse) for weight in (self.W_enc, self.W_dec))
+            residual_hat = sparse_decode(*topk_encode(x, W_enc, self.b_enc[dead], k), W_dec)
+        else:
+            code = trace.encode_aux(x, self.W_enc, self.b_enc, k, dead)
+            residual_hat = trace.decode("W_dec", *code, self.W_dec, features=dead)
         share = k / self.k_aux  # a few dead features can't be asked for as much as many
         return share * _energy(residual - residual_hat, weight) / _energy(residual, weight).clamp_min(1e-12)
 

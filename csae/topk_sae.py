@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from csae.factors import Trace
 from csae.ops import sparse_decode, topk_encode
 from csae.sae import SAE, Code, Output
 
@@ -46,6 +47,14 @@ class TopKSAE(SAE):
         code = self.encode(acts)
         return Output(self.decode(code), code, torch.zeros_like(acts))
 
-    def _run(self, x: Tensor, mask: Tensor | None, documents: Tensor | None) -> tuple[Tensor, Code, Tensor]:
-        code = Code(*topk_encode(x - self.b_dec, self.W_enc, self.b_enc, self.k))
-        return sparse_decode(*code, self.W_dec) + self.b_dec, code, x.new_zeros(()).expand_as(x)
+    def _run(
+        self, x: Tensor, mask: Tensor | None, documents: Tensor | None, trace: Trace | None = None
+    ) -> tuple[Tensor, Code, Tensor]:
+        centred = x - self.b_dec
+        if trace is None:
+            code = Code(*topk_encode(centred, self.W_enc, self.b_enc, self.k))
+            x_hat = sparse_decode(*code, self.W_dec) + self.b_dec
+        else:
+            code = Code(*trace.encode(centred.detach(), self.W_enc, self.b_enc, self.k))
+            x_hat = trace.decode("W_dec", *code, self.W_dec) + self.b_dec
+        return x_hat, code, x.new_zeros(()).expand_as(x)

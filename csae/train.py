@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from csae.activations import ActivationSource, Batch, window_order
+from csae.adam import Adam
 from csae.checkpoint import last_checkpoint, restore_checkpoint, save_checkpoint
 from csae.errors import UserError
 from csae.files import write_file, write_json
@@ -53,8 +54,10 @@ class TrainConfig:
     """share of the steps in which the learning rate rises from zero"""
     decay: float = 0.2
     """share of the steps, the last ones, in which it falls to zero"""
-    clip: float = 1.0
-    """largest norm of the gradient"""
+    lazy: bool = False
+    """leave the rows of features that did not fire as they are (`csae.adam.Adam`): cheaper, and not Adam"""
+    moments: str = "float32"
+    """of the tables: "float32", or "bfloat16" with stochastic rounding"""
     precision: str = "float32"
     """"float32", or "bfloat16" for autocast with float32 parameters"""
     checkpoint_every: int = 500
@@ -66,15 +69,18 @@ class TrainConfig:
         for name, least in (("steps", 1), ("batch_windows", 1), ("checkpoint_every", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"{name}: given {getattr(self, name)}; needed at least {least}")
-        for name in ("lr", "look_back_lr", "clip"):
+        for name in ("lr", "look_back_lr"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name}: given {getattr(self, name)}; needed a positive number")
         if min(self.warmup, self.decay) < 0 or self.warmup + self.decay > 1:
             raise UserError(
                 f"warmup, decay: given {self.warmup} and {self.decay}; needed shares that add up to 1 at most"
             )
-        if self.precision not in PRECISIONS:
-            raise UserError(f"precision: given {self.precision!r}; needed one of {', '.join(map(repr, PRECISIONS))}")
+        for name in ("precision", "moments"):
+            if getattr(self, name) not in PRECISIONS:
+                raise UserError(
+                    f"{name}: given {getattr(self, name)!r}; needed one of {', '.join(map(repr, PRECISIONS))}"
+                )
 
 
 class Stopped(Exception):
@@ -134,7 +140,7 @@ def train(
 
 def _steps(
     sae: SAE,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Adam,
     source: ActivationSource,
     windows: Sequence[int],
     run: Path,
@@ -177,7 +183,7 @@ def _steps(
 
 
 def train_step(
-    sae: SAE, optimizer: torch.optim.Optimizer, batch: Batch, lr: float, config: TrainConfig, device: torch.device
+    sae: SAE, optimizer: Adam, batch: Batch, lr: float, config: TrainConfig, device: torch.device
 ) -> tuple[Losses, Tensor]:
     """One step of Adam on a batch; gives the losses before it, and the dead features [n_dead]."""
     acts, mask, documents = (
@@ -185,28 +191,17 @@ def train_step(
     )
     dead = sae.dead_features()
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16"):
-        losses = sae.loss(acts, mask, documents, dead)
-    optimizer.zero_grad(set_to_none=True)
-    # One after the other: together they would hold a second gradient of W_enc and of W_dec.
-    losses.fvu.backward()
-    if losses.aux.requires_grad:
-        (sae.aux_coef * losses.aux).backward()
-    sae.remove_parallel_gradient()
-    torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip)
+        losses, gradients = sae.gradients(acts, mask, documents, dead)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["share"]
-    optimizer.step()
-    sae.normalise_decoder()
+    optimizer.update(gradients)
     sae.track(losses.code, mask)
     return losses, dead
 
 
-def adam(sae: SAE, config: TrainConfig) -> torch.optim.Adam:
-    """Adam over the SAE's parameters, those of the look-back with their own share of the learning rate."""
-    look_back = [parameter for name, parameter in sae.named_parameters() if name in sae.look_back]
-    others = [parameter for name, parameter in sae.named_parameters() if name not in sae.look_back]
-    groups = [{"params": others, "share": 1.0}, {"params": look_back, "share": config.look_back_lr}]
-    return torch.optim.Adam([group for group in groups if group["params"]], lr=config.lr, fused=True)
+def adam(sae: SAE, config: TrainConfig) -> Adam:
+    """The optimizer that `config` asks for."""
+    return Adam(sae, config.lr, config.look_back_lr, lazy=config.lazy, moments=getattr(torch, config.moments))
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -242,6 +242,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
         ({"lr": float("nan")}, "lr: given nan; needed a positive number"),
         ({"warmup": 0.9}, "warmup, decay: given 0.9 and 0.2"),
         ({"precision": "float16"}, "precision: given 'float16'; needed one of 'float32', 'bfloat16'"),
+        ({"moments": "float16"}, "moments: given 'float16'; needed one of 'float32', 'bfloat16'"),
         ({"checkpoint_every": 0}, "checkpoint_every: given 0; needed at least 1"),
         ({"batch_windows": 13}, "batch_windows: given 13, but there are 12 windows to train on"),
     ],

@@ -1,0 +1,163 @@
+"""Adam for an SAE, with its tables' gradients in factors, and the decoder's unit norm folded in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from csae.factors import Factors, Gradients
+from csae.kernels.pairs import Pairs, Table
+from csae.ops.adam_rows import adam_rows, sort_pairs
+from csae.sae import SAE
+
+MOMENTS = (torch.float32, torch.bfloat16)
+# The parameters with a row a feature.
+TABLES = ("W_enc", "b_enc", "W_dec", "W_KV")
+
+
+class Adam(torch.optim.Optimizer):
+    """Adam (Kingma and Ba 2015, arXiv 1412.6980) as `torch.optim.Adam` has it, for the parameters of an SAE.
+
+    Beside Adam's own step, rows of W_dec keep unit norm: the part of their gradient along them is taken out
+    before, and they are normalised after.
+
+        losses, gradients = sae.gradients(acts)
+        optimizer.update(gradients)
+
+    takes the gradients of the tables in factors: no tensor of a table's size is made, and each parameter and
+    moment passes through memory once. The usual `losses.loss.backward(); optimizer.step()` does the same step
+    from dense gradients.
+
+    Args:
+        sae: whose parameters; on the device it will train on.
+        lr: learning rate; may be a scalar tensor on that device, which a captured or compiled step then reads.
+        look_back_lr: that of a contextual SAE's look-back, as a share of it. The look-back's parameters are a
+            parameter group of their own, and each group knows its `share`.
+        betas, eps: Adam's.
+        lazy: `torch.optim.SparseAdam` for the tables: a feature that did not fire is not touched, nor its
+            moments, and costs nothing. Another optimizer than Adam: features that rarely fire move less. Not
+            with weights that a feature's silence should move.
+        moments: dtype of the tables' moments: float32, or bfloat16 with stochastic rounding, for half the memory.
+
+    State of each parameter: step, exp_avg, exp_avg_sq. All parameters count their steps together.
+    """
+
+    def __init__(
+        self,
+        sae: SAE,
+        lr: float | Tensor = 1e-3,
+        look_back_lr: float = 0.25,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        lazy: bool = False,
+        moments: torch.dtype = torch.float32,
+    ) -> None:
+        if not isinstance(sae, SAE):
+            raise TypeError(f"sae: given a {type(sae).__name__}; needed a TopKSAE or a ContextualSAE")
+        for name, value in (("lr", lr), ("look_back_lr", look_back_lr), ("eps", eps)):
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name}: given {value}; needed a number of zero or more")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas: given {betas}; needed two numbers from 0 to below 1")
+        if moments not in MOMENTS:
+            raise ValueError(f"moments: given {moments}; needed torch.float32 or torch.bfloat16")
+        for name, parameter in sae.named_parameters():
+            if parameter.dtype != torch.float32:
+                raise TypeError(f"sae: given {name} in {parameter.dtype}; needed torch.float32: call sae.float() first")
+        self.names = {parameter: name for name, parameter in sae.named_parameters()}
+        groups = [
+            {"params": [p for p, name in self.names.items() if name not in sae.look_back], "lr": lr, "share": 1.0},
+            {
+                "params": [p for p, name in self.names.items() if name in sae.look_back],
+                "lr": lr * look_back_lr,
+                "share": look_back_lr,
+            },
+        ]
+        super().__init__([group for group in groups if group["params"]], {"betas": betas, "eps": eps})
+        self.lazy, self.moments = lazy, moments
+        for parameter, name in self.names.items():
+            dtype = moments if name in TABLES else torch.float32
+            self.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, dtype=dtype),
+                "exp_avg_sq": torch.zeros_like(parameter, dtype=dtype),
+            }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)  # in the dtype of the parameters
+        for parameter, state in self.state.items():
+            if self.names[parameter] in TABLES:
+                state |= {key: state[key].to(self.moments) for key in ("exp_avg", "exp_avg_sq")}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step from the parameters' `grad`; a parameter without one stays as it is."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.update({name: p.grad for p, name in self.names.items() if p.grad is not None})
+        return loss
+
+    @torch.no_grad()
+    def update(self, gradients: Gradients) -> None:
+        """One step from what `SAE.gradients` gave; a parameter without a gradient stays as it is."""
+        for group in self.param_groups:
+            states = {self.names[parameter]: self.state[parameter] for parameter in group["params"]}
+            parameters = {self.names[parameter]: parameter for parameter in group["params"]}
+            torch._foreach_add_([state["step"] for state in states.values()], 1)
+            step = next(iter(states.values()))["step"]
+            hyper, lazy_hyper = _hyper(group, step)
+            seed = step.to(torch.int64).reshape(1)
+            shared: dict[int, tuple[Pairs, list[Table]]] = {}  # tables with the same pairs, by the pairs' id
+            for name in (name for name in TABLES if name in parameters and name in gradients):
+                given, state = gradients[name], states[name]
+                # b_enc is a table of width one.
+                param, exp_avg, exp_avg_sq = (
+                    tensor if tensor.dim() == 2 else tensor.unsqueeze(1)
+                    for tensor in (parameters[name], state["exp_avg"], state["exp_avg_sq"])
+                )
+                own = given if isinstance(given, Factors) else _whole(given.view(param.shape), self.lazy)
+                table = Table(param, exp_avg, exp_avg_sq, own.weights, own.rows, unit_rows=name == "W_dec")
+                shared.setdefault(id(own.pairs), (own.pairs, []))[1].append(table)
+            for pairs, tables in shared.values():
+                adam_rows(pairs, tables, lazy_hyper if self.lazy else hyper, seed, self.lazy)
+            for name in (name for name in parameters if name not in TABLES and name in gradients):
+                gradient = gradients[name]
+                assert isinstance(gradient, Tensor)
+                _adam(parameters[name], states[name], gradient, hyper)
+
+
+def _adam(param: Tensor, state: dict[str, Tensor], gradient: Tensor, hyper: Tensor) -> None:
+    """One step of Adam on a dense parameter, in place; hyper as in `adam_rows`."""
+    size, correction, eps, one_minus_beta1, beta2, one_minus_beta2 = hyper.unbind()
+    exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
+    exp_avg.add_((gradient - exp_avg) * one_minus_beta1)
+    exp_avg_sq.copy_(exp_avg_sq * beta2 + gradient.square() * one_minus_beta2)
+    param.sub_(size * exp_avg / (exp_avg_sq.sqrt() * correction + eps))
+
+
+def _hyper(group: dict[str, Any], step: Tensor) -> tuple[Tensor, Tensor]:
+    """What `adam_rows` takes: for Adam, and for SparseAdam, whose eps is outside of the correction by beta2."""
+    (beta1, beta2), eps, lr = group["betas"], group["eps"], group["lr"]
+    t = step.double()
+    size = lr / (1 - beta1**t)
+    correction = (1 - beta2**t).rsqrt()
+    rest = [torch.full_like(t, number) for number in (1 - beta1, beta2, 1 - beta2)]
+    exact = torch.stack([size, correction, torch.full_like(t, eps), *rest])
+    lazy = torch.stack([size, correction, eps * correction, *rest])
+    return exact.float(), lazy.float()
+
+
+def _whole(rows: Tensor, lazy: bool) -> Factors:
+    """A dense gradient [n, d] in the form of factors: each row is its own token; lazy: but for rows of zeros."""
+    n = rows.shape[0]
+    each = torch.arange(n, device=rows.device)
+    if lazy:
+        pairs = sort_pairs(torch.where((rows == 0).all(dim=1), n, each), each, n)
+    else:
+        pairs = Pairs(each, each, torch.arange(n + 1, device=rows.device))
+    return Factors(pairs, torch.ones(n, device=rows.device), rows)

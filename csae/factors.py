@@ -1,0 +1,173 @@
+"""Gradients in factors: the backward pass of an SAE's tables, with no tensor of their size.
+
+A table of features, [d_sae, d], meets a batch through sparse codes only, so its gradient is a sum, over the pairs
+(feature, token) that were active, of a weight times a row:
+
+    topk_encode     W_enc[f] += d value * x[token],  b_enc[f] += d value
+    sparse_decode   W[f] += value * d out[token]
+
+`Trace` runs the ops with the tables held constant, and keeps what goes in and comes out. One call of autograd then
+gives the weights and the rows, and `csae.adam.Adam` takes them as they are.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from csae.kernels.pairs import Pairs
+from csae.ops import sparse_decode, topk_encode
+from csae.ops.adam_rows import feature_sums, sort_pairs
+from csae.ops.checks import autocast_to
+
+
+class Factors(NamedTuple):
+    """The gradient of a table: gradient[f] = sum over the pairs p of feature f of weights[p] * rows[tokens[p]]."""
+
+    pairs: Pairs
+    """of which feature and token each pair is, sorted by feature"""
+    weights: Tensor
+    """[P] float32 (or float64), in the order before sorting"""
+    rows: Tensor
+    """[N, d]"""
+
+    def dense(self) -> Tensor:
+        """[d_sae, d]: the gradient itself."""
+        return feature_sums(self.pairs, [self.weights], [self.rows])[0]
+
+
+Gradients = dict[str, Tensor | Factors]
+"""The gradient of each parameter, by its name; that of a table is in factors."""
+
+
+class _Coded(NamedTuple):
+    """n tokens that were encoded."""
+
+    x: Tensor  # [n, d_in]
+    values: Tensor  # [..., k], with the graph behind them
+    indices: Tensor  # [..., k]
+    features: Tensor  # [n, k]: d_sae where not active
+    aux: bool
+
+
+class _Term(NamedTuple):
+    """A part of a table's gradient: the pairs of one code."""
+
+    code: int  # its number
+    weights: Tensor  # [n, k]
+    rows: Tensor  # [n, d]
+
+
+class Trace:
+    """A forward pass of an SAE with `d_sae` features, its tables held constant.
+
+    mask [...] bool: the tokens that count; the others' pairs are left out.
+    """
+
+    def __init__(self, d_sae: int, mask: Tensor | None) -> None:
+        self.d_sae, self.mask = d_sae, mask
+        self.coded: list[_Coded] = []
+        self.decoded: list[tuple[str, int, Tensor]] = []  # table, number of the code, output
+
+    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """`topk_encode` of x [..., d_in], which depends on no parameter but those of the look-back.
+
+        It is x - b_dec that is encoded: the gradient of b_dec by this way is `gradients`' business.
+        """
+        (x,) = autocast_to(x)
+        # Through b_enc the values depend on something, or autograd would not give their gradient.
+        return self._note(x, *topk_encode(x, W_enc.detach(), b_enc, k), features=None)
+
+    def encode_aux(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, features: Tensor) -> tuple[Tensor, Tensor]:
+        """`topk_encode` by `features` [n_dead] only, of x that depends on no parameter. Indices are into features."""
+        (x,) = autocast_to(x)
+        return self._note(x, *topk_encode(x, W_enc.detach()[features], b_enc[features], k), features)
+
+    def decode(
+        self, name: str, values: Tensor, indices: Tensor, table: Tensor, features: Tensor | None = None
+    ) -> Tensor:
+        """`sparse_decode` of a code that was encoded here, by the table of that name, or by its rows `features`."""
+        number = next(number for number, coded in enumerate(self.coded) if coded.indices is indices)
+        out = sparse_decode(values, indices, (table if features is None else table[features]).detach())
+        self.decoded.append((name, number, out))
+        return out
+
+    def gradients(self, loss: Tensor, sae: nn.Module) -> Gradients:
+        """The gradient of every parameter that had a part in the loss."""
+        tables = {"W_enc", "b_enc", *(name for name, _, _ in self.decoded)}
+        dense = {name: parameter for name, parameter in sae.named_parameters() if name not in tables}
+        values, outs = [coded.values for coded in self.coded], [out for _, _, out in self.decoded]
+        found = torch.autograd.grad(loss, [*values, *outs, *dense.values()], allow_unused=True)
+        d_values, d_outs = found[: len(values)], found[len(values) : len(values) + len(outs)]
+        with torch.no_grad():
+            terms: dict[str, list[_Term]] = {"W_enc": []}
+            for number, (coded, d) in enumerate(zip(self.coded, d_values, strict=True)):
+                assert d is not None
+                weights = torch.where(coded.values <= 0, 0, d).reshape(coded.features.shape)
+                terms["W_enc"].append(_Term(number, weights, coded.x))
+            for (name, number, _), d in zip(self.decoded, d_outs, strict=True):
+                assert d is not None
+                weights = self.coded[number].values.reshape(self.coded[number].features.shape)
+                terms.setdefault(name, []).append(_Term(number, weights, d.reshape(-1, d.shape[-1])))
+            factors = self._factors(terms)
+            gradients: Gradients = dict(factors)
+            gradients |= {
+                name: d for name, d in zip(dense, found[len(values) + len(outs) :], strict=True) if d is not None
+            }
+            encoder = factors["W_enc"]
+            ones = encoder.weights.new_ones(encoder.rows.shape[0], 1)
+            gradients["b_enc"] = encoder._replace(rows=ones)
+            gradients["b_dec"] = self._of_b_dec(terms["W_enc"], encoder, ones, gradients["b_dec"], sae.W_enc)
+        return gradients
+
+    def _note(self, x: Tensor, values: Tensor, indices: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            # A NaN is active: it is to be seen.
+            off = values <= 0 if self.mask is None else (values <= 0) | ~self.mask.unsqueeze(-1)
+            active = torch.where(off, self.d_sae, indices if features is None else features[indices])
+        flat = x.detach().reshape(-1, x.shape[-1])
+        self.coded.append(_Coded(flat, values, indices, active.reshape(-1, values.shape[-1]), features is not None))
+        return values, indices
+
+    def _factors(self, terms: dict[str, list[_Term]]) -> dict[str, Factors]:
+        """Each table's terms, one after the other; tables of the same codes share one sort."""
+        pairs: dict[tuple[int, ...], Pairs] = {}
+        factors = {}
+        for name, parts in terms.items():
+            codes = tuple(part.code for part in parts)
+            if codes not in pairs:
+                pairs[codes] = self._sorted(codes)
+            weights = torch.cat([_wide(part.weights.reshape(-1)) for part in parts])
+            rows = parts[0].rows if len(parts) == 1 else torch.cat([part.rows for part in parts])
+            factors[name] = Factors(pairs[codes], weights, rows)
+        return factors
+
+    def _sorted(self, codes: tuple[int, ...]) -> Pairs:
+        features = [self.coded[code].features for code in codes]
+        tokens, first = [], 0
+        for of_code in features:
+            n, k = of_code.shape
+            here = torch.arange(first, first + n, device=of_code.device)
+            tokens.append(here.unsqueeze(1).expand(n, k).reshape(-1))
+            first += n
+        return sort_pairs(torch.cat([f.reshape(-1) for f in features]), torch.cat(tokens), self.d_sae)
+
+    def _of_b_dec(
+        self, terms: list[_Term], encoder: Factors, ones: Tensor, so_far: Tensor | Factors, W_enc: Tensor
+    ) -> Tensor:
+        """The gradient of b_dec, and what it gets as a part of what was encoded.
+
+        That is minus the sum of d x over tokens, or the sum of each feature's d value, times its row of W_enc: a
+        product with one vector, where d x itself would be a gather for every token.
+        """
+        assert isinstance(so_far, Tensor)
+        own = [part.weights * (0 if self.coded[part.code].aux else 1) for part in terms]
+        weights = torch.cat([_wide(part.reshape(-1)) for part in own])
+        totals = feature_sums(encoder.pairs, [weights], [ones])[0].squeeze(1)
+        return so_far - totals @ W_enc
+
+
+def _wide(weights: Tensor) -> Tensor:
+    return weights if weights.dtype == torch.float64 else weights.float()

@@ -1,0 +1,94 @@
+"""adam_rows: one step of Adam on tables of rows, from gradients that were never written out.
+
+The gradient of a table of features, [d_sae, d], is a sum over the pairs (feature, token) that were active:
+
+    gradient[f] = sum over pairs p of feature f of weights[p] * rows[tokens[p]]
+
+The encoder, the decoder and the keys and values all have this form. Sorted by feature once, the pairs give each row's
+gradient in one run, and Adam takes it where it is summed: parameters and moments pass through memory once, and
+nothing else of their size does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from csae.kernels.pairs import Pairs, Table
+
+from .backend import kernels
+
+
+def sort_pairs(features: Tensor, tokens: Tensor, d_sae: int) -> Pairs:
+    """features, tokens [P] int64 -> the pairs in order of feature, those of one feature in the order given.
+
+    A pair with feature d_sae is left out of every run.
+    """
+    return Pairs(*_sort_pairs(features, tokens, d_sae))
+
+
+def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, lazy: bool) -> None:
+    """Update the tables and their moments in place.
+
+    Args:
+        pairs: what `sort_pairs` gave.
+        tables: what to update, with the weights and rows of its gradient.
+        hyper: [6] float32 on the tables' device: lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), eps, 1 - beta1, beta2,
+            1 - beta2. A tensor, so that a captured graph can be replayed with another learning rate.
+        seed: [1] int64, the step's number: for the stochastic rounding of bfloat16 moments.
+        lazy: leave rows without a pair as they are (`torch.optim.SparseAdam`), or not (`torch.optim.Adam`).
+    """
+    columns = zip(*tables, strict=True)
+    params, exp_avgs, exp_avg_sqs, weights, rows, unit_rows = (list(column) for column in columns)
+    _adam_rows(*pairs, params, exp_avgs, exp_avg_sqs, weights, rows, unit_rows, hyper, seed, lazy)
+
+
+@torch.library.custom_op("csae::sort_pairs", mutates_args=())
+def _sort_pairs(features: Tensor, tokens: Tensor, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(kernels("feature_rows", features.device).sort_pairs(features, tokens, d_sae))  # type: ignore[return-value]
+
+
+@_sort_pairs.register_fake
+def _(features: Tensor, tokens: Tensor, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(features), torch.empty_like(tokens), features.new_empty(d_sae + 1)
+
+
+@torch.library.custom_op("csae::adam_rows", mutates_args=("params", "exp_avgs", "exp_avg_sqs"))
+def _adam_rows(
+    order: Tensor,
+    tokens: Tensor,
+    ends: Tensor,
+    params: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    weights: list[Tensor],
+    rows: list[Tensor],
+    unit_rows: list[bool],
+    hyper: Tensor,
+    seed: Tensor,
+    lazy: bool,
+) -> None:
+    tables = list(map(Table, params, exp_avgs, exp_avg_sqs, weights, rows, unit_rows))
+    kernels("feature_rows", hyper.device).adam_rows(Pairs(order, tokens, ends), tables, hyper, seed, lazy)
+
+
+@_adam_rows.register_fake
+def _(order, tokens, ends, params, exp_avgs, exp_avg_sqs, weights, rows, unit_rows, hyper, seed, lazy):
+    return None
+
+
+def feature_sums(pairs: Pairs, weights: list[Tensor], rows: list[Tensor]) -> list[Tensor]:
+    """The gradients themselves: for each i, [d_sae, d] in rows[i]'s dtype from weights[i] [P] and rows[i] [N, d]."""
+    return _feature_sums(*pairs, weights, rows)
+
+
+@torch.library.custom_op("csae::feature_sums", mutates_args=())
+def _feature_sums(
+    order: Tensor, tokens: Tensor, ends: Tensor, weights: list[Tensor], rows: list[Tensor]
+) -> list[Tensor]:
+    return kernels("feature_rows", ends.device).feature_sums(Pairs(order, tokens, ends), weights, rows)
+
+
+@_feature_sums.register_fake
+def _(order, tokens, ends, weights, rows):
+    return [of.new_empty(ends.shape[0] - 1, of.shape[1]) for of in rows]
