@@ -1,0 +1,293 @@
+"""The run: each implementation checked, then timed in turn with the others, then its memory.
+
+Rounds are interleaved: each runs every implementation once, so that a noisy machine disturbs all alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import peers
+from .cases import CASES, OURS, Build, Case
+from .check import difference
+from .data import CHECK, DTYPES, SHAPES, Built, Data, Shape, Skip
+from .measure import Ceilings, Clock, ceilings, map_large_blocks, median_and_spread, peak_bytes
+
+# An implementation that takes longer to be built and checked (compiled, that is) is left out.
+SECONDS_TO_BUILD = 180
+WARM_UP = 2
+
+Report = dict[str, Any]
+"""What `run` gives, as JSON has it: device, versions, threads, ceilings, rounds, results."""
+
+
+def run(
+    shapes: Sequence[str] = (),
+    cases: Sequence[str] = (),
+    dtype: str | None = None,
+    device: str | None = None,
+    rounds: int | None = None,
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+) -> Report:
+    """Measure, and say on the way what is being measured.
+
+    Args:
+        shapes: names of `SHAPES`; if none: small on a CPU; A, B and C on CUDA.
+        cases: names of `CASES`, or parts of them; all if none.
+        dtype: that of products: "float32" or "bfloat16"; if not given, float32 on a CPU, bfloat16 on CUDA. A
+            training step's weights are float32.
+        device: cuda where there is one, if not given.
+        rounds: 7 on a CPU, 20 on CUDA, if not given.
+
+    Raises:
+        ValueError: a name that isn't there, or no round.
+    """
+    on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    cuda = on.type == "cuda"
+    chosen = _chosen(cases)
+    sizes = [_named("shape", name, SHAPES) for name in shapes or (("A", "B", "C") if cuda else ("small",))]
+    dtype = dtype or ("bfloat16" if cuda else "float32")
+    number = _named("dtype", dtype, DTYPES)
+    rounds = rounds if rounds is not None else (20 if cuda else 7)
+    if rounds < 1:
+        raise ValueError(f"rounds: given {rounds}; needed at least 1")
+    clock = Clock(on)
+    ceiling = ceilings(on, number, clock)
+    started = time.perf_counter()
+    results = []
+    for shape in sizes:
+        for case in chosen:
+            say(f"{time.perf_counter() - started:4.0f} s  {shape.name}: {case.name}")
+            results += measure(case, shape, dtype, on, rounds, ceiling, clock)
+    return {
+        "device": device_name(on),
+        "versions": _versions(),
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        "ceilings": {"dtype": dtype, **ceiling._asdict()},
+        "results": results,
+    }
+
+
+def measure(
+    case: Case, shape: Shape, dtype: str, device: torch.device, rounds: int, ceiling: Ceilings, clock: Clock
+) -> list[dict[str, Any]]:
+    """The results of one case at one shape."""
+    data = Data(shape, DTYPES[dtype], device)
+    passed, skipped = check(case, data)
+    times, failed = _times(passed, data, rounds, clock)
+    peaks = _peaks(case, data, list(times))
+    skipped |= failed
+    floor = sum(
+        max(work.operations / ceiling.operations_per_s, work.bytes / ceiling.bytes_per_s)
+        for work in case.floor(shape, data.dtype.itemsize)
+    )
+    floor_ms = 1000 * floor
+    medians = {name: median_and_spread(taken) for name, taken in times.items()}
+    base = next((medians[name][0] for name in case.implementations if name in medians and name.startswith(OURS)), None)
+    results = []
+    for name in case.implementations:
+        result: dict[str, Any] = {"case": case.name, "shape": shape.as_json(), "dtype": dtype, "impl": name}
+        if name in medians:
+            median, spread = medians[name]
+            result |= {
+                "median_ms": median,
+                "spread_ms": spread,
+                "peak_bytes": peaks.get(name),
+                "floor_ms": floor_ms,
+                "share_of_floor": floor_ms / median,
+                "ratio_to_ours": None if base is None else median / base,
+            }
+        else:
+            result["skipped"] = skipped[name]
+        results.append(result)
+    return results
+
+
+def check(case: Case, data: Data) -> tuple[dict[str, Build], dict[str, str]]:
+    """Which implementations give the right result, and why the others don't.
+
+    Each against the reference in float64 at the size of CHECK; then, at full size, against the first that passed.
+    """
+    small = Data(CHECK, data.dtype, data.device)
+    expected = case.reference(small)
+    wanted: dict[str, Tensor] = {}
+    passed: dict[str, Build] = {}
+    skipped: dict[str, str] = {}
+    for name, build in case.implementations.items():
+        try:
+            with _time_limit(SECONDS_TO_BUILD):
+                found = build(small).outputs()
+                wrong = difference(found, expected, data.dtype) if found else None
+                if wrong is not None:
+                    skipped[name] = f"differs from the reference: {wrong}"
+                    continue
+                found = build(data).outputs()
+                wrong = difference(found, wanted, data.dtype, tied=True) if found and wanted else None
+                if wrong is not None:
+                    skipped[name] = f"differs from {next(iter(passed))} at full size: {wrong}"
+                    continue
+            wanted = wanted or found
+            passed[name] = build
+        except Exception as error:
+            skipped[name] = _reason(error)
+        finally:
+            found = {}
+            _release(data.device)
+    return passed, skipped
+
+
+def _times(
+    builds: dict[str, Build], data: Data, rounds: int, clock: Clock
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Milliseconds of each implementation in each round, and why some could not be timed."""
+    # A GPU hasn't the memory to keep all of them, each with its weights and moments: there each is built again in
+    # every round, which takes no time worth speaking of.
+    keep = data.device.type != "cuda"
+    kept: dict[str, Built] = {}
+    times: dict[str, list[float]] = {}
+    failed: dict[str, str] = {}
+    for _ in range(rounds):
+        for name, build in builds.items():
+            if name in failed:
+                continue
+            try:
+                built = kept.get(name)
+                if built is None:
+                    built = build(data)
+                    for _ in range(WARM_UP):
+                        built.run()
+                times.setdefault(name, []).append(clock(built.run))
+                if keep:
+                    kept[name] = built
+            except Exception as error:
+                failed[name] = _reason(error)
+                times.pop(name, None)
+            finally:
+                built = None
+                if not keep:
+                    _release(data.device)
+    return times, failed
+
+
+def _peaks(case: Case, data: Data, names: list[str]) -> dict[str, int | None]:
+    """The peak of each implementation; on a CPU measured in a process of its own, where nothing else is resident."""
+    if data.device.type == "cuda":
+        return {name: _peak(case.implementations[name], data) for name in names}
+    if sys.platform != "linux":
+        return {}
+    dtype = next(name for name, value in DTYPES.items() if value == data.dtype)
+    asked = json.dumps({"case": case.name, "shape": data.shape.name, "dtype": dtype, "names": names})
+    program = f"import sys; from {__package__}.harness import peaks_here; peaks_here(sys.argv[1])"
+    same_modules = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    done = subprocess.run([sys.executable, "-c", program, asked], capture_output=True, text=True, env=same_modules)
+    found: dict[str, int | None] = {}
+    for line in done.stdout.splitlines():
+        with contextlib.suppress(ValueError, TypeError):
+            found |= json.loads(line)
+    return found
+
+
+def peaks_here(asked: str) -> None:
+    """Print a line of JSON for each implementation asked for: its peak in this process."""
+    given = json.loads(asked)
+    map_large_blocks()
+    case = CASES[given["case"]]
+    data = Data(SHAPES[given["shape"]], DTYPES[given["dtype"]], torch.device("cpu"))
+    for name in given["names"]:
+        print(json.dumps({name: _peak(case.implementations[name], data)}), flush=True)
+
+
+def _peak(build: Build, data: Data) -> int | None:
+    try:
+        return peak_bytes(build(data), data.device)
+    except Exception:
+        return None  # it ran before: here memory may be what it lacks
+    finally:
+        _release(data.device)
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Skip | TimeoutError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: int) -> Iterator[None]:
+    """TimeoutError in what takes longer; no limit where there is no alarm clock (Windows, another thread)."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(number: int, frame: object) -> None:
+        raise TimeoutError(f"not compiled and checked in {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _chosen(parts: Sequence[str]) -> list[Case]:
+    if not parts:
+        return list(CASES.values())
+    for part in parts:
+        if not any(part in name for name in CASES):
+            raise ValueError(f"case: given {part!r}; needed a part of one of {', '.join(map(repr, CASES))}")
+    return [case for name, case in CASES.items() if any(part in name for part in parts)]
+
+
+def _named(what: str, name: str, known: dict[str, Any]) -> Any:
+    if name not in known:
+        raise ValueError(f"{what}: given {name!r}; needed one of {', '.join(map(repr, known))}")
+    return known[name]
+
+
+def device_name(device: torch.device) -> str:
+    """As its maker calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()} ({torch.backends.cpu.get_cpu_capability()})"
+    return f"{platform.processor() or platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("csae", "triton", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found | peers.versions()

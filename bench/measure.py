@@ -1,0 +1,119 @@
+"""Time and memory of a function, and the two ceilings of a device."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .data import Built
+
+
+class Ceilings(NamedTuple):
+    """What the device does at most."""
+
+    operations_per_s: float
+    """of a large square matrix product in the dtype of the cases"""
+    bytes_per_s: float
+    """read and written by a large copy"""
+
+
+class Clock:
+    """Milliseconds of a function on a device.
+
+    On CUDA by events, with the L2 cache emptied before: that also keeps the device busy while the host sends what is
+    timed, so that a short kernel isn't charged for the host.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device=device) if device.type == "cuda" else None
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        if self.flush is None:
+            start = time.perf_counter()
+            run()
+            return 1000 * (time.perf_counter() - start)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flush.zero_()
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+
+def ceilings(device: torch.device, dtype: torch.dtype, clock: Clock) -> Ceilings:
+    """Measured here and now; the best of several, since a ceiling is what is possible."""
+    size, length = (8192, 1 << 30) if device.type == "cuda" else (2048, 1 << 28)
+    a, b, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
+    product = _best(clock, lambda: torch.mm(a, b.T, out=out))
+    source = torch.zeros(length, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    copy = _best(clock, lambda: target.copy_(source))
+    return Ceilings(2 * size**3 / (product / 1000), 2 * length / (copy / 1000))
+
+
+def _best(clock: Clock, run: Callable[[], object]) -> float:
+    return min(clock(run) for _ in range(6))
+
+
+def median_and_spread(times: list[float]) -> tuple[float, float]:
+    """The median, and the distance between the quartiles."""
+    if len(times) < 2:
+        return times[0], 0.0
+    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
+    return middle, high - low
+
+
+def peak_bytes(built: Built, device: torch.device) -> int | None:
+    """The most that a run holds beyond what was there before it: inputs, weights, and the optimizer's state.
+
+    What it has run before stays warm; gradients left by it are dropped first, so that those of the run count. On a
+    CPU resident memory is read, as Linux counts it; None elsewhere.
+    """
+    built.run()
+    for parameter in built.parameters:
+        parameter.grad = None
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        built.run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if sys.platform != "linux":
+        return None
+    _return_what_is_free()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    before = _resident("VmRSS")
+    built.run()
+    return max(0, _resident("VmHWM") - before)
+
+
+def map_large_blocks() -> None:
+    """Have glibc map every block of a megabyte or more by itself, so that a freed one is no longer resident."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+        if mallopt is not None:
+            mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+
+
+def _return_what_is_free() -> None:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _resident(field: str) -> int:
+    """VmRSS (now) or VmHWM (most) of this process, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")

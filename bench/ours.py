@@ -1,0 +1,107 @@
+"""The implementations of this package: the ops, and a whole training step."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from csae import SAE, ContextualSAE, TopKSAE
+from csae.adam import Adam
+from csae.ops import sparse_decode, topk_encode
+
+from .data import Built, Data, Skip
+from .step import LR, Step
+
+
+def autoencode(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, k: int) -> Tensor:
+    return sparse_decode(*topk_encode(x, W_enc, b_enc, k), W_dec)
+
+
+def threshold_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The other exact selection, on CUDA: a sampled threshold, and a proof by counting."""
+    if x.device.type != "cuda":
+        raise Skip("a Triton kernel: needs CUDA")
+    try:
+        module = importlib.import_module("csae.kernels.triton.topk_threshold")
+    except ImportError as error:
+        raise Skip(f"not in this build: {error}") from error
+    return module.topk_encode(x, W_enc, b_enc, k)
+
+
+def topk_sae(data: Data) -> tuple[SAE, dict[str, Tensor]]:
+    shape = data.shape
+    with data.device:
+        return TopKSAE(shape.d_in, shape.d_sae, shape.k), data.weights
+
+
+def contextual_sae(data: Data) -> tuple[SAE, dict[str, Tensor]]:
+    shape = data.shape
+    heads = (shape.heads, shape.d_head, shape.d_value)
+    with data.device:
+        return ContextualSAE(shape.d_in, shape.d_sae, shape.k, *heads, sweeps=1), data.weights | data.look_back
+
+
+def uncompared(build: Callable[[Data], Built]) -> Callable[[Data], Built]:
+    """The same beside a case that it is no implementation of."""
+    return lambda data: build(data)._replace(outputs=dict)
+
+
+MakeSAE = Callable[[Data], tuple[SAE, dict[str, Tensor]]]
+
+
+def step(make: MakeSAE, **how: Any) -> Callable[[Data], Built]:
+    """Gradients in factors, and the Adam that takes them, made with `how`: what `csae train` does."""
+
+    def build(data: Data) -> Built:
+        sae, state, acts, mask, documents = _begin(make, data)
+        optimizer = Adam(sae, LR, **how)
+
+        def run() -> None:
+            with data.autocast:
+                losses, gradients = sae.gradients(acts, mask, documents, sae.dead_features())
+            optimizer.update(gradients)
+            sae.track(losses.code, mask)
+
+        return state.built(run)
+
+    return build
+
+
+def autograd_step(make: MakeSAE) -> Callable[[Data], Built]:
+    """The same step by `loss.backward()` and a fused `torch.optim.Adam`."""
+
+    def build(data: Data) -> Built:
+        sae, state, acts, mask, documents = _begin(make, data)
+        groups: list[dict] = [{"params": [], "lr": LR}, {"params": [], "lr": LR / 4}]
+        for name, parameter in sae.named_parameters():
+            groups[name in sae.look_back]["params"].append(parameter)
+        optimizer = torch.optim.Adam([group for group in groups if group["params"]], fused=True)
+
+        def run() -> None:
+            with data.autocast:
+                losses = sae.loss(acts, mask, documents, sae.dead_features())
+            optimizer.zero_grad()
+            losses.loss.backward()
+            sae.remove_parallel_gradient()
+            optimizer.step()
+            sae.normalise_decoder()
+            sae.track(losses.code, mask)
+
+        return state.built(run)
+
+    return build
+
+
+def _begin(make: MakeSAE, data: Data) -> tuple[SAE, Step, Tensor, Tensor, Tensor]:
+    """The SAE with the data's weights, and acts [B, T, d_in], mask and documents [B, T]."""
+    sae, weights = make(data)
+    state = Step(weights)
+    state.load(dict(sae.named_parameters()))
+    shape = (data.shape.windows, data.shape.T)
+    acts = data.x.float().view(*shape, data.shape.d_in)
+    mask = torch.ones(shape, dtype=torch.bool, device=data.device)
+    return sae, state, acts, mask, torch.zeros(shape, dtype=torch.int64, device=data.device)

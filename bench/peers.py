@@ -1,0 +1,184 @@
+"""Training steps of other libraries, by their own classes, where they are installed.
+
+Each runs what its trainer runs between one batch and the next, but for logging and checkpoints: forward, loss,
+backward, clipping, optimizer, schedule, the decoder's norm, the count of dead features. The optimizer is torch's Adam,
+as their trainers make it. No feature is dead in so few steps, so AuxK costs them only the look.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import io
+import os
+import sys
+
+import torch
+from torch import Tensor
+
+from .data import Built, Data, Skip
+from .step import LR, Step
+
+# The name of a decoder's moves where its rows need not keep unit norm.
+FREE_ROWS = "W_dec, free rows"
+
+PACKAGES = ("eai-sparsify", "sae-lens", "dictionary-learning")
+
+
+def sparsify(data: Data) -> Built:
+    """EleutherAI's SparseCoder; the step is what `sparsify.Trainer.fit` and its hook do for one hookpoint."""
+    _needs("eai-sparsify")
+    if data.device.type == "cuda" and data.dtype == torch.float32:
+        raise Skip("its forward pass is bfloat16 on CUDA, whatever is asked")
+    if data.device.type == "cpu":
+        if "sparsify.utils" in sys.modules and os.environ.get("SPARSIFY_DISABLE_TRITON") != "1":
+            raise Skip("it was imported for CUDA: its decoder can't run on a CPU in this process")
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # where triton is installed it is used, also on a CPU
+    with contextlib.redirect_stdout(io.StringIO()):
+        from sparsify import SparseCoder, SparseCoderConfig
+    from transformers import get_linear_schedule_with_warmup
+
+    shape = data.shape
+    config = SparseCoderConfig(num_latents=shape.d_sae, k=shape.k)
+    sae = SparseCoder(shape.d_in, config, device=data.device, dtype=torch.float32)
+    state = Step(data.weights)
+    own = {"W_enc": sae.encoder.weight, "b_enc": sae.encoder.bias, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    state.load(own)
+    optimizer = torch.optim.Adam([{"params": sae.parameters(), "lr": LR}])
+    schedule = get_linear_schedule_with_warmup(optimizer, 0, 10**6)
+    since_fired = torch.zeros(shape.d_sae, dtype=torch.int64, device=data.device)
+    fired = torch.zeros(shape.d_sae, dtype=torch.bool, device=data.device)
+    acts = data.x.float()
+
+    def run() -> None:
+        sae.set_decoder_norm_to_unit_norm()
+        total_variance = (acts - acts.mean(0)).pow(2).sum()
+        # Its own autocast is for CUDA.
+        with data.autocast:
+            out = sae(x=acts, y=acts, dead_mask=None, total_variance=total_variance)
+        fired[out.latent_indices.flatten()] = True
+        float(out.fvu.detach())
+        (out.fvu + 0.0 * out.auxk_loss + out.multi_topk_fvu / 8).backward()
+        sae.remove_gradient_parallel_to_decoder_directions()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        with torch.no_grad():
+            since_fired.add_(shape.n)
+            since_fired[fired] = 0
+            fired.zero_()
+
+    return state.built(run)
+
+
+def sae_lens(data: Data) -> Built:
+    """SAELens's TopKTrainingSAE, by `SAETrainer.step`."""
+    return _sae_lens(data, sparse=False)
+
+
+def sae_lens_sparse(data: Data) -> Built:
+    """The same with its sparse activations, which it advises for float32 only."""
+    if data.dtype != torch.float32:
+        raise Skip("its sparse activations are for float32")
+    return _sae_lens(data, sparse=True)
+
+
+def _sae_lens(data: Data, sparse: bool) -> Built:
+    _needs("sae-lens")
+    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    shape = data.shape
+    config = TopKTrainingSAEConfig(
+        d_in=shape.d_in,
+        d_sae=shape.d_sae,
+        k=shape.k,
+        device=str(data.device),
+        decoder_init_norm=1.0,
+        use_sparse_activations=sparse,
+        # Its backward pass can't divide a sparse tensor by the norms. At norm 1 they change nothing.
+        rescale_acts_by_decoder_norm=not sparse,
+    )
+    sae = TopKTrainingSAE(config)
+    state = Step(data.weights, transposed=("W_enc",))
+    state.load(dict(sae.named_parameters()))
+    trainer_config = SAETrainerConfig(
+        total_training_samples=10**6 * shape.n,
+        train_batch_size_samples=shape.n,
+        lr=LR,
+        lr_end=LR,
+        device=str(data.device),
+        autocast=data.dtype == torch.bfloat16,
+    )
+    trainer = SAETrainer(trainer_config, sae, data_provider=iter(()))
+    acts = data.x.float()
+
+    def run() -> None:
+        trainer.step(acts)
+        trainer.n_training_steps += 1
+
+    built = state.built(run)
+
+    def outputs() -> dict[str, Tensor]:
+        moves = built.outputs()
+        return {FREE_ROWS if name == "W_dec" else name: move for name, move in moves.items()}
+
+    return built._replace(outputs=outputs)
+
+
+def dictionary_learning(data: Data) -> Built:
+    """dictionary_learning's AutoEncoderTopK, by `TopKTrainer.update` as `trainSAE` calls it."""
+    _needs("dictionary-learning")
+    with contextlib.redirect_stdout(io.StringIO()):
+        from dictionary_learning.trainers.top_k import TopKTrainer
+    _undo_nnsight()
+
+    shape = data.shape
+    with data.device:
+        trainer = TopKTrainer(
+            steps=10**6,
+            activation_dim=shape.d_in,
+            dict_size=shape.d_sae,
+            k=shape.k,
+            layer=0,
+            lm_name="",
+            lr=LR,
+            warmup_steps=0,
+            device=str(data.device),
+        )
+    ae = trainer.ae
+    own = {"W_enc": ae.encoder.weight, "b_enc": ae.encoder.bias, "W_dec": ae.decoder.weight, "b_dec": ae.b_dec}
+    state = Step(data.weights, transposed=("W_dec",))
+    state.load(own)
+    acts = data.x
+
+    def run() -> None:
+        # A step from the long middle of training: past the start of its threshold, which it then keeps up.
+        with data.autocast:
+            trainer.update(2000, acts)
+
+    return state.built(run)
+
+
+def _undo_nnsight() -> None:
+    """dictionary_learning imports nnsight, which replaces functions of torch: torch.compile no longer works then."""
+    patcher = getattr(sys.modules.get("nnsight"), "DEFAULT_PATCHER", None)
+    if patcher is not None:
+        patcher.__exit__(None, None, None)
+
+
+def versions() -> dict[str, str]:
+    """The versions of the peers that are installed."""
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _needs(package: str) -> None:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise Skip(f"{package} is not installed (`make bench-peers` has it)") from error
