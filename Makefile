@@ -1,4 +1,4 @@
-# `make demo` and `make test` do all the set-up they need. Other targets: test-slow, lint, memory, bench, clean.
+# `make demo` and `make test` do all the set-up they need. Other targets: test-slow, lint, memory, bench, gpu, clean.
 
 PYTHON ?= python3
 # CUDA where PyPI has it (Linux). Without a GPU a CPU build is quicker to get: point pip at one, as pytorch.org says.
@@ -10,7 +10,7 @@ TRITON ?= triton==3.6.0
 bin = .venv/bin
 ready = .venv/.ready
 
-.PHONY: demo test test-slow lint memory bench clean
+.PHONY: demo test test-slow lint memory gpu bench clean
 
 demo: $(ready)
 	$(bin)/csae demo
@@ -28,6 +28,10 @@ lint: $(ready)
 
 memory: $(ready)
 	$(bin)/python -m bench.memory
+
+# On a machine with an NVIDIA GPU, with the environment or with the Python that is there. PEERS=folder of wheels.
+gpu:
+	$(or $(wildcard $(bin)/python),$(PYTHON)) -m bench.gpu $(if $(PEERS),--peers $(PEERS))
 
 bench: $(ready)
 	$(bin)/python -m bench.ops
