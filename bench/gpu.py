@@ -1,0 +1,342 @@
+"""All that needs a GPU, in one command of less than ten minutes: `make gpu`.
+
+    python -m bench.gpu [--fresh] [--peers FOLDER] [--minutes 10]
+    python -m bench.gpu --rehearse      as far as a machine without a GPU allows, in tiny sizes
+
+In turn: build in place, without pip; the tests marked gpu; compute-sanitizer's memcheck and racecheck on small cases of
+every kernel; the fastest tiles of each kernel, into kernels/triton/tuned.json; the benchmark at shapes A, B and C, into
+bench/results/<device>.json and bench/RESULTS.md.
+
+A stage that was done is not done again unless the code or the device has changed since: after a run that was cut short,
+the next one goes on where it ended. What stages print, and that they are done, is kept in build/gpu. Every stage is
+stopped when its time is up. --peers: a folder with wheels of other libraries to measure against.
+
+Needs torch, triton, numpy, what csae needs to be imported, and pytest; no network and no virtual environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPES = ("A", "B", "C")
+
+
+class Skip(Exception):
+    """A stage can't be done here, and that is all right; the message says why."""
+
+
+class Failed(Exception):
+    """A stage went wrong; the message says how."""
+
+
+class Here(NamedTuple):
+    """Where and how a run takes place."""
+
+    device: str
+    rehearse: bool
+    """no GPU: interpret kernels, tiny sizes, and nothing that is committed is written"""
+    peers: Path | None
+    state: Path
+    """what is kept between runs"""
+    results: Path
+    """JSON files of the benchmark"""
+    table: Path
+    """RESULTS.md"""
+    tuned: Path
+    """tuned.json"""
+
+
+class Stage(NamedTuple):
+    """A part of the run."""
+
+    name: str
+    seconds: int
+    """it is stopped after"""
+    work: Callable[[Here, float], str]
+    """does it within so many seconds, and says in a line what came out"""
+
+
+# --- the stages ----------------------------------------------------------------------------------------------------
+
+
+def build(here: Here, seconds: float) -> str:
+    """csae.kernels found from the checkout, and the native library where cmake, ninja and a compiler are."""
+    link = ROOT / "csae" / "kernels"
+    if not link.exists():
+        link.symlink_to(Path("..", "kernels"), target_is_directory=True)
+    python(here, "build", ["-c", "import csae, csae.kernels.triton"], seconds)
+    missing = [tool for tool in ("cmake", "ninja", "c++") if shutil.which(tool) is None]
+    if missing:
+        return f"csae is importable; the native CPU library is left out, since there is no {' and no '.join(missing)}"
+    folder = here.state / "native"
+    configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
+    run(here, "build", configure, seconds)
+    run(here, "build", ["cmake", "--build", str(folder)], seconds)
+    library = folder / "libcsae_cpu.so"
+    if not here.rehearse:
+        shutil.copy2(library, ROOT / "kernels" / "cpu" / library.name)
+    return "csae is importable; the native CPU library is built"
+
+
+def tests(here: Here, seconds: float) -> str:
+    """The tests marked gpu. Those of other folders import more than is here."""
+    if importlib.util.find_spec("pytest") is None:
+        raise Skip("pytest is not installed")
+    command = ["-m", "pytest", "-o", "addopts=", "-q", "-m", "gpu and not slow", "-p", "no:cacheprovider"]
+    command += ["--confcutdir=tests/kernels", "tests/kernels"]
+    if here.rehearse:
+        command.append("--collect-only")
+    elif importlib.util.find_spec("xdist") is not None:  # compiling keeps many cores busy
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
+    return last_line(python(here, "tests", command, seconds))
+
+
+def memcheck(here: Here, seconds: float) -> str:
+    return sanitizer(here, "memcheck", seconds)
+
+
+def racecheck(here: Here, seconds: float) -> str:
+    return sanitizer(here, "racecheck", seconds)
+
+
+def sanitizer(here: Here, tool: str, seconds: float) -> str:
+    """bench.sanitize under a tool of compute-sanitizer."""
+    sanitize = [sys.executable, "-m", "bench.sanitize"]
+    # Without torch's cache every tensor is an allocation of its own, so that a step beyond its end is seen. Calls of
+    # the CUDA API that fail are torch's way to ask what there is.
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "3", "--report-api-errors", "no"]
+    command += ["--print-limit", "20", *sanitize]
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    if here.rehearse:
+        if tool != "memcheck":
+            return f"would run: {shlex.join(command)}"
+        ran = last_line(run(here, tool, sanitize, seconds, environment))
+        return f"{ran} in the interpreter; would run: {shlex.join(command)}"
+    if shutil.which(command[0]) is None:
+        raise Skip("compute-sanitizer is not installed")
+    output = run(here, tool, command, seconds, environment)
+    summary = [line for line in output.splitlines() if "SUMMARY" in line]
+    return summary[-1].strip("= ") if summary else last_line(output)
+
+
+def tune(here: Here, seconds: float) -> str:
+    """The fastest tiles; compiling and the last candidate may take a little longer than it is given."""
+    sizes = ["--shapes", "tiny", "--most", "1"] if here.rehearse else ["--shapes", *SHAPES]
+    sizes += ["--seconds", f"{0.8 * seconds:.0f}", "--into", str(here.tuned)]
+    python(here, "tune", ["-m", "bench.tune", *sizes], seconds)
+    entries = json.loads(here.tuned.read_text())["cpu" if here.rehearse else here.device]
+    return f"{len(entries)} kernels are faster in another form than by default: {here.tuned.name}"
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from bench import cases, harness, report
+folder, rounds, *shapes = sys.argv[1:]
+for case in cases.CASES:
+    for shape in shapes:
+        file = Path(folder, f"{shape} {case}.json")
+        if not file.exists():
+            found = harness.run([shape], [case], rounds=int(rounds))
+            found["results"] = [result for result in found["results"] if result["case"] == case]
+            report.write(found, file)
+"""
+
+
+def bench(here: Here, seconds: float) -> str:
+    """Each case at each shape; what was measured before time was up stands, and the rest is measured next time."""
+    folder = here.state / "measured"
+    code = key(here, "bench")
+    if not (folder / code).exists():
+        shutil.rmtree(folder, ignore_errors=True)  # it was measured with other code
+        folder.mkdir(parents=True)
+        (folder / code).touch()
+    shapes, rounds = (["small"], "1") if here.rehearse else (SHAPES, "10")
+    measure = ["-c", MEASURE, str(folder), rounds, *shapes]
+    path = os.pathsep.join([str(ROOT), *([str(peers(here, seconds))] if here.peers else [])])
+    try:
+        python(here, "bench", measure, seconds, {"PYTHONPATH": path})
+    finally:
+        written = write_results(here, sorted(folder.glob("*.json"), key=lambda file: file.stat().st_mtime))
+    return written
+
+
+def peers(here: Here, seconds: float) -> Path:
+    """The folder that the peers' wheels are unpacked to; they are left out where that fails."""
+    folder = here.state / "peers"
+    wheels = [str(wheel) for wheel in sorted((here.peers or folder).glob("*.whl"))]
+    shutil.rmtree(folder, ignore_errors=True)
+    # What they need comes as wheels too, or is there; torch must not come along.
+    install = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(folder), *wheels]
+    try:
+        if not wheels:
+            raise Failed(f"no wheels in {here.peers}")
+        python(here, "peers", install, seconds)
+    except Failed as reason:
+        print(f"peers      left out: {reason}", flush=True)
+    return folder
+
+
+def write_results(here: Here, files: list[Path]) -> str:
+    """One JSON file of all that was measured on this device, and the table of all devices."""
+    from . import report, targets
+
+    parts = [report.read(file) for file in files]
+    if not parts:
+        raise Failed("nothing was measured")
+    whole = parts[0] | {"results": [result for part in parts for result in part["results"]]}
+    file = here.results / f"{here.device.replace(' ', '-')}.json"
+    report.write(whole, file)
+    here.table.write_text(targets.markdown(here.results))
+    timed = sum("skipped" not in result for result in whole["results"])
+    return f"{timed} timed, {len(whole['results']) - timed} not: {file.name}, {here.table.name}"
+
+
+STAGES = (
+    Stage("build", 60, build),
+    Stage("tests", 150, tests),
+    Stage("memcheck", 60, memcheck),
+    Stage("racecheck", 60, racecheck),
+    Stage("tune", 130, tune),
+    Stage("bench", 240, bench),
+)
+
+
+# --- running them ----------------------------------------------------------------------------------------------------
+
+
+def python(
+    here: Here, log: str, arguments: list[str], seconds: float, environment: dict[str, str] | None = None
+) -> str:
+    """Run this Python."""
+    return run(here, log, [sys.executable, *arguments], seconds, environment)
+
+
+def run(here: Here, log: str, command: list[str], seconds: float, environment: dict[str, str] | None = None) -> str:
+    """Run a command from the checkout; what it prints, which build/gpu/<log>.log keeps.
+
+    Raises Failed where it fails, or takes longer.
+    """
+    path = here.state / f"{log}.log"
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(environment or {})}
+    if here.rehearse:
+        variables["TRITON_INTERPRET"] = "1"
+    with path.open("a+") as file:
+        file.write(f"\n$ {shlex.join(command)}\n")
+        file.flush()
+        start = file.tell()
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            process.wait(timeout=max(1.0, seconds))
+        except subprocess.TimeoutExpired:
+            raise Failed(f"stopped after {seconds:.0f} s: see {path}") from None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # and its children
+                process.wait()
+        file.seek(start)
+        output = file.read()
+    if process.returncode != 0:
+        raise Failed(f"{last_line(output)} (exit code {process.returncode}): see {path}")
+    return output
+
+
+def last_line(output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return lines[-1].strip("= ") if lines else "no output"
+
+
+def key(here: Here, stage: str) -> str:
+    """Changes when the device, torch or the code does; and for the benchmark when the tiles do."""
+    digest = hashlib.sha256(repr((here.device, torch.__version__, sys.version, str(here.peers))).encode())
+    folders = ("kernels", "csae", "bench", "tests")
+    files = {file.resolve() for folder in folders for file in (ROOT / folder).rglob("*.py")}
+    files |= {file for file in (ROOT / "kernels" / "cpu" / "src").iterdir()}
+    for file in sorted(files):
+        digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
+    if stage == "bench" and here.tuned.exists():
+        digest.update(here.tuned.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def do(here: Here, wanted: Stage, seconds: float) -> tuple[bool, str]:
+    """Do a stage that isn't done yet. Whether all is well, and what to say."""
+    done, code = here.state / f"{wanted.name}.json", key(here, wanted.name)
+    if done.exists():
+        before = json.loads(done.read_text())
+        if before["code"] == code:
+            return True, f"{before['line']} (before)"
+    if seconds < 20:
+        return False, "not begun, time is up: run it again to go on"
+    start = time.monotonic()
+    (here.state / f"{wanted.name}.log").unlink(missing_ok=True)
+    try:
+        line = wanted.work(here, min(seconds, wanted.seconds))
+    except Skip as reason:
+        return True, f"skipped: {reason}"
+    except Failed as reason:
+        return False, f"FAILED: {reason}"
+    line = f"{line} ({time.monotonic() - start:.0f} s)"
+    done.write_text(json.dumps({"code": code, "line": line}))
+    return True, line
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU")
+    parser.add_argument("--fresh", action="store_true", help="forget what was done before")
+    parser.add_argument("--peers", type=Path, help="a folder of wheels")
+    parser.add_argument("--minutes", type=float, default=9.5)
+    parser.add_argument("--only", nargs="+", choices=[one.name for one in STAGES], help="these stages")
+    args = parser.parse_args()
+    if not args.rehearse and not torch.cuda.is_available():
+        print("no CUDA device here: `make gpu` needs one; without, `python -m bench.gpu --rehearse` tries what it can")
+        return 2
+    until = time.monotonic() + 60 * args.minutes
+    state = ROOT / "build" / ("rehearsal" if args.rehearse else "gpu")
+    if args.fresh:
+        shutil.rmtree(state, ignore_errors=True)
+    state.mkdir(parents=True, exist_ok=True)
+    device = "rehearsal" if args.rehearse else torch.cuda.get_device_name()
+    if args.rehearse:
+        outputs = (state, state / "RESULTS.md", state / "tuned.json")
+    else:
+        outputs = (ROOT / "bench" / "results", ROOT / "bench" / "RESULTS.md", ROOT / "kernels/triton/tuned.json")
+    here = Here(device, args.rehearse, args.peers and args.peers.resolve(), state, *outputs)
+    lines, well = [], True
+    print(f"{device}: logs in {state}", flush=True)
+    for one in STAGES:
+        if args.only and one.name not in args.only:
+            continue
+        fine, line = do(here, one, until - time.monotonic())
+        well = well and fine
+        lines.append(f"{one.name:<10} {line}")
+        print(lines[-1], flush=True)
+    file = here.results / f"{device.replace(' ', '-')}.json"
+    if file.exists():
+        from . import report, targets
+
+        print("", targets.short(report.read(file)), "", *lines, sep="\n")
+    return 0 if well else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""Every kernel on small, awkward cases: what compute-sanitizer watches.
+
+    compute-sanitizer --tool memcheck python -m bench.sanitize
+
+On a machine without a GPU, with TRITON_INTERPRET=1, the same cases run in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+# n, d_in, d_sae, k: no multiple of any block; widths in 16 bytes and not.
+SHAPES = ((5, 24, 67, 3), (9, 7, 40, 40), (130, 136, 300, 17))
+WINDOWS = ((1, 3, 1, 5, 7), (2, 70, 2, 16, 8), (1, 130, 1, 72, 40))  # B, T, H, d_head, d_value
+LOWEST = torch.iinfo(torch.int64).min
+
+
+def cases(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Each case with its name."""
+    topk, sums, rows, look_back = (
+        import_module(f"csae.kernels.triton.{name}")
+        for name in ("topk_encode", "sparse_decode", "feature_rows", "lookback_attention")
+    )
+    threshold = import_module("csae.kernels.triton.topk_threshold")
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    for dtype in dtypes:
+        for n, d_in, d_sae, k in SHAPES:
+            named = f"{str(dtype).removeprefix('torch.')} n={n} d_in={d_in} d_sae={d_sae} k={k}"
+            x, W_enc, b_enc = normal(n, d_in, dtype=dtype), normal(d_sae, d_in, dtype=dtype), normal(d_sae, dtype=dtype)
+            for module in (topk, threshold):
+                yield f"{module.__name__} {named}", lambda m=module, a=(x, W_enc, b_enc, k): m.topk_encode(*a)
+            a, W_a = normal(n, 12, dtype=dtype), normal(d_sae, 12, dtype=dtype)
+
+            def twice(arguments=(x, W_enc, b_enc), a=a, W_a=W_a, k=k) -> object:
+                return topk.encode_again(topk.encode_and_keep(*arguments, k)[2], a, W_a, k)
+
+            yield f"second encode {named}", twice
+            # One index is outside the table: it must not be followed.
+            values, indices = normal(n, k, dtype=dtype), torch.randint(d_sae, (n, k), device=device)
+            indices[0, 0], indices[-1, -1] = d_sae, LOWEST
+            yield f"gather_sum {named}", lambda a=(values, indices, W_enc): sums.gather_sum(*a)
+            yield f"gather_dot {named}", lambda a=(x, indices, W_enc): sums.gather_dot(*a)
+            indices[1:, 0] = 1  # a long run
+            features, tokens = indices.flatten(), torch.arange(n, device=device).repeat_interleave(k)
+            weights = values.float().flatten()
+
+            def gradients(features=features, tokens=tokens, weights=weights, x=x, d_sae=d_sae) -> object:
+                pairs = rows.sort_pairs(features, tokens, d_sae)
+                return rows.feature_sums(pairs, [weights, weights], [x, 2 * x])
+
+            yield f"feature_sums {named}", gradients
+
+            def adam(features=features, tokens=tokens, weights=weights, x=x, d_sae=d_sae) -> None:
+                pairs = rows.sort_pairs(features, tokens, d_sae)
+                hyper = torch.tensor([1e-3, 1.0, 1e-8, 0.1, 0.999, 0.001], device=device)
+                seed = torch.ones(1, dtype=torch.int64, device=device)
+                for moments in dict.fromkeys((torch.float32, dtypes[-1])):
+                    state = torch.rand(3, d_sae, x.shape[1], device=device)
+                    param, exp_avg, exp_avg_sq = state[0], *state[1:].to(moments)
+                    bias, ones = torch.rand(3, d_sae, 1, device=device), torch.ones(x.shape[0], 1, device=device)
+                    for lazy in (False, True):
+                        tables = [rows.Table(param, exp_avg, exp_avg_sq, weights, x, lazy)]
+                        tables.append(rows.Table(*bias, weights, ones, False))
+                        rows.adam_rows(pairs, tables, hyper, seed, lazy)
+
+            if dtype != torch.float16:
+                yield f"adam_rows {named}", adam
+        for B, T, H, d_head, d_value in WINDOWS:
+            q, k_, v = (normal(B, T, H, d, dtype=dtype) for d in (d_head, d_head, d_value))
+            slope, null = normal(H, dtype=dtype).abs(), normal(H, dtype=dtype)
+            mask = torch.rand(B, T, device=device) > 0.2
+            starts = (torch.arange(T, device=device) // 33 * 33).expand(B, T)
+
+            def look(arguments=(q, k_, v, slope, null, mask, starts)) -> object:
+                out, lse = look_back.forward(*arguments)
+                return look_back.backward(torch.ones_like(out), *arguments, out, lse)
+
+            yield f"look-back {str(dtype).removeprefix('torch.')} B={B} T={T} H={H} d={d_head}, {d_value}", look
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    torch.manual_seed(0)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    # Triton's interpreter can't compute with bfloat16.
+    dtypes = (torch.float32, torch.bfloat16) if cuda else (torch.float32,)
+    done = 0
+    for name, run in cases(device, dtypes):
+        print(name, flush=True)
+        run()
+        if cuda:
+            torch.cuda.synchronize()
+        done += 1
+    print(f"{done} cases ran")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""What is to be seen on a GPU, in ratios of one run, and bench/RESULTS.md, which shows what was seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from . import report
+from .cases import BACKWARD, CONTEXTUAL_STEP, DECODE, ENCODE, LOOK_BACK, OURS, TOPK_STEP, Case
+from .harness import Report
+
+ON = "NVIDIA H100"  # the targets are for this one
+SHAPES = ("A", "B", "C")
+
+
+class Target(NamedTuple):
+    """A ratio that is to be reached."""
+
+    what: str
+    limit: float
+    at_most: bool
+    """whether the ratio is to be at most the limit, or at least"""
+    of: Callable[[Report, str], float | None]
+    """the ratio at a shape; None where it wasn't measured"""
+
+    def words(self) -> str:
+        return f"{'at most' if self.at_most else 'at least'} {self.limit:g}"
+
+    def reached(self, ratio: float) -> bool:
+        return ratio <= self.limit if self.at_most else ratio >= self.limit
+
+
+def _value(found: Report, case: Case, shape: str, impl: str, what: str) -> float | None:
+    for result in found["results"]:
+        if (result["case"], result["shape"]["name"], result["impl"]) == (case.name, shape, impl):
+            return result.get(what)
+    return None
+
+
+def _against(case: Case, impl: str, what: str = "median_ms") -> Callable[[Report, str], float | None]:
+    """What another takes, divided by what ours takes."""
+
+    def of(found: Report, shape: str) -> float | None:
+        ours, other = (_value(found, case, shape, name, what) for name in (OURS, impl))
+        return None if not ours or other is None else other / ours
+
+    return of
+
+
+def _inverse(of: Callable[[Report, str], float | None]) -> Callable[[Report, str], float | None]:
+    def inverse(found: Report, shape: str) -> float | None:
+        ratio = of(found, shape)
+        return None if not ratio else 1 / ratio
+
+    return inverse
+
+
+def _share(case: Case) -> Callable[[Report, str], float | None]:
+    return lambda found, shape: _value(found, case, shape, OURS, "share_of_floor")
+
+
+STEP_OF = {"sparsify": 3.0, "SAELens": 4.0, "dictionary_learning": 4.0, "PyTorch dense, compiled": 3.0}
+TARGETS = (
+    Target("topk_encode forward / the product alone", 1.2, True, _inverse(_against(ENCODE, "mm"))),
+    Target("sparse_decode forward: share of its floor", 0.7, False, _share(DECODE)),
+    Target("backward of encode + decode / its floor", 1.6, True, _inverse(_share(BACKWARD))),
+    Target("FlexAttention / look-back, forward + backward", 1.3, False, _against(LOOK_BACK, "FlexAttention, compiled")),
+    *(
+        Target(f"TopK training step: {impl} / ours", least, False, _against(TOPK_STEP, impl))
+        for impl, least in STEP_OF.items()
+    ),
+    *(
+        Target(f"its memory: ours / {impl}", 0.25, True, _inverse(_against(TOPK_STEP, impl, "peak_bytes")))
+        for impl in STEP_OF
+    ),
+    Target("contextual step / TopK step", 1.6, True, _inverse(_against(CONTEXTUAL_STEP, "csae TopK step"))),
+)
+
+
+def rows(found: Report | None) -> list[list[str]]:
+    """What is to be seen, how much, and the ratio at each shape, with a ! where the target is missed."""
+    table = []
+    for target in TARGETS:
+        cells = [target.what, target.words()]
+        for shape in SHAPES:
+            ratio = None if found is None else target.of(found, shape)
+            missed = ratio is not None and not target.reached(ratio)
+            cells.append("not measured" if ratio is None else f"{ratio:.2f}{' !' if missed else ''}")
+        table.append(cells)
+    return table
+
+
+def short(found: Report) -> str:
+    """The targets in a line each."""
+    head = [f"{found['device']}, {found['ceilings']['dtype']} (! misses the target)", "target", *SHAPES]
+    return "\n".join(
+        f"{cells[0]:<50}{cells[1]:<14}" + "".join(f"{c:>14}" for c in cells[2:]) for cells in [head, *rows(found)]
+    )
+
+
+def markdown(folder: Path) -> str:
+    """bench/RESULTS.md from the JSON files of a folder: the targets, and then every device's whole table."""
+    runs = [report.read(file) for file in sorted(folder.glob("*.json"))]
+    on_target = next((found for found in runs if found["device"].startswith(ON)), None)
+    measured = f"{on_target['device']}" if on_target else f"{ON}: not measured"
+    lines = [
+        "# Measured",
+        "",
+        "Written by `make gpu` and `python -m bench.targets` from `bench/results/*.json`. Shapes (n, d_in, d_sae, k):",
+        "A is (8192, 768, 32768, 32), B (8192, 2304, 65536, 64), C (8192, 4096, 131072, 64). Products in bfloat16,",
+        "weights in float32. Every number is a ratio of medians of one run; `!` marks a target that is missed.",
+        "",
+        f"| {measured} | target | " + " | ".join(SHAPES) + " |",
+        "|" + " --- |" * (2 + len(SHAPES)),
+        *("| " + " | ".join(cells) + " |" for cells in rows(on_target)),
+    ]
+    for found in runs:
+        lines += ["", f"## {found['device']}", "", "```", report.table(found), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    here = Path(__file__).parent
+    (here / "RESULTS.md").write_text(markdown(here / "results"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""Find the fastest tiles of the Triton kernels on this device, and write them where the launchers read them.
+
+    python -m bench.tune [--shapes A B C] [--seconds 120] [--into kernels/triton/tuned.json]
+
+Each op is run as a user runs it, and timed as a whole with each candidate of each kernel that it launches, all other
+kernels as they are by default. A form that can't be compiled or launched is passed over. What is known when the time
+is up is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+
+from csae.kernels.triton import offline, tuning
+from csae.kernels.triton.variant import Variant
+
+from .data import SHAPES, Data, Shape
+from .measure import Clock
+
+# For a run in the interpreter, which takes seconds for what a GPU does in microseconds.
+TINY = Shape("tiny", 8, 16, 96, 2, T=4, heads=1, d_head=8, d_value=8)
+ROUNDS = 5
+# What is faster by less is not worth an entry: the next run may find it slower.
+WORTH = 0.98
+
+Op = Callable[[], object]
+
+
+def ops(data: Data) -> Iterator[tuple[str, Op]]:
+    """Everything that launches kernels, by name. What one needs is made when it is its turn."""
+    topk, sums, rows, look_back = (
+        import_module(f"csae.kernels.triton.{name}")
+        for name in ("topk_encode", "sparse_decode", "feature_rows", "lookback_attention")
+    )
+    n, d_in, d_sae, k = data.shape.n, data.shape.d_in, data.shape.d_sae, data.shape.k
+    values, indices = data.code
+    yield "topk_encode", lambda: topk.topk_encode(data.x, data.W_enc, data.b_enc, k)
+    yield "gather_sum", lambda: sums.gather_sum(values, indices, data.W_dec)
+    yield "gather_dot", lambda: sums.gather_dot(data.grad, indices, data.W_dec)
+
+    pairs = rows.sort_pairs(indices.flatten(), torch.arange(n, device=data.device).repeat_interleave(k), d_sae)
+    weights = values.float().flatten()
+    yield "feature_sums", lambda: rows.feature_sums(pairs, [weights, weights], [data.x, data.grad])
+    hyper = torch.tensor([1e-3, 1.0, 1e-8, 0.1, 0.999, 0.001], device=data.device)
+    seed = torch.ones(1, dtype=torch.int64, device=data.device)
+    state = torch.rand(3, d_sae, d_in, device=data.device)
+    for unit_rows in (False, True):
+        table = rows.Table(*state, weights, data.x, unit_rows)
+        name = "adam_rows, unit rows" if unit_rows else "adam_rows"
+        yield name, lambda table=table: rows.adam_rows(pairs, [table], hyper, seed, False)
+    del state, table
+
+    qkv = (*data.qkv, data.slope, data.null, None, None)
+    yield "look-back", lambda: look_back.backward(data.grad_look_back, *qkv, *look_back.forward(*qkv))
+
+    # The second encode of a contextual step, for as many tokens as keep their pre-activations at a time.
+    some = data.x[: max(1, 2**26 // d_sae)]
+    W_a, a = (torch.rand(size, qkv[2][0, 0].numel(), device=data.device).to(data.dtype) for size in (d_sae, len(some)))
+    kept = topk.encode_and_keep(some, data.W_enc, data.b_enc, k)[2]
+    yield "encode_and_keep", lambda: topk.encode_and_keep(some, data.W_enc, data.b_enc, k)
+    yield "encode_again", lambda: topk.encode_again(kept, a, W_a, k)
+
+
+def launched(op: Op) -> list[Variant]:
+    """The variants that an op launches."""
+    found: dict[str, Variant] = {}
+    launch = Variant.launch
+
+    def record(self: Variant, *arguments: object) -> None:
+        found[str(self)] = self
+        launch(self, *arguments)  # type: ignore[arg-type]
+
+    Variant.launch = record  # type: ignore[method-assign,assignment]
+    try:
+        op()
+    finally:
+        Variant.launch = launch  # type: ignore[method-assign]
+    return list(found.values())
+
+
+def candidates(default: Variant) -> list[Variant]:
+    """Other forms of a variant, where its module offers some."""
+    module = import_module(default.kernel.fn.__module__)
+    offered = module.candidates(default) if hasattr(module, "candidates") else []
+    return [other for other in offered if str(other) != str(default)]
+
+
+class Timed(NamedTuple):
+    """A candidate, and how long the op took with it, as a share of the time with the default."""
+
+    default: Variant
+    other: Variant
+    shares: list[float]
+    """one for each op and shape that launched the default"""
+
+
+def compilable(others: list[Variant], device: torch.device) -> Iterator[Variant]:
+    """Those of `others` that are fit to be launched; compiled side by side, to be found in triton's cache."""
+    capability = "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
+    if capability not in offline.TARGETS:
+        yield from others
+        return
+    for other, target, compiled in offline.compile_all([(other, capability) for other in others], os.cpu_count() or 1):
+        if not offline.problems(other, target, compiled):
+            yield other
+
+
+def try_candidates(
+    op: Op, timed: dict[tuple[str, str], Timed], entries: dict[str, dict[str, int]], clock: Clock, until: float
+) -> None:
+    """Time an op with each candidate of each kernel that it launches. entries: the table as the launchers read it."""
+    used = {str(variant) for variant in launched(op)}
+    mine = [form for form in timed.values() if str(form.default) in used]
+    whole = _median(op, clock) if mine else math.nan
+    for form in mine:
+        if time.monotonic() > until:
+            return
+        entries[str(form.default)] = tuning.changes(form.default, form.other)
+        try:
+            form.shares.append(_median(op, clock) / whole)
+        except triton.runtime.errors.TritonError:
+            form.shares.append(math.inf)  # it doesn't fit the device
+        finally:
+            del entries[str(form.default)]
+
+
+def chosen(timed: dict[tuple[str, str], Timed]) -> list[tuple[Timed, float]]:
+    """For each variant that was timed the form that is the best over all shapes, and its share."""
+    best: dict[str, tuple[Timed, float]] = {}
+    most = {name: max(len(f.shares) for (of, _), f in timed.items() if of == name) for name, _ in timed}
+    for (name, _), form in timed.items():
+        if form.shares and len(form.shares) == most[name]:
+            share = statistics.geometric_mean(form.shares)
+            best[name] = min(best.get(name, (form, share)), (form, share), key=lambda found: found[1])
+    return list(best.values())
+
+
+def tune(
+    shapes: list[Shape], device: torch.device, dtype: torch.dtype, seconds: float, most: int | None, into: Path
+) -> list[str]:
+    """Fill in the table of this device at `into`, and say what was found. most: candidates a variant, if not all."""
+    until = time.monotonic() + seconds
+    clock = Clock(device)
+    entries: dict[str, dict[str, int]] = {}
+    tuning.table()[tuning.device_name(device)] = entries
+    timed: dict[tuple[str, str], Timed] = {}
+    said = []
+    for shape in shapes:
+        data = Data(shape, dtype, device)
+        known = {name for name, _ in timed}
+        defaults = {str(default): default for _, op in ops(data) for default in launched(op)}
+        offered = [
+            (default, other)
+            for name, default in defaults.items()
+            if name not in known
+            for other in candidates(default)[:most]
+        ]
+        fit = {str(other) for other in compilable([other for _, other in offered], device)}
+        timed |= {(str(d), str(o)): Timed(d, o, []) for d, o in offered if str(o) in fit}
+        said.append(f"{shape.name}: {len(defaults)} variants, {len(offered)} candidates, {len(fit)} of them fit")
+        for _, op in ops(data):
+            try_candidates(op, timed, entries, clock, until)
+        del data, op
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    if time.monotonic() > until:
+        said.append(f"the {seconds:.0f} s were up: what was not tried keeps its default")
+    for form, share in chosen(timed):
+        said.append(f"{share:.3f} of the op's time: {form.other} for {form.default}")
+        if share < WORTH:
+            entries[str(form.default)] = tuning.changes(form.default, form.other)
+    table = json.loads(into.read_text()) if into.exists() else {}
+    table[tuning.device_name(device)] = entries
+    into.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
+    return said
+
+
+def _median(op: Op, clock: Clock) -> float:
+    op()  # compiles what isn't compiled
+    return statistics.median(clock(op) for _ in range(ROUNDS))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=[*SHAPES, "tiny"], default=["A", "B", "C"])
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--into", type=Path, default=tuning.PATH)
+    parser.add_argument("--most", type=int, help="candidates of a variant; all, if not given")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shapes = [TINY if name == "tiny" else SHAPES[name] for name in args.shapes]
+    # Triton's interpreter can't compute with bfloat16.
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    print(*tune(shapes, device, dtype, args.seconds, args.most, args.into), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

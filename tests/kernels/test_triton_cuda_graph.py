@@ -1,0 +1,133 @@
+"""Every op, forward and backward, and the optimizer's step, captured in a CUDA graph and replayed on other numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to("cuda", dtype)
+
+
+def assert_replays(step: Callable[..., list[Tensor]], inputs: list[Tensor], others: list[Tensor]) -> None:
+    """A graph of step(*inputs), replayed with the numbers of `others` there, gives the bits that step(*others) does."""
+    wanted = [tensor.clone() for tensor in step(*others)]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles the kernels, and warms up the allocator
+        for _ in range(2):
+            step(*inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(*inputs)
+    with torch.no_grad():
+        for tensor, other in zip(inputs, others, strict=True):
+            tensor.copy_(other)
+    for tensor in out:
+        tensor.detach().fill_(torch.nan if tensor.is_floating_point() else -1)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert [bool(torch.equal(got, want)) for got, want in zip(out, wanted, strict=True)] == [True] * len(wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "d_in", "d_sae", "k"), [(70, 40, 200, 5), (33, 64, 96, 96)])
+def test_topk_encode(n: int, d_in: int, d_sae: int, k: int, dtype: torch.dtype) -> None:
+    from csae.ops import topk_encode
+
+    def step(x: Tensor, W_enc: Tensor, b_enc: Tensor, grad: Tensor) -> list[Tensor]:
+        leaves = [tensor.detach().requires_grad_() for tensor in (x, W_enc, b_enc)]
+        values, indices = topk_encode(*leaves, k)
+        return [values, indices, *torch.autograd.grad(values, leaves, grad)]
+
+    def tensors(seed: int) -> list[Tensor]:
+        shapes = ((n, d_in), (d_sae, d_in), (d_sae,), (n, k))
+        return [normal(*shape, dtype=dtype, seed=seed + i) for i, shape in enumerate(shapes)]
+
+    assert_replays(step, tensors(0), tensors(10))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sparse_decode(dtype: torch.dtype) -> None:
+    from csae.ops import sparse_decode
+
+    def step(values: Tensor, indices: Tensor, W_dec: Tensor, grad: Tensor) -> list[Tensor]:
+        leaves = [tensor.detach().requires_grad_() for tensor in (values, W_dec)]
+        out = sparse_decode(leaves[0], indices, leaves[1])
+        return [out, *torch.autograd.grad(out, leaves, grad)]
+
+    def tensors(seed: int, highest: int) -> list[Tensor]:
+        values, W_dec, grad = (
+            normal(*shape, dtype=dtype, seed=seed + i) for i, shape in enumerate(((300, 8), (64, 40), (300, 40)))
+        )
+        indices = torch.randint(highest, (300, 8), generator=torch.Generator().manual_seed(seed)).cuda()
+        return [values, indices, W_dec, grad]
+
+    # Other runs of features than when it was captured: longer ones, and most features without any.
+    assert_replays(step, tensors(0, 64), tensors(10, 3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lookback_attention(dtype: torch.dtype) -> None:
+    from csae.ops import lookback_attention
+
+    B, T, H, d_head, d_value = 2, 150, 2, 16, 24
+
+    def step(*given: Tensor) -> list[Tensor]:
+        *floats, mask, documents, grad = given
+        leaves = [tensor.detach().requires_grad_() for tensor in floats]
+        out = lookback_attention(*leaves, mask, documents)
+        return [out, *torch.autograd.grad(out, leaves, grad)]
+
+    def tensors(seed: int) -> list[Tensor]:
+        shapes = ((B, T, H, d_head), (B, T, H, d_head), (B, T, H, d_value), (H,), (H,))
+        floats = [normal(*shape, dtype=dtype, seed=seed + i) for i, shape in enumerate(shapes)]
+        mask = normal(B, T, seed=seed + 5) > -1
+        documents = (normal(B, T, seed=seed + 6) > 1.5).cumsum(1)
+        return [*floats, mask, documents, normal(B, T, H, d_value, dtype=dtype, seed=seed + 7)]
+
+    assert_replays(step, tensors(0), tensors(10))
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["exact", "lazy"])
+@pytest.mark.parametrize("moments", DTYPES, ids=str)
+def test_adam_rows(moments: torch.dtype, lazy: bool) -> None:
+    from csae.kernels.pairs import Table
+    from csae.kernels.triton import feature_rows
+
+    n, k, d, d_sae = 300, 8, 40, 64
+
+    def step(features: Tensor, weights: Tensor, x: Tensor, hyper: Tensor, seed: Tensor, *state: Tensor) -> list[Tensor]:
+        tokens = torch.arange(n, device="cuda").repeat_interleave(k)
+        pairs = feature_rows.sort_pairs(features, tokens, d_sae)
+        W, b = state[:3], state[3:]
+        moved = [tensor.clone() for tensor in (*W, *b)]
+        ones = torch.ones(n, 1, device="cuda")
+        tables = [Table(*moved[:3], weights, x, True), Table(*moved[3:], weights, ones, False)]
+        feature_rows.adam_rows(pairs, tables, hyper, seed, lazy)
+        return [*moved, *feature_rows.feature_sums(pairs, [weights], [x])]
+
+    def tensors(number: int, highest: int) -> list[Tensor]:
+        features = torch.randint(highest, (n * k,), generator=torch.Generator().manual_seed(number)).cuda()
+        hyper = torch.tensor([1e-3 * number, 1.5, 1e-8, 0.1, 0.999, 0.001], device="cuda")
+        tables = []
+        for width in (d, 1):
+            param = torch.nn.functional.normalize(normal(d_sae, width, seed=number))
+            first, second = (normal(d_sae, width, seed=number + i) for i in (1, 2))
+            tables += [param, first.to(moments), second.square().to(moments)]
+        weights, x = normal(n * k, seed=number + 3), normal(n, d, seed=number + 4)
+        return [features, weights, x, hyper, torch.tensor([number], device="cuda"), *tables]
+
+    assert_replays(step, tensors(1, d_sae), tensors(7, 3))
