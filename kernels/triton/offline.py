@@ -74,6 +74,8 @@ def variants() -> list[Variant]:
 def compile_for(variant: Variant, target: str) -> Compiled:
     """Compile for one of TARGETS; the pointers are taken to be 16-byte aligned, as they always are."""
     gpu, _ = TARGETS[target]
+    if gpu.backend == "hip" and "FAST_LOG" in variant.constants:  # as on an AMD GPU, which has no such instruction
+        variant = variant._replace(constants={**variant.constants, "FAST_LOG": False})
     signature = variant.signature()
     pointers = [position for position, type_ in enumerate(signature.values()) if type_.startswith("*")]
     source = ASTSource(
@@ -142,8 +144,10 @@ def _named(**counts: int) -> dict[str, int]:
     return {name: number for name, number in counts.items() if number}
 
 
-def problems(variant: Variant, target: str, compiled: Compiled) -> list[str]:
-    """What keeps a compiled variant from being good enough to launch."""
+def problems(variant: Variant, target: str, compiled: Compiled | str) -> list[str]:
+    """What keeps a variant, as `compile_all` gives it, from being good enough to launch."""
+    if isinstance(compiled, str):
+        return [f"can't be compiled: {compiled}"]
     gpu, shared_limit = TARGETS[target]
     found = []
     if compiled.spills or compiled.local:
@@ -163,23 +167,27 @@ def problems(variant: Variant, target: str, compiled: Compiled) -> list[str]:
     return found
 
 
-def compile_all(chosen: Iterable[tuple[Variant, str]], processes: int = 2) -> Iterator[tuple[Variant, str, Compiled]]:
-    """Each of these variants for its target, in that order."""
+def compile_all(
+    chosen: Iterable[tuple[Variant, str]], processes: int = 2
+) -> Iterator[tuple[Variant, str, Compiled | str]]:
+    """Each of these variants for its target, in that order; for one that can't be compiled, why not."""
     chosen = list(chosen)
-    # A kernel can't be sent to another process, but its place in the list can.
-    places = {str(variant): place for place, variant in enumerate(variants())}
+    # A kernel can't be sent to another process, but where it is defined can.
+    places = [(v.kernel.fn.__module__, v.kernel.__name__, v._replace(kernel=None), target) for v, target in chosen]
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        done = pool.map(_compile_listed, [(places[str(variant)], target) for variant, target in chosen])
-        for (variant, target), compiled in zip(chosen, done, strict=True):
+        for (variant, target), compiled in zip(chosen, pool.map(_compile_named, places), strict=True):
             yield variant, target, compiled
 
 
-def _compile_listed(chosen: tuple[int, str]) -> Compiled:
-    place, target = chosen
-    return compile_for(variants()[place], target)
+def _compile_named(place: tuple[str, str, Variant, str]) -> Compiled | str:
+    module, kernel, variant, target = place
+    try:
+        return compile_for(variant._replace(kernel=getattr(importlib.import_module(module), kernel)), target)
+    except Exception as error:  # a compiler's own errors have no common base
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
 
-def report(compiled: dict[tuple[str, str], Compiled]) -> str:
+def report(compiled: dict[tuple[str, str], Compiled | str]) -> str:
     """RESOURCES.md of what each variant became on each target, by the variant's name and the target's."""
     lines = [_TOP.format(triton=triton.__version__)]
     for module, of_module in modules().items():
@@ -209,29 +217,31 @@ a loop's once for each time that it is unrolled. `w` is wgmma, `t` tcgen05, `m` 
 """
 
 
-def _parts(variant: Variant) -> dict[str, str]:
-    """What tells the variants of a kernel apart."""
-    dtypes = dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in variant.tensors.values())
-    settings = {**variant.constants, "warps": variant.num_warps, "stages": variant.num_stages}
-    return {"types": " ".join(dtypes), **{name: f"{name}={value}" for name, value in settings.items()}}
+def _settings(variant: Variant) -> dict[str, int | str]:
+    return {**variant.constants, "warps": variant.num_warps, "stages": variant.num_stages}
 
 
 def _common(of_kernel: list[Variant]) -> str:
-    """What all variants of a kernel share."""
-    first, *others = map(_parts, of_kernel)
-    return ", ".join(text for name, text in first.items() if all(other[name] == text for other in others))
+    """The settings that all variants of a kernel share."""
+    first, *others = map(_settings, of_kernel)
+    return ", ".join(f"{name}={value}" for name, value in first.items() if all(o[name] == value for o in others))
 
 
 def _form(variant: Variant, of_kernel: list[Variant]) -> str:
-    """What they don't share."""
-    all_parts = [_parts(other) for other in of_kernel]
-    return (
-        ", ".join(text for name, text in _parts(variant).items() if any(parts[name] != text for parts in all_parts))
-        or "the only one"
-    )
+    """What tells a variant from the others of its kernel: types, then settings."""
+    types: dict[str, list[str]] = {}
+    for name, dtype in variant.tensors.items():
+        if any(other.tensors[name] != dtype for other in of_kernel):
+            types.setdefault(str(dtype).removeprefix("torch."), []).append(name.removesuffix("_ptr"))
+    told = list(types) if len(types) == 1 else [f"{' '.join(names)}: {dtype}" for dtype, names in types.items()]
+    others = [_settings(other) for other in of_kernel]
+    told += [f"{n}={value}" for n, value in _settings(variant).items() if any(o[n] != value for o in others)]
+    return ", ".join(told) or "the only one"
 
 
-def _cell(compiled: Compiled) -> str:
+def _cell(compiled: Compiled | str) -> str:
+    if isinstance(compiled, str):
+        return compiled
     matrix = " ".join(f"{number}{name[0]}" for name, number in compiled.matrix.items()) or "0"
     loads = f"{compiled.wide_loads}+{compiled.other_loads}"
     cell = f"{compiled.registers} / {math.ceil(compiled.shared / 1024)} / {matrix} / {loads} / {compiled.shared_loads}"
