@@ -1,4 +1,5 @@
-# `make demo` and `make test` do all the set-up they need. Other targets: test-slow, lint, memory, bench, gpu, clean.
+# `make demo` and `make test` do all the set-up they need. Other targets: test-slow, lint, memory, bench, bench-peers,
+# gpu, clean.
 
 PYTHON ?= python3
 # CUDA where PyPI has it (Linux). Without a GPU a CPU build is quicker to get: point pip at one, as pytorch.org says.
@@ -9,8 +10,10 @@ TRITON ?= triton==3.6.0
 
 bin = .venv/bin
 ready = .venv/.ready
+peers_bin = .venv-peers/bin
+peers_ready = .venv-peers/.ready
 
-.PHONY: demo test test-slow lint memory gpu bench clean
+.PHONY: demo test test-slow lint memory gpu bench peers bench-peers clean
 
 demo: $(ready)
 	$(bin)/csae demo
@@ -34,7 +37,13 @@ gpu:
 	$(or $(wildcard $(bin)/python),$(PYTHON)) -m bench.gpu $(if $(PEERS),--peers $(PEERS))
 
 bench: $(ready)
-	$(bin)/python -m bench.ops
+	$(bin)/csae bench
+
+# The libraries that the benchmark compares with are kept apart: they ask for much, and some of it clashes.
+peers: $(peers_ready)
+
+bench-peers: $(peers_ready)
+	$(peers_bin)/csae bench
 
 $(ready): pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/cpu/src/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -45,5 +54,16 @@ $(ready): pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/cpu/src/*)
 	$(bin)/python -m pip install --quiet --editable '.[cli,datasets,dev]'
 	touch $@
 
+# torch is named again beside the peers, or torchvision, which they ask for, would bring another one. It goes at the
+# end: where it doesn't fit this torch, `import transformers` fails.
+$(peers_ready): pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/cpu/src/*)
+	$(PYTHON) -m venv .venv-peers
+	$(peers_bin)/python -m pip install --quiet "$(TORCH)"
+	$(peers_bin)/python -c 'import triton' 2>/dev/null || $(peers_bin)/python -m pip install --quiet "$(TRITON)"
+	$(peers_bin)/python -m pip install --quiet "$(TORCH)" --editable '.[cli]' \
+		'sae-lens==6.54.*' 'eai-sparsify==1.3.*' 'dictionary-learning==0.1.*'
+	$(peers_bin)/python -m pip uninstall --quiet --yes torchvision
+	touch $@
+
 clean:
-	rm -rf .venv build dist demo runs *.egg-info kernels/cpu/*.so
+	rm -rf .venv .venv-peers build dist demo runs *.egg-info kernels/cpu/*.so

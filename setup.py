@@ -135,10 +135,10 @@ class BdistWheel(bdist_wheel):
 
 
 # csae/kernels may be a link to kernels/ in a developer's checkout: it is never what gets packed.
-of_kernels = ["csae.kernels", *(f"csae.kernels.{name}" for name in find_packages("kernels"))]
+elsewhere = ["csae.bench", "csae.kernels", *(f"csae.kernels.{name}" for name in find_packages("kernels"))]
 setup(
-    packages=[*find_packages(include=["csae", "csae.*"], exclude=["csae.kernels", "csae.kernels.*"]), *of_kernels],
-    package_dir={"csae.kernels": "kernels"},
+    packages=[*find_packages(include=["csae", "csae.*"], exclude=["csae.kernels", "csae.kernels.*"]), *elsewhere],
+    package_dir={"csae.bench": "bench", "csae.kernels": "kernels"},
     package_data={"csae": ["templates/*", "py.typed"]},
     include_package_data=False,
     distclass=NativeDistribution,

@@ -21,6 +21,7 @@ from .harness import Report, device_name
 from .measure import Clock, median_and_spread
 
 N, D_IN = 1024, 576
+ROUNDS = 5
 D_SAE, K = (4096, 16384, 65536, 262144), (8, 32, 128)
 TIMED = {
     "encode": plain.encode(topk_encode),
@@ -33,7 +34,7 @@ def run(
     k: Sequence[int] = K,
     n: int = N,
     d_in: int = D_IN,
-    rounds: int = 5,
+    rounds: int = ROUNDS,
     device: str | None = None,
     say: Callable[[str], None] = print,
 ) -> Report:

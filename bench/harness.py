@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from csae.errors import UserError
+
 from . import peers
 from .cases import CASES, OURS, Build, Case
 from .check import difference
@@ -56,7 +58,7 @@ def run(
         rounds: 7 on a CPU, 20 on CUDA, if not given.
 
     Raises:
-        ValueError: a name that isn't there, or no round.
+        UserError: a name that isn't there, or no round.
     """
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cuda = on.type == "cuda"
@@ -66,7 +68,7 @@ def run(
     number = _named("dtype", dtype, DTYPES)
     rounds = rounds if rounds is not None else (20 if cuda else 7)
     if rounds < 1:
-        raise ValueError(f"rounds: given {rounds}; needed at least 1")
+        raise UserError(f"rounds: given {rounds}; needed at least 1")
     clock = Clock(on)
     ceiling = ceilings(on, number, clock)
     started = time.perf_counter()
@@ -262,13 +264,13 @@ def _chosen(parts: Sequence[str]) -> list[Case]:
         return list(CASES.values())
     for part in parts:
         if not any(part in name for name in CASES):
-            raise ValueError(f"case: given {part!r}; needed a part of one of {', '.join(map(repr, CASES))}")
+            raise UserError(f"case: given {part!r}; needed a part of one of {', '.join(map(repr, CASES))}")
     return [case for name, case in CASES.items() if any(part in name for part in parts)]
 
 
 def _named(what: str, name: str, known: dict[str, Any]) -> Any:
     if name not in known:
-        raise ValueError(f"{what}: given {name!r}; needed one of {', '.join(map(repr, known))}")
+        raise UserError(f"{what}: given {name!r}; needed one of {', '.join(map(repr, known))}")
     return known[name]
 
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from csae.errors import UserError
+
 from .harness import Report
 
 TOP_LEVEL = ("device", "versions", "ceilings", "results")
@@ -59,35 +61,35 @@ def write(report: Report, file: Path) -> None:
 
 
 def read(file: Path) -> Report:
-    """A report that `write` wrote. Raises ValueError, saying what is wrong, for anything else."""
+    """A report that `write` wrote. Raises UserError, saying what is wrong, for anything else."""
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{file}: can't be read ({error.strerror}): give a file that `csae bench` wrote") from error
+        raise UserError(f"{file}: can't be read ({error.strerror}): give a file that `csae bench` wrote") from error
     except ValueError as error:
-        raise ValueError(f"{file}: not JSON ({error}): give a file that `csae bench` wrote") from error
+        raise UserError(f"{file}: not JSON ({error}): give a file that `csae bench` wrote") from error
     lacking = [name for name in TOP_LEVEL if not isinstance(report, dict) or name not in report]
     if not lacking:
         lacking = sorted({name for result in report["results"] for name in OF_A_RESULT if name not in result})
     if lacking:
-        raise ValueError(f"{file}: no results of `csae bench`: it lacks {', '.join(lacking)}")
+        raise UserError(f"{file}: no results of `csae bench`: it lacks {', '.join(lacking)}")
     return report
 
 
 def compare(before: Report, after: Report) -> str:
     """What got faster or slower, by ratios, of the results that both have.
 
-    Raises ValueError where the devices differ, or no case was measured at one shape and dtype in both.
+    Raises UserError where the devices differ, or no case was measured at one shape and dtype in both.
     """
     if before["device"] != after["device"]:
-        raise ValueError(
+        raise UserError(
             f"they were measured on {before['device']} and on {after['device']}: compare results of one device"
         )
     old_ones, new_ones = _timed(before), _timed(after)
     common = [key for key in old_ones if key in new_ones]
     if not common:
         shapes = [sorted({_shape(r["shape"]) for r in report["results"]}) for report in (before, after)]
-        raise ValueError(
+        raise UserError(
             f"nothing was measured in both: one has {', '.join(shapes[0]) or 'nothing'}, the other "
             f"{', '.join(shapes[1]) or 'nothing'}: measure the same shapes and cases"
         )
@@ -139,7 +141,7 @@ def draw(report: Report, file: Path) -> None:
         if "skipped" not in result:
             panels.setdefault((result["case"], result["shape"]["name"], result["dtype"]), []).append(result)
     if not panels:
-        raise ValueError("nothing was timed: there is nothing to draw")
+        raise UserError("nothing was timed: there is nothing to draw")
     bars = [len(results) for results in panels.values()]
     figure, grid = plt.subplots(
         len(panels), figsize=(8, 0.7 * len(panels) + 0.26 * sum(bars) + 0.6), height_ratios=bars,

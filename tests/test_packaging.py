@@ -77,8 +77,8 @@ def names_in(wheel: Path) -> set[str]:
 def modules_of_checkout() -> set[str]:
     """Where every module of the checkout is to be found once it is installed."""
     of_csae = (path.relative_to(ROOT) for path in (ROOT / "csae").rglob("*.py"))
-    of_kernels = ("csae" / path.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py"))
-    return {path.as_posix() for path in (*of_csae, *of_kernels)}
+    elsewhere = (path for folder in ("bench", "kernels") for path in (ROOT / folder).rglob("*.py"))
+    return {path.as_posix() for path in (*of_csae, *("csae" / path.relative_to(ROOT) for path in elsewhere))}
 
 
 @pytest.fixture(scope="module")
@@ -155,11 +155,11 @@ def test_sdist_holds_what_a_build_needs(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     needed = [ROOT / name for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE")]
-    needed += [path for folder in ("csae", "kernels") for path in (ROOT / folder).rglob("*.py")]
+    needed += [path for folder in ("bench", "csae", "kernels") for path in (ROOT / folder).rglob("*.py")]
     needed += (ROOT / "kernels" / "cpu" / "src").iterdir()
     relative = {path.relative_to(ROOT).as_posix() for path in needed}
     assert {name for name in relative - names if not name.startswith("csae/kernels/")} == set()
-    unwanted = [name for name in names if name.startswith(("csae/kernels", "tests", "bench", "build"))]
+    unwanted = [name for name in names if name.startswith(("csae/bench", "csae/kernels", "tests", "build"))]
     assert unwanted == []
     assert not any(name.endswith(".so") for name in names)
 
