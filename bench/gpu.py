@@ -76,11 +76,14 @@ class Stage(NamedTuple):
 
 
 def build(here: Here, seconds: float) -> str:
-    """csae.kernels found from the checkout, and the native library where cmake, ninja and a compiler are."""
-    link = ROOT / "csae" / "kernels"
-    if not link.exists():
-        link.symlink_to(Path("..", "kernels"), target_is_directory=True)
-    python(here, "build", ["-c", "import csae, csae.kernels.triton"], seconds)
+    """csae importable from the checkout, and the native library where cmake, ninja and a compiler are."""
+    try:
+        python(here, "build", ["-c", "import csae.kernels.triton"], seconds)
+    except Failed:  # not installed: the folder that an installation maps to csae.kernels is to be found there
+        link = ROOT / "csae" / "kernels"
+        if not link.is_symlink():
+            link.symlink_to(Path("..", "kernels"), target_is_directory=True)
+        python(here, "build", ["-c", "import csae.kernels.triton"], seconds)
     missing = [tool for tool in ("cmake", "ninja", "c++") if shutil.which(tool) is None]
     if missing:
         return f"csae is importable; the native CPU library is left out, since there is no {' and no '.join(missing)}"
