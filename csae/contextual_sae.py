@@ -9,10 +9,15 @@ from torch import Tensor, nn
 
 from csae.factors import Trace
 from csae.ops import lookback_attention, sparse_decode, topk_encode
-from csae.ops.lookback_attention import document_starts
+from csae.ops.topk_encode import encode_again, encode_and_keep, with_encode_gradient
+from csae.recurrence import State, advance, initial_state
 from csae.sae import SAE, Code, Output
 
 QUERIES = ("current", "past")
+# A product of the look-back's width is narrow where it is this many times narrower than d_in.
+NARROW = 4
+# Pre-activations that are kept from one sweep to the next.
+KEPT_BYTES = 256 << 20
 
 
 class ContextualSAE(SAE):
@@ -135,25 +140,130 @@ class ContextualSAE(SAE):
             return self._recur(code, mask, documents)[0] * self.scale
         return (sparse_decode(code.values, code.indices, self.W_dec) + self.b_dec) * self.scale + c
 
+    def initial_state(self, B: int, look_back: int | None = None) -> State:
+        """The state of B sequences before their first position, for `step`.
+
+        look_back: how many positions a sequence remembers, and so its memory: 4 * n_heads * (d_head + d_value)
+            bytes for each in float32. If not given, all of them, in a memory that grows.
+        """
+        for name, size in (("B", B), ("look_back", 1 if look_back is None else look_back)):
+            if size < 1:
+                raise ValueError(f"{name}: given {size}; needed at least 1")
+        return initial_state(self, B, look_back or 256, bounded=look_back is not None)
+
+    def step(
+        self, acts: Tensor, state: State, mask: Tensor | None = None, documents: Tensor | None = None
+    ) -> tuple[Code, State]:
+        """The next activations of B sequences -> their code, exactly as in `encode`, and the state after them.
+
+        Any way of cutting a sequence into steps gives the same codes. A state and the one stepped from it share
+        their memory: `state.clone()` to go on in two ways.
+
+        Args:
+            acts: [B, d_in], one position of each sequence, or [B, n, d_in], the next n.
+            state: what `initial_state` or the last step gave.
+            mask: [B] or [B, n] bool, True where a position takes part.
+            documents: [B] or [B, n] integer; nothing is carried from one id to the next.
+
+        Returns:
+            the code, [B, k] or [B, n, k]; `stream` gives the reconstruction too.
+        """
+        output, state = self.stream(acts, state, mask, documents)
+        return output.code, state
+
+    def stream(
+        self, acts: Tensor, state: State, mask: Tensor | None = None, documents: Tensor | None = None
+    ) -> tuple[Output, State]:
+        """As `step`, with all of `Output`."""
+        one = isinstance(acts, Tensor) and acts.dim() == 2
+        acts, mask, documents = (
+            tensor.unsqueeze(1) if one and tensor is not None else tensor for tensor in (acts, mask, documents)
+        )
+        self._check_acts(acts, mask, documents)
+        if acts.shape[0] != state.memory.shape[0]:
+            raise ValueError(
+                f"acts: given {acts.shape[0]} sequences; needed {state.memory.shape[0]}, as the state is of"
+            )
+        x_hat, code, c, state = advance(self, acts / self.scale, state, mask, documents)
+        parts = (x_hat * self.scale, *code, c * self.scale)
+        x_hat, values, indices, c = (part.squeeze(1) if one else part for part in parts)
+        return Output(x_hat, Code(values, indices), c), state
+
     def _run(
         self, x: Tensor, mask: Tensor | None, documents: Tensor | None, trace: Trace | None = None
     ) -> tuple[Tensor, Code, Tensor]:
         """x [B, T, d_in] in normalised units -> x_hat, code, c, by `sweeps` sweeps."""
+        windows = self._windows_to_keep(x)
+        if windows == 0:
+            return self._sweep(x, mask, documents, trace, None)
+        W_a = (self.W_enc @ self.W_O).detach()
+        parts = [
+            self._sweep(
+                x[start : start + windows],
+                None if mask is None else mask[start : start + windows],
+                None if documents is None else documents[start : start + windows],
+                trace,
+                W_a,
+            )
+            for start in range(0, x.shape[0], windows)
+        ]
+        x_hats, codes, cs = zip(*parts, strict=True)
+        values, indices = zip(*codes, strict=True)
+        return torch.cat(x_hats), Code(torch.cat(values), torch.cat(indices)), torch.cat(cs)
+
+    def _windows_to_keep(self, x: Tensor) -> int:
+        """How many windows at a time keep the pre-activations of sweep 0; none where it is no gain.
+
+        c has rank n_heads * d_value, so a further sweep is a product of that width instead of d_in, and 8 bytes
+        for each pre-activation that is kept: on an H100 as much as 2,000 operations, so it has to be narrow.
+        """
+        if self.sweeps == 0 or NARROW * self.n_heads * self.d_value > self.d_in or x.numel() == 0:
+            return 0
+        return KEPT_BYTES // (4 * x.shape[1] * self.d_sae)
+
+    def _sweep(
+        self, x: Tensor, mask: Tensor | None, documents: Tensor | None, trace: Trace | None, W_a: Tensor | None
+    ) -> tuple[Tensor, Code, Tensor]:
+        """As `_run`; with W_a = W_enc W_O, [d_sae, n_heads * d_value], by narrow products after sweep 0."""
         x = x - self.b_dec
         c = torch.zeros_like(x)
         given = x if trace is None else x.detach()
-        code = self._encode(given, mask, trace)
+        kept, a = None, x.new_zeros(())
+        if W_a is None:
+            code = self._encode(given, mask, trace)
+        else:
+            *found, kept = encode_and_keep(given, self.W_enc, self.b_enc, self.k)
+            code = self._encoded(given, *found, mask, trace)
         for _ in range(self.sweeps):
             query = x if self.query == "current" else self._shifted(self._rows("W_dec", code, trace) + c)
-            c = self._look_back(query, code, mask, documents, trace)
-            code = self._encode(given - c, mask, trace)
+            before, a = a, self._look_back(query, code, mask, documents, trace)
+            c = nn.functional.linear(a, self.W_O)
+            if W_a is None:
+                code = self._encode(given - c, mask, trace)
+            else:
+                found = encode_again(kept, a - before, W_a, self.k)
+                code = self._encoded(given - c, *found, mask, trace)
         return self._rows("W_dec", code, trace) + c + self.b_dec, code, c
 
     def _encode(self, x: Tensor, mask: Tensor | None, trace: Trace | None = None) -> Code:
         """x [..., d_in] without b_dec and c -> its code; empty where the mask [...] is False."""
-        encode = topk_encode if trace is None else trace.encode
-        values, indices = encode(x, self.W_enc, self.b_enc, self.k)
-        return Code(values if mask is None else values.masked_fill(~mask.unsqueeze(-1), 0), indices)
+        if trace is None:
+            code = Code(*topk_encode(x, self.W_enc, self.b_enc, self.k))
+        else:
+            code = Code(*trace.encode(x, self.W_enc, self.b_enc, self.k, mask))
+        return self._masked(code, mask)
+
+    def _encoded(self, x: Tensor, values: Tensor, indices: Tensor, mask: Tensor | None, trace: Trace | None) -> Code:
+        """The same for a code of x that was found without a gradient."""
+        if trace is None:
+            code = Code(with_encode_gradient(x, self.W_enc, self.b_enc, values, indices), indices)
+        else:
+            code = Code(*trace.encoded(x, values, indices, self.W_enc, self.b_enc, mask))
+        return self._masked(code, mask)
+
+    @staticmethod
+    def _masked(code: Code, mask: Tensor | None) -> Code:
+        return code if mask is None else Code(code.values.masked_fill(~mask.unsqueeze(-1), 0), code.indices)
 
     def _rows(self, table: str, code: Code, trace: Trace | None) -> Tensor:
         """The code [..., k] -> the sum of the rows that it names in W_dec or W_KV."""
@@ -169,11 +279,10 @@ class ContextualSAE(SAE):
         documents: Tensor | None,
         trace: Trace | None = None,
     ) -> Tensor:
-        """query [B, T, d_in] and the codes of all positions -> c [B, T, d_in]."""
+        """query [B, T, d_in] and the codes of all positions -> what is read there, [B, T, n_heads * d_value]."""
         keys, values = self._keys_values(code, trace)
         queries = nn.functional.linear(query, self.W_Q).unflatten(-1, (self.n_heads, self.d_head))
-        a = lookback_attention(queries, keys, values, self.slope, self.null, mask, documents)
-        return nn.functional.linear(a.flatten(-2), self.W_O)
+        return lookback_attention(queries, keys, values, self.slope, self.null, mask, documents).flatten(-2)
 
     def _keys_values(self, code: Code, trace: Trace | None = None) -> tuple[Tensor, Tensor]:
         """The code [..., k] -> keys [..., n_heads, d_head], values [..., n_heads, d_value]."""
@@ -189,46 +298,14 @@ class ContextualSAE(SAE):
         """x [B, T, d] -> what was one position earlier; zero at position 0."""
         return nn.functional.pad(x[:, :-1], (0, 0, 1, 0))
 
-    @torch.no_grad()
     def _recur(
         self, given: Tensor | Code, mask: Tensor | None, documents: Tensor | None
     ) -> tuple[Tensor, Code, Tensor]:
-        """x_hat, code and c, exactly, position by position, in normalised units.
-
-        given: x [B, T, d_in] to encode; or a code [B, T, k] to decode without x, with query="past".
-        Keys and values of the positions behind are kept, so that nothing is computed twice.
-        """
-        like, H = self.W_dec, self.n_heads
+        """x_hat, code and c of whole windows, exactly, in normalised units: of x [B, T, d_in], or of its code."""
         B, T = (given if isinstance(given, Tensor) else given.values).shape[:2]
-        x_hat, c = like.new_zeros(B, T, self.d_in), like.new_zeros(B, T, self.d_in)
-        code = Code(like.new_zeros(B, T, self.k), x_hat.new_zeros(B, T, self.k, dtype=torch.int64))
-        keys, values = like.new_zeros(B, H, T, self.d_head), like.new_zeros(B, H, T, self.d_value)
-        nothing = self.null[:, None].expand(B, H, 1)
-        # The price of each distance, farthest first: position t reads the last t of them.
-        price = self.slope[:, None] * torch.arange(T, 0, -1, device=like.device).to(like.dtype).log()  # [H, T]
-        position = torch.arange(T, device=like.device)
-        mask = torch.ones(B, T, dtype=torch.bool, device=like.device) if mask is None else mask
-        starts = position.new_zeros(B, T) if documents is None else document_starts(documents)
-        for t in range(T):
-            if self.query == "current":
-                assert isinstance(given, Tensor)
-                query = given[:, t] - self.b_dec
-            else:
-                query = x_hat[:, t - 1] - self.b_dec if t > 0 else torch.zeros_like(x_hat[:, 0])
-            queries = nn.functional.linear(query, self.W_Q).view(B, H, self.d_head, 1)
-            visible = mask[:, :t] & mask[:, t, None] & (position[:t] >= starts[:, t, None])  # [B, t]
-            scores = (keys[:, :, :t] @ queries).squeeze(-1) / math.sqrt(self.d_head) - price[:, T - t :]
-            scores = scores.masked_fill(~visible[:, None], -math.inf)  # [B, H, t]
-            weights = torch.cat([scores, nothing], dim=-1).softmax(dim=-1)[:, :, None, :t]  # [B, H, 1, t]
-            c[:, t] = nn.functional.linear((weights @ values[:, :, :t]).flatten(1), self.W_O)
-            if isinstance(given, Tensor):
-                here = self._encode(given[:, t] - self.b_dec - c[:, t], mask[:, t])
-            else:
-                here = Code(given.values[:, t], given.indices[:, t])
-            code.values[:, t], code.indices[:, t] = here
-            x_hat[:, t] = sparse_decode(*here, self.W_dec) + c[:, t] + self.b_dec
-            keys[:, :, t], values[:, :, t] = self._keys_values(here)
-        return x_hat, code, c
+        state = initial_state(self, B, T, bounded=False)
+        x_hat, code, c, _ = advance(self, given, state, mask, documents)
+        return x_hat, Code(*code), c
 
     def _check_acts(self, acts: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> None:
         super()._check_acts(acts, mask, documents)

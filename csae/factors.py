@@ -21,6 +21,7 @@ from csae.kernels.pairs import Pairs
 from csae.ops import sparse_decode, topk_encode
 from csae.ops.adam_rows import feature_sums, sort_pairs
 from csae.ops.checks import autocast_to
+from csae.ops.topk_encode import with_encode_gradient
 
 
 class Factors(NamedTuple):
@@ -63,27 +64,37 @@ class _Term(NamedTuple):
 class Trace:
     """A forward pass of an SAE with `d_sae` features, its tables held constant.
 
-    mask [...] bool: the tokens that count; the others' pairs are left out.
+    Where a method takes a mask [...] bool, the pairs of tokens that don't count are left out.
     """
 
-    def __init__(self, d_sae: int, mask: Tensor | None) -> None:
-        self.d_sae, self.mask = d_sae, mask
+    def __init__(self, d_sae: int) -> None:
+        self.d_sae = d_sae
         self.coded: list[_Coded] = []
         self.decoded: list[tuple[str, int, Tensor]] = []  # table, number of the code, output
 
-    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """`topk_encode` of x [..., d_in], which depends on no parameter but those of the look-back.
 
         It is x - b_dec that is encoded: the gradient of b_dec by this way is `gradients`' business.
         """
         (x,) = autocast_to(x)
         # Through b_enc the values depend on something, or autograd would not give their gradient.
-        return self._note(x, *topk_encode(x, W_enc.detach(), b_enc, k), features=None)
+        return self._note(x, *topk_encode(x, W_enc.detach(), b_enc, k), mask, features=None)
 
-    def encode_aux(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, features: Tensor) -> tuple[Tensor, Tensor]:
+    def encoded(
+        self, x: Tensor, values: Tensor, indices: Tensor, W_enc: Tensor, b_enc: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The same for a code of x that was found already."""
+        (x,) = autocast_to(x)
+        values = with_encode_gradient(x, W_enc.detach(), b_enc, values, indices)
+        return self._note(x, values, indices, mask, features=None)
+
+    def encode_aux(
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, mask: Tensor | None, features: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """`topk_encode` by `features` [n_dead] only, of x that depends on no parameter. Indices are into features."""
         (x,) = autocast_to(x)
-        return self._note(x, *topk_encode(x, W_enc.detach()[features], b_enc[features], k), features)
+        return self._note(x, *topk_encode(x, W_enc.detach()[features], b_enc[features], k), mask, features)
 
     def decode(
         self, name: str, values: Tensor, indices: Tensor, table: Tensor, features: Tensor | None = None
@@ -122,10 +133,12 @@ class Trace:
             gradients["b_dec"] = self._of_b_dec(terms["W_enc"], encoder, ones, gradients["b_dec"], sae.W_enc)
         return gradients
 
-    def _note(self, x: Tensor, values: Tensor, indices: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _note(
+        self, x: Tensor, values: Tensor, indices: Tensor, mask: Tensor | None, features: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             # A NaN is active: it is to be seen.
-            off = values <= 0 if self.mask is None else (values <= 0) | ~self.mask.unsqueeze(-1)
+            off = values <= 0 if mask is None else (values <= 0) | ~mask.unsqueeze(-1)
             active = torch.where(off, self.d_sae, indices if features is None else features[indices])
         flat = x.detach().reshape(-1, x.shape[-1])
         self.coded.append(_Coded(flat, values, indices, active.reshape(-1, values.shape[-1]), features is not None))

@@ -170,7 +170,7 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
         `csae.adam.Adam.update`. Args: as `loss`. The losses are without a graph.
         """
         self._check_acts(acts, mask, documents)
-        trace = Trace(self.d_sae, mask)
+        trace = Trace(self.d_sae)
         losses = self._losses(acts, mask, documents, dead, trace)
         with torch.autocast(acts.device.type, enabled=False):  # forward's business
             gradients = trace.gradients(losses.loss, self)
@@ -192,10 +192,12 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
         fvu = _energy(residual, weight) / _energy(x - _mean(x, weight), weight)
         aux = fvu.new_zeros(())
         if dead is not None and dead.numel() > 0:
-            aux = self._aux((x - c - self.b_dec).detach(), residual.detach(), weight, dead, trace)
+            aux = self._aux((x - c - self.b_dec).detach(), residual.detach(), mask, weight, dead, trace)
         return Losses(fvu + self.aux_coef * aux, fvu, aux, code)
 
-    def _aux(self, x: Tensor, residual: Tensor, weight: Tensor, dead: Tensor, trace: Trace | None) -> Tensor:
+    def _aux(
+        self, x: Tensor, residual: Tensor, mask: Tensor | None, weight: Tensor, dead: Tensor, trace: Trace | None
+    ) -> Tensor:
         """AuxK (Gao et al. 2024, section A.2): the residual rebuilt by the most active dead features.
 
         x [..., d_in] without b_dec and c. Only the dead rows are multiplied: the cost grows with their number,
@@ -208,7 +210,7 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
             W_enc, W_dec = (nn.functional.embedding(dead, weight, sparse=sparse) for weight in (self.W_enc, self.W_dec))
             residual_hat = sparse_decode(*topk_encode(x, W_enc, self.b_enc[dead], k), W_dec)
         else:
-            code = trace.encode_aux(x, self.W_enc, self.b_enc, k, dead)
+            code = trace.encode_aux(x, self.W_enc, self.b_enc, k, mask, dead)
             residual_hat = trace.decode("W_dec", *code, self.W_dec, features=dead)
         share = k / self.k_aux  # a few dead features can't be asked for as much as many
         return share * _energy(residual - residual_hat, weight) / _energy(residual, weight).clamp_min(1e-12)

@@ -55,6 +55,6 @@ class TopKSAE(SAE):
             code = Code(*topk_encode(centred, self.W_enc, self.b_enc, self.k))
             x_hat = sparse_decode(*code, self.W_dec) + self.b_dec
         else:
-            code = Code(*trace.encode(centred.detach(), self.W_enc, self.b_enc, self.k))
+            code = Code(*trace.encode(centred.detach(), self.W_enc, self.b_enc, self.k, mask))
             x_hat = trace.decode("W_dec", *code, self.W_dec) + self.b_dec
         return x_hat, code, x.new_zeros(()).expand_as(x)

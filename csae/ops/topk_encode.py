@@ -100,3 +100,88 @@ def _backward(ctx, grad_values, _grad_indices):
 
 
 _topk_encode.register_autograd(_backward, setup_context=_setup_context)
+
+
+def encode_and_keep(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`topk_encode`, and the pre-activations that it chose from, for `encode_again`. No gradient flows.
+
+    Returns:
+        values, indices, and kept: n * d_sae numbers of 4 bytes, in a form of the device's own. The caller bounds n.
+    """
+    x, W_enc, b_enc = autocast_to(x.detach(), W_enc.detach(), b_enc.detach())
+    return _encode_and_keep(x, W_enc, b_enc, k)
+
+
+def encode_again(kept: Tensor, a: Tensor, W_a: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`topk_encode` of what was kept less W_a a, by a product of width r instead of d_in. No gradient flows.
+
+    With x' = x - W a and W_a = W_enc W, the pre-activations of x' are those of x less W_a a. That is 2 n r d_sae
+    operations and 8 n d_sae bytes, where encoding x' takes 2 n d_in d_sae operations. The result differs from
+    `topk_encode(x')` by the rounding of W_a and of one more sum.
+
+    Args:
+        kept: what `encode_and_keep` or this gave for tokens x; becomes what belongs to x'.
+        a: [..., r]. W_a: [d_sae, r].
+        k: as it was.
+    """
+    a, W_a = autocast_to(a.detach(), W_a.detach())
+    return _encode_again(kept, a, W_a, k)
+
+
+def with_encode_gradient(x: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+    """The values of a code of x that was found without a gradient, with the gradient that `topk_encode` gives them."""
+    x, W_enc, b_enc, values = autocast_to(x, W_enc, b_enc, values)
+    return _with_encode_gradient(x, W_enc, b_enc, values, indices)
+
+
+@torch.library.custom_op("csae::encode_and_keep", mutates_args=())
+def _encode_and_keep(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    values, indices, kept = kernels("topk_encode", x.device).encode_and_keep(rows, W_enc, b_enc, k)
+    return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k), kept
+
+
+@_encode_and_keep.register_fake
+def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (*x.shape[:-1], k)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.int32 if x.device.type == "cuda" else torch.float32
+    kept = x.new_empty(x.shape[:-1].numel(), W_enc.shape[0], dtype=wide)
+    return x.new_empty(shape), x.new_empty(shape, dtype=torch.int64), kept
+
+
+@torch.library.custom_op("csae::encode_again", mutates_args=("kept",))
+def _encode_again(kept: Tensor, a: Tensor, W_a: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    rows = a.reshape(a.shape[:-1].numel(), a.shape[-1])
+    values, indices = kernels("topk_encode", a.device).encode_again(kept, rows, W_a, k)
+    return values.view(*a.shape[:-1], k), indices.view(*a.shape[:-1], k)
+
+
+@_encode_again.register_fake
+def _(kept: Tensor, a: Tensor, W_a: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    shape = (*a.shape[:-1], k)
+    return a.new_empty(shape), a.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.custom_op("csae::with_encode_gradient", mutates_args=())
+def _with_encode_gradient(x: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+    return values.clone()
+
+
+@_with_encode_gradient.register_fake
+def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+    return torch.empty_like(values)
+
+
+def _setup_given(ctx, inputs, output):
+    x, W_enc, _, values, indices = inputs
+    ctx.save_for_backward(values, indices, x, W_enc)
+
+
+def _backward_given(ctx, grad_values):
+    values, indices, x, W_enc = ctx.saved_tensors
+    need_x, need_W, need_b = ctx.needs_input_grad[:3]
+    d_x, d_W, d_b = _topk_encode_backward(grad_values, values, indices, x, W_enc, need_x, need_W or need_b)
+    return d_x if need_x else None, d_W if need_W else None, d_b if need_b else None, None, None
+
+
+_with_encode_gradient.register_autograd(_backward_given, setup_context=_setup_given)

@@ -1,0 +1,188 @@
+"""The recurrence: the same codes however a sequence is cut, and the same as the reference's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from csae import ContextualSAE, reference
+from csae.kernels.portable import lookback_attention as portable
+
+D_IN, B, T = 10, 3, 21
+
+
+def make(query: str = "current", **options: int) -> ContextualSAE:
+    torch.manual_seed(0)
+    sae = ContextualSAE(D_IN, 40, 4, n_heads=2, d_head=3, d_value=5, query=query, **options)
+    sae.initialise(torch.randn(D_IN), 1.7)
+    with torch.no_grad():  # a look-back that matters
+        sae.W_O.mul_(5)
+        sae.W_KV.mul_(2)
+        sae.null.sub_(1)
+    return sae.eval()
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    acts = 2 * torch.randn(B, T, D_IN, generator=generator)
+    mask = torch.rand(B, T, generator=generator) > 0.15
+    documents = torch.randint(0, 2, (B, T), generator=generator).cumsum(1) // 5
+    return acts, mask, documents
+
+
+@pytest.mark.parametrize("query", ["current", "past"])
+@pytest.mark.parametrize("cuts", [[T], [1] * T, [5, 1, 9, 6], [0, 2, 19]], ids=["whole", "single", "uneven", "empty"])
+def test_any_cutting_gives_the_same_codes(query: str, cuts: list[int]) -> None:
+    sae = make(query)
+    acts, mask, documents = batch()
+    whole = sae(acts, mask, documents)
+    state = sae.initial_state(B)
+    outputs = []
+    for part in zip(*(tensor.split(cuts, dim=1) for tensor in (acts, mask, documents)), strict=True):
+        output, state = sae.stream(part[0], state, *part[1:])
+        outputs.append(output)
+    assert state.position == T
+    assert torch.equal(torch.cat([output.code.indices for output in outputs], dim=1), whole.code.indices)
+    for name in ("x_hat", "c"):
+        found = torch.cat([getattr(output, name) for output in outputs], dim=1)
+        torch.testing.assert_close(found, getattr(whole, name), rtol=1e-5, atol=1e-5)
+
+
+def test_one_position_at_a_time_without_its_dimension() -> None:
+    sae = make()
+    acts, mask, documents = batch()
+    whole = sae.encode(acts, mask, documents)
+    state = sae.initial_state(B)
+    for t in range(T):
+        code, state = sae.step(acts[:, t], state, mask[:, t], documents[:, t])
+        assert code.values.shape == (B, 4)
+        torch.testing.assert_close(code.values, whole.values[:, t], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("query", ["current", "past"])
+def test_equal_to_the_reference(query: str) -> None:
+    sae = make(query).double()
+    acts, mask, documents = batch()
+    acts = acts.double()
+    output = sae(acts, mask, documents)
+    weights = reference.ContextualWeights(*(getattr(sae, name) for name in reference.ContextualWeights._fields))
+    expected = reference.contextual_exact(acts / sae.scale, weights, sae.k, query, mask, documents)
+    torch.testing.assert_close(output.x_hat / sae.scale, expected.x_hat)
+
+
+def test_a_state_can_be_branched() -> None:
+    sae = make()
+    acts, _, _ = batch()
+    _, state = sae.step(acts[:, :10], sae.initial_state(B))
+    other = state.clone()
+    sae.step(-acts[:, 10:], other)
+    code, _ = sae.step(acts[:, 10:], state)
+    assert torch.equal(code.indices, sae.encode(acts).indices[:, 10:])
+
+
+@torch.no_grad()
+def test_a_bounded_look_back_forgets() -> None:
+    """With look_back=L, position t is coded as in a window that begins L positions before it knows the memories."""
+    sae = make()
+    acts, mask, documents = batch()
+    bounded, state = sae.stream(acts, sae.initial_state(B, look_back=4), mask, documents)
+    assert state.memory.shape[1] == 4
+    whole = sae(acts, mask, documents)
+    torch.testing.assert_close(bounded.x_hat[:, :5], whole.x_hat[:, :5])  # position 4 looks at 0 to 3
+    assert not torch.allclose(bounded.c[:, 5:], whole.c[:, 5:])
+    # By hand: attention over the last four codes only.
+    memory = torch.cat([sae.W_K, sae.W_V], dim=1)
+    code, x = bounded.code, acts / sae.scale - sae.b_dec
+    rows = (code.values.unsqueeze(-1) * memory[code.indices]).sum(2)  # [B, T, 2 * (3 + 5)]
+    t = 13
+    looks = list(range(t - 4, t))
+    for b in range(B):
+        read = []
+        for h in range(2):
+            q = sae.W_Q.view(2, 3, D_IN)[h] @ x[b, t]
+            scores = [
+                float(q @ rows[b, j, 3 * h : 3 * h + 3] / 3**0.5 - sae.slope[h] * torch.tensor(float(t - j)).log())
+                if mask[b, j] and mask[b, t] and (documents[b, j : t + 1] == documents[b, t]).all()
+                else -torch.inf
+                for j in looks
+            ]
+            weights = torch.tensor([*scores, float(sae.null[h])]).softmax(0)[:-1]
+            read.append(weights @ torch.stack([rows[b, j, 6 + 5 * h : 11 + 5 * h] for j in looks]))
+        torch.testing.assert_close(sae.W_O @ torch.cat(read) * sae.scale, bounded.c[b, t], rtol=1e-4, atol=1e-5)
+
+
+def test_the_memory_grows() -> None:
+    sae = make()
+    acts = torch.randn(1, 600, D_IN, generator=torch.Generator().manual_seed(0))
+    state = sae.initial_state(1)
+    codes = []
+    for part in acts.split(7, dim=1):
+        code, state = sae.step(part, state)
+        codes.append(code.indices)
+    assert state.memory.shape[1] >= 600
+    assert torch.equal(torch.cat(codes, dim=1), sae.encode(acts).indices)
+
+
+def test_documents_that_go_on_across_steps() -> None:
+    sae = make()
+    acts, _, _ = batch()
+    ids = torch.tensor([7] * 9 + [8] * (T - 9)).expand(B, T)
+    expected = sae.encode(acts, documents=ids)
+    state, codes = sae.initial_state(B), []
+    for t in range(T):
+        code, state = sae.step(acts[:, t], state, documents=ids[:, t])
+        codes.append(code.indices)
+    assert torch.equal(torch.stack(codes, dim=1), expected.indices)
+    assert torch.equal(state.start, torch.full((B,), 9))
+
+
+def test_codes_from_a_file_rebuild_the_window_elsewhere(tmp_path) -> None:
+    """The strict form: a process that never saw the activations makes the reconstruction from the codes alone."""
+    sae = make("past")
+    acts, mask, documents = batch()
+    output = sae(acts, mask, documents)
+    sae.save_pretrained(tmp_path / "sae")
+    code = {"values": output.code.values, "indices": output.code.indices}
+    save_file(code | {"mask": mask, "documents": documents}, tmp_path / "codes.safetensors")
+    script = f"""
+from safetensors.torch import load_file, save_file
+from csae.checkpoint import load_sae
+from csae import Code
+codes = load_file({str(tmp_path / "codes.safetensors")!r})
+sae = load_sae({str(tmp_path / "sae")!r})
+x_hat = sae.decode(Code(codes["values"], codes["indices"]), mask=codes["mask"], documents=codes["documents"])
+save_file({{"x_hat": x_hat.detach().contiguous()}}, {str(tmp_path / "x_hat.safetensors")!r})
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+    from safetensors.torch import load_file
+
+    rebuilt = load_file(tmp_path / "x_hat.safetensors")["x_hat"]
+    torch.testing.assert_close(rebuilt, output.x_hat, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda sae: sae.initial_state(0), "B: given 0"),
+        (lambda sae: sae.initial_state(2, look_back=0), "look_back: given 0"),
+        (lambda sae: sae.step(torch.randn(3, D_IN), sae.initial_state(2)), "acts: given 3 sequences; needed 2"),
+        (lambda sae: sae.step(torch.randn(2, D_IN + 1), sae.initial_state(2)), "acts: given shape"),
+    ],
+)
+def test_bad_input(call, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call(make())
+
+
+def test_read_memory_of_a_position_that_does_not_look() -> None:
+    memory = torch.randn(1, 4, 2 * (3 + 5))
+    q, ones = torch.randn(1, 2, 3), torch.ones(1, 4, dtype=torch.bool)
+    given = (q, memory, ones, torch.zeros(2), torch.zeros(2), torch.zeros(1, dtype=torch.int64))
+    assert portable.read_memory(*given, torch.tensor([True]), 3).abs().min() > 0
+    assert torch.equal(portable.read_memory(*given, torch.tensor([False]), 3), torch.zeros(1, 10))
+    assert torch.equal(portable.read_memory(*given, torch.tensor([True]), 0), torch.zeros(1, 10))
