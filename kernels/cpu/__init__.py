@@ -8,7 +8,7 @@ from .feature_rows import adam_rows, feature_sums, sort_pairs
 from .library import available, describe, warn_once, why_not
 from .lookback_attention import lookback_backward, lookback_forward
 from .sparse_sums import feature_sum, gather_dot, gather_sum
-from .topk_rows import topk_rows
+from .topk_rows import topk_add, topk_capacity, topk_finish, topk_start
 
 __all__ = [
     "adam_rows",
@@ -21,7 +21,10 @@ __all__ = [
     "lookback_backward",
     "lookback_forward",
     "sort_pairs",
-    "topk_rows",
+    "topk_add",
+    "topk_capacity",
+    "topk_finish",
+    "topk_start",
     "warn_once",
     "why_not",
 ]

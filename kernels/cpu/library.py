@@ -31,6 +31,15 @@ HOW_TO_GET_IT = (
 )
 
 
+class Topk(ctypes.Structure):
+    """csae_topk in src/csae_cpu.h"""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("order", "columns", "threshold", "count")),
+        *((name, c_int64) for name in ("n", "k", "capacity")),
+    )
+
+
 class Heads(ctypes.Structure):
     """csae_heads in src/csae_cpu.h"""
 
@@ -106,10 +115,8 @@ _SIGNATURES = {
     "csae_use_isa": (c_int, [c_int]),
     "csae_use_openmp": (None, [c_void_p]),
     "csae_openmp_file": (c_char_p, []),
-    "csae_topk_rows": (
-        c_int,
-        [c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int],
-    ),
+    "csae_topk_add": (c_int, [POINTER(Topk), c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int]),
+    "csae_topk_finish": (c_int, [POINTER(Topk), c_void_p, c_int64, c_void_p, c_int64, c_int]),
     "csae_use_huge_pages": (None, [c_void_p, c_int64]),
     "csae_gather_sum": (c_int, _GATHER),
     "csae_gather_dot": (c_int, _GATHER),

@@ -1,45 +1,97 @@
-"""The k largest of each row."""
+"""The k largest of each row, from tiles of columns that come one after the other."""
 
 from __future__ import annotations
+
+import math
+from ctypes import byref
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .arguments import check_matrix, output_matrix
-from .library import check_status, native
+from .arguments import check_matrix, check_strided, output_matrix
+from .library import Topk, check_status, native
 
 
-def topk_rows(
-    pre_acts: Tensor, k: int, values: Tensor | None = None, indices: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, relu'd after the selection.
+class Best(NamedTuple):
+    """The best so far of each row. What is in it is the native library's affair."""
 
-    pre_acts [n, d_sae] float32 on the CPU, rows contiguous at any stride, 1 <= k <= d_sae
-    -> values [n, k] float32, indices [n, k] int64, written to `values` and `indices` where given (rows contiguous
-    at any stride; no part of them may be part of pre_acts).
+    order: Tensor  # [n, capacity] int32
+    columns: Tensor  # [n, capacity] int32
+    threshold: Tensor  # [n] float32
+    count: Tensor  # [n] int32
+    k: int
 
-    Largest first, equal ones (0.0 and -0.0 are equal) by lower index first. A row with a NaN gives k NaN values at
-    indices 0..k-1. The result doesn't depend on the number of threads, which is torch.get_num_threads().
-    """
-    check_matrix("pre_acts", pre_acts, torch.float32, (None, None))
-    n, d_sae = pre_acts.shape
+
+def topk_capacity(d_sae: int, k: int) -> int:
+    """How many candidates `topk_start` has room for in a row; each takes 8 bytes."""
+    # Room for twice k, so that a list is not full again soon; a list that holds the whole row is never full.
+    return -(-(min(d_sae, max(2 * k, k + 192)) + 64) // 64) * 64
+
+
+def topk_start(n: int, d_sae: int, k: int) -> Best:
+    """Nothing yet of n rows of d_sae columns. 1 <= k <= d_sae < 2^31."""
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"k: given {type(k).__name__}; needed int")
     if not 1 <= k <= d_sae:
         raise ValueError(f"k: given {k}; needed 1 <= k <= d_sae, which is {d_sae}")
-    values = output_matrix("values", values, torch.float32, (n, k))
-    indices = output_matrix("indices", indices, torch.int64, (n, k))
-    status = native().csae_topk_rows(
+    shape = (n, topk_capacity(d_sae, k))
+    return Best(
+        order=torch.empty(shape, dtype=torch.int32),
+        columns=torch.empty(shape, dtype=torch.int32),
+        threshold=torch.full((n,), -math.inf),
+        count=torch.zeros(n, dtype=torch.int32),
+        k=k,
+    )
+
+
+def topk_add(best: Best, pre_acts: Tensor, bias: Tensor, first_column: int) -> None:
+    """Take in the columns first_column and on of each row, in the order of columns.
+
+    pre_acts [n, width] float32 on the CPU, rows contiguous at any stride, bias [width] float32: the row is
+    pre_acts + bias. Nothing is written to pre_acts.
+    """
+    check_matrix("pre_acts", pre_acts, torch.float32, (best.count.shape[0], None))
+    check_strided("bias", bias, torch.float32, (pre_acts.shape[1],))
+    bias = bias.contiguous()
+    status = native().csae_topk_add(
+        byref(_argument(best)),
         pre_acts.data_ptr(),
         pre_acts.stride(0),
-        n,
-        d_sae,
-        k,
+        bias.data_ptr(),
+        pre_acts.shape[1],
+        first_column,
+        torch.get_num_threads(),
+    )
+    check_status("topk_add", status)
+
+
+def topk_finish(best: Best, values: Tensor | None = None, indices: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, relu'd after the selection; `best` is then of no more use.
+
+    -> values [n, k] float32, indices [n, k] int64, written to `values` and `indices` where given (rows contiguous at
+    any stride).
+
+    Largest first, equal ones (0.0 and -0.0 are equal) by lower index first. A row with a NaN gives k NaN values at
+    indices 0..k-1. The result doesn't depend on the tiles, nor on the number of threads, which is
+    torch.get_num_threads(). ValueError where fewer than k columns were taken in.
+    """
+    n = best.count.shape[0]
+    values = output_matrix("values", values, torch.float32, (n, best.k))
+    indices = output_matrix("indices", indices, torch.int64, (n, best.k))
+    status = native().csae_topk_finish(
+        byref(_argument(best)),
         values.data_ptr(),
         values.stride(0),
         indices.data_ptr(),
         indices.stride(0),
         torch.get_num_threads(),
     )
-    check_status("topk_rows", status)
+    check_status("topk_finish", status)
     return values, indices
+
+
+def _argument(best: Best) -> Topk:
+    n, capacity = best.order.shape
+    pointers = (tensor.data_ptr() for tensor in (best.order, best.columns, best.threshold, best.count))
+    return Topk(*pointers, n, best.k, capacity)

@@ -1,11 +1,13 @@
 """Encode and select: a tile of pre-activations at a time is multiplied into one reused buffer and searched there.
 
 A tile is many rows by some of the features: the product is efficient, and its result is still in cache when it is
-searched. What is left of each tile is its k best, and of these the k best are taken. Where k is large against a
-tile's width, a tile is some rows by all features.
+searched. The native library keeps a short list of candidates for each row from tile to tile, so that a tile costs one
+comparison an entry. Plain PyTorch takes the k best of each tile, and then the k best of these.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -13,9 +15,16 @@ from torch import Tensor
 from .. import cpu
 from . import on_native
 
-# Pre-activations of one tile.
-WORKSPACE_BYTES = 16 << 20
-TILE_ROWS = 1024
+# Pre-activations of one tile, and the candidates of its rows.
+TILE_BYTES = 8 << 20
+CANDIDATES_BYTES = 6 << 20
+TILE_ROWS = 2048
+# Half precision is widened so much of W_enc at a time: W_enc is never copied whole.
+WIDE_BYTES = 4 << 20
+
+# Without the native library: its tiles are larger, for each costs a top-k of its own.
+PLAIN_TILE_BYTES = 16 << 20
+PLAIN_TILE_ROWS = 1024
 # A tile of fewer columns than this many times k is hardly narrowed down by taking its k best.
 COLUMNS_PER_K = 16
 
@@ -25,74 +34,150 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor
 
     Selection is on float32 pre-activations (float64 for float64 input), whatever the input's dtype.
     """
-    n, d_sae = x.shape[0], W_enc.shape[0]
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    values = torch.empty(n, k, dtype=wide, device=x.device)
-    indices = torch.empty(n, k, dtype=torch.int64, device=x.device)
-    if n == 0:
-        return values.to(x.dtype), indices
-    rows, columns = _tile(n, d_sae, k, wide.itemsize)
-    workspace = torch.empty(rows * columns, dtype=wide, device=x.device)
-    for first_row in range(0, n, rows):
-        here = slice(first_row, min(first_row + rows, n))
-        acts = x[here].to(wide)
-        found = []
-        for first in range(0, d_sae, columns):
-            W, b = W_enc[first : first + columns], b_enc[first : first + columns]
-            pre_acts = workspace[: acts.shape[0] * W.shape[0]].view(acts.shape[0], W.shape[0])
-            _pre_acts(acts, W, b, pre_acts)
-            if columns >= d_sae:
-                _select(pre_acts, k, values[here], indices[here])
-            else:
-                found.append(_best_of_tile(pre_acts, min(k, W.shape[0]), first))
-        if found:
-            _merge(found, k, values[here], indices[here])
+    values, indices = _output(x, k)
+    rows, columns = _tile(x, W_enc.shape[0], k)
+    workspace = values.new_empty(rows * columns)
+    bias = b_enc.to(values.dtype)
+    for here in _slices(x.shape[0], rows):
+        tiles = _products(x[here].to(values.dtype), W_enc, columns, workspace)
+        _select(tiles, bias, k, values[here], indices[here])
     return values.to(x.dtype), indices
 
 
-def _tile(n: int, d_sae: int, k: int, itemsize: int) -> tuple[int, int]:
+def encode_and_keep(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """topk_encode, and all of its pre-activations for `encode_again`: [n, d_sae] in the dtype of selection."""
+    values, indices = _output(x, k)
+    rows, columns = _tile(x, W_enc.shape[0], k)
+    bias = b_enc.to(values.dtype)
+    kept = values.new_empty(x.shape[0], W_enc.shape[0])
+    for here in _slices(x.shape[0], rows):
+        tiles = _updates(kept[here], bias, x[here].to(values.dtype), W_enc, columns)
+        _select(tiles, torch.zeros_like(bias), k, values[here], indices[here])
+    return values.to(x.dtype), indices, kept
+
+
+def encode_again(kept: Tensor, a: Tensor, W_a: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of kept - a W_a^T in each row, relu'd, as topk_encode has them. It overwrites kept.
+
+    kept [n, d_sae] from `encode_and_keep`, a [n, r], W_a [d_sae, r] -> values [n, k] in a's dtype, indices [n, k].
+    """
+    values, indices = _output(a, k)
+    rows, columns = _tile(a, W_a.shape[0], k)
+    no_bias = kept.new_zeros(kept.shape[1])
+    for here in _slices(a.shape[0], rows):
+        tiles = _updates(kept[here], None, -a[here].to(values.dtype), W_a, columns)
+        _select(tiles, no_bias, k, values[here], indices[here])
+    return values.to(a.dtype), indices
+
+
+def _output(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """values and indices [n, k]; values in the dtype of selection."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    shape = (x.shape[0], k)
+    return x.new_empty(shape, dtype=wide), x.new_empty(shape, dtype=torch.int64)
+
+
+def _tile(x: Tensor, d_sae: int, k: int) -> tuple[int, int]:
     """Rows and columns of a tile."""
-    pre_acts = WORKSPACE_BYTES // itemsize
-    rows = min(n, TILE_ROWS)
+    n, d_in = x.shape
+    if n == 0:
+        return 0, d_sae
+    itemsize = 8 if x.dtype == torch.float64 else 4
+    if not (x.device.type == "cpu" and itemsize == 4 and cpu.available()):
+        return _plain_tile(n, d_sae, k, itemsize)
+    rows = min(TILE_ROWS, CANDIDATES_BYTES // (8 * cpu.topk_capacity(d_sae, k)))
+    if x.dtype != torch.float32:
+        rows = min(rows, WIDE_BYTES // (itemsize * max(1, d_in)))
+    # Chunks of nearly equal size.
+    rows = -(-n // -(-n // max(1, rows)))
+    return rows, min(d_sae, max(1, TILE_BYTES // itemsize // rows))
+
+
+def _plain_tile(n: int, d_sae: int, k: int, itemsize: int) -> tuple[int, int]:
+    pre_acts = PLAIN_TILE_BYTES // itemsize
+    rows = min(n, PLAIN_TILE_ROWS)
     columns = max(1, pre_acts // rows)
     if columns >= d_sae or columns < COLUMNS_PER_K * k:
         return max(1, min(n, pre_acts // d_sae)), d_sae
     return rows, columns
 
 
-def _pre_acts(x: Tensor, W_enc: Tensor, b_enc: Tensor, out: Tensor) -> None:
-    """out [rows, columns] = x W_enc^T + b_enc, in the dtype of x and out."""
-    if W_enc.dtype == out.dtype:
-        torch.addmm(b_enc, x, W_enc.T, out=out)
+def _slices(n: int, step: int) -> Iterator[slice]:
+    for start in range(0, n, max(1, step)):
+        yield slice(start, min(start + step, n))
+
+
+def _products(acts: Tensor, W: Tensor, columns: int, workspace: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """acts W^T [rows, d_sae] in tiles, each of which is gone when the next one comes."""
+    for block in _slices(W.shape[0], columns):
+        width = block.stop - block.start
+        out = workspace[: acts.shape[0] * width].view(acts.shape[0], width)
+        _multiply(acts, W[block], out, beta=0)
+        yield block, out
+
+
+def _updates(
+    kept: Tensor, start: Tensor | None, acts: Tensor, W: Tensor, columns: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """kept [rows, d_sae] += acts W^T in tiles; kept begins as start [d_sae] where that is given."""
+    for block in _slices(W.shape[0], columns):
+        out = kept[:, block]
+        if start is not None:
+            out.copy_(start[block])
+        _multiply(acts, W[block], out, beta=1)
+        yield block, out
+
+
+def _multiply(acts: Tensor, W: Tensor, out: Tensor, beta: int) -> None:
+    """out = beta out + acts W^T, in the dtype of acts and out."""
+    if W.dtype == out.dtype:
+        out.addmm_(acts, W.T, beta=beta)
         return
-    # Half precision is widened a block of features at a time: W_enc is never copied whole.
-    for start in range(0, W_enc.shape[0], 4096):
-        block = slice(start, start + 4096)
-        torch.addmm(b_enc[block].to(out.dtype), x, W_enc[block].to(out.dtype).T, out=out[:, block])
+    for block in _slices(W.shape[0], WIDE_BYTES // (out.itemsize * max(1, W.shape[1]))):
+        out[:, block].addmm_(acts, W[block].to(out.dtype).T, beta=beta)
+
+
+def _select(tiles: Iterable[tuple[slice, Tensor]], bias: Tensor, k: int, values: Tensor, indices: Tensor) -> None:
+    """The k largest of each row of the tiles + bias [d_sae], relu'd, into values and indices [rows, k].
+
+    tiles: columns and pre-activations [rows, columns], in the order of columns; equal ones by lower index.
+    """
+    d_sae = bias.shape[0]
+    if on_native(values):
+        best = cpu.topk_start(values.shape[0], d_sae, k)
+        for columns, pre_acts in tiles:
+            cpu.topk_add(best, pre_acts, bias[columns], columns.start)
+        cpu.topk_finish(best, values, indices)
+        return
+    found = []
+    for columns, pre_acts in tiles:
+        pre_acts += bias[columns]
+        if pre_acts.shape[1] == d_sae:
+            _select_plainly(pre_acts, k, values, indices)
+            return
+        found.append(_best_of_tile(pre_acts, min(k, pre_acts.shape[1]), columns.start))
+    _merge(found, k, values, indices)
 
 
 def _best_of_tile(pre_acts: Tensor, k: int, first: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row as they are, not relu'd, and their features; NaN where the row has a NaN."""
     values = pre_acts.new_empty(pre_acts.shape[0], k)
     indices = torch.empty_like(values, dtype=torch.int64)
-    _select(pre_acts, k, values, indices)
+    _select_plainly(pre_acts, k, values, indices)
     return torch.where(values.isnan(), values, pre_acts.gather(1, indices)), indices + first
 
 
 def _merge(found: list[tuple[Tensor, Tensor]], k: int, values: Tensor, indices: Tensor) -> None:
     """The k best of what the tiles of a row left; tiles are in the order of features, so ties fall as they should."""
     candidates, features = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
-    _select(candidates, k, values, indices)
+    _select_plainly(candidates, k, values, indices)
     chosen = features.gather(1, indices)
     # A broken row's indices are 0..k-1 already.
     torch.where(values.isnan(), indices, chosen, out=indices)
 
 
-def _select(pre_acts: Tensor, k: int, values: Tensor, indices: Tensor) -> None:
+def _select_plainly(pre_acts: Tensor, k: int, values: Tensor, indices: Tensor) -> None:
     """The k largest of each row, relu'd, into values and indices [rows, k]; equal ones by lower index."""
-    if on_native(pre_acts):
-        cpu.topk_rows(pre_acts, k, values, indices)
-        return
     found, where = pre_acts.topk(k, dim=1)
     # torch.topk takes any of several equal entries: rows with a tie at the threshold are selected again.
     tied = (pre_acts >= found[:, -1:]).sum(dim=1) > k

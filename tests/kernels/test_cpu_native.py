@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import re
 import shutil
@@ -63,11 +64,28 @@ def assert_same(given: tuple[Tensor, Tensor], pre_acts: Tensor, k: int) -> None:
     torch.testing.assert_close(given[1], indices, rtol=0, atol=0)
 
 
-# --- topk_rows -------------------------------------------------------------------------------------------
+# --- topk_start, topk_add, topk_finish -------------------------------------------------------------------
+
+
+def topk_rows(
+    pre_acts: Tensor,
+    k: int,
+    width: int | None = None,
+    bias: Tensor | None = None,
+    out: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, taken in `width` columns at a time."""
+    n, d_sae = pre_acts.shape
+    best = cpu.topk_start(n, d_sae, k)
+    bias = torch.zeros(d_sae) if bias is None else bias
+    for first in range(0, d_sae, width or d_sae):
+        columns = slice(first, first + (width or d_sae))
+        cpu.topk_add(best, pre_acts[:, columns], bias[columns], first)
+    return cpu.topk_finish(best, *out)
 
 
 @st.composite
-def topk_cases(draw: st.DrawFn) -> tuple[Tensor, int]:
+def topk_cases(draw: st.DrawFn) -> tuple[Tensor, int, int, Tensor]:
     n = draw(st.integers(0, 4))
     d_sae = draw(st.one_of(st.integers(1, 70), st.sampled_from([127, 128, 129, 640, 1000])))
     k = draw(st.one_of(st.just(1), st.just(d_sae), st.integers(1, d_sae)))
@@ -86,23 +104,28 @@ def topk_cases(draw: st.DrawFn) -> tuple[Tensor, int]:
     pre_acts.copy_(normal)
     if n and draw(st.booleans()):
         pre_acts[draw(st.integers(0, n - 1)), draw(st.integers(0, d_sae - 1))] = math.nan
-    return pre_acts, k
+    width = draw(st.one_of(st.just(d_sae), st.integers(1, d_sae), st.just(64), st.just(128)))
+    bias = draw(st.sampled_from([torch.zeros(d_sae), torch.arange(d_sae) / 4 - 3]))
+    return pre_acts, k, width, bias
 
 
 @needs_library
 @pytest.mark.parametrize("name", library.ISAS)
 @settings(deadline=None, max_examples=150)
 @given(case=topk_cases())
-def test_topk_rows_is_the_definition(name: str, case: tuple[Tensor, int]) -> None:
+def test_topk_rows_is_the_definition(name: str, case: tuple[Tensor, int, int, Tensor]) -> None:
     best = str(cpu.describe()["isa"])
     try:
         library.use_isa(name)
     except ValueError:
         pytest.skip(f"this CPU doesn't have {name}")
+    pre_acts, k, _, bias = case
+    before = pre_acts.clone()
     try:
-        assert_same(cpu.topk_rows(*case), *case)
+        assert_same(topk_rows(*case), pre_acts + bias, k)
     finally:
         library.use_isa(best)
+    torch.testing.assert_close(pre_acts, before, rtol=0, atol=0, equal_nan=True)
 
 
 def wide_rows(kind: str, d_sae: int) -> Tensor:
@@ -130,7 +153,8 @@ def wide_rows(kind: str, d_sae: int) -> Tensor:
 def test_topk_rows_of_wide_rows(isa: str, kind: str, d_sae: int) -> None:
     rows = wide_rows(kind, d_sae)
     for k in (1, 32, 150, 1500, d_sae):
-        assert_same(cpu.topk_rows(rows, k), rows, k)
+        for width in (d_sae, 1000):
+            assert_same(topk_rows(rows, k, width), rows, k)
 
 
 @needs_library
@@ -138,7 +162,7 @@ def test_topk_rows_is_the_reference() -> None:
     torch.manual_seed(0)
     # Small integers: the product is exact, so ties are ties in any order of summation.
     x, W_enc = torch.randint(-3, 4, (9, 8)).float(), torch.randint(-3, 4, (300, 8)).float()
-    values, indices = cpu.topk_rows(x @ W_enc.T, 20)
+    values, indices = topk_rows(x @ W_enc.T, 20)
     wanted = reference.topk_encode(x, W_enc, torch.zeros(300), 20)
     assert torch.equal(values, wanted[0])
     assert torch.equal(indices, wanted[1])
@@ -149,10 +173,10 @@ def test_topk_rows_has_the_same_bits_for_any_number_of_threads() -> None:
     pre_acts = torch.randn(203, 5000)
     pre_acts[7, 11] = math.nan
     torch.set_num_threads(1)
-    values, indices = cpu.topk_rows(pre_acts, 40)
+    values, indices = topk_rows(pre_acts, 40, 1024)
     for threads in (2, 3, 7):
         torch.set_num_threads(threads)
-        again = cpu.topk_rows(pre_acts, 40)
+        again = topk_rows(pre_acts, 40, 1024)
         assert torch.equal(again[0].view(torch.int32), values.view(torch.int32))
         assert torch.equal(again[1], indices)
 
@@ -164,7 +188,7 @@ def test_topk_rows_in_several_python_threads_at_once() -> None:
 
     def work(i: int) -> None:
         for _ in range(5):
-            results[i] = cpu.topk_rows(inputs[i], 16)
+            results[i] = topk_rows(inputs[i], 16)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for thread in threads:
@@ -182,7 +206,7 @@ def test_topk_rows_with_threads_of_its_own() -> None:
     library.native().csae_use_openmp(None)
     try:
         assert cpu.describe()["openmp"] is None
-        assert_same(cpu.topk_rows(pre_acts, 8), pre_acts, 8)
+        assert_same(topk_rows(pre_acts, 8), pre_acts, 8)
     finally:
         library.native().csae_use_openmp(library._parallel_of_torch())
 
@@ -191,7 +215,7 @@ def test_topk_rows_with_threads_of_its_own() -> None:
 def test_topk_rows_fills_slices() -> None:
     pre_acts = torch.randn(6, 100)
     values, indices = torch.full((6, 9), 7.0), torch.full((6, 9), 7)
-    given = cpu.topk_rows(pre_acts[2:5], 4, values[2:5, 3:7], indices[2:5, 3:7])
+    given = topk_rows(pre_acts[2:5], 4, out=(values[2:5, 3:7], indices[2:5, 3:7]))
     assert given[0].data_ptr() == values[2:5, 3:7].data_ptr()
     assert_same((values[2:5, 3:7], indices[2:5, 3:7]), pre_acts[2:5], 4)
     values[2:5, 3:7], indices[2:5, 3:7] = 7, 7
@@ -202,7 +226,7 @@ def test_topk_rows_fills_slices() -> None:
 @needs_library
 def test_topk_rows_of_an_expanded_row() -> None:
     row = torch.randn(1, 50).expand(3, 50)
-    assert_same(cpu.topk_rows(row, 5), row, 5)
+    assert_same(topk_rows(row, 5), row, 5)
 
 
 @needs_library
@@ -210,7 +234,7 @@ def test_topk_rows_beyond_32_bit_offsets() -> None:
     stride = 2**31 + 3
     pre_acts = torch.empty(stride + 100).as_strided((2, 100), (stride, 1))  # pages that are not touched cost nothing
     pre_acts.copy_(torch.randn(2, 100))
-    assert_same(cpu.topk_rows(pre_acts, 7), pre_acts, 7)
+    assert_same(topk_rows(pre_acts, 7), pre_acts, 7)
 
 
 X = torch.zeros(3, 10)
@@ -220,47 +244,70 @@ X = torch.zeros(3, 10)
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (([[1.0]], 1), TypeError, "pre_acts: given list; needed a torch.Tensor"),
+        ((list(X), 1), TypeError, "pre_acts: given list; needed a torch.Tensor"),
         ((X.double(), 1), TypeError, "pre_acts: given torch.float64; needed torch.float32"),
         ((X.to("meta"), 1), ValueError, "pre_acts: given a torch.strided tensor on meta"),
         ((X.to_sparse(), 1), ValueError, "pre_acts: given a torch.sparse_coo tensor on cpu"),
-        ((X[0], 1), ValueError, r"pre_acts: given shape \[10\]; needed \[any, any\]"),
-        ((X.T, 1), ValueError, "pre_acts: given strides .*; needed a contiguous last dimension"),
+        ((X[0], 1), ValueError, r"pre_acts: given shape \[10\]; needed \[3, any\]"),
+        ((torch.zeros(10, 3).T, 1), ValueError, "pre_acts: given strides .*; needed a contiguous last dimension"),
         ((X, 0), ValueError, "k: given 0; needed 1 <= k <= d_sae, which is 10"),
         ((X, 11), ValueError, "k: given 11; needed 1 <= k <= d_sae, which is 10"),
         ((X, 2.0), TypeError, "k: given float; needed int"),
-        ((X, 2, torch.empty(3, 3)), ValueError, r"values: given shape \[3, 3\]; needed \[3, 2\]"),
-        ((X, 2, torch.empty(3, 2).double()), TypeError, "values: given torch.float64; needed torch.float32"),
-        ((X, 2, torch.empty(2).expand(3, 2)), ValueError, "values: given strides .*; needed rows that don't overlap"),
-        ((X, 2, None, torch.empty(3, 2)), TypeError, "indices: given torch.float32; needed torch.int64"),
+        ((X, 2, (torch.empty(3, 3), None)), ValueError, r"values: given shape \[3, 3\]; needed \[3, 2\]"),
+        ((X, 2, (torch.empty(3, 2).double(), None)), TypeError, "values: given torch.float64; needed torch.float32"),
+        ((X, 2, (torch.empty(2).expand(3, 2), None)), ValueError, "values: given strides .*; needed rows"),
+        ((X, 2, (None, torch.empty(3, 2))), TypeError, "indices: given torch.float32; needed torch.int64"),
     ],
 )
 def test_topk_rows_refuses(arguments: tuple, error: type[Exception], message: str) -> None:
+    def call(pre_acts: Tensor, k: int, out: tuple = ()) -> None:
+        best = cpu.topk_start(3, 10, k)
+        cpu.topk_add(best, pre_acts, torch.zeros(10), 0)
+        cpu.topk_finish(best, *out)
+
     with pytest.raises(error, match=message):
-        cpu.topk_rows(*arguments)
+        call(*arguments)
+
+
+@needs_library
+def test_topk_rows_refuses_what_does_not_belong_together() -> None:
+    best = cpu.topk_start(3, 10, 4)
+    with pytest.raises(ValueError, match=r"bias: given shape \[9\]; needed \[10\]"):
+        cpu.topk_add(best, X, torch.zeros(9), 0)
+    with pytest.raises(TypeError, match=r"bias: given torch\.float64; needed torch\.float32"):
+        cpu.topk_add(best, X, torch.zeros(10).double(), 0)
+    with pytest.raises(ValueError, match=r"topk_add: .*refused"):
+        cpu.topk_add(best, X, torch.zeros(10), 2**31 - 10)
+    cpu.topk_add(best, X[:, :3], torch.zeros(3), 0)
+    with pytest.raises(ValueError, match=r"topk_finish: .*refused"):
+        cpu.topk_finish(best)  # 3 columns only
 
 
 @needs_library
 def test_topk_rows_refuses_in_c_too() -> None:
     values, indices = torch.full((3, 2), 7.0), torch.full((3, 2), 7)
-    function = library.native().csae_topk_rows
-    good = [X.data_ptr(), 10, 3, 10, 2, values.data_ptr(), 2, indices.data_ptr(), 2, 1]
-    for place, wrong in [
-        (0, None),
-        (1, -1),
-        (2, -1),
-        (3, 2**31),
-        (4, 0),
-        (4, 11),
-        (5, None),
-        (6, 1),
-        (7, None),
-        (9, 0),
-    ]:
-        assert function(*[wrong if i == place else value for i, value in enumerate(good)]) == 1, place
-        assert (values == 7).all()
-        assert (indices == 7).all()
-    assert function(*good) == 0
+    best = cpu.topk_start(3, 10, 2)
+    cpu.topk_add(best, X, torch.zeros(10), 0)
+    good = library.Topk(*(part.data_ptr() for part in best[:4]), 3, 2, best.order.shape[1])
+    function = library.native().csae_topk_finish
+
+    def finish(state: library.Topk, *rest: int | None) -> int:
+        return function(ctypes.byref(state), *rest)
+
+    for name, wrong in [("n", -1), ("k", 0), ("k", 11), ("capacity", 65), ("capacity", 64), ("count", None)]:
+        bad = library.Topk.from_buffer_copy(good)
+        setattr(bad, name, wrong)
+        assert finish(bad, values.data_ptr(), 2, indices.data_ptr(), 2, 1) == 1, name
+    for count in (-2, 1, best.order.shape[1] + 1):
+        best.count[1] = count
+        assert finish(good, values.data_ptr(), 2, indices.data_ptr(), 2, 1) == 1, count
+    best.count[1] = 10
+    rest = [values.data_ptr(), 2, indices.data_ptr(), 2, 1]
+    for place, wrong in [(0, None), (1, 1), (2, None), (3, 1), (4, 0)]:
+        assert finish(good, *[wrong if i == place else value for i, value in enumerate(rest)]) == 1, place
+    assert (values == 7).all()
+    assert (indices == 7).all()
+    assert finish(good, *rest) == 0
 
 
 # --- gather_sum, gather_dot, feature_sum -----------------------------------------------------------------
@@ -464,7 +511,7 @@ import re, torch
 from csae.kernels import cpu
 torch.set_num_threads(2)
 x = torch.randn(512, 512) @ torch.randn(512, 4096)
-cpu.topk_rows(x, 8)
+cpu.topk_add(cpu.topk_start(512, 4096, 8), x, torch.zeros(4096), 0)
 print(cpu.describe()["openmp"])
 files = {line.split()[-1] for line in open("/proc/self/maps")}
 print(sorted(file for file in files if re.search(r"/lib(g|i|)omp[^/]*$", file)))
@@ -482,7 +529,7 @@ def test_a_missing_library_is_said_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert re.search(r"was not built.*install a C\+\+17 compiler.*pip install", str(cpu.why_not()))
     assert cpu.describe()["library"] is None
     with pytest.raises(RuntimeError, match="was not built"):
-        cpu.topk_rows(X, 1)
+        cpu.topk_add(cpu.topk_start(3, 10, 1), X, X[0], 0)
     with pytest.warns(RuntimeWarning, match="slower PyTorch path.*was not built"):
         cpu.warn_once()
     with warnings.catch_warnings():

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from csae import reference
+from csae.kernels import cpu
 from csae.ops import topk_encode
 
 ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -114,7 +115,7 @@ def test_many_tiles_give_what_the_reference_gives(kind, tile, monkeypatch):
     from csae.kernels.portable import topk_encode as portable
 
     n, d_in, d_sae, k = 37, 8, 150, 6
-    monkeypatch.setattr(portable, "_tile", lambda *sizes: (min(n, tile[0]), min(d_sae, tile[1])))
+    monkeypatch.setattr(portable, "_tile", lambda *given: (min(n, tile[0]), min(d_sae, tile[1])))
     torch.manual_seed(0)
     if kind == "reals":
         x, W, b = (tensor.detach() for tensor in inputs(n, d_in, d_sae))
@@ -130,16 +131,63 @@ def test_many_tiles_give_what_the_reference_gives(kind, tile, monkeypatch):
     assert torch.equal(indices, expected_indices)
 
 
-def test_the_workspace_is_bounded():
-    from csae.kernels.portable.topk_encode import WORKSPACE_BYTES, _tile
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+def test_the_workspace_is_bounded(dtype):
+    from csae.kernels.portable.topk_encode import _tile
 
     for n in (1, 100, 5_000, 1_000_000):
         for d_sae in (1, 300, 40_000, 1_000_000):
             for k in {1, 32, d_sae}:
-                rows, columns = _tile(n, d_sae, min(k, d_sae), 4)
+                x = torch.empty(0, dtype=dtype).expand(n, 0)
+                rows, columns = _tile(x, d_sae, min(k, d_sae))
                 assert 1 <= rows <= n
-                assert columns == d_sae or 16 * k <= columns < d_sae
-                assert rows * columns * 4 <= WORKSPACE_BYTES or rows == 1
+                assert 1 <= columns <= d_sae
+                itemsize = 8 if dtype == torch.float64 else 4
+                on_native = cpu.available() and dtype != torch.float64
+                candidates = 8 * cpu.topk_capacity(d_sae, min(k, d_sae)) if on_native else 0
+                assert rows * (columns * itemsize + candidates) <= 16 << 20 or rows == 1
+
+
+def exact_inputs(n, d_in, d_sae, r):
+    """Small integers, of which products are exact in float32, with many ties."""
+    torch.manual_seed(2)
+    shapes = ((n, d_in), (d_sae, d_in), (d_sae,), (n, r), (d_sae, r))
+    return [torch.randint(-2, 3, shape).float() for shape in shapes]
+
+
+@pytest.mark.parametrize("tile", [(1000, 1000), (7, 50)], ids=str)
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+def test_encoding_again_is_encoding_what_is_left(dtype, tile, monkeypatch):
+    from csae.kernels.portable import topk_encode as portable
+
+    n, d_in, d_sae, r, k = 20, 8, 150, 5, 6
+    monkeypatch.setattr(portable, "_tile", lambda *given: (min(n, tile[0]), min(d_sae, tile[1])))
+    monkeypatch.setattr(portable, "WIDE_BYTES", 1000)
+    x, W, b, a, W_a = exact_inputs(n, d_in, d_sae, r)
+    x[3, 2] = math.nan
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    values, indices, kept = portable.encode_and_keep(*(tensor.to(dtype) for tensor in (x, W, b)), k)
+    expected = reference.topk_encode(x, W, b, k)
+    assert values.dtype == dtype
+    assert kept.shape == (n, d_sae)
+    assert kept.dtype == wide
+    torch.testing.assert_close(values.float(), expected[0], rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(indices, expected[1])
+    a[5, 1] = math.nan
+    values, indices = portable.encode_again(kept, a.to(dtype), W_a.to(dtype), k)
+    expected = reference.topk_encode(torch.cat([x, a], 1), torch.cat([W, -W_a], 1), b, k)
+    assert values.dtype == dtype
+    torch.testing.assert_close(values.float(), expected[0], rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(indices, expected[1])
+
+
+def test_encoding_nothing_again():
+    from csae.kernels.portable import topk_encode as portable
+
+    x, W, b, a, W_a = exact_inputs(0, 8, 30, 5)
+    values, indices, kept = portable.encode_and_keep(x, W, b, 4)
+    assert (values.shape, indices.shape, kept.shape) == ((0, 4), (0, 4), (0, 30))
+    assert portable.encode_again(kept, a, W_a, 4)[0].shape == (0, 4)
 
 
 @pytest.mark.slow

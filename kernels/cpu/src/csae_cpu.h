@@ -33,12 +33,26 @@ CSAE_EXPORT const char* csae_openmp_file();
 // Ask the system for huge pages in fresh memory that a result is to go to. Only whole pages within it are touched.
 CSAE_EXPORT void csae_use_huge_pages(void* memory, int64_t bytes);
 
-// The k largest of each row of pre_acts [n, d_sae], relu'd: values [n, k], indices [n, k].
-// Largest first, equal ones (-0.0 and 0.0 are equal) by lower index first, selected before the relu. A row with a
-// NaN gives k NaN at indices 0..k-1. Needs 1 <= k <= d_sae < 2^31.
-CSAE_EXPORT int csae_topk_rows(const float* pre_acts, int64_t pre_acts_stride, int64_t n, int64_t d_sae, int64_t k,
-                               float* values, int64_t values_stride, int64_t* indices, int64_t indices_stride,
-                               int n_threads);
+// The best so far of each of n rows of pre-activations that come in tiles of columns. Before the first tile:
+// threshold [n] = -inf, count [n] = 0; order and columns [n, capacity] hold nothing yet. capacity is a multiple of 16,
+// at least k + 64; the larger, the less often a list is searched for its k largest.
+struct csae_topk {
+    int32_t *order, *columns;
+    float* threshold;
+    int32_t* count;
+    int64_t n, k, capacity;
+};
+
+// Takes in pre_acts [n, width] + bias [width], whose columns are first_column and on. Tiles come in the order of
+// columns, and no column is 2^31 or more. Nothing is written to pre_acts.
+CSAE_EXPORT int csae_topk_add(const csae_topk* best, const float* pre_acts, int64_t pre_acts_stride, const float* bias,
+                              int64_t width, int64_t first_column, int n_threads);
+
+// The k largest of each row, relu'd: values [n, k], indices [n, k]. Largest first, equal ones (-0.0 and 0.0 are equal)
+// by lower index first, selected before the relu. A row with a NaN gives k NaN at indices 0..k-1. Needs k columns or
+// more to have been added. The lists are then of no more use.
+CSAE_EXPORT int csae_topk_finish(const csae_topk* best, float* values, int64_t values_stride, int64_t* indices,
+                                 int64_t indices_stride, int n_threads);
 
 // What a table or its moments hold.
 enum csae_type : int { csae_float32 = 0, csae_bfloat16 = 1 };

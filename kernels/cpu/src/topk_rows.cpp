@@ -1,9 +1,9 @@
-// The k largest of each row.
+// The k largest of each row, from tiles of columns that come one after the other.
 //
-// A row is read once from memory. That pass leaves the maximum of every group of 4 columns, and the k-th largest of
-// any k or more such maxima is a bound that at least k values of the row reach, whatever the row is. What is below the
-// bound is out. The second pass, over the maxima alone, finds the few blocks that have something left; a handful more
-// than k values, which are then sorted.
+// Each row has a short list of candidates and a threshold. A tile is compared with the thresholds, which reads it once,
+// while it is still in cache; what is not below is appended. When the list is full, its k largest stay, and what they
+// all reach becomes the threshold. So each further tile leaves fewer: of F columns in random order about k log(F / k)
+// are ever appended. A later column loses against an equal earlier one, and candidates stay in the order of columns.
 #include <algorithm>
 #include <functional>
 #include <limits>
@@ -17,155 +17,186 @@
 namespace csae {
 namespace {
 
-// The k-th largest of this many maxima for each one that is asked for is a bound that about 1.15 k values reach.
-constexpr int64_t maxima_per_k = 4;
+// A thread for less than this many values costs more than it saves.
+constexpr int64_t values_per_thread = 65536;
 
 // Up to here ranking each candidate against all others, which has no branch, is faster than sorting.
 constexpr int64_t max_ranked = 192;
 
-// A value and its index in one integer that is larger where the value is, or the value is equal and the index lower.
-int64_t make_key(float x, int64_t index) {
-    const int32_t order = x == 0.0f ? 0 : ordered(x);
-    return static_cast<int64_t>((static_cast<uint64_t>(static_cast<uint32_t>(order)) << 32) |
-                                (~static_cast<uint32_t>(index)));
+// Blocks that are compared with the threshold before what was found in them is appended.
+constexpr int64_t blocks_ahead = 16;
+
+// The k-th largest of 4 k maxima, each of 8 columns, is a bound that about 1.15 k of these columns reach.
+constexpr int64_t maxima_per_k = 4, columns_per_maximum = 8;
+
+constexpr int32_t broken = -1;  // the count of a row that has a NaN
+
+const int32_t infinity = ordered(std::numeric_limits<float>::infinity());
+const int32_t minus_infinity = ordered(-std::numeric_limits<float>::infinity());
+
+Candidates candidates_of(const csae_topk& of, int64_t i) {
+    return {of.order + i * of.capacity, of.columns + i * of.capacity, of.count[i]};
 }
 
-float relu_of_key(int64_t key) {
-    const auto order = static_cast<int32_t>(key >> 32);
-    return order > 0 ? from_ordered(order) : 0.0f;
+// Leaves the k largest. Returns what a later value must reach to be one of them.
+float prune(const TopkScan& scan, Candidates& candidates, int64_t k) {
+    bool exactly_k;
+    const int32_t bound = scan.bound_of_kth(candidates.order, candidates.count, k, exactly_k);
+    if (exactly_k) {
+        scan.keep(candidates, bound, k);
+        return from_ordered(std::max(bound, minus_infinity));
+    }
+    int64_t larger = 0;
+    for (int64_t i = 0; i < candidates.count; ++i) larger += candidates.order[i] > bound;
+    scan.keep(candidates, bound, k - larger);
+    return from_ordered(std::min(bound + 1, infinity));
 }
 
-int64_t index_of_key(int64_t key) { return static_cast<int64_t>(~static_cast<uint32_t>(key)); }
+// One row of csae_topk_add, some of its columns at a time.
+struct Row {
+    const TopkScan& scan;
+    Candidates candidates;
+    float threshold;
+    int64_t k, limit;
+    bool nan;
 
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+    // A threshold to begin with, from the first columns: as many as `groups` maxima reach it as needed.
+    void start(const float* row, const float* bias, int64_t groups, int64_t n) {
+        bool exactly_k;
+        scan.group_maxima(row, bias, n, candidates.order, groups);
+        const int32_t bound = scan.bound_of_kth(candidates.order, groups, k, exactly_k);
+        threshold = from_ordered(std::max(bound, minus_infinity));
+    }
 
-struct Sizes {
-    int64_t d_sae, k, n_blocks, n_folded, capacity;
-
-    Sizes(int64_t d_sae, int64_t k)
-        : d_sae(d_sae),
-          k(k),
-          n_blocks(round_up(d_sae, block_width) / block_width),
-          n_folded(std::min(n_blocks, round_up(maxima_per_k * k, block_groups) / block_groups)),
-          capacity(round_up(std::min(d_sae, std::max(2 * k, k + 1024)), block_width) + block_width) {}
+    // `of_last`: a bit for each column of the last block that exists.
+    void add(const float* row, const float* bias, int64_t n_blocks, uint64_t of_last, int64_t first_column) {
+        int32_t blocks[blocks_ahead + 1];
+        uint64_t columns[blocks_ahead + 1];
+        for (int64_t done = 0; done < n_blocks && !nan;) {
+            const int64_t n = std::min(n_blocks - done, blocks_ahead), first = done * block_width;
+            const int64_t found = scan.find(row + first, bias + first, n, threshold, blocks, columns);
+            done += n;
+            if (done == n_blocks && found > 0 && blocks[found - 1] == n - 1) columns[found - 1] &= of_last;
+            const int64_t appended = scan.append(row + first, bias + first, blocks, columns, found,
+                                                 first_column + first, limit, candidates, nan);
+            if (appended == found) continue;
+            // What is left in these blocks is compared with the new threshold.
+            done = first / block_width + blocks[appended];
+            threshold = prune(scan, candidates, k);
+        }
+    }
 };
 
-// What one thread needs besides its row. About 1.7 times the size of a row, more only where k is large.
+void add(const TopkScan& scan, const csae_topk& to, int64_t i, const float* row, const float* bias, int64_t width,
+         int64_t first_column) {
+    if (to.count[i] == broken) return;
+    Row best{scan, candidates_of(to, i), to.threshold[i], to.k, to.capacity - block_width, false};
+    const int64_t n_whole = width / block_width, whole = n_whole * block_width, rest = width - whole;
+    const int64_t groups = std::min(maxima_per_k * to.k, to.capacity) / candidate_group * candidate_group;
+    const int64_t per_group = groups > to.k ? std::min(width / groups, columns_per_maximum) : 0;
+    if (best.candidates.count == 0 && per_group > 1) best.start(row, bias, groups, groups * per_group);
+    best.add(row, bias, n_whole, ~uint64_t{0}, first_column);
+    if (rest > 0) {
+        float row_tail[block_width] = {}, bias_tail[block_width] = {};
+        std::copy_n(row + whole, rest, row_tail);
+        std::copy_n(bias + whole, rest, bias_tail);
+        best.add(row_tail, bias_tail, 1, (uint64_t{1} << rest) - 1, first_column + whole);
+    }
+    to.threshold[i] = best.threshold;
+    to.count[i] = best.nan ? broken : static_cast<int32_t>(best.candidates.count);
+}
+
+// What one thread needs to put the k largest of a row in order.
 struct Workspace {
-    std::unique_ptr<float[]> maxima;      // [n_blocks, 16]
-    std::unique_ptr<float[]> folded;      // [n_folded, 16]
-    std::unique_ptr<int32_t[]> order;     // [n_folded, 16]
-    std::unique_ptr<uint32_t[]> blocks;   // [n_blocks + 1]
-    std::unique_ptr<uint64_t[]> columns;  // [n_blocks + 1]
-    std::unique_ptr<int64_t[]> keys;      // [capacity]
+    std::unique_ptr<int64_t[]> keys;  // [k], and up to a multiple of 8
     int64_t ranks[max_ranked];
-    float tail[block_width];  // the last block of the row, filled up with -inf
 
-    explicit Workspace(const Sizes& s)
-        : maxima(new float[s.n_blocks * block_groups]),
-          folded(new float[s.n_folded * block_groups]),
-          order(new int32_t[s.n_folded * block_groups]),
-          blocks(new uint32_t[s.n_blocks + 1]),
-          columns(new uint64_t[s.n_blocks + 1]),
-          keys(new int64_t[s.capacity]) {}
+    explicit Workspace(int64_t k) : keys(new int64_t[k + 7]) {}
 };
 
-// Leaves the k largest of keys [n] in its first k places and returns the smallest of them.
-int64_t keep_largest(int64_t* keys, int64_t n, int64_t k) {
-    std::nth_element(keys, keys + k - 1, keys + n, std::greater<int64_t>());
-    return keys[k - 1];
-}
-
-// Collects the keys of all values that reach the bound, and no fewer than k. Returns how many.
-int64_t collect(const TopkScan& scan, const Sizes& s, const float* row, float bound, Workspace& w) {
-    const int64_t n_whole = s.d_sae / block_width;
-    int64_t n_found = scan.find_at_least(row, w.maxima.get(), n_whole, bound, w.blocks.get(), w.columns.get());
-    if (n_whole < s.n_blocks) {
-        const int64_t width = s.d_sae - n_whole * block_width;
-        uint64_t bits = 0;
-        for (int64_t c = 0; c < width; ++c) bits |= static_cast<uint64_t>(w.tail[c] >= bound) << c;
-        w.blocks[n_found] = static_cast<uint32_t>(n_whole);
-        w.columns[n_found++] = bits;
-    }
-    int64_t* keys = w.keys.get();
-    int64_t n_keys = 0;
-    // Raised when the keys would overflow: a row of which very many values reach the bound, as one of equal values.
-    int64_t floor = std::numeric_limits<int64_t>::min();
-    for (int64_t i = 0; i < n_found; ++i) {
-        if (n_keys > s.capacity - block_width) {
-            floor = keep_largest(keys, n_keys, s.k);
-            n_keys = s.k;
-        }
-        const int64_t first = static_cast<int64_t>(w.blocks[i]) * block_width;
-        for (uint64_t bits = w.columns[i]; bits != 0; bits &= bits - 1) {
-            const int64_t index = first + __builtin_ctzll(bits);
-            const int64_t key = make_key(row[index], index);
-            keys[n_keys] = key;
-            n_keys += key > floor;
-        }
-    }
-    return n_keys;
-}
-
-void topk_row(const TopkScan& scan, const Sizes& s, const float* row, float* values, int64_t* indices, Workspace& w) {
-    const int64_t n_whole = s.d_sae / block_width;
-    bool nan = scan.group_maxima(row, n_whole, w.maxima.get());
-    if (n_whole < s.n_blocks) {
-        std::fill(w.tail, w.tail + block_width, -std::numeric_limits<float>::infinity());
-        std::copy(row + n_whole * block_width, row + s.d_sae, w.tail);
-        nan |= scan.group_maxima(w.tail, 1, w.maxima.get() + n_whole * block_groups);
-    }
-    if (nan) {
-        std::fill(values, values + s.k, std::numeric_limits<float>::quiet_NaN());
-        for (int64_t i = 0; i < s.k; ++i) indices[i] = i;
+void finish(const TopkScan& scan, const csae_topk& best, int64_t i, float* values, int64_t* indices, Workspace& w) {
+    Candidates candidates = candidates_of(best, i);
+    const int64_t k = best.k;
+    if (candidates.count == broken) {
+        std::fill(values, values + k, std::numeric_limits<float>::quiet_NaN());
+        for (int64_t j = 0; j < k; ++j) indices[j] = j;
         return;
     }
-    const float bound = s.k <= s.n_folded * block_groups
-                            ? scan.bound_of_kth(w.maxima.get(), s.n_blocks, s.k, w.folded.get(), w.order.get(),
-                                                s.n_folded)
-                            : -std::numeric_limits<float>::infinity();
-    int64_t n_keys = collect(scan, s, row, bound, w);
+    if (candidates.count > k) prune(scan, candidates, k);
+    // A value and its column in one integer that is larger where the value is, or the value is equal and the column
+    // lower.
     int64_t* keys = w.keys.get();
-    if (n_keys <= max_ranked) {
-        scan.rank(keys, n_keys, w.ranks);
-        for (int64_t i = 0; i < n_keys; ++i) {
-            if (w.ranks[i] >= s.k) continue;
-            values[w.ranks[i]] = relu_of_key(keys[i]);
-            indices[w.ranks[i]] = index_of_key(keys[i]);
-        }
-        return;
+    for (int64_t j = 0; j < k; ++j) {
+        const auto high = static_cast<uint64_t>(static_cast<uint32_t>(candidates.order[j])) << 32;
+        keys[j] = static_cast<int64_t>(high | ~static_cast<uint32_t>(candidates.columns[j]));
     }
-    if (n_keys > s.k) keep_largest(keys, n_keys, s.k);
-    std::sort(keys, keys + s.k, std::greater<int64_t>());
-    for (int64_t i = 0; i < s.k; ++i) {
-        values[i] = relu_of_key(keys[i]);
-        indices[i] = index_of_key(keys[i]);
+    const auto put = [&](int64_t at, int64_t key) {
+        values[at] = std::max(from_ordered(static_cast<int32_t>(key >> 32)), 0.0f);
+        indices[at] = static_cast<int64_t>(~static_cast<uint32_t>(key));
+    };
+    if (k <= max_ranked) {
+        scan.rank(keys, k, w.ranks);
+        for (int64_t j = 0; j < k; ++j) put(w.ranks[j], keys[j]);
+    } else {
+        std::sort(keys, keys + k, std::greater<int64_t>());
+        for (int64_t j = 0; j < k; ++j) put(j, keys[j]);
     }
+}
+
+// Whether `best` can be worked on, and each row has `least` candidates or is broken.
+bool possible(const csae_topk* best, int64_t least) {
+    if (best == nullptr || best->n < 0 || best->k < 1 || best->capacity % candidate_group != 0) return false;
+    if (best->capacity > std::numeric_limits<int32_t>::max() || best->k > best->capacity - block_width) return false;
+    if (best->n == 0) return true;
+    if (best->order == nullptr || best->columns == nullptr || best->threshold == nullptr || best->count == nullptr) {
+        return false;
+    }
+    return std::all_of(best->count, best->count + best->n,
+                       [&](int32_t count) { return count == broken || (count >= least && count <= best->capacity); });
+}
+
+int64_t piece_of(int64_t n, int n_threads) {
+    return std::max<int64_t>(1, std::min<int64_t>(64, n / (4 * n_threads)));
 }
 
 }  // namespace
 }  // namespace csae
 
-int csae_topk_rows(const float* pre_acts, int64_t pre_acts_stride, int64_t n, int64_t d_sae, int64_t k, float* values,
-                   int64_t values_stride, int64_t* indices, int64_t indices_stride, int n_threads) {
-    if (n < 0 || k < 1 || k > d_sae || d_sae > std::numeric_limits<int32_t>::max() || n_threads < 1) {
+int csae_topk_add(const csae_topk* best, const float* pre_acts, int64_t pre_acts_stride, const float* bias,
+                  int64_t width, int64_t first_column, int n_threads) {
+    if (!csae::possible(best, 0) || width < 0 || first_column < 0 || pre_acts_stride < 0 || n_threads < 1) {
         return csae_bad_argument;
     }
+    if (width > std::numeric_limits<int32_t>::max() - first_column) return csae_bad_argument;
+    const int64_t n = best->n;
+    if (n == 0 || width == 0) return csae_ok;
+    if (pre_acts == nullptr || bias == nullptr) return csae_bad_argument;
+    n_threads = static_cast<int>(std::min<int64_t>({n_threads, n, 1 + n * width / csae::values_per_thread}));
+    const csae::TopkScan& scan = csae::topk_scan();
+    csae::parallel_for(n, csae::piece_of(n, n_threads), n_threads, [&](int, int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            csae::add(scan, *best, i, pre_acts + i * pre_acts_stride, bias, width, first_column);
+        }
+    });
+    return csae_ok;
+}
+
+int csae_topk_finish(const csae_topk* best, float* values, int64_t values_stride, int64_t* indices,
+                     int64_t indices_stride, int n_threads) {
+    if (best == nullptr || !csae::possible(best, best->k) || n_threads < 1) return csae_bad_argument;
+    const int64_t n = best->n, k = best->k;
     if (n == 0) return csae_ok;
-    if (pre_acts == nullptr || values == nullptr || indices == nullptr || pre_acts_stride < 0) return csae_bad_argument;
+    if (values == nullptr || indices == nullptr) return csae_bad_argument;
     if (n > 1 && (values_stride < k || indices_stride < k)) return csae_bad_argument;
     try {
-        const csae::Sizes sizes(d_sae, k);
-        // A thread for less than this many values costs more than it saves.
-        n_threads = static_cast<int>(std::min<int64_t>({n_threads, n, 1 + n * d_sae / 65536}));
+        n_threads = static_cast<int>(std::min<int64_t>({n_threads, n, 1 + n * k / 2048}));
         std::unique_ptr<std::unique_ptr<csae::Workspace>[]> workspaces(new std::unique_ptr<csae::Workspace>[n_threads]);
-        for (int i = 0; i < n_threads; ++i) workspaces[i].reset(new csae::Workspace(sizes));
+        for (int i = 0; i < n_threads; ++i) workspaces[i].reset(new csae::Workspace(k));
         const csae::TopkScan& scan = csae::topk_scan();
-        const int64_t piece = std::max<int64_t>(1, std::min<int64_t>(32, n / (4 * n_threads)));
-        csae::parallel_for(n, piece, n_threads, [&](int thread, int64_t begin, int64_t end) {
+        csae::parallel_for(n, csae::piece_of(n, n_threads), n_threads, [&](int thread, int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) {
-                csae::topk_row(scan, sizes, pre_acts + i * pre_acts_stride, values + i * values_stride,
-                               indices + i * indices_stride, *workspaces[thread]);
+                csae::finish(scan, *best, i, values + i * values_stride, indices + i * indices_stride,
+                             *workspaces[thread]);
             }
         });
     } catch (const std::bad_alloc&) {

@@ -6,7 +6,7 @@
 
 #if CSAE_X86
 #if !defined(__clang__)
-// GCC's own header leaves the unused operand of _mm512_max_ps uninitialised on purpose.
+// GCC's own header leaves the unused operand of some intrinsics uninitialised on purpose.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <immintrin.h>
@@ -17,29 +17,67 @@ namespace {
 
 // --- in plain C++: compiled for each instruction set -------------------------------------------------------
 
-CSAE_INLINE float bound_of_kth(const float* maxima, int64_t n_blocks, int64_t k, float* folded, int32_t* order, int64_t n_folded) {
-    // The maxima of 16 * n_folded larger groups.
-    const int64_t n = n_folded * block_groups, n_maxima = n_blocks * block_groups;
-    std::memcpy(folded, maxima, static_cast<size_t>(n) * sizeof *folded);
-    for (int64_t first = n; first < n_maxima; first += n) {
-        const int64_t m = n_maxima - first < n ? n_maxima - first : n;
-        for (int64_t i = 0; i < m; ++i) folded[i] = maxima[first + i] > folded[i] ? maxima[first + i] : folded[i];
+CSAE_INLINE int64_t append(const float* row, const float* bias, const int32_t* blocks, const uint64_t* columns,
+                           int64_t n_blocks, int64_t first_column, int64_t limit, Candidates& to, bool& nan) {
+    int64_t done = 0;
+    for (; done < n_blocks && to.count <= limit; ++done) {
+        const int64_t first = blocks[done] * block_width;
+        for (uint64_t bits = columns[done]; bits != 0; bits &= bits - 1) {
+            const int64_t c = first + __builtin_ctzll(bits);
+            const float x = (row[c] + bias[c]) + 0.0f;  // -0.0 + 0.0 is 0.0
+            nan |= x != x;
+            to.order[to.count] = ordered(x);
+            to.columns[to.count++] = static_cast<int32_t>(first_column + c);
+        }
     }
-    // Their k-th largest, bit by bit from the top. The lower half of the bits would raise it by less than 1%.
-    for (int64_t i = 0; i < n; ++i) order[i] = ordered(folded[i]);
-    auto bound = std::numeric_limits<int32_t>::min();
-    for (int bit = 31; bit >= 16; --bit) {
+    return done;
+}
+
+CSAE_INLINE void group_maxima(const float* row, const float* bias, int64_t n, int32_t* order, int64_t groups) {
+    for (int64_t g = 0; g < groups; g += candidate_group) {
+        int32_t maxima[candidate_group];
+        for (int32_t& maximum : maxima) maximum = std::numeric_limits<int32_t>::min();
+        for (int64_t c = g; c < n; c += groups) {
+            for (int64_t l = 0; l < candidate_group; ++l) {
+                const int32_t here = ordered(row[c + l] + bias[c + l]);
+                maxima[l] = here > maxima[l] ? here : maxima[l];
+            }
+        }
+        std::memcpy(order + g, maxima, sizeof maxima);
+    }
+}
+
+CSAE_INLINE int32_t bound_of_kth(int32_t* order, int64_t n, int64_t k, bool& exactly_k) {
+    constexpr auto lowest = std::numeric_limits<int32_t>::min();
+    for (; n % candidate_group != 0; ++n) order[n] = lowest;
+    // Bit by bit from the top.
+    int32_t bound = lowest;
+    for (int bit = 31; bit >= 0; --bit) {
         const auto higher = static_cast<int32_t>(static_cast<uint32_t>(bound) + (uint32_t{1} << bit));
-        int32_t count[block_groups] = {};
-        for (int64_t i = 0; i < n; i += block_groups) {
-            for (int64_t l = 0; l < block_groups; ++l) count[l] += order[i + l] >= higher;
+        int32_t reach[candidate_group] = {};
+        for (int64_t i = 0; i < n; i += candidate_group) {
+            for (int64_t l = 0; l < candidate_group; ++l) reach[l] += order[i + l] >= higher;
         }
         int32_t total = 0;
-        for (int32_t c : count) total += c;
+        for (int32_t r : reach) total += r;
         if (total >= k) bound = higher;
+        exactly_k = total == k;
+        if (exactly_k) break;
     }
-    const int32_t lowest = ordered(-std::numeric_limits<float>::infinity());
-    return from_ordered(bound > lowest ? bound : lowest);
+    return bound;
+}
+
+CSAE_INLINE void keep(Candidates& candidates, int32_t bound, int64_t ties) {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < candidates.count; ++i) {
+        const int32_t order = candidates.order[i];
+        candidates.order[kept] = order;
+        candidates.columns[kept] = candidates.columns[i];
+        const bool tie = order == bound;
+        kept += (order > bound) | (tie & (ties > 0));
+        ties -= tie;
+    }
+    candidates.count = kept;
 }
 
 CSAE_INLINE void rank(int64_t* keys, int64_t n, int64_t* ranks) {
@@ -55,142 +93,144 @@ CSAE_INLINE void rank(int64_t* keys, int64_t n, int64_t* ranks) {
 
 // --- portable ----------------------------------------------------------------------------------------------
 
-bool group_maxima_portable(const float* row, int64_t n_blocks, float* maxima) {
-    int32_t nan[block_groups] = {};
-    for (int64_t b = 0; b < n_blocks; ++b, row += block_width, maxima += block_groups) {
-        for (int64_t l = 0; l < block_groups; ++l) {
-            const float x0 = row[l], x1 = row[l + 16], x2 = row[l + 32], x3 = row[l + 48];
-            const float left = x0 > x1 ? x0 : x1, right = x2 > x3 ? x2 : x3;
-            maxima[l] = left > right ? left : right;
-            nan[l] |= -static_cast<int32_t>(x0 != x0) | -static_cast<int32_t>(x1 != x1);
-            nan[l] |= -static_cast<int32_t>(x2 != x2) | -static_cast<int32_t>(x3 != x3);
-        }
-    }
-    int32_t any = 0;
-    for (int32_t lane : nan) any |= lane;
-    return any != 0;
-}
-
-int64_t find_at_least_portable(const float* row, const float* maxima, int64_t n_blocks, float bound,
-                               uint32_t* blocks, uint64_t* columns) {
+int64_t find_portable(const float* row, const float* bias, int64_t n_blocks, float threshold, int32_t* blocks,
+                      uint64_t* columns) {
     int64_t found = 0;
-    for (int64_t b = 0; b < n_blocks; ++b) {
-        uint32_t any = 0;
-        for (int64_t l = 0; l < block_groups; ++l) any |= maxima[b * block_groups + l] >= bound;
-        blocks[found] = static_cast<uint32_t>(b);
-        found += any;
-    }
-    for (int64_t i = 0; i < found; ++i) {
-        const float* block = row + block_width * blocks[i];
+    for (int64_t b = 0; b < n_blocks; ++b, row += block_width, bias += block_width) {
+        // A compiler makes vectors of this loop, and not of the one that shifts.
+        int32_t any = 0;
+        for (int64_t c = 0; c < block_width; ++c) any |= !(row[c] + bias[c] < threshold);
+        if (any == 0) continue;
         uint64_t bits = 0;
-        for (int64_t c = 0; c < block_width; ++c) bits |= static_cast<uint64_t>(block[c] >= bound) << c;
-        columns[i] = bits;
+        for (int64_t c = 0; c < block_width; ++c) bits |= static_cast<uint64_t>(!(row[c] + bias[c] < threshold)) << c;
+        blocks[found] = static_cast<int32_t>(b);
+        columns[found++] = bits;
     }
     return found;
 }
 
-float bound_of_kth_portable(const float* maxima, int64_t n_blocks, int64_t k, float* folded, int32_t* order, int64_t n_folded) {
-    return bound_of_kth(maxima, n_blocks, k, folded, order, n_folded);
+int64_t append_portable(const float* row, const float* bias, const int32_t* blocks, const uint64_t* columns,
+                        int64_t n_blocks, int64_t first_column, int64_t limit, Candidates& to, bool& nan) {
+    return append(row, bias, blocks, columns, n_blocks, first_column, limit, to, nan);
 }
+
+void group_maxima_portable(const float* row, const float* bias, int64_t n, int32_t* order, int64_t groups) {
+    group_maxima(row, bias, n, order, groups);
+}
+
+int32_t bound_of_kth_portable(int32_t* order, int64_t n, int64_t k, bool& exactly_k) {
+    return bound_of_kth(order, n, k, exactly_k);
+}
+
+void keep_portable(Candidates& candidates, int32_t bound, int64_t ties) { keep(candidates, bound, ties); }
 
 void rank_portable(int64_t* keys, int64_t n, int64_t* ranks) { rank(keys, n, ranks); }
 
-constexpr TopkScan portable = {group_maxima_portable, bound_of_kth_portable, find_at_least_portable, rank_portable};
+constexpr TopkScan portable = {find_portable, append_portable, group_maxima_portable, bound_of_kth_portable, keep_portable, rank_portable};
 
 #if CSAE_X86
 
 // --- AVX2 --------------------------------------------------------------------------------------------------
 
-CSAE_AVX2 bool group_maxima_avx2(const float* row, int64_t n_blocks, float* maxima) {
-    __m256 nan = _mm256_setzero_ps();
-    for (int64_t b = 0; b < n_blocks; ++b, row += block_width, maxima += block_groups) {
-        for (int64_t l = 0; l < block_groups; l += 8) {
-            const __m256 x0 = _mm256_loadu_ps(row + l), x1 = _mm256_loadu_ps(row + l + 16);
-            const __m256 x2 = _mm256_loadu_ps(row + l + 32), x3 = _mm256_loadu_ps(row + l + 48);
-            // One unordered comparison looks at two vectors: it is true where either has a NaN.
-            nan = _mm256_or_ps(nan, _mm256_cmp_ps(x0, x1, _CMP_UNORD_Q));
-            nan = _mm256_or_ps(nan, _mm256_cmp_ps(x2, x3, _CMP_UNORD_Q));
-            _mm256_storeu_ps(maxima + l, _mm256_max_ps(_mm256_max_ps(x0, x1), _mm256_max_ps(x2, x3)));
-        }
-    }
-    return _mm256_movemask_ps(nan) != 0;
-}
-
-CSAE_AVX2 int64_t find_at_least_avx2(const float* row, const float* maxima, int64_t n_blocks, float bound,
-                                     uint32_t* blocks, uint64_t* columns) {
-    const __m256 b8 = _mm256_set1_ps(bound);
+CSAE_AVX2 int64_t find_avx2(const float* row, const float* bias, int64_t n_blocks, float threshold, int32_t* blocks,
+                            uint64_t* columns) {
+    const __m256 t = _mm256_set1_ps(threshold);
     int64_t found = 0;
-    for (int64_t b = 0; b < n_blocks; ++b) {
-        // No branch: where the large values are can't be predicted.
-        const float* groups = maxima + b * block_groups;
-        const __m256 low = _mm256_cmp_ps(_mm256_loadu_ps(groups), b8, _CMP_GE_OQ);
-        const __m256 high = _mm256_cmp_ps(_mm256_loadu_ps(groups + 8), b8, _CMP_GE_OQ);
-        blocks[found] = static_cast<uint32_t>(b);
-        found += _mm256_movemask_ps(_mm256_or_ps(low, high)) != 0;
-    }
-    for (int64_t i = 0; i < found; ++i) {
-        const float* block = row + block_width * blocks[i];
+    for (int64_t b = 0; b < n_blocks; ++b, row += block_width, bias += block_width) {
         uint64_t bits = 0;
-        for (int64_t c = 0; c < block_width; c += 8) {
-            const __m256 at_least = _mm256_cmp_ps(_mm256_loadu_ps(block + c), b8, _CMP_GE_OQ);
-            bits |= static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_ps(at_least))) << c;
+        for (int c = 0; c < block_width; c += 8) {
+            const __m256 x = _mm256_add_ps(_mm256_loadu_ps(row + c), _mm256_loadu_ps(bias + c));
+            const int not_below = _mm256_movemask_ps(_mm256_cmp_ps(x, t, _CMP_NLT_UQ));
+            bits |= static_cast<uint64_t>(static_cast<uint32_t>(not_below)) << c;
         }
-        columns[i] = bits;
+        // No branch: where the large values are can't be predicted.
+        blocks[found] = static_cast<int32_t>(b);
+        columns[found] = bits;
+        found += bits != 0;
     }
     return found;
 }
 
-CSAE_AVX2 float bound_of_kth_avx2(const float* maxima, int64_t n_blocks, int64_t k, float* folded, int32_t* order, int64_t n_folded) {
-    return bound_of_kth(maxima, n_blocks, k, folded, order, n_folded);
+CSAE_AVX2 int64_t append_avx2(const float* row, const float* bias, const int32_t* blocks, const uint64_t* columns,
+                              int64_t n_blocks, int64_t first_column, int64_t limit, Candidates& to, bool& nan) {
+    return append(row, bias, blocks, columns, n_blocks, first_column, limit, to, nan);
 }
+
+CSAE_AVX2 void group_maxima_avx2(const float* row, const float* bias, int64_t n, int32_t* order, int64_t groups) {
+    group_maxima(row, bias, n, order, groups);
+}
+
+CSAE_AVX2 int32_t bound_of_kth_avx2(int32_t* order, int64_t n, int64_t k, bool& exactly_k) {
+    return bound_of_kth(order, n, k, exactly_k);
+}
+
+CSAE_AVX2 void keep_avx2(Candidates& candidates, int32_t bound, int64_t ties) { keep(candidates, bound, ties); }
 
 CSAE_AVX2 void rank_avx2(int64_t* keys, int64_t n, int64_t* ranks) { rank(keys, n, ranks); }
 
-constexpr TopkScan avx2 = {group_maxima_avx2, bound_of_kth_avx2, find_at_least_avx2, rank_avx2};
+constexpr TopkScan avx2 = {find_avx2, append_avx2, group_maxima_avx2, bound_of_kth_avx2, keep_avx2, rank_avx2};
 
 // --- AVX-512 -----------------------------------------------------------------------------------------------
 
-CSAE_AVX512 bool group_maxima_avx512(const float* row, int64_t n_blocks, float* maxima) {
-    uint32_t nan = 0;
-    for (int64_t b = 0; b < n_blocks; ++b, row += block_width, maxima += block_groups) {
-        const __m512 x0 = _mm512_loadu_ps(row), x1 = _mm512_loadu_ps(row + 16);
-        const __m512 x2 = _mm512_loadu_ps(row + 32), x3 = _mm512_loadu_ps(row + 48);
-        const __mmask16 left = _mm512_cmp_ps_mask(x0, x1, _CMP_UNORD_Q);
-        const __mmask16 right = _mm512_cmp_ps_mask(x2, x3, _CMP_UNORD_Q);
-        nan |= _cvtmask16_u32(_kor_mask16(left, right));
-        _mm512_storeu_ps(maxima, _mm512_max_ps(_mm512_max_ps(x0, x1), _mm512_max_ps(x2, x3)));
-    }
-    return nan != 0;
+CSAE_AVX512 inline __m512 sum_avx512(const float* row, const float* bias) {
+    return _mm512_add_ps(_mm512_loadu_ps(row), _mm512_loadu_ps(bias));
 }
 
-CSAE_AVX512 int64_t find_at_least_avx512(const float* row, const float* maxima, int64_t n_blocks, float bound,
-                                         uint32_t* blocks, uint64_t* columns) {
-    const __m512 b16 = _mm512_set1_ps(bound);
+CSAE_AVX512 int64_t find_avx512(const float* row, const float* bias, int64_t n_blocks, float threshold,
+                                int32_t* blocks, uint64_t* columns) {
+    const __m512 t = _mm512_set1_ps(threshold);
     int64_t found = 0;
-    for (int64_t b = 0; b < n_blocks; ++b) {
-        const __mmask16 any = _mm512_cmp_ps_mask(_mm512_loadu_ps(maxima + b * block_groups), b16, _CMP_GE_OQ);
-        blocks[found] = static_cast<uint32_t>(b);
-        found += _cvtmask16_u32(any) != 0;
-    }
-    for (int64_t i = 0; i < found; ++i) {
-        const float* block = row + block_width * blocks[i];
-        uint64_t bits = 0;
-        for (int64_t c = 0; c < block_width; c += 16) {
-            const __mmask16 at_least = _mm512_cmp_ps_mask(_mm512_loadu_ps(block + c), b16, _CMP_GE_OQ);
-            bits |= static_cast<uint64_t>(_cvtmask16_u32(at_least)) << c;
-        }
-        columns[i] = bits;
+    for (int64_t b = 0; b < n_blocks; ++b, row += block_width, bias += block_width) {
+        const __mmask16 m0 = _mm512_cmp_ps_mask(sum_avx512(row, bias), t, _CMP_NLT_UQ);
+        const __mmask16 m1 = _mm512_cmp_ps_mask(sum_avx512(row + 16, bias + 16), t, _CMP_NLT_UQ);
+        const __mmask16 m2 = _mm512_cmp_ps_mask(sum_avx512(row + 32, bias + 32), t, _CMP_NLT_UQ);
+        const __mmask16 m3 = _mm512_cmp_ps_mask(sum_avx512(row + 48, bias + 48), t, _CMP_NLT_UQ);
+        const __mmask32 low = _mm512_kunpackw(m1, m0), high = _mm512_kunpackw(m3, m2);
+        const uint64_t bits = _cvtmask64_u64(_mm512_kunpackd(high, low));
+        blocks[found] = static_cast<int32_t>(b);
+        columns[found] = bits;
+        found += bits != 0;
     }
     return found;
 }
 
-CSAE_AVX512 float bound_of_kth_avx512(const float* maxima, int64_t n_blocks, int64_t k, float* folded, int32_t* order, int64_t n_folded) {
-    return bound_of_kth(maxima, n_blocks, k, folded, order, n_folded);
+CSAE_AVX512 int64_t append_avx512(const float* row, const float* bias, const int32_t* blocks, const uint64_t* columns,
+                                  int64_t n_blocks, int64_t first_column, int64_t limit, Candidates& to, bool& nan) {
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    uint32_t unordered = 0;
+    int64_t done = 0, count = to.count;
+    for (; done < n_blocks && count <= limit; ++done) {
+        for (int c = 0; c < block_width; c += 16) {
+            const int64_t first = blocks[done] * block_width + c;
+            const auto here = static_cast<__mmask16>(columns[done] >> c);
+            const __m512 x = _mm512_add_ps(sum_avx512(row + first, bias + first), _mm512_setzero_ps());
+            unordered |= _cvtmask16_u32(_mm512_mask_cmp_ps_mask(here, x, x, _CMP_UNORD_Q));
+            const __m512i bits = _mm512_castps_si512(x);
+            const __m512i flip = _mm512_and_si512(_mm512_srai_epi32(bits, 31), _mm512_set1_epi32(0x7fffffff));
+            const __m512i column = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(first_column + first)));
+            _mm512_storeu_si512(to.order + count, _mm512_maskz_compress_epi32(here, _mm512_xor_si512(bits, flip)));
+            _mm512_storeu_si512(to.columns + count, _mm512_maskz_compress_epi32(here, column));
+            count += __builtin_popcount(_cvtmask16_u32(here));
+        }
+    }
+    to.count = count;
+    nan |= unordered != 0;
+    return done;
 }
+
+CSAE_AVX512 void group_maxima_avx512(const float* row, const float* bias, int64_t n, int32_t* order, int64_t groups) {
+    group_maxima(row, bias, n, order, groups);
+}
+
+CSAE_AVX512 int32_t bound_of_kth_avx512(int32_t* order, int64_t n, int64_t k, bool& exactly_k) {
+    return bound_of_kth(order, n, k, exactly_k);
+}
+
+CSAE_AVX512 void keep_avx512(Candidates& candidates, int32_t bound, int64_t ties) { keep(candidates, bound, ties); }
 
 CSAE_AVX512 void rank_avx512(int64_t* keys, int64_t n, int64_t* ranks) { rank(keys, n, ranks); }
 
-constexpr TopkScan avx512 = {group_maxima_avx512, bound_of_kth_avx512, find_at_least_avx512, rank_avx512};
+constexpr TopkScan avx512 = {find_avx512, append_avx512, group_maxima_avx512, bound_of_kth_avx512, keep_avx512, rank_avx512};
 
 #endif
 

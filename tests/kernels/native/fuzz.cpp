@@ -145,23 +145,41 @@ void check_near(float x, const Sum& sum, double rounding, const char* name) {
     fail(text);
 }
 
-// --- csae_topk_rows ------------------------------------------------------------------------------------------
+// --- csae_topk_add, csae_topk_finish ---------------------------------------------------------------------------
 
 void topk_rows() {
-    function = "csae_topk_rows";
+    function = "csae_topk_add";
     const bool large = one_in(16);  // enough for two threads
     const int64_t n = large ? 24 + below(24) : below(7), d_sae = 1 + below(large ? 3000 : 300);
     const int64_t k = 1 + below(one_in(2) ? d_sae : std::min<int64_t>(d_sae, 40));
-    const auto pre_acts = input_of(n, d_sae, static_cast<Kind>(below(3)));
+    const auto kind = static_cast<Kind>(below(3));
+    const auto pre_acts = input_of(n, d_sae, kind);
+    const auto bias = input_of(1, d_sae, one_in(2) ? kind : plain);
     const auto values = output<float>(n, k);
     const auto indices = output<int64_t>(n, k);
-    check_status(csae_topk_rows(pre_acts.data(), pre_acts.stride, n, d_sae, k, values.data(), values.stride,
-                                indices.data(), indices.stride, some_threads()),
+    const int64_t capacity = (k + 64 + below(one_in(2) ? 64 : 2 * d_sae) + 15) / 16 * 16;
+    const Matrix<int32_t> orders(n, capacity, capacity), columns(n, capacity, capacity), count(1, n, n);
+    const Matrix<float> threshold(1, n, n);
+    std::fill_n(count.data(), n, 0);
+    std::fill_n(threshold.data(), n, -INFINITY);
+    const csae_topk best = {orders.data(), columns.data(), threshold.data(), count.data(), n, k, capacity};
+    for (int64_t first = 0, width; first < d_sae; first += width) {
+        width = std::min(d_sae - first, one_in(2) ? d_sae : 1 + below(200));
+        Matrix<float> tile(n, width, one_in(2) ? width : width + below(9));
+        const auto of_tile = allocate<float>(width);
+        std::copy_n(bias.data() + first, width, of_tile.get());
+        for (int64_t i = 0; i < n; ++i) std::copy_n(&pre_acts(i, first), width, &tile(i, 0));
+        check_status(csae_topk_add(&best, tile.data(), tile.stride, of_tile.get(), width, first, some_threads()),
+                     csae_ok);
+    }
+    function = "csae_topk_finish";
+    check_status(csae_topk_finish(&best, values.data(), values.stride, indices.data(), indices.stride, some_threads()),
                  csae_ok);
+    std::vector<float> row(static_cast<size_t>(d_sae));
     std::vector<int64_t> order(static_cast<size_t>(d_sae));
     for (int64_t i = 0; i < n; ++i) {
-        const float* row = &pre_acts(i, 0);
-        const bool nan = std::any_of(row, row + d_sae, [](float x) { return std::isnan(x); });
+        for (int64_t c = 0; c < d_sae; ++c) row[c] = pre_acts(i, c) + bias(0, c);
+        const bool nan = std::any_of(row.begin(), row.end(), [](float x) { return std::isnan(x); });
         for (int64_t c = 0; c < d_sae; ++c) order[c] = c;
         const auto before = [&](int64_t a, int64_t b) { return row[a] > row[b] || (row[a] == row[b] && a < b); };
         if (!nan) std::partial_sort(order.begin(), order.begin() + k, order.end(), before);

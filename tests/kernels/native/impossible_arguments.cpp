@@ -34,18 +34,38 @@ void impossible_arguments() {
     int64_t n = 2, k = 2, d_sae = 2, d = 2, first_stride = 2, indices_stride = 2, second_stride = 2, out_stride = 2;
     int n_threads = 1;
 
-    const auto topk = [&] {
-        return csae_topk_rows(first, first_stride, n, d_sae, k, out, out_stride, indices, indices_stride, n_threads);
+    int32_t order[2 * 80] = {}, columns[2 * 80] = {}, count[2] = {2, 2};
+    float threshold[2] = {};
+    csae_topk best = {order, columns, threshold, count, 2, 2, 80};
+    int64_t width = 2, first_column = 0;
+    const auto add = [&] {
+        count[0] = 2;
+        return csae_topk_add(&best, first, first_stride, second, width, first_column, n_threads);
     };
-    refused<int64_t>(topk, {&n, &k, &d_sae, &first_stride, &out_stride, &indices_stride}, -1);
-    refused<int64_t>(topk, {&k}, 0);
-    refused<int64_t>(topk, {&k}, 3);
-    refused<int64_t>(topk, {&d_sae}, int64_t{1} << 31);
-    refused<int64_t>(topk, {&out_stride, &indices_stride}, 1);
-    refused<const float*>(topk, {&first}, nullptr);
-    refused<float*>(topk, {&out}, nullptr);
-    refused<int64_t*>(topk, {&indices}, nullptr);
-    refused(topk, {&n_threads}, 0);
+    const auto finish = [&] {
+        return csae_topk_finish(&best, out, out_stride, indices, indices_stride, n_threads);
+    };
+    const auto both = [&](const auto& call) {
+        refused<int64_t>(call, {&best.n, &best.k, &best.capacity}, -1);
+        refused<int64_t>(call, {&best.k, &best.capacity}, 0);
+        refused<int64_t>(call, {&best.k}, 17);         // capacity is less than k + 64
+        refused<int64_t>(call, {&best.capacity}, 79);  // no multiple of 16
+        refused<int64_t>(call, {&best.capacity}, int64_t{1} << 32);
+        refused<int32_t*>(call, {&best.order, &best.columns, &best.count}, nullptr);
+        refused<float*>(call, {&best.threshold}, nullptr);
+        refused(call, {&count[1]}, -2);
+        refused(call, {&count[1]}, 81);
+        refused(call, {&n_threads}, 0);
+    };
+    both(add);
+    refused<int64_t>(add, {&first_stride, &width, &first_column}, -1);
+    refused<int64_t>(add, {&width, &first_column}, int64_t{1} << 31);
+    refused<const float*>(add, {&first, &second}, nullptr);
+    both(finish);
+    refused(finish, {&count[0]}, 1);  // fewer than k candidates
+    refused<int64_t>(finish, {&out_stride, &indices_stride}, 1);
+    refused<float*>(finish, {&out}, nullptr);
+    refused<int64_t*>(finish, {&indices}, nullptr);
 
     for (auto* call : {csae_gather_sum, csae_gather_dot, csae_feature_sum}) {
         const auto sum = [&] {
