@@ -544,9 +544,12 @@ def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, la
     """
     for table in tables:
         for name in ("param", "exp_avg", "exp_avg_sq"):
-            if not getattr(table, name).is_contiguous():
+            tensor = getattr(table, name)
+            if not tensor.is_contiguous() or tensor.data_ptr() % 16:
+                given = f"an address that is {tensor.data_ptr() % 16} bytes past a multiple of 16"
+                given = given if tensor.is_contiguous() else f"strides {tensor.stride()}"
                 raise ValueError(
-                    f"{name}: given a tensor that is not contiguous; needed one that is: it is updated in place"
+                    f"{name}: given {given}; needed a contiguous tensor at a multiple of 16 bytes: `clone` it"
                 )
         if table.param.numel() > 0:
             _adam_table(pairs, table, aligned(hyper), seed, lazy)

@@ -1,8 +1,9 @@
-"""The Triton gather_sum, gather_dot and feature_sum against the reference and its gradients in float64."""
+"""The Triton gather_sum, gather_dot, feature_sum, feature_total against the reference and its gradients in float64."""
 
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,9 +26,12 @@ SHAPES = [  # n, k, d_sae, d
 
 @pytest.fixture(autouse=True)
 def _listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from csae.kernels.triton import sparse_decode
+    from csae.kernels.triton import feature_rows, sparse_decode
 
-    only_listed_variants(sparse_decode, monkeypatch)
+    # Those of feature_rows: feature_sum is made of it. And those that a GPU may be tuned to.
+    listed = sparse_decode.variants()
+    listed += [other for variant in listed for other in sparse_decode.candidates(variant)] + feature_rows.variants()
+    only_listed_variants(SimpleNamespace(variants=lambda: listed), monkeypatch)
 
 
 def code(n: int, k: int, d_sae: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -92,24 +96,51 @@ def test_float32_values_with_a_narrower_table(dtype: torch.dtype) -> None:
     assert_sum_close(feature_sum(values, indices, rows, 11), *feature_sums(values, indices, rows, 11), terms=15)
 
 
-@pytest.mark.parametrize("piece", [None, 8])
-def test_features_that_fire_on_nearly_every_token(piece: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("slab", [512, 256, 128, 64])
+def test_slabs_of_every_width(slab: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where tokens are many, the width of a slab depends on how many rows there are for L2 to hold."""
     from csae.kernels.triton import sparse_decode
 
-    if piece is not None:
-        monkeypatch.setattr(sparse_decode, "PIECE", piece)
-    piece = sparse_decode.PIECE
-    # Runs of piece + 43 (two pieces), exactly piece (none), one pair, and none at all.
-    n = piece + 43
-    indices = torch.full((n, 2), 4, device=DEVICE)
-    indices[:, 0] = 8
-    indices[piece:, 1] = 5
-    indices[piece + 1 :, 1] = 6
-    values, rows = random_normal(n, 2), random_normal(n, 5, seed=1)
-    got = sparse_decode.feature_sum(values, indices, rows, 9)
-    assert_sum_close(got, *feature_sums(values, indices, rows, 9), terms=n)
-    assert torch.equal(got, sparse_decode.feature_sum(values, indices, rows, 9))
-    assert (got[[0, 1, 2, 3, 7]] == 0).all()
+    monkeypatch.setattr(sparse_decode, "FEW_PROGRAMS", 0)
+    monkeypatch.setattr(sparse_decode, "SLAB_BYTES", 7 * slab)
+    values, indices = code(3, 35, 7, dtype)
+    table, grad = random_normal(7, 264, dtype=dtype, seed=1), random_normal(3, 264, dtype=dtype, seed=2)
+    launched = []
+    tuned = sparse_decode.tuning.best
+    monkeypatch.setattr(sparse_decode.tuning, "best", lambda *given: launched.append(tuned(*given)) or launched[-1])
+    check_gathers(values, indices, table, grad)
+    widths = [variant.constants["COLUMNS"] * dtype.itemsize for variant in launched]
+    assert widths == [max(slab, 128), max(slab, 256)]
+
+
+@pytest.mark.parametrize("place", range(8))
+def test_every_form_that_a_gpu_may_be_tuned_to(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from csae.kernels.triton import sparse_decode
+
+    monkeypatch.setattr(sparse_decode.tuning, "best", lambda variant, device: sparse_decode.candidates(variant)[place])
+    values, indices = code(3, 35, 7, torch.float32)
+    check_gathers(values, indices, random_normal(7, 264, seed=1), random_normal(3, 264, seed=2))
+
+
+def check_gathers(values: Tensor, indices: Tensor, table: Tensor, grad: Tensor) -> None:
+    from csae.kernels.triton.sparse_decode import gather_dot, gather_sum
+
+    k, d = indices.shape[1], table.shape[1]
+    terms = values.double()[..., None] * table[indices].double()
+    assert_sum_close(gather_sum(values, indices, table), terms.sum(1), terms.abs().sum(1), k)
+    terms = grad.double()[:, None] * table[indices].double()
+    assert_sum_close(gather_dot(grad, indices, table), terms.sum(2), terms.abs().sum(2), d)
+
+
+def test_feature_total() -> None:
+    from csae.kernels.triton.sparse_decode import feature_total
+
+    values, indices = code(40, 3, 9, torch.float16)
+    want = torch.zeros(9, dtype=torch.float64, device=DEVICE).index_add(0, indices.flatten(), values.flatten().double())
+    got = feature_total(values, indices, 9)
+    assert got.dtype == torch.float16
+    assert_sum_close(got, want, want.abs() + 120, terms=0)
 
 
 @pytest.mark.parametrize("bad", [-1, 7, -(2**40), 2**40, 2**32])
