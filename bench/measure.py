@@ -61,7 +61,7 @@ def ceilings(device: torch.device, dtype: torch.dtype, clock: Clock) -> Ceilings
 
 
 def _best(clock: Clock, run: Callable[[], object]) -> float:
-    return min(clock(run) for _ in range(6))
+    return min(clock(run) for _ in range(4))
 
 
 def median_and_spread(times: list[float]) -> tuple[float, float]:

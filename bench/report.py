@@ -99,6 +99,8 @@ def compare(before: Report, after: Report) -> str:
         for name in sorted(before["versions"].keys() | after["versions"].keys())
         if before["versions"].get(name) != after["versions"].get(name)
     ]
+    if before.get("threads") != after.get("threads"):
+        lines += [f"threads differ: {before.get('threads')} -> {after.get('threads')}"]
     if changes:
         lines += [f"versions differ: {', '.join(changes)}"]
     for key in sorted(common, key=lambda key: new_ones[key]["median_ms"] / old_ones[key]["median_ms"]):

@@ -17,12 +17,6 @@ def run(*args):
     return done.stdout
 
 
-@pytest.mark.slow
-def test_ops_prints_a_ratio_for_each_case():
-    out = run("bench.ops", "--n", "64", "--d-in", "8", "--d-sae", "64", "--k", "4", "--rounds", "1")
-    assert out.count("x the product") == 7
-
-
 def test_the_figure_is_drawn_from_what_the_demo_left(tmp_path):
     names = ("topk", "topk-wide", "contextual")
     saes = [{"arch": name, "k": 4, "fvu": 0.2} for name in names]
