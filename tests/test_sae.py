@@ -350,3 +350,45 @@ def test_errors_name_the_argument(make, kind, message):
     with pytest.raises(kind) as error:
         make()
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("query", ["current", "past"])
+@pytest.mark.parametrize("windows_kept", [1, 2, 5])
+def test_narrow_sweeps_are_the_same_sweeps(query, windows_kept, monkeypatch):
+    """A wide SAE with a narrow look-back keeps its pre-activations; the code and all gradients are as without."""
+    from csae import contextual_sae
+    from csae.factors import Factors
+
+    torch.manual_seed(0)
+    sae = ContextualSAE(64, 50, 4, n_heads=2, d_head=3, d_value=5, query=query, sweeps=2)
+    with torch.no_grad():
+        sae.W_O.mul_(5)
+    acts, mask = torch.randn(5, 9, 64), torch.rand(5, 9) > 0.2
+    documents = torch.tensor([0] * 4 + [1] * 5).expand(5, 9)
+    kept = []
+    keep = contextual_sae.encode_and_keep
+    monkeypatch.setattr(contextual_sae, "KEPT_BYTES", windows_kept * 4 * 9 * 50)
+    monkeypatch.setattr(contextual_sae, "encode_and_keep", lambda *given: kept.append(given) or keep(*given))
+
+    def run():
+        sae.zero_grad()
+        sae.loss(acts, mask, documents).loss.backward()
+        plain = {name: parameter.grad for name, parameter in sae.named_parameters() if parameter.grad is not None}
+        losses, gradients = sae.gradients(acts, mask, documents)
+        dense = {
+            name: (of.dense() if isinstance(of, Factors) else of).view(getattr(sae, name).shape)
+            for name, of in gradients.items()
+        }
+        return losses, plain, dense
+
+    narrow = run()
+    assert len(kept) == 2 * -(-5 // windows_kept)
+    monkeypatch.setattr(contextual_sae, "NARROW", 1000)
+    wide = run()
+    assert len(kept) == 2 * -(-5 // windows_kept)
+    torch.testing.assert_close(narrow[0].fvu, wide[0].fvu)
+    assert torch.equal(narrow[0].code.indices, wide[0].code.indices)
+    for way in (1, 2):
+        assert narrow[way].keys() == wide[way].keys() >= {"W_enc", "W_KV", "W_O", "b_dec"}
+        for name, gradient in wide[way].items():
+            torch.testing.assert_close(narrow[way][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
