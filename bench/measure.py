@@ -92,9 +92,9 @@ def peak_bytes(built: Built, device: torch.device) -> int | None:
         return None
     _return_what_is_free()
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     built.run()
-    return max(0, _resident("VmHWM") - before)
+    return max(0, resident("VmHWM") - before)
 
 
 def map_large_blocks() -> None:
@@ -111,7 +111,7 @@ def _return_what_is_free() -> None:
         trim(0)
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     """VmRSS (now) or VmHWM (most) of this process, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):

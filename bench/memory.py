@@ -1,10 +1,10 @@
-"""Peak memory of a training step on a CPU, beyond weights, gradients and the optimizer's state.
+"""Peak memory of a training step on a CPU, beyond weights and the optimizer's state.
 
     python -m bench.memory [--n 4096 --d-in 576 --d-sae 36864 --k 32 --arch topk --dead 0]
 
 Counts resident memory as Linux sees it: the high-water mark of the step, less what was resident before the
-model was made, less the bytes of weights, gradients and moments. The second step is measured, so that the
-gradients and moments of the first are there.
+model was made, less the bytes of weights and moments. The second step is measured, so that the moments of the
+first are there.
 """
 
 from __future__ import annotations
@@ -19,22 +19,24 @@ from csae import SAE, ContextualSAE, TopKSAE
 from csae.activations import Batch
 from csae.train import TrainConfig, adam, train_step
 
+from .measure import resident
+
 T = 256
 
 
 def measure(n: int, d_in: int, d_sae: int, k: int, arch: str, dead: int) -> dict[str, float]:
-    """Megabytes (2**20 bytes): the step's peak beyond weights, gradients and moments, and those."""
+    """Megabytes (2**20 bytes): the step's peak beyond weights and moments, and those."""
     config = TrainConfig(steps=10)
     device = torch.device("cpu")
     _step(TopKSAE(8, 16, 2), 64, 0, config, device)  # threads and caches of the libraries are up
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     torch.manual_seed(0)
     sae: SAE = TopKSAE(d_in, d_sae, k) if arch == "topk" else ContextualSAE(d_in, d_sae, k)
     optimizer, _ = _step(sae, n, dead, config, device)
-    held = sum(parameter.numel() * 4 for parameter in sae.parameters()) * 4  # weight, gradient, two moments
+    held = sum(parameter.numel() * 4 for parameter in sae.parameters()) * 3  # weight, two moments
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     _step(sae, n, dead, config, device, optimizer)
-    return {"beyond_mb": (_resident("VmHWM") - before - held) / 2**20, "held_mb": held / 2**20}
+    return {"beyond_mb": (resident("VmHWM") - before - held) / 2**20, "held_mb": held / 2**20}
 
 
 def _step(
@@ -52,14 +54,6 @@ def _step(
     )
     sae.tokens_since_fired[:dead] = sae.dead_after
     return optimizer, train_step(sae, optimizer, batch, 1e-3, config, device)
-
-
-def _resident(field: str) -> int:
-    """VmRSS (now) or VmHWM (most) of this process, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}: this measurement needs Linux")
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ def table(report: Report) -> str:
         if block != last:
             last = block
             lines += ["", f"{result['case']}, {_shape(result['shape'])}, {result['dtype']}"]
-            lines += [f"  {'':<42}{'median':>10}{'spread':>9}{'x ours':>8}{'of floor':>10}{'peak':>10}"]
+            lines += [f"  {'':<42}{'median':>10}{'spread':>12}{'x ours':>8}{'of floor':>10}{'peak':>10}"]
         lines += [_line(result)]
     return "\n".join(lines)
 
@@ -40,7 +40,7 @@ def _line(result: dict[str, Any]) -> str:
         return f"  {result['impl']:<42}not timed: {result['skipped']}"
     ratio, peak = result["ratio_to_ours"], result["peak_bytes"]
     return (
-        f"  {result['impl']:<42}{_ms(result['median_ms']):>10}{_ms(result['spread_ms']):>9}"
+        f"  {result['impl']:<42}{_ms(result['median_ms']):>10}{_ms(result['spread_ms']):>12}"
         f"{'' if ratio is None else f'{ratio:.2f}':>8}{result['share_of_floor']:>10.0%}"
         f"{'' if peak is None else f'{peak / 2**20:.0f} MiB':>10}"
     )
