@@ -1,6 +1,7 @@
 #include "feature_gradients.h"
 
 #include <atomic>
+#include <limits>
 
 #include "row_sums.h"
 
@@ -38,8 +39,9 @@ FeatureGradients::FeatureGradients(const csae_pairs& pairs, std::vector<csae_gra
         width_ = std::max(width_, rounded_up(of.d));
     }
     n_pieces_ = std::min<int64_t>(pairs.d_sae, n_threads == 1 ? 1 : int64_t{16} * n_threads);
-    // As many as there is work for.
-    n_threads_ = static_cast<int>(std::min<int64_t>(n_threads, 1 + pairs.d_sae + pairs.n_pairs));
+    // No more than there are pieces, or parts of long runs: each has memory of its own.
+    const int64_t most_parts = 2 * pairs.n_pairs / part_size * static_cast<int64_t>(tables_.size());
+    n_threads_ = static_cast<int>(std::min<int64_t>(n_threads, std::max({int64_t{1}, n_pieces_, most_parts})));
     status_ = check();
     if (status_ != csae_ok) return;
     scratch_size_ = width_ + part_size;
@@ -52,7 +54,7 @@ int FeatureGradients::check() const {
     bool ascend = ends[0] == 0 && ends[d_sae] <= pairs_.n_pairs;
     for (int64_t f = 0; f < d_sae; ++f) ascend &= ends[f] <= ends[f + 1];
     if (!ascend) return csae_bad_index;
-    int64_t n_rows = pairs_.n_pairs;
+    int64_t n_rows = std::numeric_limits<int64_t>::max();
     for (const csae_gradient& of : tables_) n_rows = std::min(n_rows, of.n);
     std::atomic<bool> inside{true};
     parallel_for(ends[d_sae], checked_at_once, n_threads_, [&](int, int64_t begin, int64_t end) {

@@ -67,18 +67,60 @@ void impossible_arguments() {
     refused<float*>(finish, {&out}, nullptr);
     refused<int64_t*>(finish, {&indices}, nullptr);
 
-    for (auto* call : {csae_gather_sum, csae_gather_dot, csae_feature_sum}) {
-        const auto sum = [&] {
-            return call(first, first_stride, indices, indices_stride, n, k, second, second_stride, d_sae, d, out,
-                        out_stride, n_threads);
-        };
-        refused<int64_t>(sum, {&n, &k, &d_sae, &d, &first_stride, &indices_stride, &second_stride, &out_stride}, -1);
-        refused<int64_t>(sum, {&out_stride}, 1);
-        refused<const float*>(sum, {&first, &second}, nullptr);
-        refused<float*>(sum, {&out}, nullptr);
-        refused<int64_t*>(sum, {&indices}, nullptr);
-        refused(sum, {&n_threads}, 0);
-    }
+    int type = csae_float32;
+    const auto gather_sum = [&] {
+        return csae_gather_sum(first, first_stride, indices, indices_stride, n, k, second, second_stride, d_sae, d,
+                               type, out, out_stride, n_threads);
+    };
+    const auto gather_dot = [&] {
+        return csae_gather_dot(first, first_stride, indices, indices_stride, n, k, second, second_stride, d_sae, d,
+                               type, out, out_stride, n_threads);
+    };
+    const auto both_gathers = [&](const auto& call) {
+        refused<int64_t>(call, {&n, &k, &d_sae, &d, &first_stride, &indices_stride, &second_stride, &out_stride}, -1);
+        refused<int64_t>(call, {&out_stride}, 1);
+        refused<const float*>(call, {&first, &second}, nullptr);
+        refused<float*>(call, {&out}, nullptr);
+        refused<int64_t*>(call, {&indices}, nullptr);
+        refused(call, {&n_threads}, 0);
+        refused(call, {&type}, 2);
+    };
+    both_gathers(gather_sum);
+    both_gathers(gather_dot);
+
+    int64_t sorted[3][3], *order_of_pairs = sorted[0], *tokens = sorted[1], *ends = sorted[2];
+    const auto sort = [&] {
+        return csae_sort_pairs(indices, indices, n, d_sae, order_of_pairs, tokens, ends, n_threads);
+    };
+    refused<int64_t>(sort, {&n, &d_sae}, -1);
+    refused<int64_t*>(sort, {&indices, &order_of_pairs, &tokens, &ends}, nullptr);
+    refused(sort, {&n_threads}, 0);
+
+    csae_pairs pairs = {order_of_pairs, tokens, ends, 2, 2};
+    const csae_gradient gradient = {zeros, zeros, 2, 2, 2, csae_float32};
+    csae_dense_gradient dense = {gradient, out, 2};
+    csae_table table = {gradient, out, lse, d_q, 2, 2, 2, csae_float32, 1};
+    csae_adam step = {};
+    int n_tables = 1;
+    const auto sums = [&] { return csae_feature_sums(&pairs, &dense, n_tables, n_threads); };
+    const auto adam = [&] { return csae_adam_rows(&pairs, &table, n_tables, &step, n_threads); };
+    const auto both_of_pairs = [&](const auto& call, csae_gradient& of) {
+        refused<int64_t>(call, {&pairs.n_pairs, &pairs.d_sae, &of.rows_stride, &of.n, &of.d}, -1);
+        refused<const int64_t*>(call, {&pairs.order, &pairs.tokens, &pairs.ends}, nullptr);
+        refused<const float*>(call, {&of.weights}, nullptr);
+        refused<const void*>(call, {&of.rows}, nullptr);
+        refused(call, {&n_threads}, 0);
+        refused(call, {&n_tables}, -1);
+        refused(call, {&of.type}, 2);
+    };
+    both_of_pairs(sums, dense.gradient);
+    refused<void*>(sums, {&dense.out}, nullptr);
+    refused<int64_t>(sums, {&dense.out_stride}, 1);
+    both_of_pairs(adam, table.gradient);
+    refused<float*>(adam, {&table.param}, nullptr);
+    refused<void*>(adam, {&table.exp_avg, &table.exp_avg_sq}, nullptr);
+    refused<int64_t>(adam, {&table.param_stride, &table.exp_avg_stride, &table.exp_avg_sq_stride}, 1);
+    refused(adam, {&table.moments_type}, 2);
 
     csae_heads x = {zeros, 2, 2, 2}, grad = x, attended = x;
     csae_attention given = {x, x, x, zeros, zeros, nullptr, nullptr, 1, 2, 1, 2, 2};
