@@ -1,7 +1,7 @@
 """How cost grows with d_sae and k: time beyond the encoder's product against n * k * d_in.
 
-What is sparse costs n * k * d_in, whatever d_sae is; what touches every pre-activation costs n * d_sae. The backward
-pass of dense gradients also writes each table's, 2 * d_sae * d_in numbers, whatever n and k are.
+What is sparse costs n * k * d_in, whatever d_sae is; what touches every pre-activation costs n * d_sae. Adam moves
+every row, whether its feature fired or not: 2 * d_sae * d_in weights and twice as many moments, whatever n and k are.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ import torch
 
 from csae.ops import topk_encode
 
-from . import ours, plain
+from . import plain
 from .data import Data, Shape
 from .harness import Report, device_name
 from .measure import Clock, median_and_spread
+from .ours import factors, step, topk_sae
 
 N, D_IN = 1024, 576
-ROUNDS = 5
+ROUNDS = 3
 D_SAE, K = (4096, 16384, 65536, 262144), (8, 32, 128)
 TIMED = {
     "encode": plain.encode(topk_encode),
-    "encode + decode, forward + backward": plain.forward_backward(ours.autoencode),
+    "forward + backward": factors(topk_sae),
+    "training step, with Adam": step(topk_sae),
 }
 
 
@@ -77,7 +79,7 @@ def draw(report: Report, file: Path) -> None:
     results: list[dict[str, Any]] = report["results"]
     panels = list(dict.fromkeys(r["what"] for r in results))
     sizes = sorted({r["d_sae"] for r in results})
-    figure, grid = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.6), layout="constrained", squeeze=False)
+    figure, grid = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), layout="constrained", squeeze=False)
     for axes, what in zip(grid[0], panels, strict=True):
         for shade, d_sae in enumerate(sizes):
             line = sorted((r["n"] * r["k"] * r["d_in"], r) for r in results if (r["what"], r["d_sae"]) == (what, d_sae))
@@ -107,7 +109,7 @@ def table(report: Report) -> str:
     lines = [f"{report['device']}, {report['threads']} threads"]
     for r in report["results"]:
         lines.append(
-            f"d_sae {r['d_sae']:>7}  k {r['k']:>4}  {r['what']:<37}product {r['product_ms']:9.1f} ms  "
+            f"d_sae {r['d_sae']:>7}  k {r['k']:>4}  {r['what']:<26}product {r['product_ms']:9.1f} ms  "
             f"beyond it {r['beyond_ms']:8.1f} ms (spread {r['spread_ms']:.1f})"
         )
     return "\n".join(lines)

@@ -71,6 +71,21 @@ def step(make: MakeSAE, **how: Any) -> Callable[[Data], Built]:
     return build
 
 
+def factors(make: MakeSAE) -> Callable[[Data], Built]:
+    """The loss and its gradients in factors, without the optimizer."""
+
+    def build(data: Data) -> Built:
+        sae, _, acts, mask, documents = _begin(make, data)
+
+        def run() -> None:
+            with data.autocast:
+                sae.gradients(acts, mask, documents)
+
+        return Built(run, dict)
+
+    return build
+
+
 def autograd_step(make: MakeSAE) -> Callable[[Data], Built]:
     """The same step by `loss.backward()` and a fused `torch.optim.Adam`."""
 

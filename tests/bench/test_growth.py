@@ -10,6 +10,6 @@ def test_each_size_is_measured_and_drawn(tmp_path):
     sizes = {(r["d_sae"], r["k"], r["what"]) for r in found["results"]}
     assert sizes == {(F, k, what) for F in (64, 128) for k in (2, 4) for what in growth.TIMED}
     assert all(r["product_ms"] > 0 for r in found["results"])
-    assert growth.table(found).count("beyond it") == 8
+    assert growth.table(found).count("beyond it") == 12
     growth.draw(found, tmp_path / "growth.svg")
     assert "<svg" in (tmp_path / "growth.svg").read_text()
