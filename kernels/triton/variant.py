@@ -10,12 +10,15 @@ knows what they are multiples of, and loads 16 bytes at a time.
 
 import inspect
 import math
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -41,6 +44,22 @@ if triton.knobs.runtime.interpret:
 
     triton.runtime.interpreter._patch_lang_tensor = _patch_tensor_and_index
 
+    # A reduction by a function of ours takes the interpreter seconds a tile, an element at a time.
+    _reduce = triton.runtime.interpreter.ReduceOps.apply_impl
+
+    def _reduce_or_max(self: Any, values: Any) -> Any:
+        if self.combine_fn is max_or_nan:
+            return self.min_max(values[0], val_reduce_op=np.max)
+        return _reduce(self, values)
+
+    triton.runtime.interpreter.ReduceOps.apply_impl = _reduce_or_max
+
+
+@triton.jit
+def max_or_nan(a, b):
+    """The larger, or NaN if one is NaN: for tl.reduce, whose own maximum drops a NaN. One instruction."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
 
 class Variant(NamedTuple):
     """A kernel with everything that its machine code depends on."""
@@ -50,10 +69,17 @@ class Variant(NamedTuple):
     constants: dict[str, Any]  # the tl.constexpr arguments
     num_warps: int
     num_stages: int
+    # For each tensor that is passed as a TMA descriptor, the constants that are the shape of its blocks.
+    descriptors: dict[str, tuple[str, ...]] = MappingProxyType({})
 
-    def launch(self, grid: tuple[int, ...], *arguments: Tensor | int | float) -> None:
+    def block(self, name: str) -> list[int]:
+        """The shape of the blocks that a descriptor loads."""
+        return [self.constants[size] for size in self.descriptors[name]]
+
+    def launch(self, grid: tuple[int, ...], *arguments: Tensor | TensorDescriptor | int | float) -> None:
         """Run on the device of the first argument. `arguments`: in the kernel's order, without the constants."""
-        for (name, dtype), tensor in zip(self.tensors.items(), arguments, strict=False):
+        for (name, dtype), argument in zip(self.tensors.items(), arguments, strict=False):
+            tensor = argument.base if name in self.descriptors else argument
             if dtype not in _POINTERS:
                 raise TypeError(f"{name}: given {dtype}; needed float32, bfloat16 or float16")
             if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
@@ -61,12 +87,15 @@ class Variant(NamedTuple):
                 raise TypeError(f"{name}: given {given}; needed {dtype}, as the tensors before it have it")
             if tensor.data_ptr() % 16:
                 raise ValueError(f"{name}: given an address that is no multiple of 16 bytes; needed `aligned`")
-        with torch.cuda.device_of(arguments[0]):
+        first = arguments[0]
+        with torch.cuda.device_of(first.base if isinstance(first, TensorDescriptor) else first):
             self.kernel[grid](*arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
 
     def signature(self) -> dict[str, str]:
         """Triton's name for the type of each argument."""
         types = {name: _POINTERS[dtype] for name, dtype in self.tensors.items()}
+        for name in self.descriptors:
+            types[name] = f"tensordesc<{types[name][1:]}{self.block(name)}>"
         for name, parameter in inspect.signature(self.kernel.fn).parameters.items():
             if name in self.constants:
                 types[name] = "constexpr"

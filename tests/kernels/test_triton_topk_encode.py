@@ -82,9 +82,9 @@ def test_infinities_and_signed_zeros_and_nan(d_sae: int) -> None:
     W_enc = integers(d_sae, 1)
     W_enc[:7, 0] = torch.tensor([-0.0, 0.0, math.inf, -1.0, -math.inf, -0.0, math.inf], dtype=torch.float64)
     b_enc = torch.full((d_sae,), -0.0, dtype=torch.float64)
-    for k in (1, 4, 11):
+    for k in (4, 11):
         assert_equal_to_reference(x, W_enc, b_enc, k, torch.float32)
-        assert_equal_to_reference(x[[0, 2, 5]], W_enc, b_enc, k, torch.float16)
+    assert_equal_to_reference(x[[0, 2, 5]], W_enc, b_enc, 1, torch.float16)
 
 
 def test_a_last_group_that_is_not_full_ends_with_its_row() -> None:
@@ -118,27 +118,126 @@ def test_one_nan_spoils_its_row_only() -> None:
     assert_equal_to_reference(x, integers(700, 6, seed=1), integers(700, seed=2), 5, torch.float32)
 
 
-@pytest.mark.parametrize("budget", ["one row", pytest.param("some rows", marks=pytest.mark.slow)])
-def test_chunks_of_rows_give_the_same(budget: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def _narrow_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     from csae.kernels.triton import topk_encode
 
-    d_sae = 129
-    n, rows = {"one row": (3, 1), "some rows": (131, 128)}[budget]
-    bytes_a_row = 4 * (d_sae + 2 * math.ceil(d_sae / topk_encode.GROUP))
-    monkeypatch.setattr(topk_encode, "WORKSPACE_BYTES", bytes_a_row * rows)
-    assert_equal_to_reference(integers(n, 5), integers(d_sae, 5, seed=1), integers(d_sae, seed=2), 1, torch.float32)
+    monkeypatch.setattr(topk_encode, "LEAST_WIDTH", 256)
+    monkeypatch.setattr(topk_encode, "WORKSPACE_BYTES", 3000)
+
+
+@pytest.mark.usefixtures("_narrow_ranges")
+@pytest.mark.parametrize(
+    ("n", "d_sae", "k", "rows", "width"),
+    [
+        pytest.param(3, 1024, 3, 2, 256, id="full ranges"),
+        pytest.param(2, 700, 4, 2, 256, id="a last range that is not full"),
+        pytest.param(2, 1100, 5, 1, 512, id="a width that follows from k"),
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ranges_of_features_give_the_same(
+    n: int, d_sae: int, k: int, rows: int, width: int, dtype: torch.dtype
+) -> None:
+    from csae.kernels.triton import topk_encode
+
+    assert topk_encode._workspace(n, d_sae, k) == (rows, width)
+    assert_equal_to_reference(integers(n, 5), integers(d_sae, 5, seed=1), integers(d_sae, seed=2), k, dtype)
+
+
+@pytest.mark.usefixtures("_narrow_ranges")
+def test_ranges_where_more_groups_than_k_are_above_the_bound() -> None:
+    # Rising pre-activations: each range beats all that is before it, in every group. The second row falls.
+    W_enc = torch.arange(1024, dtype=torch.float64)[:, None] - 500
+    x = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+    assert_equal_to_reference(x, W_enc, torch.zeros(1024, dtype=torch.float64), 3, torch.float32)
+
+
+@pytest.mark.usefixtures("_narrow_ranges")
+@pytest.mark.parametrize("k", [1, 4])
+def test_ranges_with_equal_pre_activations(k: int) -> None:
+    W_enc = torch.full((1024, 4), -7.0, dtype=torch.float64)
+    W_enc[:, 0] = 2.0
+    W_enc[[1, 300, 600, 601, 1000], 1] = 1.0
+    W_enc[[20, 1000], 2] = 3.0
+    W_enc[700, 3] = 0.0
+    x = torch.eye(4, dtype=torch.float64)
+    assert_equal_to_reference(x, W_enc, torch.zeros(1024, dtype=torch.float64), k, torch.float32)
+
+
+@pytest.mark.usefixtures("_narrow_ranges")
+@pytest.mark.parametrize(
+    ("rest", "number", "where"),
+    [
+        pytest.param(-7.0, math.inf, [5, 6, 7, 8, 400], id="more than k infinities"),
+        pytest.param(-math.inf, -1.0, [700], id="nearly all minus infinity"),
+        pytest.param(math.inf, math.nan, [900], id="a late nan after k infinities"),
+        pytest.param(1.0, math.nan, [10, 11, 12, 13, 14], id="more than k nan at once"),
+    ],
+)
+def test_ranges_with_infinities_and_nan(rest: float, number: float, where: list[int]) -> None:
+    b_enc = torch.full((1024,), rest, dtype=torch.float64)
+    b_enc[where] = number
+    zeros = torch.zeros(1024, 1, dtype=torch.float64)
+    assert_equal_to_reference(zeros[:1], zeros, b_enc, 4, torch.float32)
 
 
 def test_the_workspace_is_bounded() -> None:
     from csae.kernels.triton import topk_encode
 
-    for d_sae in (1, 100, 131072, 2**24, 2**27):
-        for n in (1, 1000, 10**7):
-            rows = topk_encode._rows_at_a_time(n, d_sae, 128)
-            assert 1 <= rows <= n
-            groups = math.ceil(d_sae / topk_encode.GROUP)
-            # keys and maxima, and the k <= groups / 2 chosen groups as int64
-            assert rows == 1 or rows * (4 * d_sae + 4 * groups + 8 * (groups // 2)) <= 256 * 2**20
+    for d_sae in (1, 100, 32768, 131072, 2**24, 2**27):
+        for n in (1, 1000, 8192, 10**7):
+            for k in {1, min(64, d_sae), d_sae}:
+                rows, width = topk_encode._workspace(n, d_sae, k)
+                assert 1 <= rows <= n
+                assert width % 32 == 0
+                assert width % 256 == 0 or width >= d_sae
+                assert k <= width
+                groups = width // 32
+                # pre-activations, maxima, listed groups, bounds; with several ranges, keys and columns twice
+                used = 4 * (width + groups + min(k, groups) + 1) + (16 * k if width < d_sae else 0)
+                assert rows == 1 or rows * used <= 256 * 2**20
+                if rows < n:
+                    assert rows % 128 == 0 or rows < 128
+    # The three shapes that are measured: all rows at once.
+    for d_sae, k in ((32768, 32), (65536, 64), (131072, 64)):
+        assert topk_encode._workspace(8192, d_sae, k)[0] == 8192
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "d_in", "d_sae"), [(2, 24, 320), (3, 72, 96), (1, 8, 32)])
+def test_products_by_tensor_descriptors(
+    n: int, d_in: int, d_sae: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from csae.kernels.triton import topk_encode
+
+    if DEVICE == "cuda" and not topk_encode._has_tma(torch.device("cuda")):
+        pytest.skip("no tensor memory accelerator")
+    monkeypatch.setattr(topk_encode, "_has_tma", lambda device: True)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        x, W_enc = random_normal(n, d_in, dtype=dtype), random_normal(d_sae, d_in, dtype=dtype)
+        product = topk_encode._best_product(x, d_sae)
+        assert product.kernel is topk_encode._pre_acts_tma
+        assert topk_encode._best_product(x[:, 1:], d_sae).kernel is topk_encode._pre_acts
+        assert topk_encode._best_product(x, d_sae + 1).kernel is topk_encode._pre_acts
+        # Small integers are exact in TF32 too.
+        x, W_enc = integers(n, d_in), integers(d_sae, d_in, seed=1)
+        assert_equal_to_reference(x, W_enc, integers(d_sae, seed=2), 3, dtype)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_product_of_choice() -> None:
+    from csae.kernels.triton import topk_encode
+
+    x, W_enc, b_enc = random_normal(2, 8), random_normal(40, 8, seed=1), random_normal(40, seed=2)
+    product = topk_encode._product_variant(torch.float32, "ieee", 1)
+    values, indices = topk_encode.topk_encode(x, W_enc, b_enc, 3, product=product)
+    want_values, want_indices = reference.topk_encode(x, W_enc, b_enc, 3)
+    torch.testing.assert_close(indices, want_indices, rtol=0, atol=0)
+    torch.testing.assert_close(values, want_values)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -194,3 +293,67 @@ def test_real_numbers_to_rounding(dtype: torch.dtype, precision: str) -> None:
     # What was chosen is the top k but for differences that rounding hides.
     assert ((chosen - pre_acts.topk(k, dim=1).values).abs() <= 2 * close).all()
     assert all(len(set(row)) == k for row in indices.tolist())
+
+
+def kept_and_again(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, a: Tensor, W_a: Tensor, k: int, dtype: torch.dtype
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    from csae.kernels.triton.topk_encode import encode_again, encode_and_keep
+
+    *first, kept = encode_and_keep(*(tensor.to(DEVICE, dtype) for tensor in (x, W_enc, b_enc)), k)
+    assert kept.shape == (x.shape[0], W_enc.shape[0])
+    return tuple(first), encode_again(kept, a.to(DEVICE, dtype), W_a.to(DEVICE, dtype), k)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("n", "d_in", "d_sae", "r", "k"),
+    [
+        pytest.param(0, 4, 40, 3, 2, id="no rows"),
+        pytest.param(3, 5, 77, 3, 4, id="odd sizes"),
+        pytest.param(2, 8, 1024, 8, 3, id="ranges of features"),
+        pytest.param(6, 8, 257, 3, 2, id="chunks of rows and odd ranges"),
+        pytest.param(2, 3, 40, 0, 2, id="nothing to subtract"),
+    ],
+)
+def test_encode_again_equals_the_encoder_of_the_difference(
+    n: int, d_in: int, d_sae: int, r: int, k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from csae.kernels.triton import topk_encode
+
+    monkeypatch.setattr(topk_encode, "LEAST_WIDTH", 256)
+    monkeypatch.setattr(topk_encode, "WORKSPACE_BYTES", 600)
+    x, W_enc, b_enc = integers(n, d_in), integers(d_sae, d_in, seed=1), integers(d_sae, seed=2)
+    a, W_a = integers(n, r, seed=3), integers(d_sae, r, seed=4)
+    if n == 6:
+        assert topk_encode._rows_of_kept(n, d_sae, k) == 4
+        assert topk_encode._width_of_kept(d_sae, k) == 256
+    first, again = kept_and_again(x, W_enc, b_enc, a, W_a, k, dtype)
+    joined = torch.cat([x, -a], dim=1), torch.cat([W_enc, W_a], dim=1), b_enc, k
+    for got, want in ((first, reference.topk_encode(x, W_enc, b_enc, k)), (again, reference.topk_encode(*joined))):
+        assert got[0].dtype == dtype
+        torch.testing.assert_close(got[1].cpu(), want[1], rtol=0, atol=0)
+        torch.testing.assert_close(got[0].double().cpu(), want[0], rtol=0, atol=0)
+
+
+def test_encode_again_keeps_a_nan_and_finds_a_new_one() -> None:
+    x, W_enc, b_enc = integers(3, 4), integers(70, 4, seed=1), integers(70, seed=2)
+    a, W_a = integers(3, 2, seed=3), integers(70, 2, seed=4)
+    x[0, 1] = a[2, 0] = math.nan
+    first, again = kept_and_again(x, W_enc, b_enc, a, W_a, 3, torch.float32)
+    assert first[0].isnan().all(dim=1).tolist() == [True, False, False]
+    assert again[0].isnan().all(dim=1).tolist() == [True, False, True]
+    assert again[1][[0, 2]].tolist() == [[0, 1, 2]] * 2
+
+
+def test_encode_again_rounds_about_as_encoding_the_difference_does() -> None:
+    n, d_in, d_sae, r, k = 4, 192, 512, 48, 8
+    x, W_enc, b_enc = random_normal(n, d_in), random_normal(d_sae, d_in, seed=1), random_normal(d_sae, seed=2)
+    a, W_O = random_normal(n, r, seed=3), random_normal(d_in, r, seed=4) / r**0.5
+    W_a = (W_enc.double() @ W_O.double()).float()
+    _, (values, indices) = kept_and_again(x, W_enc, b_enc, a, W_a, k, torch.float32)
+    exact = (x.double() - a.double() @ W_O.double().T) @ W_enc.double().T + b_enc.double()
+    magnitude = (x.double().abs() + a.double().abs() @ W_O.double().abs().T) @ W_enc.double().abs().T
+    close = (d_in + r) * eps(torch.float32) * magnitude.amax()
+    assert (values - exact.gather(1, indices)).abs().max() <= close
+    assert (exact.gather(1, indices) - exact.topk(k, dim=1).values).abs().max() <= 2 * close
