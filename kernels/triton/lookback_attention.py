@@ -10,11 +10,22 @@ Scores are kept in units of log 2, since the hardware has 2^x: <q, k> * scale * 
 null * log2(e). That is the same number to float32 rounding: log(t - j) * log2(e) is log2(t - j).
 
 Three kernels: `_forward`; `_backward_queries` (dq, and the parts of dslope and dnull); `_backward_keys` (dk, dv).
-Each product of tiles is 2 d operations a visible pair: two of them forward, three and four backward. Beside the
-products a pair costs one 2^x (16 a clock and multiprocessor) and about 20 other float operations (128 a clock),
-half of them for log2 of the distance, which is the accurate one, not the hardware's approximation. Floor: the
-products at the rate of the tensor cores, or those 20 operations, whichever takes longer: on an H100 (about 4,000
-operations in products a clock and multiprocessor) the latter, for d_head + d_value below about 300.
+Each product of tiles is 2 d operations a visible pair: two of them forward, three and four backward. Only tiles that
+the diagonal or a document's start crosses compare positions; the mask of keys is a number, 0 or -inf, that the first
+multiply-add brings along. Beside the products that leaves a pair (counted in the code for sm_90, 16-bit inputs): one
+2^x and one logarithm of the hardware (16 a clock and multiprocessor), 8 or 9 float operations, and 2 to 4 others:
+about 13 instructions (128 a clock). In strict float32 the logarithm is the accurate one, of about 18 operations.
+
+Predicted for an H100 (132 multiprocessors at 1.75 GHz), bfloat16, B=8, T=1024, H=8, d_head = d_value = 64; 38 million
+pairs in the tiles that are made of 34 million visible ones:
+
+                        products    2^x and log    instructions    together, if none of it overlaps
+    _forward            12 us       20 us          17 us           49 us
+    _backward_queries   17 us       19 us          16 us           52 us
+    _backward_keys      23 us       19 us          16 us           58 us
+
+The floor is the largest of a row, 19 to 23 us. Loads are hidden: a window's keys and values of one head are 256 KB,
+which L2 serves to all its programs.
 """
 
 import math
@@ -24,14 +35,22 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 from ..portable import lookback_attention as portable
+from . import tuning
 from .variant import Variant, aligned, dot_precision, dtypes_and_precisions, jit
 
 SIZES = (16, 32, 64, 128, 256)  # tiles are this wide: the first that holds both d_head and d_value
-# Wider heads than that take the plain PyTorch path: a tile of them does not fit the registers.
+# The widest tile whose products the tensor cores can make within the registers, by the bytes of an element. Wider
+# heads in float32 are multiplied by the 32-bit units; in 16 bits, and wider than all tiles, they take the plain PyTorch
+# path.
+WIDEST = {2: 256, 4: 64}
+WIDEST_ON_AMD = {2: 128, 4: 64}
 _LOG2E = tl.constexpr(math.log2(math.e))
 _LN2 = tl.constexpr(math.log(2))
+_PAD = tl.constexpr(128)  # every BLOCK_T and BLOCK_J divides this
+_ON_AMD = torch.version.hip is not None
 
 
 @triton.jit
@@ -47,12 +66,10 @@ def _packed(ptr, window, head, o_t, o_d, T, H, d):
 
 
 @triton.jit
-def _scores(b_qk, o_t, o_j, b_starts, b_mask, scale, slope):
-    """Scores in units of log 2, -inf where t does not see j, and the log2 of the distance."""
-    b_log = tl.log2(tl.maximum(o_t - o_j, 1).to(tl.float32))
-    b_scores = b_qk * (scale * _LOG2E) - slope * b_log
-    m_visible = (o_j < o_t) & (o_j >= b_starts) & b_mask
-    return tl.where(m_visible, b_scores, float("-inf")), b_log
+def _log2_distance(o_t, o_j, FAST_LOG: tl.constexpr):
+    """log2(t - j); 0 where j is not before t. Positions are whole numbers in float32, too: exact up to 2^24."""
+    b_distance = tl.maximum(o_t.to(tl.float32) - o_j.to(tl.float32), 1.0)
+    return libdevice.fast_log2f(b_distance) if FAST_LOG else tl.log2(b_distance)
 
 
 # out_t = sum_j softmax(scores_t, null)_j v_j, and lse_t = log(exp(null) + sum_j exp(score(t, j))).
@@ -68,7 +85,7 @@ def _forward(
     v_ptr,
     slope_ptr,
     null_ptr,
-    mask_ptr,
+    hidden_ptr,
     starts_ptr,
     out_ptr,
     lse_ptr,
@@ -91,9 +108,11 @@ def _forward(
     BLOCK_J: tl.constexpr,
     SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
+    FAST_LOG: tl.constexpr,
 ):
     window = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H
+    padded = tl.cdiv(T, _PAD) * _PAD
     first = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_T
     slope = tl.load(slope_ptr + head)
     null = tl.load(null_ptr + head) * _LOG2E
@@ -102,10 +121,9 @@ def _forward(
     m_value = o_d < value_units * UNIT
     o_t = first + tl.arange(0, BLOCK_T)
     m_t = o_t < T
-    # [BLOCK_T]: 0 for a position that does not take part, which then sees nothing, as if it began after T
-    b_mask_t = tl.load(mask_ptr + window * T + o_t, mask=m_t, other=0)
+    # [BLOCK_T]
     b_starts = tl.load(starts_ptr + window * T + o_t, mask=m_t, other=0)
-    b_starts = tl.where(b_mask_t != 0, b_starts, T)
+    last_start = tl.load(starts_ptr + window * T + min(first + BLOCK_T, T) - 1)
     # [BLOCK_T, SIZE]
     b_q = tl.load(_rows(q_ptr, window, head, o_t, o_d, q_b, q_t, q_h, UNIT), mask=m_t[:, None] & m_head, other=0.0)
 
@@ -117,12 +135,16 @@ def _forward(
         o_j = start + tl.arange(0, BLOCK_J)
         m_j = o_j < T
         # [BLOCK_J]
-        b_mask = tl.load(mask_ptr + window * T + o_j, mask=m_j, other=0) != 0
+        b_hidden = tl.load(hidden_ptr + window * padded + o_j)
         # [BLOCK_J, SIZE]
         p_k = _rows(k_ptr, window, head, o_j, o_d, k_b, k_t, k_h, UNIT)
         b_k = tl.load(p_k, mask=m_j[:, None] & m_head, other=0.0)
         b_qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)
-        b_scores, _ = _scores(b_qk, o_t[:, None], o_j[None, :], b_starts[:, None], b_mask[None, :], scale, slope)
+        b_log = _log2_distance(o_t[:, None], o_j[None, :], FAST_LOG)
+        b_scores = b_qk * (scale * _LOG2E) + b_hidden[None, :] - slope * b_log
+        if (start + BLOCK_J > first) | (start < last_start):  # all pairs of other tiles are visible
+            m_visible = (o_j[None, :] < o_t[:, None]) & (o_j[None, :] >= b_starts[:, None])
+            b_scores = tl.where(m_visible, b_scores, float("-inf"))
         b_new_max = tl.maximum(b_max, tl.max(b_scores, axis=1))
         b_weights = tl.exp2(b_scores - b_new_max[:, None])
         b_shrink = tl.exp2(b_max - b_new_max)
@@ -133,9 +155,12 @@ def _forward(
         b_out = tl.dot(b_weights.to(b_v.dtype), b_v, b_out * b_shrink[:, None], input_precision=PRECISION)
         b_max = b_new_max
 
+    # A position that doesn't take part has looked all the same, but it is to have seen nothing.
+    m_part = tl.load(hidden_ptr + window * padded + o_t) == 0.0
+    b_out = tl.where(m_part[:, None], b_out / b_sum[:, None], 0.0)
     p_out = _packed(out_ptr, window, head, o_t, o_d, T, H, value_units * UNIT)
-    tl.store(p_out, (b_out / b_sum[:, None]).to(out_ptr.dtype.element_ty), mask=m_t[:, None] & m_value)
-    b_lse = (b_max + tl.log2(b_sum)) * _LN2
+    tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=m_t[:, None] & m_value)
+    b_lse = tl.where(m_part, b_max + tl.log2(b_sum), null) * _LN2
     tl.store(lse_ptr + (window * H + head) * T + o_t, b_lse, mask=m_t)
 
 
@@ -153,11 +178,12 @@ def _backward_queries(
     v_ptr,
     slope_ptr,
     null_ptr,
-    mask_ptr,
+    hidden_ptr,
     starts_ptr,
     out_ptr,
     grad_ptr,
     lse_ptr,
+    lse2_ptr,
     delta_ptr,
     dq_ptr,
     dslope_ptr,
@@ -181,9 +207,11 @@ def _backward_queries(
     BLOCK_J: tl.constexpr,
     SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
+    FAST_LOG: tl.constexpr,
 ):
     window = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H
+    padded = tl.cdiv(T, _PAD) * _PAD
     block = tl.num_programs(1) - 1 - tl.program_id(1)
     first = block * BLOCK_T
     slope = tl.load(slope_ptr + head)
@@ -194,16 +222,18 @@ def _backward_queries(
     o_t = first + tl.arange(0, BLOCK_T)
     m_t = o_t < T
     # [BLOCK_T]
-    b_mask_t = tl.load(mask_ptr + window * T + o_t, mask=m_t, other=0)
     b_starts = tl.load(starts_ptr + window * T + o_t, mask=m_t, other=0)
-    b_starts = tl.where(b_mask_t != 0, b_starts, T)
-    b_lse = tl.load(lse_ptr + (window * H + head) * T + o_t, mask=m_t, other=0.0) * _LOG2E
-    # [BLOCK_T, SIZE]: the gradient of a position that does not take part is not looked at
-    m_grad = (b_mask_t != 0)[:, None] & m_value
+    last_start = tl.load(starts_ptr + window * T + min(first + BLOCK_T, T) - 1)
+    m_part = tl.load(hidden_ptr + window * padded + o_t) == 0.0
+    # Infinite for a position that doesn't take part: all its weights are then 0.
+    b_lse = tl.load(lse_ptr + (window * H + head) * T + o_t, mask=m_part, other=float("inf")) * _LOG2E
+    # [BLOCK_T, SIZE]: nor is its gradient looked at
+    m_grad = m_part[:, None] & m_value
     b_grad = tl.load(_packed(grad_ptr, window, head, o_t, o_d, T, H, value_units * UNIT), mask=m_grad, other=0.0)
     b_out = tl.load(_packed(out_ptr, window, head, o_t, o_d, T, H, value_units * UNIT), mask=m_grad, other=0.0)
     b_delta = tl.sum(b_out.to(tl.float32) * b_grad.to(tl.float32), axis=1)
-    tl.store(delta_ptr + (window * H + head) * T + o_t, b_delta, mask=m_t)
+    tl.store(delta_ptr + (window * H + head) * padded + o_t, b_delta)
+    tl.store(lse2_ptr + (window * H + head) * padded + o_t, b_lse)
     # [BLOCK_T, SIZE]
     b_q = tl.load(_rows(q_ptr, window, head, o_t, o_d, q_b, q_t, q_h, UNIT), mask=m_t[:, None] & m_head, other=0.0)
 
@@ -214,7 +244,7 @@ def _backward_queries(
         o_j = start + tl.arange(0, BLOCK_J)
         m_j = o_j < T
         # [BLOCK_J]
-        b_mask = tl.load(mask_ptr + window * T + o_j, mask=m_j, other=0) != 0
+        b_hidden = tl.load(hidden_ptr + window * padded + o_j)
         # [BLOCK_J, SIZE]
         p_k = _rows(k_ptr, window, head, o_j, o_d, k_b, k_t, k_h, UNIT)
         b_k = tl.load(p_k, mask=m_j[:, None] & m_head, other=0.0)
@@ -222,8 +252,12 @@ def _backward_queries(
         p_v = _rows(v_ptr, window, head, o_j, o_d, v_b, v_t, v_h, UNIT)
         b_v = tl.load(p_v, mask=m_j[:, None] & m_value, other=0.0)
         b_qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)
-        b_scores, b_log = _scores(b_qk, o_t[:, None], o_j[None, :], b_starts[:, None], b_mask[None, :], scale, slope)
-        b_weights = tl.exp2(b_scores - b_lse[:, None])
+        b_log = _log2_distance(o_t[:, None], o_j[None, :], FAST_LOG)
+        b_scores = b_qk * (scale * _LOG2E) + b_hidden[None, :] - slope * b_log - b_lse[:, None]
+        if (start + BLOCK_J > first) | (start < last_start):
+            m_visible = (o_j[None, :] < o_t[:, None]) & (o_j[None, :] >= b_starts[:, None])
+            b_scores = tl.where(m_visible, b_scores, float("-inf"))
+        b_weights = tl.exp2(b_scores)
         b_dweights = tl.dot(b_grad, b_v.T, input_precision=PRECISION)
         b_dscores = b_weights * (b_dweights - b_delta[:, None])
         b_dslope -= tl.sum(b_dscores * b_log, axis=1)
@@ -248,11 +282,11 @@ def _backward_keys(
     k_ptr,
     v_ptr,
     slope_ptr,
-    mask_ptr,
+    hidden_ptr,
     starts_ptr,
     ends_ptr,
     grad_ptr,
-    lse_ptr,
+    lse2_ptr,
     delta_ptr,
     dk_ptr,
     dv_ptr,
@@ -275,9 +309,11 @@ def _backward_keys(
     BLOCK_J: tl.constexpr,
     SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
+    FAST_LOG: tl.constexpr,
 ):
     window = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H
+    padded = tl.cdiv(T, _PAD) * _PAD
     first = tl.program_id(1) * BLOCK_J
     slope = tl.load(slope_ptr + head)
     o_d = tl.arange(0, SIZE)
@@ -285,8 +321,6 @@ def _backward_keys(
     m_value = o_d < value_units * UNIT
     o_j = first + tl.arange(0, BLOCK_J)
     m_j = o_j < T
-    # [BLOCK_J]
-    b_mask = tl.load(mask_ptr + window * T + o_j, mask=m_j, other=0) != 0
     # [BLOCK_J, SIZE]
     b_k = tl.load(_rows(k_ptr, window, head, o_j, o_d, k_b, k_t, k_h, UNIT), mask=m_j[:, None] & m_head, other=0.0)
     # [BLOCK_J, SIZE]
@@ -294,16 +328,14 @@ def _backward_keys(
 
     b_dk = tl.zeros([BLOCK_J, SIZE], tl.float32)
     b_dv = tl.zeros([BLOCK_J, SIZE], tl.float32)
+    first_end = tl.load(ends_ptr + window * T + first)
     end = tl.load(ends_ptr + window * T + min(first + BLOCK_J, T) - 1)
     for start in range((first + 1) // BLOCK_T * BLOCK_T, min(end, T), BLOCK_T):
         o_t = start + tl.arange(0, BLOCK_T)
         m_t = o_t < T
         # [BLOCK_T]
-        b_mask_t = tl.load(mask_ptr + window * T + o_t, mask=m_t, other=0)
-        b_starts = tl.load(starts_ptr + window * T + o_t, mask=m_t, other=0)
-        b_starts = tl.where(b_mask_t != 0, b_starts, T)
-        b_lse = tl.load(lse_ptr + (window * H + head) * T + o_t, mask=m_t, other=0.0) * _LOG2E
-        b_delta = tl.load(delta_ptr + (window * H + head) * T + o_t, mask=m_t, other=0.0)
+        b_lse = tl.load(lse2_ptr + (window * H + head) * padded + o_t, mask=m_t, other=float("inf"))
+        b_delta = tl.load(delta_ptr + (window * H + head) * padded + o_t, mask=m_t, other=0.0)
         # [BLOCK_T, SIZE]
         p_q = _rows(q_ptr, window, head, o_t, o_d, q_b, q_t, q_h, UNIT)
         b_q = tl.load(p_q, mask=m_t[:, None] & m_head, other=0.0)
@@ -311,45 +343,70 @@ def _backward_keys(
         p_grad = _packed(grad_ptr, window, head, o_t, o_d, T, H, value_units * UNIT)
         b_grad = tl.load(p_grad, mask=m_t[:, None] & m_value, other=0.0)
         b_kq = tl.dot(b_k, b_q.T, input_precision=PRECISION)
-        b_scores, _ = _scores(b_kq, o_t[None, :], o_j[:, None], b_starts[None, :], b_mask[:, None], scale, slope)
-        b_weights = tl.exp2(b_scores - b_lse[None, :])
+        b_log = _log2_distance(o_t[None, :], o_j[:, None], FAST_LOG)
+        b_scores = b_kq * (scale * _LOG2E) - b_lse[None, :] - slope * b_log
+        if (start < first + BLOCK_J) | (start + BLOCK_T > first_end):
+            # [BLOCK_T]
+            b_starts = tl.load(starts_ptr + window * T + o_t, mask=m_t, other=0)
+            m_visible = (o_j[:, None] < o_t[None, :]) & (o_j[:, None] >= b_starts[None, :])
+            b_scores = tl.where(m_visible, b_scores, float("-inf"))
+        b_weights = tl.exp2(b_scores)
         b_dv = tl.dot(b_weights.to(b_grad.dtype), b_grad, b_dv, input_precision=PRECISION)
         b_dweights = tl.dot(b_v, b_grad.T, input_precision=PRECISION)
         b_dscores = b_weights * (b_dweights - b_delta[None, :])
         b_dk = tl.dot(b_dscores.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
 
+    # A position that doesn't take part was not looked at.
+    m_part_j = tl.load(hidden_ptr + window * padded + o_j) == 0.0
+    b_dk = tl.where(m_part_j[:, None], b_dk * scale, 0.0)
+    b_dv = tl.where(m_part_j[:, None], b_dv, 0.0)
     p_dk = _packed(dk_ptr, window, head, o_j, o_d, T, H, head_units * UNIT)
-    tl.store(p_dk, (b_dk * scale).to(dk_ptr.dtype.element_ty), mask=m_j[:, None] & m_head)
+    tl.store(p_dk, b_dk.to(dk_ptr.dtype.element_ty), mask=m_j[:, None] & m_head)
     p_dv = _packed(dv_ptr, window, head, o_j, o_d, T, H, value_units * UNIT)
     tl.store(p_dv, b_dv.to(dv_ptr.dtype.element_ty), mask=m_j[:, None] & m_value)
 
 
 _DTYPES = {
-    **dict.fromkeys(["slope_ptr", "null_ptr", "lse_ptr", "delta_ptr", "dslope_ptr", "dnull_ptr"], torch.float32),
+    **dict.fromkeys(["slope_ptr", "null_ptr", "dslope_ptr", "dnull_ptr"], torch.float32),
+    **dict.fromkeys(["hidden_ptr", "lse_ptr", "lse2_ptr", "delta_ptr"], torch.float32),
     **dict.fromkeys(["starts_ptr", "ends_ptr"], torch.int32),
-    "mask_ptr": torch.uint8,
 }
 
 
-# Queries in a block, keys in a block, warps, by the bytes of a row of a tile: what fits the registers and
-# 99 KiB of shared memory. "ieee" products, by the 32-bit units, take their operands through registers.
+# BLOCK_T, BLOCK_J and warps, by the width of a tile and the bytes of an element: what fits the registers of every GPU,
+# and 99 KiB of shared memory. "ieee" products take their operands through registers.
 _BLOCKS = {
-    "_forward": {256: (128, 64, 8), 512: (64, 32, 8), 1024: (32, 16, 4)},
-    "_backward_queries": {128: (64, 64, 8), 256: (64, 32, 8), 512: (32, 32, 8), 1024: (16, 16, 4)},
-    "_backward_keys": {128: (32, 64, 4), 512: (32, 32, 8), 1024: (16, 16, 8)},
-    "ieee": {64: (32, 32, 4), 1024: (16, 16, 4)},
+    ("_forward", 2): {128: (128, 64, 8), 256: (64, 16, 8)},
+    ("_forward", 4): {16: (128, 64, 8), 32: (128, 32, 8), 64: (64, 64, 4)},
+    ("_backward_queries", 2): {128: (64, 32, 4), 256: (64, 16, 8)},
+    ("_backward_queries", 4): {64: (64, 32, 4)},
+    ("_backward_keys", 2): {64: (32, 64, 4), 256: (16, 64, 8)},
+    ("_backward_keys", 4): {32: (32, 64, 4), 64: (16, 64, 4)},
+    ("_forward", "ieee"): {16: (32, 32, 4), 256: (16, 16, 4)},
+    ("_backward_queries", "ieee"): {256: (16, 16, 4)},
+    ("_backward_keys", "ieee"): {16: (32, 32, 4), 64: (16, 16, 4), 128: (32, 16, 4), 256: (16, 16, 4)},
 }
 
 
 def _variant(kernel: Any, dtype: torch.dtype, precision: str, size: int) -> Variant:
-    """All other tensors are in the dtype of q, k and v."""
+    """All other floating tensors but the small ones are in the dtype of q, k and v."""
     tensors = {name: _DTYPES.get(name, dtype) for name in kernel.arg_names if name.endswith("_ptr")}
-    by_bytes = _BLOCKS["ieee" if precision == "ieee" else kernel.__name__]
-    row_bytes = next(limit for limit in by_bytes if dtype.itemsize * size <= limit)
-    block_t, block_j, num_warps = by_bytes[row_bytes]
+    by_width = _BLOCKS[kernel.__name__, "ieee" if precision == "ieee" else dtype.itemsize]
+    block_t, block_j, num_warps = next(blocks for widest, blocks in by_width.items() if size <= widest)
     blocks = {"BLOCK_T": block_t, "BLOCK_J": block_j, "SIZE": size}
-    constants = {"UNIT": 16 // dtype.itemsize, **blocks, "PRECISION": precision}
-    return Variant(kernel, tensors, constants, num_warps, num_stages=2)
+    # lg2.approx is off by 2^-22 of the logarithm at most; products in TF32 by 2^-11. Triton's interpreter lacks it.
+    fast_log = precision != "ieee" and not triton.knobs.runtime.interpret
+    constants = {"UNIT": 16 // dtype.itemsize, **blocks, "PRECISION": precision, "FAST_LOG": fast_log}
+    variant = Variant(kernel, tensors, constants, num_warps, num_stages=2)
+    return on_amd(variant) or variant if _ON_AMD else variant
+
+
+def on_amd(variant: Variant) -> Variant | None:
+    """What is launched on an AMD GPU in place of a variant; None if nothing is."""
+    itemsize = 16 // variant.constants["UNIT"]
+    if variant.constants["PRECISION"] != "ieee" and variant.constants["SIZE"] > WIDEST_ON_AMD[itemsize]:
+        return None
+    return variant._replace(constants={**variant.constants, "FAST_LOG": False})  # lg2.approx is NVIDIA's
 
 
 def variants() -> list[Variant]:
@@ -359,7 +416,24 @@ def variants() -> list[Variant]:
         for kernel in (_forward, _backward_queries, _backward_keys)
         for dtype, precision in dtypes_and_precisions()
         for size in SIZES
+        if precision == "ieee" or size <= WIDEST[dtype.itemsize]
     ]
+
+
+def candidates(variant: Variant) -> list[Variant]:
+    """Other forms in which it can be launched, for `tuning` to choose from."""
+    if variant.constants["PRECISION"] == "ieee":
+        return []
+    # wgmma wants 64 rows of the tile that is summed into, for each 4 warps.
+    rows, columns = ("BLOCK_J", "BLOCK_T") if variant.kernel is _backward_keys else ("BLOCK_T", "BLOCK_J")
+    found = []
+    for row_block, num_warps in ((64, 4), (128, 8)):
+        for column_block in (16, 32, 64, 128):
+            for num_stages in (2, 3):
+                blocks = {rows: row_block, columns: column_block}
+                constants = {**variant.constants, **blocks}
+                found.append(variant._replace(constants=constants, num_warps=num_warps, num_stages=num_stages))
+    return [other for other in found if other != variant]
 
 
 def forward(
@@ -375,14 +449,15 @@ def forward(
     """
     B, T, H, d_head = q.shape
     d_value = v.shape[3]
-    if max(d_head, d_value) > SIZES[-1]:
+    size, precision = _size_and_precision(q.dtype, max(d_head, d_value))
+    if size is None:
         return portable.forward(q, k, v, slope, null, mask, starts)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     q, k, v = _in_units(q), _in_units(k), _in_units(v)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if out.numel() == 0:
         return out, lse.copy_(null[None, :, None].expand(B, H, T))
-    variant = _variant(_forward, q.dtype, dot_precision(q.dtype), _size(d_head, d_value))
+    variant = tuning.best(_variant(_forward, q.dtype, precision, size), q.device)
     of_heads = aligned(slope.float()), aligned(null.float())
     variant.launch(
         (B * H, triton.cdiv(T, variant.constants["BLOCK_T"])),
@@ -410,34 +485,34 @@ def backward(
     """
     B, T, H, d_head = q.shape
     d_value = v.shape[3]
-    if max(d_head, d_value) > SIZES[-1]:
+    size, precision = _size_and_precision(q.dtype, max(d_head, d_value))
+    if size is None:
         return portable.backward(grad_out, q, k, v, slope, null, mask, starts, out, lse)
     if B * T * H * d_head * d_value == 0:
         dq, dk, dv, dslope, dnull = (torch.zeros_like(tensor) for tensor in (q, k, v, slope, null))
         return dq, dk, dv, dslope, dnull
     q, k, v = _in_units(q), _in_units(k), _in_units(v)
     grad, out = _in_units(grad_out.to(v.dtype)).contiguous(), _in_units(out).contiguous()
-    mask, starts = _positions(q, mask, starts)
+    hidden, starts = _positions(q, mask, starts)
     positions = torch.arange(T, dtype=torch.int32, device=q.device).expand(B, T).contiguous()
     ends = torch.searchsorted(starts, positions, right=True).to(torch.int32)  # one past each one's document
     dq, dk, dv = (torch.empty(tensor.shape, dtype=tensor.dtype, device=q.device) for tensor in (q, k, v))
-    delta = torch.empty_like(lse)
+    lse2, delta = torch.empty(2, B, H, hidden.shape[1], dtype=torch.float32, device=q.device)
     of_heads = aligned(slope.float()), aligned(null.float())
     numbers = _numbers(q, k, v, d_head)
-    precision, size = dot_precision(q.dtype), _size(d_head, d_value)
 
-    by_queries = _variant(_backward_queries, q.dtype, precision, size)
+    by_queries = tuning.best(_variant(_backward_queries, q.dtype, precision, size), q.device)
     blocks = triton.cdiv(T, by_queries.constants["BLOCK_T"])
     dslope, dnull = (torch.empty(B, H, blocks, dtype=torch.float32, device=q.device) for _ in range(2))
     by_queries.launch(
         (B * H, blocks),
-        *(q, k, v, *of_heads, mask, starts, out, grad, lse, delta, dq, dslope, dnull),
+        *(q, k, v, *of_heads, hidden, starts, out, grad, lse, lse2, delta, dq, dslope, dnull),
         *numbers,
     )
-    by_keys = _variant(_backward_keys, q.dtype, precision, size)
+    by_keys = tuning.best(_variant(_backward_keys, q.dtype, precision, size), q.device)
     by_keys.launch(
         (B * H, triton.cdiv(T, by_keys.constants["BLOCK_J"])),
-        *(q, k, v, of_heads[0], mask, starts, ends, grad, lse, delta, dk, dv),
+        *(q, k, v, of_heads[0], hidden, starts, ends, grad, lse2, delta, dk, dv),
         *numbers,
     )
     return (
@@ -449,8 +524,14 @@ def backward(
     )
 
 
-def _size(d_head: int, d_value: int) -> int:
-    return next(size for size in SIZES if max(d_head, d_value) <= size)
+def _size_and_precision(dtype: torch.dtype, width: int) -> tuple[int | None, str]:
+    """How wide tiles are, None if too wide for the kernels, and how they are multiplied."""
+    size = next((size for size in SIZES if width <= size), None)
+    precision = dot_precision(dtype)
+    fits = size is not None and size <= (WIDEST_ON_AMD if _ON_AMD else WIDEST)[dtype.itemsize]
+    if precision == "ieee" or fits:
+        return size, precision
+    return size if dtype == torch.float32 else None, "ieee"
 
 
 def _in_units(tensor: Tensor) -> Tensor:
@@ -464,13 +545,17 @@ def _in_units(tensor: Tensor) -> Tensor:
 
 
 def _positions(q: Tensor, mask: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-    """mask [B, T] uint8 and starts [B, T] int32, made up where not given: one form of each kernel serves all."""
+    """What the kernels take for mask and starts, made up where not given: one form of each kernel serves all.
+
+    hidden [B, T up to a multiple of _PAD] float32: 0 where a position takes part, else -inf, to be added to scores;
+    starts [B, T] int32.
+    """
     B, T = q.shape[:2]
-    if mask is None:
-        mask = torch.ones(B, T, dtype=torch.bool, device=q.device)
+    hidden = torch.full((B, triton.cdiv(T, _PAD) * _PAD), -math.inf, dtype=torch.float32, device=q.device)
+    hidden[:, :T] = 0.0 if mask is None else hidden[:, :T].masked_fill(mask, 0.0)
     if starts is None:
         starts = torch.zeros(B, T, dtype=torch.int32, device=q.device)
-    return aligned(mask.contiguous().view(torch.uint8)), aligned(starts.to(torch.int32))
+    return hidden, aligned(starts.to(torch.int32))
 
 
 def _numbers(q: Tensor, k: Tensor, v: Tensor, d_head: int) -> tuple[int | float, ...]:

@@ -71,11 +71,17 @@ def variants() -> list[Variant]:
     return [variant for of_module in modules().values() for variant in of_module]
 
 
-def compile_for(variant: Variant, target: str) -> Compiled:
-    """Compile for one of TARGETS; the pointers are taken to be 16-byte aligned, as they always are."""
+def compile_for(variant: Variant, target: str) -> Compiled | None:
+    """Compile for one of TARGETS; the pointers are taken to be 16-byte aligned, as they always are.
+
+    None where it is not launched on that GPU: a module with `on_amd` says what is launched there instead of a variant.
+    """
     gpu, _ = TARGETS[target]
-    if gpu.backend == "hip" and "FAST_LOG" in variant.constants:  # as on an AMD GPU, which has no such instruction
-        variant = variant._replace(constants={**variant.constants, "FAST_LOG": False})
+    module = importlib.import_module(variant.kernel.fn.__module__)
+    if gpu.backend == "hip" and hasattr(module, "on_amd"):
+        variant = module.on_amd(variant)
+        if variant is None:
+            return None
     signature = variant.signature()
     pointers = [position for position, type_ in enumerate(signature.values()) if type_.startswith("*")]
     source = ASTSource(
@@ -144,8 +150,10 @@ def _named(**counts: int) -> dict[str, int]:
     return {name: number for name, number in counts.items() if number}
 
 
-def problems(variant: Variant, target: str, compiled: Compiled | str) -> list[str]:
+def problems(variant: Variant, target: str, compiled: Compiled | str | None) -> list[str]:
     """What keeps a variant, as `compile_all` gives it, from being good enough to launch."""
+    if compiled is None:
+        return []
     if isinstance(compiled, str):
         return [f"can't be compiled: {compiled}"]
     gpu, shared_limit = TARGETS[target]
@@ -169,8 +177,8 @@ def problems(variant: Variant, target: str, compiled: Compiled | str) -> list[st
 
 def compile_all(
     chosen: Iterable[tuple[Variant, str]], processes: int = 2
-) -> Iterator[tuple[Variant, str, Compiled | str]]:
-    """Each of these variants for its target, in that order; for one that can't be compiled, why not."""
+) -> Iterator[tuple[Variant, str, Compiled | str | None]]:
+    """Each of these variants for its target, in that order; in place of one that can't be compiled, why not."""
     chosen = list(chosen)
     # A kernel can't be sent to another process, but where it is defined can.
     places = [(v.kernel.fn.__module__, v.kernel.__name__, v._replace(kernel=None), target) for v, target in chosen]
@@ -179,7 +187,7 @@ def compile_all(
             yield variant, target, compiled
 
 
-def _compile_named(place: tuple[str, str, Variant, str]) -> Compiled | str:
+def _compile_named(place: tuple[str, str, Variant, str]) -> Compiled | str | None:
     module, kernel, variant, target = place
     try:
         return compile_for(variant._replace(kernel=getattr(importlib.import_module(module), kernel)), target)
@@ -187,7 +195,7 @@ def _compile_named(place: tuple[str, str, Variant, str]) -> Compiled | str:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
 
-def report(compiled: dict[tuple[str, str], Compiled | str]) -> str:
+def report(compiled: dict[tuple[str, str], Compiled | str | None]) -> str:
     """RESOURCES.md of what each variant became on each target, by the variant's name and the target's."""
     lines = [_TOP.format(triton=triton.__version__)]
     for module, of_module in modules().items():
@@ -239,9 +247,9 @@ def _form(variant: Variant, of_kernel: list[Variant]) -> str:
     return ", ".join(told) or "the only one"
 
 
-def _cell(compiled: Compiled | str) -> str:
-    if isinstance(compiled, str):
-        return compiled
+def _cell(compiled: Compiled | str | None) -> str:
+    if compiled is None or isinstance(compiled, str):
+        return compiled or "not launched"
     matrix = " ".join(f"{number}{name[0]}" for name, number in compiled.matrix.items()) or "0"
     loads = f"{compiled.wide_loads}+{compiled.other_loads}"
     cell = f"{compiled.registers} / {math.ceil(compiled.shared / 1024)} / {matrix} / {loads} / {compiled.shared_loads}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -109,6 +110,13 @@ def assert_equals_reference(
     return [out, lse, *gradients]
 
 
+def lookback_forward_and_backward(tensors: dict[str, Tensor]) -> None:
+    from csae.kernels.triton import lookback_attention
+
+    out, lse = lookback_attention.forward(*tensors.values(), None, None)
+    lookback_attention.backward(torch.ones_like(out), *tensors.values(), None, None, out, lse)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("B", "T", "H", "d_head", "d_value"), SHAPES)
 def test_equals_reference(B: int, T: int, H: int, d_head: int, d_value: int, dtype: torch.dtype) -> None:
@@ -124,6 +132,12 @@ def test_mask_and_documents(mask: bool, documents: bool) -> None:
         some_mask(B, T) if mask else None,
         some_documents(B, T) if documents else None,
     )
+
+
+def test_a_document_that_begins_amid_blocks_that_are_seen_whole() -> None:
+    T = 200
+    documents = (torch.arange(T, device=DEVICE) >= 70).long()[None]
+    assert_equals_reference(inputs(1, T, 1, 4, 4, torch.float32), some_mask(1, T), documents)
 
 
 @pytest.mark.slow
@@ -196,6 +210,46 @@ def test_nothing_in_nothing_out(shape: tuple[int, ...]) -> None:
 
 def test_heads_wider_than_the_tiles() -> None:
     assert_equals_reference(inputs(1, 9, 1, 300, 4, torch.float32))
+
+
+@pytest.mark.parametrize(("d", "wanted"), [(64, "tf32"), (65, "ieee")])
+def test_what_tiles_of_the_tensor_cores_do_not_hold_is_multiplied_in_float32(
+    d: int, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from csae.kernels.triton import lookback_attention
+    from csae.kernels.triton.variant import Variant
+
+    launch, precisions = Variant.launch, set()
+
+    def record(self: Variant, *arguments: Any) -> None:
+        precisions.add(self.constants["PRECISION"])
+        launch(self, *arguments)
+
+    monkeypatch.setattr(Variant, "launch", record)
+    monkeypatch.setattr(lookback_attention, "dot_precision", lambda dtype: "tf32")
+    tensors = inputs(1, 20, 1, d, 8, torch.float32)
+    if DEVICE == "cpu":  # the interpreter multiplies in float32 all the same
+        assert_equals_reference(tensors)
+    else:
+        lookback_forward_and_backward(tensors)
+    assert precisions == {wanted}
+
+
+def test_every_candidate_of_the_tuner_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from csae.kernels.triton import lookback_attention, tuning
+
+    tensors = inputs(1, 140, 1, 8, 8, torch.float16)
+    defaults = [v for v in lookback_attention.variants() if v.tensors["q_ptr"] == torch.float16]
+    defaults = [v for v in defaults if v.constants["SIZE"] == 16]
+    assert len(defaults) == 3
+    offered = [lookback_attention.candidates(variant) for variant in defaults]
+    monkeypatch.setattr(lookback_attention, "variants", lambda: [other for of in offered for other in of])
+    for others in list(zip(*offered, strict=True))[:: 1 if DEVICE == "cuda" else 8]:
+        entries = {
+            str(default): tuning.changes(default, other) for default, other in zip(defaults, others, strict=True)
+        }
+        monkeypatch.setitem(tuning.table(), tuning.device_name(torch.device(DEVICE)), entries)
+        assert_equals_reference(tensors, some_mask(1, 140))
 
 
 def test_the_same_bits_twice() -> None:
