@@ -426,7 +426,7 @@ _LONG_ROW_TILE = _Tile(1, 4, 2048, 8)
 # The same for widths that are no multiple of 16 bytes: b_enc, whose rows have one column, and widths seen in tests.
 _SCALAR_SUM_TILES = [_Tile(128, 8, 1, 4), _Tile(16, 4, 16, 4), _Tile(1, 4, 128, 1)]
 _SCALAR_PIECE_TILES = [_Tile(1, 64, 1, 2), _Tile(1, 64, 16, 4), _Tile(1, 32, 128, 8)]
-_SCALAR_LONG_ROW_TILE = _Tile(1, 4, 512, 4)
+_SCALAR_LONG_ROW_TILE = _Tile(1, 2, 512, 8)
 
 
 def _fitting(tiles: list[_Tile], columns: int) -> _Tile:
@@ -518,11 +518,11 @@ def feature_sums(pairs: Pairs, weights: list[Tensor], rows: list[Tensor]) -> lis
     """For each i the sums of weights[i][p] * rows[i][token of p] over the pairs p of each feature.
 
     weights: [P] each, in the order in which the pairs were given. rows: [N, d] each, of any widths. Returns
-    [d_sae, d] each, in the dtype of its rows; zeros for a feature without pairs. Two neighbours in the list of one
-    width and dtype are summed together. Memory besides the results: PARTIAL_BYTES a table, or 8 d / MIN_PIECE bytes
+    [d_sae, d] each, in the dtype of its rows; zeros for a feature without pairs. Two neighbours in the list, of one
+    shape and dtype, are summed together. Memory besides the results: PARTIAL_BYTES a table, or 8 d / MIN_PIECE bytes
     a pair if that is less.
     """
-    left = list(zip(weights, rows, strict=True))
+    pairs, left = Pairs(*map(aligned, pairs)), list(zip(weights, rows, strict=True))
     sums: list[Tensor] = []
     while left:
         (_, first), others = left[0], left[1:]
@@ -542,6 +542,7 @@ def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, la
     otherwise each row is updated, as in torch.optim.Adam. Memory: as `feature_sums`; and a float32 copy of rows that
     are float16, or of a width that is no multiple of 16 bytes.
     """
+    pairs, hyper, seed = Pairs(*map(aligned, pairs)), aligned(hyper), aligned(seed)
     for table in tables:
         for name in ("param", "exp_avg", "exp_avg_sq"):
             tensor = getattr(table, name)
@@ -552,7 +553,7 @@ def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, la
                     f"{name}: given {given}; needed a contiguous tensor at a multiple of 16 bytes: `clone` it"
                 )
         if table.param.numel() > 0:
-            _adam_table(pairs, table, aligned(hyper), seed, lazy)
+            _adam_table(pairs, table, hyper, seed, lazy)
 
 
 def _adam_table(pairs: Pairs, table: Table, hyper: Tensor, seed: Tensor, lazy: bool) -> None:
