@@ -78,15 +78,14 @@ class Trace:
         It is x - b_dec that is encoded: the gradient of b_dec by this way is `gradients`' business.
         """
         (x,) = autocast_to(x)
-        # Through b_enc the values depend on something, or autograd would not give their gradient.
-        return self._note(x, *topk_encode(x, W_enc.detach(), b_enc, k), mask, features=None)
+        return self._note(x, *topk_encode(x, W_enc.detach(), _constant_beside(x, b_enc), k), mask, features=None)
 
     def encoded(
         self, x: Tensor, values: Tensor, indices: Tensor, W_enc: Tensor, b_enc: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The same for a code of x that was found already."""
         (x,) = autocast_to(x)
-        values = with_encode_gradient(x, W_enc.detach(), b_enc, values, indices)
+        values = with_encode_gradient(x, W_enc.detach(), _constant_beside(x, b_enc), values, indices)
         return self._note(x, values, indices, mask, features=None)
 
     def encode_aux(
@@ -180,6 +179,11 @@ class Trace:
         weights = torch.cat([_wide(part.reshape(-1)) for part in own])
         totals = feature_sums(encoder.pairs, [weights], [ones])[0].squeeze(1)
         return so_far - totals @ W_enc
+
+
+def _constant_beside(x: Tensor, b_enc: Tensor) -> Tensor:
+    """b_enc as a constant, unless it alone makes the code depend on something: else autograd gives it no gradient."""
+    return b_enc.detach() if x.requires_grad else b_enc
 
 
 def _wide(weights: Tensor) -> Tensor:

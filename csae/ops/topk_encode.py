@@ -61,7 +61,14 @@ def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("csae::topk_encode_backward", mutates_args=())
 def _topk_encode_backward(
-    grad_values: Tensor, values: Tensor, indices: Tensor, x: Tensor, W_enc: Tensor, need_x: bool, need_W: bool
+    grad_values: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    W_enc: Tensor,
+    need_x: bool,
+    need_W: bool,
+    need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, W_enc and b_enc; one that is not needed comes back empty."""
     sums = kernels("sparse_decode", x.device)
@@ -70,18 +77,17 @@ def _topk_encode_backward(
     pairs = indices.reshape(-1, indices.shape[-1])
     d_sae, d_in = W_enc.shape
     d_x = sums.gather_sum(grad, pairs, W_enc).view(x.shape) if need_x else x.new_empty(0)
-    if not need_W:
-        return d_x, x.new_empty(0), x.new_empty(0)
     rows = x.reshape(-1, d_in) if d_in else x.new_empty(grad.shape[0], 0)
-    return d_x, sums.feature_sum(grad, pairs, rows, d_sae), sums.feature_total(grad, pairs, d_sae)
+    d_W = sums.feature_sum(grad, pairs, rows, d_sae) if need_W else x.new_empty(0)
+    return d_x, d_W, sums.feature_total(grad, pairs, d_sae) if need_b else x.new_empty(0)
 
 
 @_topk_encode_backward.register_fake
-def _(grad_values, values, indices, x, W_enc, need_x, need_W):
+def _(grad_values, values, indices, x, W_enc, need_x, need_W, need_b):
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0),
         W_enc.new_empty(W_enc.shape) if need_W else x.new_empty(0),
-        W_enc.new_empty(W_enc.shape[:1]) if need_W else x.new_empty(0),
+        W_enc.new_empty(W_enc.shape[:1]) if need_b else x.new_empty(0),
     )
 
 
@@ -95,7 +101,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_values, _grad_indices):
     values, indices, x, W_enc = ctx.saved_tensors
     need_x, need_W, need_b, _ = ctx.needs_input_grad
-    d_x, d_W, d_b = _topk_encode_backward(grad_values, values, indices, x, W_enc, need_x, need_W or need_b)
+    d_x, d_W, d_b = _topk_encode_backward(grad_values, values, indices, x, W_enc, need_x, need_W, need_b)
     return d_x if need_x else None, d_W if need_W else None, d_b if need_b else None, None
 
 
@@ -180,7 +186,7 @@ def _setup_given(ctx, inputs, output):
 def _backward_given(ctx, grad_values):
     values, indices, x, W_enc = ctx.saved_tensors
     need_x, need_W, need_b = ctx.needs_input_grad[:3]
-    d_x, d_W, d_b = _topk_encode_backward(grad_values, values, indices, x, W_enc, need_x, need_W or need_b)
+    d_x, d_W, d_b = _topk_encode_backward(grad_values, values, indices, x, W_enc, need_x, need_W, need_b)
     return d_x if need_x else None, d_W if need_W else None, d_b if need_b else None, None, None
 
 

@@ -251,7 +251,7 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.csae.topk_encode.default, (x, W, b, 1))
     x, W, b = inputs(5, 4, 9)
     values, indices = topk_encode(x.detach(), W.detach(), b.detach(), 3)
-    args = (torch.ones_like(values), values, indices, x.detach(), W.detach(), True, True)
+    args = (torch.ones_like(values), values, indices, x.detach(), W.detach(), True, True, True)
     torch.library.opcheck(torch.ops.csae.topk_encode_backward.default, args)
 
 
@@ -296,3 +296,29 @@ def test_errors_name_the_argument(args, kind, message):
     with pytest.raises(kind) as error:
         topk_encode(*args)
     assert message in str(error.value)
+
+
+def test_encoding_again_less_something_of_low_rank():
+    """encode_and_keep, then encode_again by the narrow product: what topk_encode gives, forward and backward."""
+    from csae.ops.topk_encode import encode_again, encode_and_keep, with_encode_gradient
+
+    x, W, b = inputs(13, 16, 70)
+    V, a = torch.randn(16, 3, dtype=x.dtype), torch.randn(13, 3, dtype=x.dtype)
+    values, indices, kept = encode_and_keep(x, W, b, 5)
+    assert torch.equal(indices, topk_encode(x, W, b, 5)[1])
+    W_a = (W @ V).detach()
+    for part in (a, 0.5 * a, -2 * a):
+        values, indices = encode_again(kept, part, W_a, 5)
+        x = (x - part @ V.T).detach().requires_grad_()
+        expected, expected_indices = topk_encode(x, W, b, 5)
+        assert torch.equal(indices, expected_indices)
+        values = with_encode_gradient(x, W, b, values, indices)
+        torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
+        grad = torch.randn_like(values)
+        ours, theirs = (torch.autograd.grad(of, (x, W, b), grad) for of in (values, expected))
+        for mine, reference in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, reference)
+    torch.library.opcheck(torch.ops.csae.encode_and_keep.default, (x.detach(), W.detach(), b.detach(), 5))
+    torch.library.opcheck(torch.ops.csae.encode_again.default, (kept, a, W_a, 5))
+    detached = (x.detach().requires_grad_(), W, b, values.detach(), indices)
+    torch.library.opcheck(torch.ops.csae.with_encode_gradient.default, detached)
