@@ -14,6 +14,8 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from csae.kernels.pairs import Table
+
 # n, d_in, d_sae, k: no multiple of any block; widths in 16 bytes and not.
 SHAPES = ((5, 24, 67, 3), (9, 7, 40, 40), (130, 136, 300, 17))
 WINDOWS = ((1, 3, 1, 5, 7), (2, 70, 2, 16, 8), (1, 130, 1, 72, 40))  # B, T, H, d_head, d_value
@@ -26,7 +28,6 @@ def cases(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[tup
         import_module(f"csae.kernels.triton.{name}")
         for name in ("topk_encode", "sparse_decode", "feature_rows", "lookback_attention")
     )
-    threshold = import_module("csae.kernels.triton.topk_threshold")
 
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*shape, device=device).to(dtype)
@@ -35,8 +36,7 @@ def cases(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[tup
         for n, d_in, d_sae, k in SHAPES:
             named = f"{str(dtype).removeprefix('torch.')} n={n} d_in={d_in} d_sae={d_sae} k={k}"
             x, W_enc, b_enc = normal(n, d_in, dtype=dtype), normal(d_sae, d_in, dtype=dtype), normal(d_sae, dtype=dtype)
-            for module in (topk, threshold):
-                yield f"{module.__name__} {named}", lambda m=module, a=(x, W_enc, b_enc, k): m.topk_encode(*a)
+            yield f"topk_encode {named}", lambda a=(x, W_enc, b_enc, k): topk.topk_encode(*a)
             a, W_a = normal(n, 12, dtype=dtype), normal(d_sae, 12, dtype=dtype)
 
             def twice(arguments=(x, W_enc, b_enc), a=a, W_a=W_a, k=k) -> object:
@@ -63,12 +63,12 @@ def cases(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[tup
                 hyper = torch.tensor([1e-3, 1.0, 1e-8, 0.1, 0.999, 0.001], device=device)
                 seed = torch.ones(1, dtype=torch.int64, device=device)
                 for moments in dict.fromkeys((torch.float32, dtypes[-1])):
-                    state = torch.rand(3, d_sae, x.shape[1], device=device)
-                    param, exp_avg, exp_avg_sq = state[0], *state[1:].to(moments)
-                    bias, ones = torch.rand(3, d_sae, 1, device=device), torch.ones(x.shape[0], 1, device=device)
+                    state = [torch.rand(d_sae, x.shape[1], device=device) for _ in range(3)]
+                    state = [state[0], *(moment.to(moments) for moment in state[1:])]
+                    bias = [torch.rand(d_sae, 1, device=device) for _ in range(3)]
+                    ones = torch.ones(x.shape[0], 1, device=device)
                     for lazy in (False, True):
-                        tables = [rows.Table(param, exp_avg, exp_avg_sq, weights, x, lazy)]
-                        tables.append(rows.Table(*bias, weights, ones, False))
+                        tables = [Table(*state, weights, x, lazy), Table(*bias, weights, ones, False)]
                         rows.adam_rows(pairs, tables, hyper, seed, lazy)
 
             if dtype != torch.float16:

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from csae.kernels.pairs import Table
 from csae.kernels.triton import offline, tuning
 from csae.kernels.triton.variant import Variant
 
@@ -55,9 +56,9 @@ def ops(data: Data) -> Iterator[tuple[str, Op]]:
     yield "feature_sums", lambda: rows.feature_sums(pairs, [weights, weights], [data.x, data.grad])
     hyper = torch.tensor([1e-3, 1.0, 1e-8, 0.1, 0.999, 0.001], device=data.device)
     seed = torch.ones(1, dtype=torch.int64, device=data.device)
-    state = torch.rand(3, d_sae, d_in, device=data.device)
+    state = [torch.rand(d_sae, d_in, device=data.device) for _ in range(3)]
     for unit_rows in (False, True):
-        table = rows.Table(*state, weights, data.x, unit_rows)
+        table = Table(*state, weights, data.x, unit_rows)
         name = "adam_rows, unit rows" if unit_rows else "adam_rows"
         yield name, lambda table=table: rows.adam_rows(pairs, [table], hyper, seed, False)
     del state, table

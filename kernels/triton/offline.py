@@ -39,6 +39,7 @@ TARGETS = {
     "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
+WITH_TMA = ("sm_90", "sm_100")
 
 
 class Compiled(NamedTuple):
@@ -52,6 +53,7 @@ class Compiled(NamedTuple):
     other_loads: int  # narrower ones
     shared_loads: int
     local: int  # loads and stores of what was spilled
+    bulk_loads: int = 0  # of whole tiles, by the tensor memory accelerator
 
 
 def modules() -> dict[str, list[Variant]]:
@@ -74,9 +76,12 @@ def variants() -> list[Variant]:
 def compile_for(variant: Variant, target: str) -> Compiled | None:
     """Compile for one of TARGETS; the pointers are taken to be 16-byte aligned, as they always are.
 
-    None where it is not launched on that GPU: a module with `on_amd` says what is launched there instead of a variant.
+    None where it is not launched on that GPU: one that takes descriptors, where there is no TMA, or what a module's
+    `on_amd`, which says what is launched there instead of a variant, has no form of.
     """
     gpu, _ = TARGETS[target]
+    if variant.descriptors and target not in WITH_TMA:
+        return None
     module = importlib.import_module(variant.kernel.fn.__module__)
     if gpu.backend == "hip" and hasattr(module, "on_amd"):
         variant = module.on_amd(variant)
@@ -119,6 +124,7 @@ def _of_sass(sass: str, usage: str, shared: int) -> Compiled:
         other_loads=count(r"LDG(STS)?\..*") - wide,
         shared_loads=count(r"LDSM?(\..*)?"),
         local=count(r"(LDL|STL)(\..*)?"),
+        bulk_loads=count(r"UTMALDG(\..*)?"),
     )
 
 
@@ -181,7 +187,10 @@ def compile_all(
     """Each of these variants for its target, in that order; in place of one that can't be compiled, why not."""
     chosen = list(chosen)
     # A kernel can't be sent to another process, but where it is defined can.
-    places = [(v.kernel.fn.__module__, v.kernel.__name__, v._replace(kernel=None), target) for v, target in chosen]
+    places = [
+        (v.kernel.fn.__module__, v.kernel.__name__, v._replace(kernel=None, descriptors=dict(v.descriptors)), target)
+        for v, target in chosen
+    ]
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         for (variant, target), compiled in zip(chosen, pool.map(_compile_named, places), strict=True):
             yield variant, target, compiled
@@ -221,7 +230,8 @@ sm_90, and on a gather of rows without loads of 16 bytes.
 
 A cell: registers a thread / KiB of shared memory / matrix instructions / global loads of 16 bytes + narrower ones /
 loads from shared memory; then the bytes that are spilled, if any. Instructions are counted as they stand in the code,
-a loop's once for each time that it is unrolled. `w` is wgmma, `t` tcgen05, `m` mma or mfma.
+a loop's once for each time that it is unrolled. `w` is wgmma, `t` tcgen05, `m` mma or mfma; `b` counts loads of whole
+tiles by the tensor memory accelerator.
 """
 
 
@@ -251,7 +261,8 @@ def _cell(compiled: Compiled | str | None) -> str:
     if compiled is None or isinstance(compiled, str):
         return compiled or "not launched"
     matrix = " ".join(f"{number}{name[0]}" for name, number in compiled.matrix.items()) or "0"
-    loads = f"{compiled.wide_loads}+{compiled.other_loads}"
+    bulk = f"{compiled.bulk_loads}b+" if compiled.bulk_loads else ""
+    loads = f"{bulk}{compiled.wide_loads}+{compiled.other_loads}"
     cell = f"{compiled.registers} / {math.ceil(compiled.shared / 1024)} / {matrix} / {loads} / {compiled.shared_loads}"
     return f"{cell}, **spills {compiled.spills}**" if compiled.spills else cell
 
