@@ -26,8 +26,10 @@ from ..pairs import Pairs, Table
 from . import tuning
 from .variant import FLOATS, Variant, aligned, jit, unit_of, vector_units
 
-# A piece is no shorter than MIN_PIECE pairs, and no shorter than keeps a table's sums of pieces within PARTIAL_BYTES.
-MIN_PIECE = 64
+# A piece is no shorter than this, for rows of 128 columns and for narrower ones, where a block of pairs costs less; and
+# no shorter than keeps a table's sums of pieces within PARTIAL_BYTES.
+MIN_PIECE = 256
+MIN_NARROW_PIECE = 64
 PARTIAL_BYTES = 32 * 2**20
 LEAST_NORM = tl.constexpr(1e-12)  # a row is divided by no less: one of zeros stays as it is
 
@@ -117,12 +119,12 @@ def _sum_runs(
 # whose long run holds the block's first place, and of those whose long run begins after it. A long run has more than
 # `piece` pairs, so a block meets no third. Other slots stay as they are.
 #
-# A program makes COLUMNS columns of one slot, of one table or of two. It finds its run by bisection of `ends`: 17
-# loads, one after the other, for 131,072 features. Without a long run it ends there.
+# A program makes COLUMNS columns of one slot, of one table or of two. It finds its run by a search in `ends`, at 64
+# places at once: 3 loads, one after the other, for 262,144 features. Without a long run it ends there.
 # Bytes: (20 + d e) for each pair in a long run, mostly from L2, since rows is n d e; 8 d / piece a pair written, at
 # most. Operations: 2 d a pair. Floor: the gathered bytes at the speed of L2.
-# Predicted: 5 to 10 us without long runs. With some, a piece of 64 (A) to 512 pairs (C) takes 10 to 40 us, alongside
-# others.
+# Predicted without long runs: A 4,096 programs of 2 us, about 1,000 at a time, 0.01 ms; B and C 18,000, 0.04 ms. With
+# some, a piece of 256 (A) to 512 pairs (C) takes 0.03 to 0.06 ms, alongside others.
 @jit
 def _pieces(
     order_ptr,
@@ -150,13 +152,15 @@ def _pieces(
     high = min(low + piece, tl.load(ends_ptr + d_sae))
     if low < high:
         place = tl.where(slot % 2 == 0, low, high - 1)
-        # ends[feature] <= place < ends[after]
-        feature, after = d_sae * 0, d_sae
-        while after - feature > 1:
-            middle = (feature + after) // 2
-            before = tl.load(ends_ptr + middle) <= place
-            feature = tl.where(before, middle, feature)
-            after = tl.where(before, after, middle)
+        # The last feature with ends[feature] <= place is one of feature .. feature + count - 1.
+        feature, count = d_sae * 0, d_sae
+        while count > 1:
+            step = tl.cdiv(count, 64)
+            o_f = feature + step * tl.arange(0, 64)
+            # [64]
+            b_ends = tl.load(ends_ptr + o_f, mask=o_f < d_sae, other=place + 1)
+            feature += step * (tl.sum((b_ends <= place).to(tl.int32), axis=0) - 1)
+            count = step
         start, end = tl.load(ends_ptr + feature), tl.load(ends_ptr + feature + 1)
         begins_inside = (start > low).to(tl.int64)
         if (end - start > piece) & (begins_inside == slot % 2):
@@ -413,7 +417,7 @@ class _Tile(NamedTuple):
 
 # A row's width chooses the first tile with as many columns; the last, if none has.
 _SUM_TILES = [_Tile(1, 8, 128, 1), _Tile(1, 4, 512, 2)]
-_PIECE_TILES = [_Tile(1, 64, 128, 8), _Tile(1, 16, 512, 8)]
+_PIECE_TILES = [_Tile(1, 32, 128, 4), _Tile(1, 8, 512, 4)]
 # A row that is normalised is whole in the registers of a program: at most 16 columns a thread.
 _UNIT_ROW_TILES = [
     *_SUM_TILES,
@@ -519,8 +523,8 @@ def feature_sums(pairs: Pairs, weights: list[Tensor], rows: list[Tensor]) -> lis
 
     weights: [P] each, in the order in which the pairs were given. rows: [N, d] each, of any widths. Returns
     [d_sae, d] each, in the dtype of its rows; zeros for a feature without pairs. Two neighbours in the list, of one
-    shape and dtype, are summed together. Memory besides the results: PARTIAL_BYTES a table, or 8 d / MIN_PIECE bytes
-    a pair if that is less.
+    shape and dtype, are summed together. Memory besides the results: PARTIAL_BYTES a table, or, if that is less,
+    8 d / MIN_PIECE bytes a pair.
     """
     pairs, left = Pairs(*map(aligned, pairs)), list(zip(weights, rows, strict=True))
     sums: list[Tensor] = []
@@ -599,7 +603,8 @@ def _gradients(pairs: Pairs, given: list[tuple[Tensor, Tensor]]) -> tuple[list[T
     """
     total, d = pairs.tokens.numel(), given[0][1].shape[1]
     unit = unit_of(given[0][1].dtype, d)
-    piece = max(MIN_PIECE, triton.cdiv(8 * total * d, PARTIAL_BYTES))
+    shortest = MIN_PIECE if d >= 128 else MIN_NARROW_PIECE
+    piece = max(shortest, triton.cdiv(8 * total * d, PARTIAL_BYTES))
     slots = 2 * triton.cdiv(total, piece) if total > piece else 0
     gradients = []
     for weights, rows in given:

@@ -25,6 +25,8 @@ def _listed(monkeypatch: pytest.MonkeyPatch) -> None:
     listed = feature_rows.variants()
     listed += [other for variant in listed for other in feature_rows.candidates(variant)]
     only_listed_variants(SimpleNamespace(variants=lambda: listed), monkeypatch)
+    # So that runs that are short enough for a test are cut into pieces.
+    monkeypatch.setattr(feature_rows, "MIN_PIECE", 64)
 
 
 def pairs_of(lengths: list[int], n: int, inactive: int = 0, seed: int = 0):
@@ -105,6 +107,20 @@ def test_runs_of_any_length(lengths: list[int]) -> None:
     weights, rows = random_normal(len(features)), [random_normal(11, d, seed=d) for d in (1, 8)]
     for got, of in zip(feature_sums(pairs, [weights, weights], rows), rows, strict=True):
         assert_sums(got, *sums(features, tokens, weights, of, len(lengths)), terms=max(lengths))
+
+
+@pytest.mark.parametrize("long", [0, 63, 64, 79, 2345, 4999])
+def test_a_long_run_is_found_among_many_features(long: int) -> None:
+    """In rounds: 5000 features are searched at 64 places first."""
+    from csae.kernels.triton.feature_rows import feature_sums
+
+    lengths = [0] * 5000
+    for feature, length in ((1, 20), (78, 3), (2344, 5), (2346, 30), (4998, 40), (long, 150)):
+        lengths[feature] = length
+    features, tokens, pairs = pairs_of(lengths, n=11, inactive=13)
+    weights, rows = random_normal(len(features)), random_normal(11, 1, seed=1)
+    got = feature_sums(pairs, [weights], [rows])[0]
+    assert_sums(got, *sums(features, tokens, weights, rows, 5000), terms=150)
 
 
 def test_pieces_grow_with_the_pairs_where_memory_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
