@@ -19,14 +19,14 @@ class Best(NamedTuple):
     order: Tensor  # [n, capacity] int32
     columns: Tensor  # [n, capacity] int32
     threshold: Tensor  # [n] float32
-    count: Tensor  # [n] int32
+    counts: Tensor  # [n] int32
     k: int
 
 
 def topk_capacity(d_sae: int, k: int) -> int:
     """How many candidates `topk_start` has room for in a row; each takes 8 bytes."""
-    # Room for twice k, so that a list is not full again soon; a list that holds the whole row is never full.
-    return -(-(min(d_sae, max(2 * k, k + 192)) + 64) // 64) * 64
+    # The more room, the less often k are picked out of a list, and the later its threshold rises.
+    return min(d_sae, max(5 * k // 2, k + 96)) + 64
 
 
 def topk_start(n: int, d_sae: int, k: int) -> Best:
@@ -40,7 +40,7 @@ def topk_start(n: int, d_sae: int, k: int) -> Best:
         order=torch.empty(shape, dtype=torch.int32),
         columns=torch.empty(shape, dtype=torch.int32),
         threshold=torch.full((n,), -math.inf),
-        count=torch.zeros(n, dtype=torch.int32),
+        counts=torch.zeros(n, dtype=torch.int32),
         k=k,
     )
 
@@ -51,7 +51,7 @@ def topk_add(best: Best, pre_acts: Tensor, bias: Tensor, first_column: int) -> N
     pre_acts [n, width] float32 on the CPU, rows contiguous at any stride, bias [width] float32: the row is
     pre_acts + bias. Nothing is written to pre_acts.
     """
-    check_matrix("pre_acts", pre_acts, torch.float32, (best.count.shape[0], None))
+    check_matrix("pre_acts", pre_acts, torch.float32, (best.counts.shape[0], None))
     check_strided("bias", bias, torch.float32, (pre_acts.shape[1],))
     bias = bias.contiguous()
     status = native().csae_topk_add(
@@ -76,7 +76,7 @@ def topk_finish(best: Best, values: Tensor | None = None, indices: Tensor | None
     indices 0..k-1. The result doesn't depend on the tiles, nor on the number of threads, which is
     torch.get_num_threads(). ValueError where fewer than k columns were taken in.
     """
-    n = best.count.shape[0]
+    n = best.counts.shape[0]
     values = output_matrix("values", values, torch.float32, (n, best.k))
     indices = output_matrix("indices", indices, torch.int64, (n, best.k))
     status = native().csae_topk_finish(
@@ -93,5 +93,5 @@ def topk_finish(best: Best, values: Tensor | None = None, indices: Tensor | None
 
 def _argument(best: Best) -> Topk:
     n, capacity = best.order.shape
-    pointers = (tensor.data_ptr() for tensor in (best.order, best.columns, best.threshold, best.count))
+    pointers = (tensor.data_ptr() for tensor in (best.order, best.columns, best.threshold, best.counts))
     return Topk(*pointers, n, best.k, capacity)

@@ -57,7 +57,7 @@ def encode_and_keep(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Te
 
 
 def encode_again(kept: Tensor, a: Tensor, W_a: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of kept - a W_a^T in each row, relu'd, as topk_encode has them. It overwrites kept.
+    """The k largest of kept - a W_a^T in each row, relu'd, as topk_encode has them; kept becomes kept - a W_a^T.
 
     kept [n, d_sae] from `encode_and_keep`, a [n, r], W_a [d_sae, r] -> values [n, k] in a's dtype, indices [n, k].
     """

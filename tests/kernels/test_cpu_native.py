@@ -299,9 +299,9 @@ def test_topk_rows_refuses_in_c_too() -> None:
         setattr(bad, name, wrong)
         assert finish(bad, values.data_ptr(), 2, indices.data_ptr(), 2, 1) == 1, name
     for count in (-2, 1, best.order.shape[1] + 1):
-        best.count[1] = count
+        best.counts[1] = count
         assert finish(good, values.data_ptr(), 2, indices.data_ptr(), 2, 1) == 1, count
-    best.count[1] = 10
+    best.counts[1] = 10
     rest = [values.data_ptr(), 2, indices.data_ptr(), 2, 1]
     for place, wrong in [(0, None), (1, 1), (2, None), (3, 1), (4, 0)]:
         assert finish(good, *[wrong if i == place else value for i, value in enumerate(rest)]) == 1, place

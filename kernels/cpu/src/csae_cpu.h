@@ -34,8 +34,8 @@ CSAE_EXPORT const char* csae_openmp_file();
 CSAE_EXPORT void csae_use_huge_pages(void* memory, int64_t bytes);
 
 // The best so far of each of n rows of pre-activations that come in tiles of columns. Before the first tile:
-// threshold [n] = -inf, count [n] = 0; order and columns [n, capacity] hold nothing yet. capacity is a multiple of 16,
-// at least k + 64; the larger, the less often a list is searched for its k largest.
+// threshold [n] = -inf, count [n] = 0; order and columns [n, capacity] hold nothing yet. capacity is at least k + 64;
+// the larger, the less often a list is searched for its k largest.
 struct csae_topk {
     int32_t *order, *columns;
     float* threshold;

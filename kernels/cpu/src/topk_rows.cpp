@@ -34,21 +34,54 @@ constexpr int32_t broken = -1;  // the count of a row that has a NaN
 const int32_t infinity = ordered(std::numeric_limits<float>::infinity());
 const int32_t minus_infinity = ordered(-std::numeric_limits<float>::infinity());
 
-Candidates candidates_of(const csae_topk& of, int64_t i) {
-    return {of.order + i * of.capacity, of.columns + i * of.capacity, of.count[i]};
-}
+// What may still be among the k largest of a row, by column: ordered(value), with -0.0 made 0.0, and the column.
+struct Candidates {
+    int32_t* order;
+    int32_t* columns;
+    int64_t count;
+
+    Candidates(const csae_topk& of, int64_t i)
+        : order(of.order + i * of.capacity), columns(of.columns + i * of.capacity), count(of.count[i]) {}
+
+    // Of 64 columns those that have a bit. Returns whether one of them is NaN.
+    bool append(const float* row, const float* bias, uint64_t bits, int64_t first_column) {
+        bool nan = false;
+        for (; bits != 0; bits &= bits - 1) {
+            const int64_t c = __builtin_ctzll(bits);
+            const float x = (row[c] + bias[c]) + 0.0f;  // -0.0 + 0.0 is 0.0
+            nan |= x != x;
+            order[count] = ordered(x);
+            columns[count++] = static_cast<int32_t>(first_column + c);
+        }
+        return nan;
+    }
+
+    // Leaves those above the bound, and the first `ties` of those that are equal to it.
+    void keep(int32_t bound, int64_t ties) {
+        int64_t kept = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            const int32_t here = order[i];
+            order[kept] = here;
+            columns[kept] = columns[i];
+            const bool tie = here == bound;
+            kept += (here > bound) | (tie & (ties > 0));
+            ties -= tie;
+        }
+        count = kept;
+    }
+};
 
 // Leaves the k largest. Returns what a later value must reach to be one of them.
 float prune(const TopkScan& scan, Candidates& candidates, int64_t k) {
     bool exactly_k;
     const int32_t bound = scan.bound_of_kth(candidates.order, candidates.count, k, exactly_k);
     if (exactly_k) {
-        scan.keep(candidates, bound, k);
+        candidates.keep(bound, k);
         return from_ordered(std::max(bound, minus_infinity));
     }
     int64_t larger = 0;
     for (int64_t i = 0; i < candidates.count; ++i) larger += candidates.order[i] > bound;
-    scan.keep(candidates, bound, k - larger);
+    candidates.keep(bound, k - larger);
     return from_ordered(std::min(bound + 1, infinity));
 }
 
@@ -77,12 +110,16 @@ struct Row {
             const int64_t found = scan.find(row + first, bias + first, n, threshold, blocks, columns);
             done += n;
             if (done == n_blocks && found > 0 && blocks[found - 1] == n - 1) columns[found - 1] &= of_last;
-            const int64_t appended = scan.append(row + first, bias + first, blocks, columns, found,
-                                                 first_column + first, limit, candidates, nan);
-            if (appended == found) continue;
-            // What is left in these blocks is compared with the new threshold.
-            done = first / block_width + blocks[appended];
-            threshold = prune(scan, candidates, k);
+            for (int64_t b = 0; b < found; ++b) {
+                const int64_t at = first + blocks[b] * block_width;
+                if (candidates.count > limit) {
+                    // What is left of these blocks is compared again, with the new threshold.
+                    threshold = prune(scan, candidates, k);
+                    done = at / block_width;
+                    break;
+                }
+                nan |= candidates.append(row + at, bias + at, columns[b], first_column + at);
+            }
         }
     }
 };
@@ -90,9 +127,9 @@ struct Row {
 void add(const TopkScan& scan, const csae_topk& to, int64_t i, const float* row, const float* bias, int64_t width,
          int64_t first_column) {
     if (to.count[i] == broken) return;
-    Row best{scan, candidates_of(to, i), to.threshold[i], to.k, to.capacity - block_width, false};
+    Row best{scan, Candidates(to, i), to.threshold[i], to.k, to.capacity - block_width, false};
     const int64_t n_whole = width / block_width, whole = n_whole * block_width, rest = width - whole;
-    const int64_t groups = std::min(maxima_per_k * to.k, to.capacity) / candidate_group * candidate_group;
+    const int64_t groups = std::min(maxima_per_k * to.k, to.capacity) / group_unit * group_unit;
     const int64_t per_group = groups > to.k ? std::min(width / groups, columns_per_maximum) : 0;
     if (best.candidates.count == 0 && per_group > 1) best.start(row, bias, groups, groups * per_group);
     best.add(row, bias, n_whole, ~uint64_t{0}, first_column);
@@ -115,7 +152,7 @@ struct Workspace {
 };
 
 void finish(const TopkScan& scan, const csae_topk& best, int64_t i, float* values, int64_t* indices, Workspace& w) {
-    Candidates candidates = candidates_of(best, i);
+    Candidates candidates(best, i);
     const int64_t k = best.k;
     if (candidates.count == broken) {
         std::fill(values, values + k, std::numeric_limits<float>::quiet_NaN());
@@ -145,7 +182,7 @@ void finish(const TopkScan& scan, const csae_topk& best, int64_t i, float* value
 
 // Whether `best` can be worked on, and each row has `least` candidates or is broken.
 bool possible(const csae_topk* best, int64_t least) {
-    if (best == nullptr || best->n < 0 || best->k < 1 || best->capacity % candidate_group != 0) return false;
+    if (best == nullptr || best->n < 0 || best->k < 1) return false;
     if (best->capacity > std::numeric_limits<int32_t>::max() || best->k > best->capacity - block_width) return false;
     if (best->n == 0) return true;
     if (best->order == nullptr || best->columns == nullptr || best->threshold == nullptr || best->count == nullptr) {

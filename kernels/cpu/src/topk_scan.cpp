@@ -15,30 +15,21 @@
 namespace csae {
 namespace {
 
-// --- in plain C++: compiled for each instruction set -------------------------------------------------------
+// A tile lies row after row, mostly in L3: this many floats are fetched ahead, which is often the next row.
+constexpr int64_t ahead = 512;
 
-CSAE_INLINE int64_t append(const float* row, const float* bias, const int32_t* blocks, const uint64_t* columns,
-                           int64_t n_blocks, int64_t first_column, int64_t limit, Candidates& to, bool& nan) {
-    int64_t done = 0;
-    for (; done < n_blocks && to.count <= limit; ++done) {
-        const int64_t first = blocks[done] * block_width;
-        for (uint64_t bits = columns[done]; bits != 0; bits &= bits - 1) {
-            const int64_t c = first + __builtin_ctzll(bits);
-            const float x = (row[c] + bias[c]) + 0.0f;  // -0.0 + 0.0 is 0.0
-            nan |= x != x;
-            to.order[to.count] = ordered(x);
-            to.columns[to.count++] = static_cast<int32_t>(first_column + c);
-        }
-    }
-    return done;
+CSAE_INLINE void fetch_block(const float* row) {
+    for (int64_t c = 0; c < block_width; c += 16) __builtin_prefetch(row + c);
 }
 
+// --- in plain C++: compiled for each instruction set -------------------------------------------------------
+
 CSAE_INLINE void group_maxima(const float* row, const float* bias, int64_t n, int32_t* order, int64_t groups) {
-    for (int64_t g = 0; g < groups; g += candidate_group) {
-        int32_t maxima[candidate_group];
+    for (int64_t g = 0; g < groups; g += group_unit) {
+        int32_t maxima[group_unit];
         for (int32_t& maximum : maxima) maximum = std::numeric_limits<int32_t>::min();
         for (int64_t c = g; c < n; c += groups) {
-            for (int64_t l = 0; l < candidate_group; ++l) {
+            for (int64_t l = 0; l < group_unit; ++l) {
                 const int32_t here = ordered(row[c + l] + bias[c + l]);
                 maxima[l] = here > maxima[l] ? here : maxima[l];
             }
@@ -47,37 +38,27 @@ CSAE_INLINE void group_maxima(const float* row, const float* bias, int64_t n, in
     }
 }
 
-CSAE_INLINE int32_t bound_of_kth(int32_t* order, int64_t n, int64_t k, bool& exactly_k) {
-    constexpr auto lowest = std::numeric_limits<int32_t>::min();
-    for (; n % candidate_group != 0; ++n) order[n] = lowest;
-    // Bit by bit from the top.
-    int32_t bound = lowest;
-    for (int bit = 31; bit >= 0; --bit) {
-        const auto higher = static_cast<int32_t>(static_cast<uint32_t>(bound) + (uint32_t{1} << bit));
-        int32_t reach[candidate_group] = {};
-        for (int64_t i = 0; i < n; i += candidate_group) {
-            for (int64_t l = 0; l < candidate_group; ++l) reach[l] += order[i + l] >= higher;
+CSAE_INLINE int32_t bound_of_kth(const int32_t* order, int64_t n, int64_t k, bool& exactly_k) {
+    int32_t lowest = order[0], highest = order[0];
+    for (int64_t i = 1; i < n; ++i) {
+        lowest = order[i] < lowest ? order[i] : lowest;
+        highest = order[i] > highest ? order[i] : highest;
+    }
+    // At least k reach `low`, fewer than k reach what is above `high`.
+    int64_t low = lowest, high = highest;
+    exactly_k = false;
+    while (low < high && !exactly_k) {
+        const auto middle = static_cast<int32_t>(high - (high - low) / 2);
+        int32_t reach = 0;
+        for (int64_t i = 0; i < n; ++i) reach += order[i] >= middle;
+        exactly_k = reach == k;
+        if (reach < k) {
+            high = int64_t{middle} - 1;
+        } else {
+            low = middle;
         }
-        int32_t total = 0;
-        for (int32_t r : reach) total += r;
-        if (total >= k) bound = higher;
-        exactly_k = total == k;
-        if (exactly_k) break;
     }
-    return bound;
-}
-
-CSAE_INLINE void keep(Candidates& candidates, int32_t bound, int64_t ties) {
-    int64_t kept = 0;
-    for (int64_t i = 0; i < candidates.count; ++i) {
-        const int32_t order = candidates.order[i];
-        candidates.order[kept] = order;
-        candidates.columns[kept] = candidates.columns[i];
-        const bool tie = order == bound;
-        kept += (order > bound) | (tie & (ties > 0));
-        ties -= tie;
-    }
-    candidates.count = kept;
+    return static_cast<int32_t>(low);
 }
 
 CSAE_INLINE void rank(int64_t* keys, int64_t n, int64_t* ranks) {
@@ -109,24 +90,17 @@ int64_t find_portable(const float* row, const float* bias, int64_t n_blocks, flo
     return found;
 }
 
-int64_t append_portable(const float* row, const float* bias, const int32_t* blocks, const uint64_t* columns,
-                        int64_t n_blocks, int64_t first_column, int64_t limit, Candidates& to, bool& nan) {
-    return append(row, bias, blocks, columns, n_blocks, first_column, limit, to, nan);
-}
-
 void group_maxima_portable(const float* row, const float* bias, int64_t n, int32_t* order, int64_t groups) {
     group_maxima(row, bias, n, order, groups);
 }
 
-int32_t bound_of_kth_portable(int32_t* order, int64_t n, int64_t k, bool& exactly_k) {
+int32_t bound_of_kth_portable(const int32_t* order, int64_t n, int64_t k, bool& exactly_k) {
     return bound_of_kth(order, n, k, exactly_k);
 }
 
-void keep_portable(Candidates& candidates, int32_t bound, int64_t ties) { keep(candidates, bound, ties); }
-
 void rank_portable(int64_t* keys, int64_t n, int64_t* ranks) { rank(keys, n, ranks); }
 
-constexpr TopkScan portable = {find_portable, append_portable, group_maxima_portable, bound_of_kth_portable, keep_portable, rank_portable};
+constexpr TopkScan portable = {find_portable, group_maxima_portable, bound_of_kth_portable, rank_portable};
 
 #if CSAE_X86
 
@@ -137,6 +111,7 @@ CSAE_AVX2 int64_t find_avx2(const float* row, const float* bias, int64_t n_block
     const __m256 t = _mm256_set1_ps(threshold);
     int64_t found = 0;
     for (int64_t b = 0; b < n_blocks; ++b, row += block_width, bias += block_width) {
+        fetch_block(row + ahead);
         uint64_t bits = 0;
         for (int c = 0; c < block_width; c += 8) {
             const __m256 x = _mm256_add_ps(_mm256_loadu_ps(row + c), _mm256_loadu_ps(bias + c));
@@ -151,24 +126,17 @@ CSAE_AVX2 int64_t find_avx2(const float* row, const float* bias, int64_t n_block
     return found;
 }
 
-CSAE_AVX2 int64_t append_avx2(const float* row, const float* bias, const int32_t* blocks, const uint64_t* columns,
-                              int64_t n_blocks, int64_t first_column, int64_t limit, Candidates& to, bool& nan) {
-    return append(row, bias, blocks, columns, n_blocks, first_column, limit, to, nan);
-}
-
 CSAE_AVX2 void group_maxima_avx2(const float* row, const float* bias, int64_t n, int32_t* order, int64_t groups) {
     group_maxima(row, bias, n, order, groups);
 }
 
-CSAE_AVX2 int32_t bound_of_kth_avx2(int32_t* order, int64_t n, int64_t k, bool& exactly_k) {
+CSAE_AVX2 int32_t bound_of_kth_avx2(const int32_t* order, int64_t n, int64_t k, bool& exactly_k) {
     return bound_of_kth(order, n, k, exactly_k);
 }
 
-CSAE_AVX2 void keep_avx2(Candidates& candidates, int32_t bound, int64_t ties) { keep(candidates, bound, ties); }
-
 CSAE_AVX2 void rank_avx2(int64_t* keys, int64_t n, int64_t* ranks) { rank(keys, n, ranks); }
 
-constexpr TopkScan avx2 = {find_avx2, append_avx2, group_maxima_avx2, bound_of_kth_avx2, keep_avx2, rank_avx2};
+constexpr TopkScan avx2 = {find_avx2, group_maxima_avx2, bound_of_kth_avx2, rank_avx2};
 
 // --- AVX-512 -----------------------------------------------------------------------------------------------
 
@@ -181,6 +149,7 @@ CSAE_AVX512 int64_t find_avx512(const float* row, const float* bias, int64_t n_b
     const __m512 t = _mm512_set1_ps(threshold);
     int64_t found = 0;
     for (int64_t b = 0; b < n_blocks; ++b, row += block_width, bias += block_width) {
+        fetch_block(row + ahead);
         const __mmask16 m0 = _mm512_cmp_ps_mask(sum_avx512(row, bias), t, _CMP_NLT_UQ);
         const __mmask16 m1 = _mm512_cmp_ps_mask(sum_avx512(row + 16, bias + 16), t, _CMP_NLT_UQ);
         const __mmask16 m2 = _mm512_cmp_ps_mask(sum_avx512(row + 32, bias + 32), t, _CMP_NLT_UQ);
@@ -194,43 +163,17 @@ CSAE_AVX512 int64_t find_avx512(const float* row, const float* bias, int64_t n_b
     return found;
 }
 
-CSAE_AVX512 int64_t append_avx512(const float* row, const float* bias, const int32_t* blocks, const uint64_t* columns,
-                                  int64_t n_blocks, int64_t first_column, int64_t limit, Candidates& to, bool& nan) {
-    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    uint32_t unordered = 0;
-    int64_t done = 0, count = to.count;
-    for (; done < n_blocks && count <= limit; ++done) {
-        for (int c = 0; c < block_width; c += 16) {
-            const int64_t first = blocks[done] * block_width + c;
-            const auto here = static_cast<__mmask16>(columns[done] >> c);
-            const __m512 x = _mm512_add_ps(sum_avx512(row + first, bias + first), _mm512_setzero_ps());
-            unordered |= _cvtmask16_u32(_mm512_mask_cmp_ps_mask(here, x, x, _CMP_UNORD_Q));
-            const __m512i bits = _mm512_castps_si512(x);
-            const __m512i flip = _mm512_and_si512(_mm512_srai_epi32(bits, 31), _mm512_set1_epi32(0x7fffffff));
-            const __m512i column = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(first_column + first)));
-            _mm512_storeu_si512(to.order + count, _mm512_maskz_compress_epi32(here, _mm512_xor_si512(bits, flip)));
-            _mm512_storeu_si512(to.columns + count, _mm512_maskz_compress_epi32(here, column));
-            count += __builtin_popcount(_cvtmask16_u32(here));
-        }
-    }
-    to.count = count;
-    nan |= unordered != 0;
-    return done;
-}
-
 CSAE_AVX512 void group_maxima_avx512(const float* row, const float* bias, int64_t n, int32_t* order, int64_t groups) {
     group_maxima(row, bias, n, order, groups);
 }
 
-CSAE_AVX512 int32_t bound_of_kth_avx512(int32_t* order, int64_t n, int64_t k, bool& exactly_k) {
+CSAE_AVX512 int32_t bound_of_kth_avx512(const int32_t* order, int64_t n, int64_t k, bool& exactly_k) {
     return bound_of_kth(order, n, k, exactly_k);
 }
 
-CSAE_AVX512 void keep_avx512(Candidates& candidates, int32_t bound, int64_t ties) { keep(candidates, bound, ties); }
-
 CSAE_AVX512 void rank_avx512(int64_t* keys, int64_t n, int64_t* ranks) { rank(keys, n, ranks); }
 
-constexpr TopkScan avx512 = {find_avx512, append_avx512, group_maxima_avx512, bound_of_kth_avx512, keep_avx512, rank_avx512};
+constexpr TopkScan avx512 = {find_avx512, group_maxima_avx512, bound_of_kth_avx512, rank_avx512};
 
 #endif
 

@@ -23,15 +23,8 @@ inline float from_ordered(int32_t order) {
 // A row is read in blocks of 64 columns: a bit for each in one integer.
 constexpr int64_t block_width = 64;
 
-// Candidates are worked on 16 at a time: their arrays have room for a whole number of these.
-constexpr int64_t candidate_group = 16;
-
-// What may still be among the k largest of a row: ordered(value), with -0.0 made 0.0, and the column, by column.
-struct Candidates {
-    int32_t* order;
-    int32_t* columns;
-    int64_t count;
-};
+// Maxima are worked on so many at a time.
+constexpr int64_t group_unit = 16;
 
 struct TopkScan {
     // The blocks of row + bias that have something not below the threshold, NaN included, in order, and for each a bit
@@ -39,20 +32,13 @@ struct TopkScan {
     int64_t (*find)(const float* row, const float* bias, int64_t n_blocks, float threshold, int32_t* blocks,
                     uint64_t* columns);
 
-    // Appends the columns found in n_blocks blocks, one block after the other while no more than `limit` candidates are
-    // there, and sets `nan` where there is one. Returns how many blocks. Writes nothing past limit + 64 places.
-    int64_t (*append)(const float* row, const float* bias, const int32_t* blocks, const uint64_t* columns,
-                      int64_t n_blocks, int64_t first_column, int64_t limit, Candidates& to, bool& nan);
-
-    // order [groups]: the largest of every groups-th of row + bias [n]. groups is a multiple of 16, and n of groups.
+    // order [groups]: the largest of every groups-th of row + bias [n]. groups is a multiple of group_unit, n one of
+    // groups.
     void (*group_maxima)(const float* row, const float* bias, int64_t n, int32_t* order, int64_t groups);
 
     // The largest bound that at least k of order [n] reach; or a lower one that exactly k reach, and then `exactly_k`.
-    // Needs 1 <= k <= n. Writes up to the next multiple of 16.
-    int32_t (*bound_of_kth)(int32_t* order, int64_t n, int64_t k, bool& exactly_k);
-
-    // Leaves the candidates above the bound, and the first `ties` of those that are equal to it.
-    void (*keep)(Candidates& candidates, int32_t bound, int64_t ties);
+    // Needs 1 <= k <= n.
+    int32_t (*bound_of_kth)(const int32_t* order, int64_t n, int64_t k, bool& exactly_k);
 
     // ranks [n]: how many of keys [n] are larger. Both have room for n rounded up to a multiple of 8.
     void (*rank)(int64_t* keys, int64_t n, int64_t* ranks);

@@ -220,7 +220,7 @@ void topk_rows() {
     const auto bias = input_of(1, d_sae, one_in(2) ? kind : plain);
     const auto values = output<float>(n, k);
     const auto indices = output<int64_t>(n, k);
-    const int64_t capacity = (k + 64 + below(one_in(2) ? 64 : 2 * d_sae) + 15) / 16 * 16;
+    const int64_t capacity = k + 64 + below(one_in(2) ? 64 : 2 * d_sae);
     const Matrix<int32_t> orders(n, capacity, capacity), columns(n, capacity, capacity), count(1, n, n);
     const Matrix<float> threshold(1, n, n);
     std::fill_n(count.data(), n, 0);
