@@ -20,7 +20,7 @@ from csae.ops import lookback_attention, sparse_decode, topk_encode
 
 from . import attention, ours, peers, plain
 from .data import Built, Data, Shape
-from .step import LR
+from .step import LR, direction
 
 Build = Callable[[Data], Built]
 OURS = "csae"
@@ -80,7 +80,7 @@ def _look_back_reference(data: Data) -> dict[str, Tensor]:
 
 
 def _topk_step_reference(data: Data) -> dict[str, Tensor]:
-    """With the moves of a decoder whose rows need not keep unit norm, as SAELens has it, beside those of ours."""
+    """With the direction of a decoder whose rows need not keep unit norm, as SAELens has it, beside those of ours."""
     x = data.x.double()
 
     def forward(W: dict[str, Tensor]) -> Tensor:
@@ -110,7 +110,7 @@ def _first_step(
     slower: tuple[str, ...] = (),
     unit_rows: bool = True,
 ) -> dict[str, Tensor]:
-    """How far Adam's first step on the fraction of variance unexplained moves each of the weights.
+    """Which way Adam's first step on the fraction of variance unexplained moves each of the weights.
 
     slower: those with a quarter of the learning rate. unit_rows: W_dec's rows keep unit norm.
     """
@@ -128,7 +128,7 @@ def _first_step(
         optimizer.step()
         if unit_rows:
             W_dec /= W_dec.norm(dim=1, keepdim=True)
-    return {name: moved[name].detach() - start[name] for name in moved}
+    return {name: direction(moved[name].detach() - start[name]) for name in moved}
 
 
 # --- floors ------------------------------------------------------------------------------------------------
@@ -260,8 +260,8 @@ TOPK_STEP = Case(
     _topk_step_reference,
     {
         OURS: ours.step(ours.topk_sae),
-        # Its first step is Adam's but for the place of eps.
-        "csae, lazy Adam": ours.step(ours.topk_sae, lazy=True, eps=1e-12),
+        # With this eps its first step is Adam's: SparseAdam adds eps before the correction by beta2, not after.
+        "csae, lazy Adam": ours.step(ours.topk_sae, lazy=True, eps=1e-8 * (1 - 0.999) ** 0.5),
         "csae, bfloat16 moments": ours.step(ours.topk_sae, moments=torch.bfloat16),
         "csae, plain autograd + torch Adam": ours.autograd_step(ours.topk_sae),
         "mm": plain.product,

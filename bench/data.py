@@ -50,7 +50,7 @@ SHAPES = {
     )
 }
 # Where every implementation is held against the reference in float64 before it is timed.
-CHECK = Shape("check", 64, 512, 512, 4, T=32, heads=2, d_head=16, d_value=16, planted=True)
+CHECK = Shape("check", 256, 512, 512, 4, T=128, heads=2, d_head=16, d_value=16, planted=True)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from .data import Built, Data, Skip
 from .step import LR, Step
 
-# The name of a decoder's moves where its rows need not keep unit norm.
+# The name of a decoder's direction where its rows need not keep unit norm.
 FREE_ROWS = "W_dec, free rows"
 
 PACKAGES = ("eai-sparsify", "sae-lens", "dictionary-learning")
@@ -121,8 +121,8 @@ def _sae_lens(data: Data, sparse: bool) -> Built:
     built = state.built(run)
 
     def outputs() -> dict[str, Tensor]:
-        moves = built.outputs()
-        return {FREE_ROWS if name == "W_dec" else name: move for name, move in moves.items()}
+        found = built.outputs()
+        return {FREE_ROWS if name == "W_dec" else name: direction for name, direction in found.items()}
 
     return built._replace(outputs=outputs)
 

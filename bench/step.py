@@ -1,4 +1,4 @@
-"""What training steps share: float32 weights that begin as the data's, and how far the first step moves them."""
+"""What training steps share: float32 weights that begin as the data's, and which way the first step moves them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ from .data import Built
 LR = 1e-3
 
 
-class Step:
-    """A step's parameters, and the moves of the first step, which is what is compared.
+def direction(move: Tensor) -> Tensor:
+    """Which way each weight moved: 1 or -1, or between where it moved by less than a tenth of the learning rate.
 
-    The first step of Adam moves each weight by about the learning rate, whatever the scale of the loss: so losses
-    that are multiples of each other, as those of the peers are, make the same step.
+    The first step of Adam is the sign of the gradient, whatever the scale of the loss, but where the gradient is about
+    as small as eps. So the steps of losses that are multiples of each other, as those of the peers are, have one
+    direction.
+    """
+    return (move * (10 / LR)).clamp(-1, 1)
+
+
+class Step:
+    """A step's parameters, and the direction of the first step, which is what is compared.
 
     start: the weights by name, as the data has them. transposed: those that an implementation keeps the other way.
     """
@@ -40,9 +47,9 @@ class Step:
     def built(self, run: Callable[[], object]) -> Built:
         def outputs() -> dict[str, Tensor]:
             run()
-            moves = {}
+            found = {}
             for (name, before), after in zip(self.start.items(), self.parameters, strict=True):
-                moves[name] = (after.T if name in self.transposed else after).detach() - before
-            return moves
+                found[name] = direction((after.T if name in self.transposed else after).detach() - before)
+            return found
 
         return Built(run, outputs, self.parameters)
