@@ -7,6 +7,7 @@ functions in `csae.kernels.portable` do the work in PyTorch.
 from .feature_rows import adam_rows, feature_sums, sort_pairs
 from .library import available, describe, warn_once, why_not
 from .lookback_attention import lookback_backward, lookback_forward
+from .read_memory import read_memory
 from .sparse_sums import feature_sum, gather_dot, gather_sum
 from .topk_rows import topk_add, topk_capacity, topk_finish, topk_start
 
@@ -20,6 +21,7 @@ __all__ = [
     "gather_sum",
     "lookback_backward",
     "lookback_forward",
+    "read_memory",
     "sort_pairs",
     "topk_add",
     "topk_capacity",

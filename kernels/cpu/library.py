@@ -56,6 +56,18 @@ class Attention(ctypes.Structure):
     )
 
 
+class Memory(ctypes.Structure):
+    """csae_memory in src/csae_cpu.h"""
+
+    _fields_ = (
+        *(("q", c_void_p), ("q_stride", c_int64)),
+        *(("memory", c_void_p), ("memory_stride_b", c_int64), ("memory_stride_l", c_int64)),
+        *(("takes_part", c_void_p), ("takes_part_stride", c_int64)),
+        *((name, c_void_p) for name in ("slope", "null", "start", "looks")),
+        *((name, c_int64) for name in ("B", "L", "H", "d_head", "d_value", "t")),
+    )
+
+
 class SortedPairs(ctypes.Structure):
     """csae_pairs in src/csae_cpu.h"""
 
@@ -123,6 +135,7 @@ _SIGNATURES = {
     "csae_sort_pairs": (c_int, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int]),
     "csae_feature_sums": (c_int, [POINTER(SortedPairs), POINTER(DenseGradient), c_int, c_int]),
     "csae_adam_rows": (c_int, [POINTER(SortedPairs), POINTER(AdamTable), c_int, POINTER(AdamStep), c_int]),
+    "csae_read_memory": (c_int, [POINTER(Memory), c_void_p, c_int64, c_int]),
     "csae_lookback_forward": (c_int, [POINTER(Attention), c_void_p, c_void_p, c_int]),
     "csae_lookback_backward": (
         c_int,

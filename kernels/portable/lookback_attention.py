@@ -101,6 +101,8 @@ def read_memory(
     in row j % L; takes_part [B, L] bool: which may be looked at; start [B]: the first position in sight; looks [B]
     bool: which sequences look at all -> [B, H * d_value] in memory's dtype. What is more than L back is forgotten.
     """
+    if on_native(memory):
+        return cpu.read_memory(q, memory, takes_part, slope, null, start, looks, t)
     B, H, d_head = q.shape
     room = min(t, memory.shape[1])
     rows = torch.arange(room, device=q.device)

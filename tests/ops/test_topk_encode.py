@@ -316,8 +316,8 @@ def test_encoding_again_less_something_of_low_rank():
         torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
         grad = torch.randn_like(values)
         ours, theirs = (torch.autograd.grad(of, (x, W, b), grad) for of in (values, expected))
-        for mine, reference in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(mine, reference)
+        for mine, theirs_of_it in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, theirs_of_it)
     torch.library.opcheck(torch.ops.csae.encode_and_keep.default, (x.detach(), W.detach(), b.detach(), 5))
     torch.library.opcheck(torch.ops.csae.encode_again.default, (kept, a, W_a, 5))
     detached = (x.detach().requires_grad_(), W, b, values.detach(), indices)

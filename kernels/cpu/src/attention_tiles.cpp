@@ -2,39 +2,12 @@
 
 #include <limits>
 
+#include "exponential.h"
 #include "isa.h"
 #include "register.h"
 
 namespace csae {
 namespace {
-
-template <int W>
-CSAE_INLINE Register<W> broadcast(float x) {
-    return {x - typename Register<W>::Floats{}};  // x - 0 is x, even for -0.0
-}
-
-// e^x to 2 ulp: 2^n times the Taylor series, of degree 7, on |r| <= log(2) / 2. Zero below -87, where float32 would
-// become denormal; infinity above 88.7; NaN stays NaN.
-template <int W>
-CSAE_INLINE Register<W> exp_of(const Register<W>& given) {
-    typedef typename Register<W>::Floats Floats;
-    typedef typename Register<W>::Bits Bits;
-    const Floats high = broadcast<W>(89.0f).x;
-    const Floats x = given.x > high ? high : given.x;
-    // Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits.
-    const Floats shifted = x * 1.44269504f + 12582912.0f;
-    const Floats n = shifted - 12582912.0f;
-    const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // log(2) in two parts, the first of few bits
-    Floats series = r * (1.0f / 5040) + 1.0f / 720;
-    series = series * r + 1.0f / 120;
-    series = series * r + 1.0f / 24;
-    series = series * r + 1.0f / 6;
-    series = series * r + 0.5f;
-    series = series * r + 1.0f;
-    series = series * r + 1.0f;
-    const Bits power = ((Bits)shifted + 127) << 23;
-    return {given.x < -87.0f ? Floats{} : series * (Floats)power};
-}
 
 template <int W>
 CSAE_INLINE float largest_of(const Register<W>& r) {

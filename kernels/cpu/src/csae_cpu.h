@@ -149,3 +149,22 @@ CSAE_EXPORT int csae_lookback_forward(const csae_attention* given, float* out, f
 CSAE_EXPORT int csae_lookback_backward(const csae_attention* given, const csae_heads* grad_out, const csae_heads* out,
                                        const float* lse, float* d_q, float* d_k, float* d_v, float* d_slope,
                                        float* d_null, int n_threads);
+
+// One position, number t, of each of B sequences, and the memory of the positions before: memory [B, L, width], the
+// keys of all heads and then their values of position j in row j % L; rows are contiguous. takes_part [B, L]: which
+// may be looked at. q [B, H * d_head]; start [B]: the first position in sight; looks [B]: whether a sequence looks.
+struct csae_memory {
+    const float* q;
+    int64_t q_stride;
+    const float* memory;
+    int64_t memory_stride_b, memory_stride_l;
+    const uint8_t* takes_part;
+    int64_t takes_part_stride;
+    const float *slope, *null;
+    const int64_t* start;
+    const uint8_t* looks;
+    int64_t B, L, H, d_head, d_value, t;
+};
+
+// out [B, H * d_value]: what csae_lookback_forward gives at that position, where L or fewer positions went before.
+CSAE_EXPORT int csae_read_memory(const csae_memory* given, float* out, int64_t out_stride, int n_threads);

@@ -1,0 +1,117 @@
+"""The native read of the memory, against the plain PyTorch one in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from csae.kernels import cpu
+from csae.kernels.cpu.library import ISAS, use_isa
+from csae.kernels.portable import lookback_attention as portable
+
+if not cpu.available():
+    pytest.skip(f"native library: {cpu.why_not()}", allow_module_level=True)
+
+
+@pytest.fixture(params=ISAS, autouse=True)
+def isa(request: pytest.FixtureRequest):
+    best = cpu.describe()["isa"]
+    try:
+        use_isa(request.param)
+    except ValueError:
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    use_isa(str(best))
+
+
+def inputs(B: int, L: int, H: int, d_head: int, d_value: int, t: int, scale: float = 1.0) -> list[Tensor | int]:
+    generator = torch.Generator().manual_seed(B + L + H + d_head + d_value + t)
+    normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    return [
+        scale * normal(B, H, d_head),
+        scale * normal(B, L, H * (d_head + d_value)),
+        torch.rand(B, L, generator=generator) > 0.2,
+        normal(H).abs(),
+        normal(H),
+        torch.randint(0, max(1, t), (B,), generator=generator),
+        torch.rand(B, generator=generator) > 0.1,
+        t,
+    ]
+
+
+SHAPES = [
+    (1, 1, 1, 1, 1, 0),
+    (1, 1, 1, 1, 1, 1),
+    (2, 5, 3, 7, 9, 4),  # room for more
+    (2, 5, 3, 7, 9, 5),
+    (3, 5, 2, 16, 32, 17),  # old positions forgotten
+    (4, 40, 8, 32, 64, 33),
+    (1, 17, 2, 33, 1, 100),
+    (2, 9, 1, 4, 0, 9),
+    (0, 4, 2, 3, 5, 3),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equal_to_the_plain_one(shape: tuple[int, ...]) -> None:
+    given = inputs(*shape)
+    wide = [of.double() if isinstance(of, Tensor) and of.is_floating_point() else of for of in given]
+    expected = portable.read_memory(*wide)  # type: ignore[arg-type]
+    torch.testing.assert_close(cpu.read_memory(*given).double(), expected, rtol=1e-5, atol=1e-5)  # type: ignore[arg-type]
+
+
+def test_large_scores_do_not_overflow() -> None:
+    given = inputs(2, 30, 2, 8, 4, 30, scale=40)
+    wide = [of.double() if isinstance(of, Tensor) and of.is_floating_point() else of for of in given]
+    expected = portable.read_memory(*wide)  # type: ignore[arg-type]
+    torch.testing.assert_close(cpu.read_memory(*given).double(), expected, rtol=1e-4, atol=1e-3)  # type: ignore[arg-type]
+
+
+def test_nan_is_seen_where_it_is_looked_at() -> None:
+    q, memory, takes_part, slope, null, start, looks, t = inputs(3, 8, 2, 4, 4, 8)
+    assert isinstance(memory, Tensor)
+    assert isinstance(takes_part, Tensor)
+    memory[1, 5] = torch.nan
+    start, looks = torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=torch.bool)
+    takes_part[:] = True
+    seen = cpu.read_memory(q, memory, takes_part, slope, null, start, looks, t)  # type: ignore[arg-type]
+    assert seen[1].isnan().all()
+    assert seen[[0, 2]].isfinite().all()
+    takes_part[1, 5] = False
+    hidden = cpu.read_memory(q, memory, takes_part, slope, null, start, looks, t)  # type: ignore[arg-type]
+    assert hidden.isfinite().all()
+
+
+def test_any_strides_and_any_number_of_threads() -> None:
+    q, memory, takes_part, slope, null, start, looks, t = inputs(5, 12, 2, 3, 4, 11)
+    assert isinstance(memory, Tensor)
+    expected = cpu.read_memory(q, memory, takes_part, slope, null, start, looks, t)  # type: ignore[arg-type]
+    wider = torch.zeros(5, 12, 2, memory.shape[2])
+    wider[:, :, 1] = memory
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            found = cpu.read_memory(q, wider[:, :, 1], takes_part, slope, null, start, looks, t)  # type: ignore[arg-type]
+            assert torch.equal(found, expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "error", "words"),
+    [
+        (0, torch.zeros(2, 3, 7, dtype=torch.float64), TypeError, "q: given torch.float64"),
+        (1, torch.zeros(3, 5, 48), ValueError, "memory: given shape"),
+        (1, torch.zeros(2, 5, 47), ValueError, "memory: given rows of 47"),
+        (2, torch.zeros(2, 4, dtype=torch.bool), ValueError, "takes_part: given shape"),
+        (5, torch.zeros(2, dtype=torch.int32), TypeError, "start: given torch.int32"),
+        (7, -1, ValueError, "t: given -1"),
+    ],
+)
+def test_bad_arguments(place: int, value: object, error: type[Exception], words: str) -> None:
+    given = inputs(2, 5, 3, 7, 9, 4)
+    given[place] = value  # type: ignore[call-overload]
+    with pytest.raises(error, match=words):
+        cpu.read_memory(*given)  # type: ignore[arg-type]
