@@ -17,6 +17,7 @@ import torch
 
 from csae import SAE, ContextualSAE, TopKSAE
 from csae.activations import Batch
+from csae.adam import Adam
 from csae.train import TrainConfig, adam, train_step
 
 from .measure import resident
@@ -45,8 +46,8 @@ def _step(
     dead: int,
     config: TrainConfig,
     device: torch.device,
-    optimizer: torch.optim.Optimizer | None = None,
-) -> tuple[torch.optim.Optimizer, object]:
+    optimizer: Adam | None = None,
+) -> tuple[Adam, object]:
     optimizer = optimizer or adam(sae, config)
     shape = (max(1, n // T), min(n, T))
     batch = Batch(
