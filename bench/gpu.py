@@ -129,7 +129,7 @@ def sanitizer(here: Here, tool: str, seconds: float) -> str:
     if here.rehearse:
         if tool != "memcheck":
             return f"would run: {shlex.join(command)}"
-        ran = last_line(run(here, tool, sanitize, seconds, environment))
+        ran = last_line(run(here, tool, sanitize, seconds, {"TRITON_INTERPRET": "1"}))
         return f"{ran} in the interpreter; would run: {shlex.join(command)}"
     if shutil.which(command[0]) is None:
         raise Skip("compute-sanitizer is not installed")
@@ -142,7 +142,7 @@ def tune(here: Here, seconds: float) -> str:
     """The fastest tiles; compiling and the last candidate may take a little longer than it is given."""
     sizes = ["--shapes", "tiny", "--most", "1"] if here.rehearse else ["--shapes", *SHAPES]
     sizes += ["--seconds", f"{0.8 * seconds:.0f}", "--into", str(here.tuned)]
-    python(here, "tune", ["-m", "bench.tune", *sizes], seconds)
+    python(here, "tune", ["-m", "bench.tune", *sizes], seconds, {"TRITON_INTERPRET": "1"} if here.rehearse else None)
     entries = json.loads(here.tuned.read_text())["cpu" if here.rehearse else here.device]
     return f"{len(entries)} kernels are faster in another form than by default: {here.tuned.name}"
 
@@ -238,8 +238,6 @@ def run(here: Here, log: str, command: list[str], seconds: float, environment: d
     """
     path = here.state / f"{log}.log"
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(environment or {})}
-    if here.rehearse:
-        variables["TRITON_INTERPRET"] = "1"
     with path.open("a+") as file:
         file.write(f"\n$ {shlex.join(command)}\n")
         file.flush()
@@ -322,7 +320,7 @@ def main() -> int:
     state.mkdir(parents=True, exist_ok=True)
     device = "rehearsal" if args.rehearse else torch.cuda.get_device_name()
     if args.rehearse:
-        outputs = (state, state / "RESULTS.md", state / "tuned.json")
+        outputs = (state / "results", state / "RESULTS.md", state / "tuned.json")
     else:
         outputs = (ROOT / "bench" / "results", ROOT / "bench" / "RESULTS.md", ROOT / "kernels/triton/tuned.json")
     here = Here(device, args.rehearse, args.peers and args.peers.resolve(), state, *outputs)
