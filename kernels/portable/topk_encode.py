@@ -16,8 +16,8 @@ from .. import cpu
 from . import on_native
 
 # Pre-activations of one tile, and the candidates of its rows.
-TILE_BYTES = 8 << 20
-CANDIDATES_BYTES = 6 << 20
+TILE_BYTES = 12 << 20
+CANDIDATES_BYTES = 4 << 20
 TILE_ROWS = 2048
 # Half precision is widened so much of W_enc at a time: W_enc is never copied whole.
 WIDE_BYTES = 4 << 20
@@ -90,7 +90,9 @@ def _tile(x: Tensor, d_sae: int, k: int) -> tuple[int, int]:
         rows = min(rows, WIDE_BYTES // (itemsize * max(1, d_in)))
     # Chunks of nearly equal size.
     rows = -(-n // -(-n // max(1, rows)))
-    return rows, min(d_sae, max(1, TILE_BYTES // itemsize // rows))
+    columns = max(1, TILE_BYTES // itemsize // rows)
+    # The native library reads 64 columns at a time.
+    return rows, min(d_sae, columns if columns < 64 else columns // 64 * 64)
 
 
 def _plain_tile(n: int, d_sae: int, k: int, itemsize: int) -> tuple[int, int]:
