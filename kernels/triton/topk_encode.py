@@ -15,6 +15,23 @@ Each range has a workspace [rows, width], reused by the next, and two kernels:
 Last `_finish` sorts k entries a row. The bound is proved, not guessed: there is no overflow and nothing to fall back
 to, whatever the numbers are. Launches and allocations depend on shapes alone.
 
+The other scheme is in topk_threshold.py: a threshold guessed from a sample, one product that appends what exceeds it,
+a count as the proof, and a fallback. At the shapes below, of which both do the same operations:
+
+|                                          | a bound from ranges (here)  | a sampled threshold                   |
+|------------------------------------------|-----------------------------|---------------------------------------|
+| bytes written by the product, A, B, C    | 0.32, 0.49, 0.61 GB         | 0.14, 0.23, 0.36 GB                   |
+| all pre-activations would be             | 1.07, 2.15, 4.29 GB         |                                       |
+| launches, A, B, C                        | 12, 20, 38                  | 24, 32, 56, half of them for fallback |
+| sm_90, 128 x 256, bf16: registers, spill | 244, 0                      | 252, 0 (on sm_100 64 bytes)           |
+| shared memory, instructions in all       | 176 KB, 1712                | 160 KB, 2544                          |
+| in the epilogue                          | 32 shuffles a thread        | 256, and an atomic addition a hit     |
+| redone                                   | nothing                     | rows of which the sample misleads     |
+
+This one is kept: it can't fail, needs no luck with the order of features, and its epilogue is half as long, which at
+A counts for more than 0.18 GB (0.06 ms, most of it under the product). A GPU has to confirm it; it may not at C,
+where the product is 95% of either and there are 18 ranges.
+
 Times written beside the kernels are predicted, none is measured: the larger of operations and bytes at the rates that
 an H100 was measured to reach, 798 TFLOP/s in bf16 and 3.0 TB/s. The shapes are those of the benchmark:
 A n=8192, d_in=768, d_sae=32768, k=32; B 8192, 2304, 65536, 64; C 8192, 4096, 131072, 64.
@@ -22,6 +39,7 @@ A n=8192, d_in=768, d_sae=32768, k=32; B 8192, 2304, 65536, 64; C 8192, 4096, 13
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -114,17 +132,47 @@ def _write_hits(
     tl.store(p_acts, b_grouped, mask=m_hit)
 
 
+@triton.jit
+def _multiply_tile(
+    x_ptr,
+    W_ptr,
+    o_m,
+    o_n,
+    m_m,
+    m_n,
+    d_in,
+    depth,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """x[o_m, :depth] W_enc[o_n, :depth]^T, in float32."""
+    o_k = tl.arange(0, BLOCK_K)
+    p_x = x_ptr + o_m.to(tl.int64)[:, None] * d_in + o_k[None, :]
+    p_W = W_ptr + o_n.to(tl.int64)[:, None] * d_in + o_k[None, :]
+    b_acts = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, depth, BLOCK_K):
+        m_k = o_k < depth - start
+        # [BLOCK_M, BLOCK_K]
+        b_x = tl.load(p_x + start, mask=m_m[:, None] & m_k[None, :], other=0.0)
+        # [BLOCK_N, BLOCK_K]
+        b_W = tl.load(p_W + start, mask=m_n[:, None] & m_k[None, :], other=0.0)
+        b_acts = tl.dot(b_x, b_W.T, b_acts, input_precision=PRECISION)
+    return b_acts
+
+
 # acts[r, f] = <x_{first+r}, W_enc_f> + b_enc_f where its group of columns has a maximum above bound[r], and
 # maxima[r, g] = the largest of columns g*GROUP : (g+1)*GROUP, NaN if one is NaN. With SUBTRACT, in place:
 # acts[r, f] - <x_{first+r}, W_enc_f>. With GATED, only rows of `only`; a tile without one costs a load.
 #
 # A program makes a tile [BLOCK_M, BLOCK_N], for any width and stride: where they are multiples of UNIT > 1, and the
 # columns of GROUP, it loads and stores 16 bytes at a time.
-# Operations: 2 rows d_in columns. Bytes: W_enc once for every GROUP_M row blocks, mostly from L2; x from L2;
-# written 4 bytes for each column of a group above the bound and 4 a group.
+# Operations: 2 rows d_in columns. Bytes: x once; W_enc once for every GROUP_M row blocks, from L2 where a range of it
+# fits (A 10, B 34, C 61 MB); written 4 bytes for each column of a group above the bound and 4 a group.
 # Floor: the operations, at the rate of the tensor cores. Predicted for all ranges, A 0.52, B 3.10, C 11.0 ms; the
-# bytes would take A 0.14, B 0.38, C 0.96 ms. Written are A 0.32, B 0.49, C 0.61 GB of 1.1, 2.1, 4.3 GB of
-# pre-activations: one range, k/q groups a row in the range after q others, and the maxima.
+# bytes would take A 0.14, B 0.7, C 2.1 ms with GROUP_M = 16. Written are A 0.32, B 0.49, C 0.61 GB of
+# 1.1, 2.1, 4.3 GB of pre-activations: one range, k/q groups a row in the range after q others, and the maxima.
 # With SUBTRACT and d_in = 512, bytes and operations come close: 4 bytes read a column, and about a quarter of them
 # written; A 0.45, B 0.89, C 1.79 ms by bytes, 0.34, 0.69, 1.38 ms by operations.
 @jit
@@ -159,23 +207,14 @@ def _pre_acts(
     block_m, block_n = _tile(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
     o_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_k = tl.arange(0, BLOCK_K)
     m_m = o_m < rows
     m_n = o_n < columns
-    p_x = x_ptr + (first + o_m).to(tl.int64)[:, None] * d_in + o_k[None, :]
-    p_W = W_ptr + o_n.to(tl.int64)[:, None] * d_in + o_k[None, :]
+    depth = d_in
     if GATED:
         # [BLOCK_M]
         m_m = m_m & (tl.load(only_ptr + first + o_m, mask=m_m, other=0) != 0)
-        d_in = tl.where(tl.max(m_m.to(tl.int32), 0) > 0, d_in, 0)
-    b_acts = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, d_in, BLOCK_K):
-        m_k = o_k < d_in - start
-        # [BLOCK_M, BLOCK_K]
-        b_x = tl.load(p_x + start, mask=m_m[:, None] & m_k[None, :], other=0.0)
-        # [BLOCK_N, BLOCK_K]
-        b_W = tl.load(p_W + start, mask=m_n[:, None] & m_k[None, :], other=0.0)
-        b_acts = tl.dot(b_x, b_W.T, b_acts, input_precision=PRECISION)
+        depth = tl.where(tl.max(m_m.to(tl.int32), 0) > 0, d_in, 0)
+    b_acts = _multiply_tile(x_ptr, W_ptr, first + o_m, o_n, m_m, m_n, d_in, depth, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     if not SUBTRACT:
         # [BLOCK_N]
         b_acts += tl.load(bias_ptr + o_n, mask=m_n, other=0.0)[None, :]
@@ -187,6 +226,7 @@ def _pre_acts(
 
 # The same for widths that are multiples of 16 bytes and whole groups of columns, on Hopper and later.
 #
+# GROUP_M = 16 makes the 132 tiles that an H100 has in flight a square: 16 blocks of 128 rows, 8 of 256 columns.
 # RESIDENT programs a multiprocessor walk over the tiles, and a TMA descriptor fetches the blocks of x and W_enc. With
 # FLATTEN the loops are one: the first blocks of the next tile arrive while the last one is written. A tile of
 # 128 x 256 is what shared memory can feed: per step of 64 it takes 1024 cycles to multiply in 16 bits, and 48 KB in
@@ -462,7 +502,7 @@ def _tma_variant(dtype: torch.dtype) -> Variant:
     return Variant(
         _pre_acts_tma,
         {"x_desc": dtype, "W_desc": dtype, **floats},
-        {**blocks, "GROUP_M": 8, "GROUP": GROUP, "PRECISION": "tf32", "FLATTEN": True, "RESIDENT": 1},
+        {**blocks, "GROUP_M": 16, "GROUP": GROUP, "PRECISION": "tf32", "FLATTEN": True, "RESIDENT": 1},
         num_warps=8,
         num_stages=3,
         descriptors={"x_desc": ("BLOCK_M", "BLOCK_K"), "W_desc": ("BLOCK_N", "BLOCK_K")},
@@ -510,11 +550,11 @@ def candidates(variant: Variant) -> list[Variant]:
     """Other forms of a product that its launcher may take: for `make gpu` to try and `tuned.json` to name."""
     changes: list[dict[str, int]] = []
     if variant.kernel is _pre_acts_tma:
-        changes = [{"num_stages": 4}, {"FLATTEN": False, "num_stages": 4}, {"GROUP_M": 16}]
+        changes = [{"num_stages": 4}, {"FLATTEN": False, "num_stages": 4}, {"GROUP_M": 8}]
         if variant.tensors["x_desc"].itemsize == 2:
             # Two programs a multiprocessor: one multiplies while the other writes.
             twice = {"BLOCK_N": 128, "num_warps": 4, "RESIDENT": 2}
-            changes += [{"BLOCK_M": 256, "BLOCK_N": 128}, twice, {**twice, "FLATTEN": False}]
+            changes += [twice, {**twice, "FLATTEN": False}]
     elif variant.kernel is _pre_acts and variant.constants["UNIT"] > 1 and variant.constants["PRECISION"] != "ieee":
         changes = [{"num_stages": 4}, {"GROUP_M": 16}]
     elif variant.kernel is _merge:
@@ -624,22 +664,29 @@ def _multiply(
     only: Tensor | None = None,
 ) -> None:
     """Launch `product` for rows first .. first + chunk of x and all of W_enc; acts starts where they are to go."""
-    here, d_in = W_enc.shape
-    constants = product.constants
-    tiles = triton.cdiv(chunk, constants["BLOCK_M"]) * triton.cdiv(here, constants["BLOCK_N"])
+    grid, (x_given, W_given, *sizes) = product_grid(product, x, W_enc, first, chunk)
+    tensors = (x_given, W_given, bias, bound, acts, maxima)
     groups = maxima.shape[1]
     if product.kernel is _pre_acts_tma:
-        steps = triton.cdiv(d_in, constants["BLOCK_K"])
-        programs = min(tiles, _programs(x.device) * constants["RESIDENT"])
-        x_desc = TensorDescriptor.from_tensor(x[first : first + chunk], product.block("x_desc"))
-        W_desc = TensorDescriptor.from_tensor(W_enc, product.block("W_desc"))
-        sizes = (chunk, here, steps, stride // GROUP, groups, programs)
-        product.launch((programs,), x_desc, W_desc, bias, bound, acts, maxima, *sizes)
+        *sizes, programs = sizes
+        product.launch(grid, *tensors, *sizes, stride // GROUP, groups, programs)
     else:
-        unit = constants["UNIT"]
-        sizes = (first, chunk, here, d_in // unit, stride // GROUP if unit > 1 else stride, groups)
-        unused = maxima.view(torch.int32)
-        product.launch((tiles,), x, W_enc, bias, bound, acts, maxima, unused if only is None else only, *sizes)
+        gate = maxima.view(torch.int32) if only is None else only
+        stride = stride // GROUP if product.constants["UNIT"] > 1 else stride
+        product.launch(grid, *tensors, gate, *sizes, stride, groups)
+
+
+def product_grid(product: Variant, x: Tensor, W_enc: Tensor, first: int, chunk: int) -> tuple[tuple[int], list[Any]]:
+    """The grid of a product of rows first .. first + chunk of x and all of W_enc, and what it is given of them."""
+    (here, d_in), constants = W_enc.shape, product.constants
+    tiles = triton.cdiv(chunk, constants["BLOCK_M"]) * triton.cdiv(here, constants["BLOCK_N"])
+    if not product.descriptors:
+        return (tiles,), [x, W_enc, first, chunk, here, d_in // constants["UNIT"]]
+    programs = min(tiles, _programs(x.device) * constants["RESIDENT"])
+    # The strides are named: that of a single row can be any number.
+    x_desc = TensorDescriptor(x[first : first + chunk], [chunk, d_in], [d_in, 1], product.block("x_desc"))
+    W_desc = TensorDescriptor(W_enc, [here, d_in], [d_in, 1], product.block("W_desc"))
+    return (programs,), [x_desc, W_desc, chunk, here, triton.cdiv(d_in, constants["BLOCK_K"]), programs]
 
 
 Multiply = Callable[[int, int, int, int, Tensor, Tensor], tuple[Tensor, int]]
@@ -667,7 +714,7 @@ def _merge_ranges(
     listed = keys.new_empty(rows, min(k, groups))
     several = width < d_sae
     old, new = ((keys.new_empty(rows if several else 0, k), keys.new_empty(rows if several else 0, k)) for _ in "ab")
-    merge = _merge_variant(gated=only is not None)
+    merge = tuning.best(_merge_variant(gated=only is not None), keys.device)
     for first in range(0, n, rows):
         chunk = min(rows, n - first)
         bound.fill_(math.nan)

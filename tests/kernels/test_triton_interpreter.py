@@ -11,7 +11,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-FILES = ["test_triton_lookback_attention.py", "test_triton_sparse_decode.py", "test_triton_topk_encode.py"]
+FILES = [f"test_triton_{op}.py" for op in ("lookback_attention", "sparse_decode", "topk_encode", "topk_threshold")]
 
 pytest.importorskip("triton")
 

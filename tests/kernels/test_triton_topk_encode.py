@@ -222,6 +222,10 @@ def test_products_by_tensor_descriptors(
         assert product.kernel is topk_encode._pre_acts_tma
         assert topk_encode._best_product(x[:, 1:], d_sae).kernel is topk_encode._pre_acts
         assert topk_encode._best_product(x, d_sae + 1).kernel is topk_encode._pre_acts
+        # A single row may have any stride.
+        single = x[:1].as_strided((1, d_in), (1, 1))
+        assert single.stride(0) == 1
+        topk_encode.topk_encode(single, W_enc, W_enc[:, 0], 1)
         # Small integers are exact in TF32 too.
         x, W_enc = integers(n, d_in), integers(d_sae, d_in, seed=1)
         assert_equal_to_reference(x, W_enc, integers(d_sae, seed=2), 3, dtype)

@@ -1,0 +1,362 @@
+"""topk_encode by a threshold from a sample: the scheme that topk_encode.py is to be measured against on a GPU.
+
+1. The first 1/SAMPLE of the features, as a range of topk_encode.py: their `rank` best, and the last of them as a
+   threshold. About SAMPLE * rank of all pre-activations exceed it, k or more but for one row in millions.
+2. One product of all other features appends groups of SLOT columns with something above the threshold to a buffer
+   of CAPACITY groups a row. Which program comes first is chance, so their order is too.
+3. `_settle` takes the k largest of what was found, by (key, column), so that their order does not matter. That at
+   least k were found, and that the buffer did not overflow, proves that they are the top k: nothing that was left
+   out is above the threshold, and of features equal to it the sample has the first.
+4. Rows without that proof are done by topk_encode.py's kernels, gated by a flag a row: no host reads it.
+
+The sample is a fair one where features are in no order, as after a random initialisation. Where they are not, or where
+more than CAPACITY groups are equal, rows are done twice.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import topk_encode as by_ranges
+from . import tuning
+from .topk_encode import _multiply_tile, _tile, _to_key, ordered, search
+from .variant import FLOATS, Variant, aligned, dot_precision, dtypes_and_precisions, jit, max_or_nan, vector_units
+
+SAMPLE = 16
+LEAST_SAMPLE = 1024  # features; of fewer the threshold would say little
+CAPACITY = 1024  # groups a row: 2.3 to 4 times as many as are expected
+MOST_K = 128  # what one program sorts
+SLOT = 8  # columns that are appended together: one count and one column for 32 bytes of pre-activations
+_LEAST_PAIR = tl.constexpr(-(2**63))
+
+
+@triton.jit
+def _append_hits(
+    b_acts,
+    o_m,
+    m_m,
+    block_n,
+    bound_ptr,
+    count_ptr,
+    slots_ptr,
+    groups_ptr,
+    columns,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SLOT: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """The groups of a tile with something above the bound of their row, to the next free slots of the row."""
+    GROUPS: tl.constexpr = BLOCK_N // SLOT
+    o_g = block_n * GROUPS + tl.arange(0, GROUPS)
+    b_grouped = tl.reshape(b_acts, [BLOCK_M, GROUPS, SLOT])
+    if not WHOLE:
+        o_n = (o_g * SLOT)[None, :, None] + tl.arange(0, SLOT)[None, None, :]
+        b_grouped = tl.where(o_n < columns, b_grouped, float("-inf"))
+    b_maxima = tl.reduce(b_grouped, 2, max_or_nan)
+    # [BLOCK_M]
+    b_bound = tl.load(bound_ptr + o_m, mask=m_m, other=float("inf"))
+    m_hit = m_m[:, None] & (o_g * SLOT < columns)[None, :] & ~(b_maxima <= b_bound[:, None])
+    p_count = tl.broadcast_to((count_ptr + o_m)[:, None], [BLOCK_M, GROUPS])
+    o_slot = tl.atomic_add(p_count, 1, mask=m_hit, sem="relaxed")
+    m_hit = m_hit & (o_slot < CAPACITY)
+    o_slot = o_m.to(tl.int64)[:, None] * CAPACITY + o_slot
+    tl.store(groups_ptr + o_slot, tl.broadcast_to(o_g[None, :], [BLOCK_M, GROUPS]), mask=m_hit)
+    o_e = (o_slot * SLOT)[:, :, None] + tl.arange(0, SLOT)[None, None, :]
+    tl.store(slots_ptr + o_e, b_grouped, mask=m_hit[:, :, None])
+
+
+# For each group of SLOT columns with something above bound[r]: its number to groups[r, s] and its pre-activations to
+# slots[r, s], s the next of row r; count[r] counts them, also those past CAPACITY, which are not written.
+#
+# A program makes a tile, as `_pre_acts` does. Bytes written: 36 for each of about SAMPLE (k/8 + 12) hits a row.
+# Floor: the operations; predicted A 0.49, B 2.91, C 10.3 ms (15/16 of all features), against A 0.03, B 0.13, C 0.4 ms
+# for the bytes. An atomic addition for each hit, A 2 million of them, and its latency once a tile.
+@jit
+def _append(
+    x_ptr,
+    W_ptr,
+    bias_ptr,
+    bound_ptr,
+    slots_ptr,
+    count_ptr,
+    groups_ptr,
+    first: tl.int32,
+    rows: tl.int32,
+    columns: tl.int32,
+    units: tl.int32,
+    UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SLOT: tl.constexpr,
+    CAPACITY: tl.constexpr,
+):
+    block_m, block_n = _tile(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+    o_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_m = o_m < rows
+    d_in = units * UNIT
+    b_acts = _multiply_tile(
+        x_ptr, W_ptr, first + o_m, o_n, m_m, o_n < columns, d_in, d_in, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+    )
+    # [BLOCK_N]
+    b_acts += tl.load(bias_ptr + o_n, mask=o_n < columns, other=0.0)[None, :]
+    _append_hits(
+        b_acts, o_m, m_m, block_n, bound_ptr, count_ptr, slots_ptr, groups_ptr, columns,
+        BLOCK_M, BLOCK_N, SLOT, CAPACITY, UNIT > 1,
+    )  # fmt: skip
+
+
+# The same by TMA in a persistent kernel: see `_pre_acts_tma`.
+@jit
+def _append_tma(
+    x_desc,
+    W_desc,
+    bias_ptr,
+    bound_ptr,
+    slots_ptr,
+    count_ptr,
+    groups_ptr,
+    rows: tl.int32,
+    columns: tl.int32,
+    steps: tl.int32,
+    programs: tl.int32,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    SLOT: tl.constexpr,
+    CAPACITY: tl.constexpr,
+):
+    tl.assume(steps > 0)
+    tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(columns, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, programs, flatten=FLATTEN):
+        block_m, block_n = _tile(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+        b_acts = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for step in range(steps):
+            # [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K], zeros outside the tensors
+            b_x = x_desc.load([block_m * BLOCK_M, step * BLOCK_K])
+            b_W = W_desc.load([block_n * BLOCK_N, step * BLOCK_K])
+            b_acts = tl.dot(b_x, b_W.T, b_acts, input_precision=PRECISION)
+        o_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        o_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        # [BLOCK_N]
+        b_acts += tl.load(bias_ptr + o_n, mask=o_n < columns, other=0.0)[None, :]
+        _append_hits(
+            b_acts, o_m, o_m < rows, block_n, bound_ptr, count_ptr, slots_ptr, groups_ptr, columns,
+            BLOCK_M, BLOCK_N, SLOT, CAPACITY, True,
+        )  # fmt: skip
+
+
+@triton.jit
+def _pairs_at(
+    start, keys_ptr, columns_ptr, slots_ptr, groups_ptr, count, rank, sampled, d_sae, bound,
+    BLOCK: tl.constexpr, SLOT: tl.constexpr,
+):  # fmt: skip
+    """What was found, start .. start + BLOCK: one integer each, larger for a larger key and then a lower column."""
+    o_e = start + tl.arange(0, BLOCK)
+    m_sampled = o_e < rank
+    o_new = tl.where(m_sampled, 0, o_e - rank)
+    m_new = (o_e >= rank) & (o_e < count)
+    # [BLOCK] each
+    b_keys = tl.load(keys_ptr + o_e, mask=m_sampled, other=0)
+    b_columns = tl.load(columns_ptr + o_e, mask=m_sampled, other=0)
+    b_new = tl.load(slots_ptr + o_new, mask=m_new, other=0.0)
+    b_groups = tl.load(groups_ptr + o_new // SLOT, mask=m_new, other=0)
+    o_new = sampled + b_groups * SLOT + o_new % SLOT
+    b_keys = tl.where(m_sampled, b_keys, _to_key(b_new))
+    b_columns = tl.where(m_sampled, b_columns, o_new)
+    b_pairs = (b_keys.to(tl.int64) << 32) | (0x7FFFFFFF - b_columns).to(tl.int64)
+    m_found = m_sampled | (m_new & ~(b_new <= bound) & (o_new < d_sae))
+    return tl.where(m_found, b_pairs, _LEAST_PAIR)
+
+
+# keys[first+r], columns[first+r] = the k largest of what was found for row r, and failed[first+r] = 0; or, where
+# fewer than k were found or more groups than fit, only failed[first+r] = 1.
+#
+# A program takes a row and bisects, as `_choose` does; pairs are all different, so it always ends at exactly k.
+# Bytes: 36 a group found, 8 a sampled entry. Predicted for all rows, by bytes A 0.03, B 0.03, C 0.03 ms; by
+# instructions twice that.
+@jit
+def _settle(
+    sample_keys_ptr,
+    sample_columns_ptr,
+    slots_ptr,
+    count_ptr,
+    groups_ptr,
+    bound_ptr,
+    keys_ptr,
+    columns_ptr,
+    failed_ptr,
+    first: tl.int32,
+    sampled: tl.int32,
+    d_sae: tl.int32,
+    rank: tl.int32,
+    k: tl.int32,
+    BLOCK: tl.constexpr,
+    SLOT: tl.constexpr,
+    CAPACITY: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    sample_keys_ptr += row * rank
+    sample_columns_ptr += row * rank
+    slots_ptr += row * CAPACITY * SLOT
+    groups_ptr += row * CAPACITY
+    keys_ptr += (first + row) * k
+    columns_ptr += (first + row) * k
+    groups = tl.load(count_ptr + row)
+    bound = tl.load(bound_ptr + row)
+    count = rank + tl.minimum(groups, CAPACITY) * SLOT
+
+    b_first = _pairs_at(
+        0, sample_keys_ptr, sample_columns_ptr, slots_ptr, groups_ptr, count, rank, sampled, d_sae, bound, BLOCK, SLOT
+    )
+    found = tl.sum((b_first > _LEAST_PAIR).to(tl.int32), 0)
+    high = tl.max(b_first, 0)
+    for start in range(BLOCK, count, BLOCK):
+        b_pairs = _pairs_at(
+            start, sample_keys_ptr, sample_columns_ptr, slots_ptr, groups_ptr, count, rank, sampled, d_sae, bound,
+            BLOCK, SLOT,
+        )  # fmt: skip
+        found += tl.sum((b_pairs > _LEAST_PAIR).to(tl.int32), 0)
+        high = tl.maximum(high, tl.max(b_pairs, 0))
+    proved = (found >= k) & (groups <= CAPACITY)
+    tl.store(failed_ptr + first + row, tl.where(proved, 0, 1))
+    count = tl.where(proved, count, 0)
+    low = tl.zeros([], tl.int64) + _LEAST_PAIR + 1
+    high = tl.where(proved & (found > k), high, low)
+    while low < high:
+        # The mean, rounded up, where the sum would not fit.
+        middle = (low | high) - ((low ^ high) >> 1)
+        reached = tl.sum((b_first >= middle).to(tl.int32), 0)
+        for start in range(BLOCK, count, BLOCK):
+            b_pairs = _pairs_at(
+                start, sample_keys_ptr, sample_columns_ptr, slots_ptr, groups_ptr, count, rank, sampled, d_sae, bound,
+                BLOCK, SLOT,
+            )  # fmt: skip
+            reached += tl.sum((b_pairs >= middle).to(tl.int32), 0)
+        low = tl.where(reached >= k, middle, low)
+        high = tl.where(reached > k, high, tl.where(reached == k, middle, middle - 1))
+    taken = tl.zeros([], tl.int32)
+    for start in range(0, count, BLOCK):
+        b_pairs = _pairs_at(
+            start, sample_keys_ptr, sample_columns_ptr, slots_ptr, groups_ptr, count, rank, sampled, d_sae, bound,
+            BLOCK, SLOT,
+        )  # fmt: skip
+        m_take = b_pairs >= low
+        b_take = m_take.to(tl.int32)
+        o_place = taken + tl.cumsum(b_take, 0) - 1
+        tl.store(keys_ptr + o_place, (b_pairs >> 32).to(tl.int32), mask=m_take)
+        tl.store(columns_ptr + o_place, (0x7FFFFFFF - (b_pairs & 0x7FFFFFFF)).to(tl.int32), mask=m_take)
+        taken += tl.sum(b_take, 0)
+
+
+def _append_variant(product: Variant) -> Variant:
+    """The product that appends, in the tiles of the one that writes, but no wider than it can without spilling."""
+    tma = product.kernel is by_ranges._pre_acts_tma
+    given = dict(list(product.tensors.items())[:2])
+    floats = {name: torch.float32 for name in ("bias_ptr", "bound_ptr", "slots_ptr")}
+    left_out = ("GROUP", "SUBTRACT", "GATED")
+    tiles = {name: value for name, value in product.constants.items() if name not in left_out}
+    tiles["BLOCK_N"] = min(tiles["BLOCK_N"], 128)
+    return product._replace(
+        kernel=_append_tma if tma else _append,
+        tensors={**given, **floats, "count_ptr": torch.int32, "groups_ptr": torch.int32},
+        constants={**tiles, "SLOT": SLOT, "CAPACITY": CAPACITY},
+    )
+
+
+def _settle_variant() -> Variant:
+    floats = {name: torch.float32 for name in ("slots_ptr", "bound_ptr")}
+    names = (
+        "sample_keys_ptr", "sample_columns_ptr", "slots_ptr", "count_ptr", "groups_ptr", "bound_ptr",
+        "keys_ptr", "columns_ptr", "failed_ptr",
+    )  # fmt: skip
+    return Variant(
+        _settle,
+        {name: floats.get(name, torch.int32) for name in names},
+        {"BLOCK": 2048, "SLOT": SLOT, "CAPACITY": CAPACITY},
+        num_warps=4,
+        num_stages=1,
+    )
+
+
+def variants() -> list[Variant]:
+    """Every form in which this module launches a kernel that by_ranges doesn't launch."""
+    products = [
+        by_ranges._product_variant(dtype, precision, unit)
+        for dtype, precision in dtypes_and_precisions()
+        for unit in vector_units(dtype)
+    ]
+    appending = [_append_variant(product) for product in (*products, *map(by_ranges._tma_variant, FLOATS))]
+    gated = [_gated(product) for product in products]
+    return [*appending, _settle_variant(), *gated, by_ranges._merge_variant(gated=True)]
+
+
+def _gated(product: Variant) -> Variant:
+    return product._replace(constants={**product.constants, "GATED": True})
+
+
+def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """by_ranges.topk_encode, to the bit where products are; it is also called where a sample would say little."""
+    n, d_sae = x.shape[0], W_enc.shape[0]
+    sampled = d_sae // SAMPLE // by_ranges.RANGE_UNIT * by_ranges.RANGE_UNIT
+    if n == 0 or k > MOST_K or sampled < LEAST_SAMPLE:
+        return by_ranges.topk_encode(x, W_enc, b_enc, k)
+    x, W_enc, bias = aligned(x), aligned(W_enc), aligned(b_enc.float())
+    keys = torch.empty(n, k, dtype=torch.int32, device=x.device)
+    columns, failed = torch.empty_like(keys), keys.new_empty(n)
+    product = by_ranges._best_product(x, d_sae)
+    _sample_and_append(x, W_enc, bias, keys, columns, failed, product, sampled)
+    unit = product.constants.get("UNIT", 16 // x.element_size())
+    fallback = by_ranges._product_variant(x.dtype, dot_precision(x.dtype), unit)
+    search(x, W_enc, bias, keys, columns, _gated(tuning.best(fallback, x.device)), only=failed)
+    return ordered(keys, columns, x.dtype)
+
+
+def _sample_and_append(
+    x: Tensor,
+    W_enc: Tensor,
+    bias: Tensor,
+    keys: Tensor,
+    columns: Tensor,
+    failed: Tensor,
+    product: Variant,
+    sampled: int,
+) -> None:
+    """Fill keys and columns [n, k] of the rows that are proved, and say in failed [n] which are not."""
+    (n, k), d_sae = keys.shape, W_enc.shape[0]
+    rank = k // 8 + 12
+    append, settle = _append_variant(product), _settle_variant()
+    merge = tuning.best(by_ranges._merge_variant(), x.device)
+    row_bytes = by_ranges._bytes_a_row(sampled, rank) + CAPACITY * (4 * SLOT + 4) + 8
+    rows = min(n, max(by_ranges.WORKSPACE_BYTES // row_bytes // 128 * 128, 128))
+    slots = torch.empty(rows, CAPACITY * SLOT, dtype=torch.float32, device=x.device)
+    groups, count = keys.new_empty(rows, CAPACITY), keys.new_empty(rows)
+    sample_keys, sample_columns = keys.new_empty(rows, rank), keys.new_empty(rows, rank)
+    acts, bound = torch.empty(rows, sampled, device=x.device), torch.empty(rows, device=x.device)
+    maxima = torch.empty(rows, sampled // by_ranges.GROUP, device=x.device)
+    listed = keys.new_empty(rows, min(rank, maxima.shape[1]))
+    W_rest, bias_rest = W_enc[sampled:], bias[sampled:]
+    for first in range(0, n, rows):
+        chunk = min(rows, n - first)
+        bound.fill_(math.nan)
+        count.zero_()
+        by_ranges._multiply(product, x, W_enc[:sampled], bias, bound, acts, sampled, maxima, first, chunk)
+        found = (sample_keys, sample_columns)
+        merged = (acts, maxima, bound, listed, *found, *found, listed)
+        merge.launch((chunk,), *merged, 0, 0, sampled, sampled, maxima.shape[1], listed.shape[1], rank, 0)
+        grid, (x_given, W_given, *sizes) = by_ranges.product_grid(append, x, W_rest, first, chunk)
+        append.launch(grid, x_given, W_given, bias_rest, bound, slots, count, groups, *sizes)
+        settled = (*found, slots, count, groups, bound, keys, columns, failed)
+        settle.launch((chunk,), *settled, first, sampled, d_sae, rank, k)
