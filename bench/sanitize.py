@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 
 import torch
@@ -24,9 +25,9 @@ LOWEST = torch.iinfo(torch.int64).min
 
 def cases(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callable[[], object]]]:
     """Each case with its name."""
-    topk, sums, rows, look_back = (
+    topk, threshold, sums, rows, look_back = (
         import_module(f"csae.kernels.triton.{name}")
-        for name in ("topk_encode", "sparse_decode", "feature_rows", "lookback_attention")
+        for name in ("topk_encode", "topk_threshold", "sparse_decode", "feature_rows", "lookback_attention")
     )
 
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -36,7 +37,8 @@ def cases(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[tup
         for n, d_in, d_sae, k in SHAPES:
             named = f"{str(dtype).removeprefix('torch.')} n={n} d_in={d_in} d_sae={d_sae} k={k}"
             x, W_enc, b_enc = normal(n, d_in, dtype=dtype), normal(d_sae, d_in, dtype=dtype), normal(d_sae, dtype=dtype)
-            yield f"topk_encode {named}", lambda a=(x, W_enc, b_enc, k): topk.topk_encode(*a)
+            yield f"topk_encode {named}", partial(topk.topk_encode, x, W_enc, b_enc, k)
+            yield f"topk_threshold {named}", partial(threshold.topk_encode, x, W_enc, b_enc, k)
             a, W_a = normal(n, 12, dtype=dtype), normal(d_sae, 12, dtype=dtype)
 
             def twice(arguments=(x, W_enc, b_enc), a=a, W_a=W_a, k=k) -> object:
@@ -46,8 +48,8 @@ def cases(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[tup
             # One index is outside the table: it must not be followed.
             values, indices = normal(n, k, dtype=dtype), torch.randint(d_sae, (n, k), device=device)
             indices[0, 0], indices[-1, -1] = d_sae, LOWEST
-            yield f"gather_sum {named}", lambda a=(values, indices, W_enc): sums.gather_sum(*a)
-            yield f"gather_dot {named}", lambda a=(x, indices, W_enc): sums.gather_dot(*a)
+            yield f"gather_sum {named}", partial(sums.gather_sum, values, indices, W_enc)
+            yield f"gather_dot {named}", partial(sums.gather_dot, x, indices, W_enc)
             indices[1:, 0] = 1  # a long run
             features, tokens = indices.flatten(), torch.arange(n, device=device).repeat_interleave(k)
             weights = values.float().flatten()

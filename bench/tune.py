@@ -16,6 +16,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -41,13 +42,14 @@ Op = Callable[[], object]
 
 def ops(data: Data) -> Iterator[tuple[str, Op]]:
     """Everything that launches kernels, by name. What one needs is made when it is its turn."""
-    topk, sums, rows, look_back = (
+    topk, threshold, sums, rows, look_back = (
         import_module(f"csae.kernels.triton.{name}")
-        for name in ("topk_encode", "sparse_decode", "feature_rows", "lookback_attention")
+        for name in ("topk_encode", "topk_threshold", "sparse_decode", "feature_rows", "lookback_attention")
     )
     n, d_in, d_sae, k = data.shape.n, data.shape.d_in, data.shape.d_sae, data.shape.k
     values, indices = data.code
     yield "topk_encode", lambda: topk.topk_encode(data.x, data.W_enc, data.b_enc, k)
+    yield "topk_threshold", lambda: threshold.topk_encode(data.x, data.W_enc, data.b_enc, k)
     yield "gather_sum", lambda: sums.gather_sum(values, indices, data.W_dec)
     yield "gather_dot", lambda: sums.gather_dot(data.grad, indices, data.W_dec)
 
@@ -60,7 +62,7 @@ def ops(data: Data) -> Iterator[tuple[str, Op]]:
     for unit_rows in (False, True):
         table = Table(*state, weights, data.x, unit_rows)
         name = "adam_rows, unit rows" if unit_rows else "adam_rows"
-        yield name, lambda table=table: rows.adam_rows(pairs, [table], hyper, seed, False)
+        yield name, partial(rows.adam_rows, pairs, [table], hyper, seed, False)
     del state, table
 
     qkv = (*data.qkv, data.slope, data.null, None, None)
