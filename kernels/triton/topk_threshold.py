@@ -3,7 +3,8 @@
 1. The first 1/SAMPLE of the features, as a range of topk_encode.py: their `rank` best, and the last of them as a
    threshold. About SAMPLE * rank of all pre-activations exceed it, k or more but for one row in millions.
 2. One product of all other features appends groups of SLOT columns with something above the threshold to a buffer
-   of CAPACITY groups a row. Which program comes first is chance, so their order is too.
+   of CAPACITY groups a row. Which program comes first is chance, so their order is too. Its tiles are at most 128 wide:
+   wider ones would spill on a B200.
 3. `_settle` takes the k largest of what was found, by (key, column), so that their order does not matter. That at
    least k were found, and that the buffer did not overflow, proves that they are the top k: nothing that was left
    out is above the threshold, and of features equal to it the sample has the first.
