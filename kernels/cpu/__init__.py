@@ -4,6 +4,7 @@ Ask `available()` first. Where it is False the functions raise RuntimeError, `wh
 functions in `csae.kernels.portable` do the work in PyTorch.
 """
 
+from .arguments import fresh
 from .feature_rows import adam_rows, feature_sums, sort_pairs
 from .library import available, describe, warn_once, why_not
 from .lookback_attention import lookback_backward, lookback_forward
@@ -17,6 +18,7 @@ __all__ = [
     "describe",
     "feature_sum",
     "feature_sums",
+    "fresh",
     "gather_dot",
     "gather_sum",
     "lookback_backward",

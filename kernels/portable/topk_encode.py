@@ -36,7 +36,7 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor
     """
     values, indices = _output(x, k)
     rows, columns = _tile(x, W_enc.shape[0], k)
-    workspace = values.new_empty(rows * columns)
+    workspace = _large((rows * columns,), values)
     bias = b_enc.to(values.dtype)
     for here in _slices(x.shape[0], rows):
         tiles = _products(x[here].to(values.dtype), W_enc, columns, workspace)
@@ -49,7 +49,7 @@ def encode_and_keep(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Te
     values, indices = _output(x, k)
     rows, columns = _tile(x, W_enc.shape[0], k)
     bias = b_enc.to(values.dtype)
-    kept = values.new_empty(x.shape[0], W_enc.shape[0])
+    kept = _large((x.shape[0], W_enc.shape[0]), values)
     for here in _slices(x.shape[0], rows):
         tiles = _updates(kept[here], bias, x[here].to(values.dtype), W_enc, columns)
         _select(tiles, torch.zeros_like(bias), k, values[here], indices[here])
@@ -75,6 +75,11 @@ def _output(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     shape = (x.shape[0], k)
     return x.new_empty(shape, dtype=wide), x.new_empty(shape, dtype=torch.int64)
+
+
+def _large(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """A new tensor, in huge pages where the native library can ask for them."""
+    return cpu.fresh(shape, like.dtype) if on_native(like) else like.new_empty(shape)
 
 
 def _tile(x: Tensor, d_sae: int, k: int) -> tuple[int, int]:
