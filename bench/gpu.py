@@ -5,7 +5,7 @@
 
 In turn: build in place, without pip; the tests marked gpu; compute-sanitizer's memcheck and racecheck on small cases of
 every kernel; the fastest tiles of each kernel, into kernels/triton/tuned.json; the benchmark at shapes A, B and C, into
-bench/results/<device>.json and bench/RESULTS.md.
+bench/results/<device>.json and bench/RESULTS.md; and kernels/RESOURCES.md again, with the tiles that were chosen.
 
 A stage that was done is not done again unless the code or the device has changed since: after a run that was cut short,
 the next one goes on where it ended. What stages print, and that they are done, is kept in build/gpu. Every stage is
@@ -143,7 +143,8 @@ def tune(here: Here, seconds: float) -> str:
     sizes = ["--shapes", "tiny", "--most", "1"] if here.rehearse else ["--shapes", *SHAPES]
     sizes += ["--seconds", f"{0.8 * seconds:.0f}", "--into", str(here.tuned)]
     python(here, "tune", ["-m", "bench.tune", *sizes], seconds, {"TRITON_INTERPRET": "1"} if here.rehearse else None)
-    entries = json.loads(here.tuned.read_text())["cpu" if here.rehearse else here.device]
+    table = json.loads(here.tuned.read_text())
+    entries = next(of_device for name, of_device in table.items() if name.startswith(("cpu", here.device)))
     return f"{len(entries)} kernels are faster in another form than by default: {here.tuned.name}"
 
 
@@ -196,6 +197,14 @@ def peers(here: Here, seconds: float) -> Path:
     return folder
 
 
+def resources(here: Here, seconds: float) -> str:
+    """kernels/RESOURCES.md, which the forms that were tuned belong to."""
+    command = ["-m", "csae.kernels.triton.offline", "--write", "--processes", str(os.cpu_count() or 1)]
+    if here.rehearse:
+        return f"would run: {shlex.join(command)}"
+    return last_line(python(here, "resources", command, seconds))
+
+
 def write_results(here: Here, files: list[Path]) -> str:
     """One JSON file of all that was measured on this device, and the table of all devices."""
     from . import report, targets
@@ -214,10 +223,11 @@ def write_results(here: Here, files: list[Path]) -> str:
 STAGES = (
     Stage("build", 60, build),
     Stage("tests", 150, tests),
-    Stage("memcheck", 60, memcheck),
+    Stage("memcheck", 90, memcheck),
     Stage("racecheck", 60, racecheck),
     Stage("tune", 130, tune),
     Stage("bench", 240, bench),
+    Stage("resources", 90, resources),
 )
 
 

@@ -10,6 +10,7 @@ Not under TRITON_INTERPRET=1: then triton makes no kernels to compile.
 """
 
 import argparse
+import functools
 import importlib
 import math
 import multiprocessing
@@ -59,12 +60,19 @@ class Compiled(NamedTuple):
 def modules() -> dict[str, list[Variant]]:
     """Every form in which a launcher launches a kernel, by the module that it is in."""
     found = {}
+    for name, defaults in _defaults().items():
+        tuned = [variant for variant, _ in tuning.tuned_variants(defaults)]
+        found[name] = list({str(variant): variant for variant in [*defaults, *tuned]}.values())
+    return found
+
+
+def _defaults() -> dict[str, list[Variant]]:
+    """The forms that launchers make by themselves."""
+    found = {}
     for info in pkgutil.iter_modules([str(Path(__file__).parent)]):
         module = importlib.import_module(f".{info.name}", __package__)
         if module.__name__ != f"{__package__}.offline" and hasattr(module, "variants"):
-            defaults = module.variants()
-            distinct = {str(variant): variant for variant in [*defaults, *tuning.tuned_variants(defaults)]}
-            found[info.name] = list(distinct.values())
+            found[info.name] = module.variants()
     return found
 
 
@@ -73,14 +81,26 @@ def variants() -> list[Variant]:
     return [variant for of_module in modules().values() for variant in of_module]
 
 
+@functools.cache
+def _only_on() -> dict[str, set[str]]:
+    """By name, the forms that no launcher makes by itself: on which targets they are launched, having been tuned."""
+    found: dict[str, set[str]] = {}
+    for defaults in _defaults().values():
+        known = {str(variant) for variant in defaults}
+        for variant, target in tuning.tuned_variants(defaults):
+            if str(variant) not in known:
+                found.setdefault(str(variant), set()).add(target)
+    return found
+
+
 def compile_for(variant: Variant, target: str) -> Compiled | None:
     """Compile for one of TARGETS; the pointers are taken to be 16-byte aligned, as they always are.
 
-    None where it is not launched on that GPU: one that takes descriptors, where there is no TMA, or what a module's
-    `on_amd`, which says what is launched there instead of a variant, has no form of.
+    None where it is not launched on that GPU: one that was tuned for others; one that takes descriptors, where there is
+    no TMA; or what a module's `on_amd`, which says what is launched there instead of a variant, has no form of.
     """
     gpu, _ = TARGETS[target]
-    if variant.descriptors and target not in WITH_TMA:
+    if target not in _only_on().get(str(variant), [target]) or (variant.descriptors and target not in WITH_TMA):
         return None
     module = importlib.import_module(variant.kernel.fn.__module__)
     if gpu.backend == "hip" and hasattr(module, "on_amd"):

@@ -1,8 +1,8 @@
 """Tiles, warps and stages that were the fastest on a device, where `make gpu` has measured them.
 
-tuned.json: the device's name -> the name of a variant as its launcher makes it -> what is different in the best
-form of it. So an entry for a variant that no longer exists is never read, and whatever isn't listed stays as the
-launcher makes it. A module that can be tuned has `candidates(variant)`: other forms that its launcher may take.
+tuned.json: the device's name and architecture -> the name of a variant as its launcher makes it -> what is different
+in the best form of it. So an entry for a variant that no longer exists is never read, and whatever isn't listed stays
+as the launcher makes it. A module that can be tuned has `candidates(variant)`: other forms that its launcher may take.
 """
 
 import functools
@@ -24,8 +24,12 @@ def table() -> dict[str, dict[str, dict[str, int]]]:
 
 @functools.cache
 def device_name(device: torch.device) -> str:
-    """The name that a device has in the table."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    """The name that a device has in the table; its last word is what `offline` calls its architecture."""
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    amd = getattr(properties, "gcnArchName", "").partition(":")[0]
+    return f"{properties.name} {amd or f'sm_{properties.major}{properties.minor}'}"
 
 
 def best(variant: Variant, device: torch.device) -> Variant:
@@ -48,11 +52,11 @@ def changes(default: Variant, other: Variant) -> dict[str, int]:
     return {**constants, **{name: value for name, value in settings.items() if value != getattr(default, name)}}
 
 
-def tuned_variants(defaults: list[Variant]) -> list[Variant]:
-    """The forms of `defaults` that the table names for any device: what else is launched."""
+def tuned_variants(defaults: list[Variant]) -> list[tuple[Variant, str]]:
+    """The forms of `defaults` that the table names, each with the architecture that it is launched on."""
     return [
-        changed(default, entries[str(default)])
-        for entries in table().values()
+        (changed(default, entries[str(default)]), device.rpartition(" ")[2])
+        for device, entries in table().items()
         for default in defaults
         if str(default) in entries
     ]

@@ -244,7 +244,7 @@ def test_every_candidate_of_the_tuner_gives_the_same(monkeypatch: pytest.MonkeyP
     assert len(defaults) == 3
     offered = [lookback_attention.candidates(variant) for variant in defaults]
     monkeypatch.setattr(lookback_attention, "variants", lambda: [other for of in offered for other in of])
-    for others in list(zip(*offered, strict=True))[:: 1 if DEVICE == "cuda" else 8]:
+    for others in list(zip(*offered, strict=True))[:: 4 if DEVICE == "cuda" else 8]:
         entries = {
             str(default): tuning.changes(default, other) for default, other in zip(defaults, others, strict=True)
         }
