@@ -61,7 +61,7 @@ def feature_sums(
 
 
 def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, lazy: bool) -> None:
-    """One step of Adam on each table, in place, which autograd is not told of.
+    """One step of Adam on each table, in place, which autograd is not told of. Denormal numbers count as zero.
 
     hyper [6] float32: lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), eps, 1 - beta1, beta2, 1 - beta2.
     seed [1] int64: the number of the step, for the rounding of bfloat16 moments.

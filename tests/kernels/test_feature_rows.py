@@ -140,8 +140,8 @@ def test_pairs_are_sorted_stably(features: list[int]) -> None:
 @needs_library
 @pytest.mark.parametrize("d_sae", [1, 40, 3000])
 def test_pairs_sorted_by_several_threads(d_sae: int) -> None:
-    features = torch.randint(-1, d_sae + 1, (70_000,), generator=torch.Generator().manual_seed(0))  # enough for four
-    tokens = torch.arange(70_000)
+    features = torch.randint(-1, d_sae + 1, (140_000,), generator=torch.Generator().manual_seed(0))  # enough for four
+    tokens = torch.arange(140_000)
     wanted = torch.where((features >= 0) & (features < d_sae), features, d_sae).argsort(stable=True)
     for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
@@ -332,6 +332,19 @@ def test_what_is_not_finite_stays_in_its_row(
     for given_tensor, wanted in zip(table[:3], whole[:3], strict=True):
         assert torch.equal(bits(given_tensor)[others], bits(wanted)[others])
         assert not given_tensor[feature].isfinite().any()
+
+
+@needs_library
+def test_denormal_moments_become_zero(isa: str) -> None:
+    # Where they stay denormal, as those of a dead feature do, a step takes ten times as long.
+    _, _, table = case(0, 4, 5, 37)
+    table.exp_avg.fill_(1e-39)
+    table.exp_avg_sq.fill_(1e-39)
+    table.param.zero_()
+    empty = torch.zeros(0, dtype=torch.int64)
+    cpu.adam_rows(cpu.sort_pairs(empty, empty, 5), [table], hyper_of(1), torch.tensor([1]), False)
+    assert all((tensor == 0).all() for tensor in table[:3])
+    assert (torch.full((100,), 1e-39) * 0.5 > 0).all()  # everything else computes as before
 
 
 # --- bfloat16 moments ------------------------------------------------------------------------------------

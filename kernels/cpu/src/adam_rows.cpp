@@ -7,6 +7,39 @@
 namespace csae {
 namespace {
 
+// Numbers below the least normal one count as zero while this lives. The moments of a feature that is dead decay into
+// that range and stay there, and arithmetic in it is ten times slower.
+class FlushDenormals {
+public:
+    FlushDenormals() : before_(get()) { set(before_ | flush); }
+    ~FlushDenormals() { set(before_); }
+    FlushDenormals(const FlushDenormals&) = delete;
+    FlushDenormals& operator=(const FlushDenormals&) = delete;
+
+private:
+#if defined(__x86_64__)
+    using Mode = unsigned;
+    static constexpr Mode flush = 0x8040;  // both of results and of operands
+    static Mode get() { return __builtin_ia32_stmxcsr(); }
+    static void set(Mode mode) { __builtin_ia32_ldmxcsr(mode); }
+#elif defined(__aarch64__)
+    using Mode = uint64_t;
+    static constexpr Mode flush = 1 << 24;
+    static Mode get() {
+        Mode mode;
+        asm volatile("mrs %0, fpcr" : "=r"(mode));
+        return mode;
+    }
+    static void set(Mode mode) { asm volatile("msr fpcr, %0" : : "r"(mode)); }
+#else
+    using Mode = int;
+    static constexpr Mode flush = 0;
+    static Mode get() { return 0; }
+    static void set(Mode) {}
+#endif
+    const Mode before_;
+};
+
 bool good(const csae_table& table, int64_t d_sae) {
     if (table.moments_type != csae_float32 && table.moments_type != csae_bfloat16) return false;
     const int64_t d = table.gradient.d;
@@ -42,6 +75,7 @@ int csae_adam_rows(const csae_pairs* pairs, const csae_table* tables, int n_tabl
         rows.for_each(step->lazy != 0, [&](size_t i, int64_t feature, const float* gradient) {
             const csae_table& table = tables[i];
             if (table.gradient.d == 0) return;
+            const csae::FlushDenormals flush;
             if (table.moments_type == csae_float32) {
                 csae::update<float>(*step, table, feature, gradient);
             } else {

@@ -113,7 +113,7 @@ struct csae_table {
 };
 
 // One step of Adam. step_size is lr / (1 - beta1^t), correction 1 / sqrt(1 - beta2^t); seed is for the rounding of
-// bfloat16 moments (see adam_row.cpp); lazy: rows without a pair are left as they are.
+// bfloat16 moments (see adam_row.cpp); lazy: rows without a pair are left as they are. Denormal numbers count as zero.
 struct csae_adam {
     float step_size, correction, eps, one_minus_beta1, beta2, one_minus_beta2;
     uint32_t seed;

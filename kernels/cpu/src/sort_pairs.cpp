@@ -9,38 +9,42 @@
 namespace csae {
 namespace {
 
-// A part of the pairs is counted and placed by one thread; each part has a counter for every feature.
+// A thread for fewer pairs costs more than it saves.
+constexpr int64_t pairs_of_part = 32768;
 constexpr int64_t max_parts = 8;
-constexpr int64_t pairs_of_part = 16384;
 
+// Each thread counts some of the pairs, then places those of some of the keys: of all pairs, which it goes through in
+// order. Two threads that placed pairs of the same keys would write to the same cache lines all the time.
 void sort_pairs(const int64_t* features, const int64_t* tokens, int64_t n_pairs, int64_t d_sae, int64_t* order,
                 int64_t* sorted_tokens, int64_t* ends, int n_threads) {
-    // Counters that outnumber the pairs cost more than they save.
+    // Counters that outnumber the pairs cost more than they save, too.
     const int64_t n_parts = std::max<int64_t>(
         1, std::min({max_parts, int64_t{n_threads}, n_pairs / pairs_of_part, 4 * n_pairs / (d_sae + 1)}));
     const int64_t n_keys = d_sae + 1;  // the last one is of what is inactive
-    const auto first_pair = [=](int64_t part) { return n_pairs * part / n_parts; };
+    const auto share = [=](int64_t part) { return n_pairs * part / n_parts; };
     const auto key_of = [=](int64_t pair) {
         return static_cast<int64_t>(std::min(static_cast<uint64_t>(features[pair]), static_cast<uint64_t>(d_sae)));
     };
-    std::unique_ptr<int64_t[]> place(new int64_t[static_cast<size_t>(n_parts * n_keys)]());
+    std::unique_ptr<int64_t[]> counts(new int64_t[static_cast<size_t>(n_parts * n_keys)]());
     parallel_for(n_parts, 1, n_threads, [&](int, int64_t part, int64_t) {
-        int64_t* count = place.get() + part * n_keys;
-        for (int64_t pair = first_pair(part); pair < first_pair(part + 1); ++pair) ++count[key_of(pair)];
+        int64_t* count = counts.get() + part * n_keys;
+        for (int64_t pair = share(part); pair < share(part + 1); ++pair) ++count[key_of(pair)];
     });
     int64_t total = 0;
     for (int64_t key = 0; key < n_keys; ++key) {
         ends[key] = total;
-        for (int64_t part = 0; part < n_parts; ++part) {
-            const int64_t count = place[part * n_keys + key];
-            place[part * n_keys + key] = total;
-            total += count;
-        }
+        for (int64_t part = 0; part < n_parts; ++part) total += counts[part * n_keys + key];
     }
+    int64_t* next = counts.get();
+    std::copy(ends, ends + n_keys, next);
     parallel_for(n_parts, 1, n_threads, [&](int, int64_t part, int64_t) {
-        int64_t* next = place.get() + part * n_keys;
-        for (int64_t pair = first_pair(part); pair < first_pair(part + 1); ++pair) {
-            const int64_t at = next[key_of(pair)]++;
+        // Keys are shared out so that each thread has about as many pairs to place.
+        const auto key_at = [&](int64_t place) { return std::lower_bound(ends, ends + n_keys, place) - ends; };
+        const int64_t first = key_at(share(part)), last = part + 1 == n_parts ? n_keys : key_at(share(part + 1));
+        for (int64_t pair = 0; pair < n_pairs; ++pair) {
+            const int64_t key = key_of(pair);
+            if (key < first || key >= last) continue;
+            const int64_t at = next[key]++;
             order[at] = pair;
             sorted_tokens[at] = tokens[pair];
         }

@@ -417,7 +417,7 @@ void check_step(const AdamTable& now, const AdamTable& before, int64_t f, const 
 void feature_rows() {
     function = "csae_sort_pairs";
     const bool large = one_in(16);  // enough to be sorted in two threads, and for long runs
-    const int64_t n_pairs = large ? 33000 + below(4000) : below(80), n = below(20) + (n_pairs > 0);
+    const int64_t n_pairs = large ? 66000 + below(4000) : below(80), n = below(20) + (n_pairs > 0);
     const int64_t d_sae = one_in(16) ? 0 : 1 + below(50);
     const auto kind = static_cast<Kind>(below(3));
     const Matrix<int64_t> features(1, n_pairs, n_pairs), tokens(1, n_pairs, n_pairs);
