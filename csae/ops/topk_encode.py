@@ -71,15 +71,24 @@ def _topk_encode_backward(
     need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, W_enc and b_enc; one that is not needed comes back empty."""
-    sums = kernels("sparse_decode", x.device)
     # A NaN value passes its gradient on, so that a broken token is seen and not silently left out.
     grad = torch.where(values <= 0, 0, grad_values).reshape(-1, values.shape[-1])
-    pairs = indices.reshape(-1, indices.shape[-1])
+    indices = indices.reshape(-1, indices.shape[-1])
     d_sae, d_in = W_enc.shape
-    d_x = sums.gather_sum(grad, pairs, W_enc).view(x.shape) if need_x else x.new_empty(0)
-    rows = x.reshape(-1, d_in) if d_in else x.new_empty(grad.shape[0], 0)
-    d_W = sums.feature_sum(grad, pairs, rows, d_sae) if need_W else x.new_empty(0)
-    return d_x, d_W, sums.feature_total(grad, pairs, d_sae) if need_b else x.new_empty(0)
+    d_x = d_W = d_b = x.new_empty(0)
+    if need_x:
+        d_x = kernels("sparse_decode", x.device).gather_sum(grad, indices, W_enc).view(x.shape)
+    if need_W or need_b:
+        n, k = indices.shape
+        rows = {"W": x.reshape(n, d_in)} if need_W else {}
+        rows |= {"b": x.new_ones(n, 1)} if need_b else {}
+        tokens = torch.arange(n, device=x.device).unsqueeze(1).expand(n, k)
+        sums = kernels("feature_rows", x.device)
+        pairs = sums.sort_pairs(indices.reshape(-1), tokens.reshape(-1), d_sae)
+        found = sums.feature_sums(pairs, [grad.reshape(-1)] * len(rows), list(rows.values()))
+        gradients = dict(zip(rows, found, strict=True))
+        d_W, d_b = gradients.get("W", d_W), gradients["b"].squeeze(1) if need_b else d_b
+    return d_x, d_W, d_b
 
 
 @_topk_encode_backward.register_fake

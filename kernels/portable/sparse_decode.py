@@ -76,11 +76,6 @@ def feature_sum(values: Tensor, indices: Tensor, rows: Tensor, d_sae: int) -> Te
     ).to(rows.dtype)
 
 
-def feature_total(values: Tensor, indices: Tensor, d_sae: int) -> Tensor:
-    """values [n, k], indices [n, k] int64 -> [d_sae] in values' dtype: the sum of each feature's values."""
-    return feature_sum(values, indices, values.new_ones(values.shape[0], 1), d_sae).squeeze(1)
-
-
 def _chunks(indices: Tensor, d: int) -> list[slice]:
     n, k = indices.shape
     step = max(1, WORKSPACE_BYTES // max(1, 4 * k * d))

@@ -3,7 +3,6 @@
 gather_sum     out[t] = sum_i values[t, i] * table[indices[t, i]]           the decoder; keys and values of look-back
 gather_dot     out[t, i] = <grad[t], table[indices[t, i]]>                  its gradient to values
 feature_sum    out[f] = sum over (t, i) with indices[t, i] == f of values[t, i] * rows[t]   its gradient to the table
-feature_total  the same with rows of ones: the gradient to a bias
 
 Sums are in float32 and in a fixed order: the same input gives the same bits. An index outside the table is never
 followed: it makes NaN of what depends on it in the first two, and is left out of the others.
@@ -234,8 +233,3 @@ def feature_sum(values: Tensor, indices: Tensor, rows: Tensor, d_sae: int) -> Te
     places = torch.arange(n * k, device=indices.device)
     pairs = feature_rows.sort_pairs(indices.flatten(), places // max(k, 1), d_sae)
     return feature_rows.feature_sums(pairs, [values.flatten()], [rows])[0]
-
-
-def feature_total(values: Tensor, indices: Tensor, d_sae: int) -> Tensor:
-    """values [n, k], indices [n, k] int64 -> [d_sae] in the dtype of values: the sum of each feature's values."""
-    return feature_sum(values, indices, values.new_ones(values.shape[0], 1), d_sae).squeeze(1)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-FILES = [f"test_triton_{op}.py" for op in ("lookback_attention", "sparse_decode", "topk_encode", "topk_threshold")]
+OPS = ("feature_rows", "lookback_attention", "sparse_decode", "topk_encode", "topk_threshold")
+FILES = [f"test_triton_{op}.py" for op in OPS]
 
 pytest.importorskip("triton")
 
