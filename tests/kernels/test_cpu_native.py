@@ -330,35 +330,41 @@ def padded(tensor: Tensor, padding: int) -> Tensor:
     return gap[:, :width]
 
 
-def sums_of(n: int, k: int, d: int, d_sae: int, seed: int = 0, padding: int = 0) -> Sums:
+def sums_of(
+    n: int, k: int, d: int, d_sae: int, seed: int = 0, padding: int = 0, dtype: torch.dtype = torch.float32
+) -> Sums:
     generator = torch.Generator().manual_seed(seed)
     made = (
         torch.randn(n, k, generator=generator),
         # Half of the features only: so some have several pairs and some none. A row may name one twice.
         torch.randint((d_sae + 1) // 2, (n, k), generator=generator),
-        torch.randn(n, d, generator=generator),
-        torch.randn(d_sae, d, generator=generator),
+        torch.randn(n, d, generator=generator).to(dtype),
+        torch.randn(d_sae, d, generator=generator).to(dtype),
     )
     return Sums(*(padded(tensor, padding) for tensor in made))
 
 
 def assert_sums(case: Sums) -> None:
-    """All three against float64, to a few roundings of the sum of absolute values."""
+    """All three against float64, to a few roundings of the sum of absolute values, and one of the result."""
     values, indices, rows, table = (t.double() if t.is_floating_point() else t for t in case)
     d_sae, d = table.shape
+    stored = case.table.dtype
 
-    def close(given: Tensor, wanted: Tensor, of_absolutes: Tensor) -> None:
-        assert given.dtype == torch.float32
-        assert ((given.double() - wanted).abs() <= 1e-6 * of_absolutes + 1e-30).all()
+    def close(given: Tensor, dtype: torch.dtype, wanted: Tensor, of_absolutes: Tensor) -> None:
+        assert given.dtype == dtype
+        rounding = torch.finfo(dtype).eps / 2
+        assert ((given.double() - wanted).abs() <= 1e-6 * of_absolutes + rounding * wanted.abs() + 1e-30).all()
 
     terms = values.unsqueeze(2) * table[indices]  # [n, k, d]
-    close(cpu.gather_sum(case.values, case.indices, case.table), terms.sum(1), terms.abs().sum(1))
+    close(cpu.gather_sum(case.values, case.indices, case.table), stored, terms.sum(1), terms.abs().sum(1))
     terms = rows.unsqueeze(1) * table[indices]  # [n, k, d]
-    close(cpu.gather_dot(case.rows, case.indices, case.table), terms.sum(2), terms.abs().sum(2))
+    dots = cpu.gather_dot(case.rows.float(), case.indices, case.table)
+    close(dots, torch.float32, terms.sum(2), terms.abs().sum(2))
     terms = (values.unsqueeze(2) * rows.unsqueeze(1)).flatten(0, 1)  # [n * k, d]
     nothing = torch.zeros(d_sae, d, dtype=torch.float64)
     close(
         cpu.feature_sum(case.values, case.indices, case.rows, d_sae),
+        stored,
         nothing.index_add(0, indices.flatten(), terms),
         nothing.index_add(0, indices.flatten(), terms.abs()),
     )
@@ -373,15 +379,36 @@ def assert_sums(case: Sums) -> None:
     d_sae=st.integers(1, 30),
     seed=st.integers(0, 2**31),
     padding=st.integers(0, 3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_sums_are_their_definitions(n: int, k: int, d: int, d_sae: int, seed: int, padding: int) -> None:
-    assert_sums(sums_of(n, k, d, d_sae, seed, padding))
+def test_sums_are_their_definitions(
+    n: int, k: int, d: int, d_sae: int, seed: int, padding: int, dtype: torch.dtype
+) -> None:
+    assert_sums(sums_of(n, k, d, d_sae, seed, padding, dtype))
 
 
 @needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("d", [1, 17, 576, 1000])
-def test_sums_in_each_isa(isa: str, d: int) -> None:
-    assert_sums(sums_of(50, 7, d, 90))
+def test_sums_in_each_isa(isa: str, d: int, dtype: torch.dtype) -> None:
+    assert_sums(sums_of(50, 7, d, 90, dtype=dtype))
+
+
+@needs_library
+def test_bfloat16_is_rounded_as_torch_rounds_it(isa: str) -> None:
+    # Halfway between two, to the even one; denormals, infinities and NaN.
+    exact = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 1e-40, 3.4e38, math.inf, -math.inf, math.nan, 0, 1.7])
+    for d in (1, 10, 40, 300):
+        row = exact.repeat(30)[None, :d]
+        # The exact number as a sum of what bfloat16 holds.
+        parts = [row.bfloat16()]
+        for _ in range(3):
+            left = (row - sum(part.float() for part in parts)).nan_to_num(0, 0, 0)
+            parts.append(left.bfloat16())
+        table = torch.cat(parts)
+        summed = cpu.gather_sum(torch.ones(1, 4), torch.arange(4)[None], table)
+        wanted = sum(part.float() for part in parts).bfloat16()
+        torch.testing.assert_close(summed, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @needs_library
@@ -470,6 +497,12 @@ V, N, R, T = sums_of(5, 3, 8, 12)
         (lambda: cpu.gather_sum(V, N.int(), T), TypeError, "indices: given torch.int32; needed torch.int64"),
         (lambda: cpu.gather_sum(V, N[:, :2], T), ValueError, r"indices: given shape \[5, 2\]; needed \[5, 3\]"),
         (lambda: cpu.gather_sum(V, N, T.T), ValueError, "table: given strides"),
+        (
+            lambda: cpu.gather_sum(V, N, T.half()),
+            TypeError,
+            "table: given torch.float16; needed torch.float32 or torch.bfloat16",
+        ),
+        (lambda: cpu.gather_dot(R.bfloat16(), N, T), TypeError, "grad: given torch.bfloat16; needed torch.float32"),
         (lambda: cpu.gather_sum(V, N, T, R.T), ValueError, r"out: given shape \[8, 5\]; needed \[5, 8\]"),
         (lambda: cpu.gather_dot(R[:, :4], N, T), ValueError, r"grad: given shape \[5, 4\]; needed \[any, 8\]"),
         (lambda: cpu.gather_dot(R, N[:3], T), ValueError, r"indices: given shape \[3, 3\]; needed \[5, any\]"),
