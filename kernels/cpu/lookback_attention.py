@@ -13,7 +13,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .arguments import check_strided
+from .arguments import check_strided, fresh
 from .library import Attention, Heads, check_status, native
 
 
@@ -26,7 +26,7 @@ def lookback_forward(
     A position sees no key before its start: any number will do. One that is out of the mask has out 0, lse null.
     """
     B, T, H, d_value = _check_inputs(q, k, v, slope, null, mask, starts)
-    out, lse = v.new_empty(B, T, H, d_value), v.new_empty(B, H, T)
+    out, lse = fresh((B, T, H, d_value), v.dtype), v.new_empty(B, H, T)
     given, _kept = _pack(q, k, v, slope, null, mask, starts)
     status = native().csae_lookback_forward(
         ctypes.byref(given), out.data_ptr(), lse.data_ptr(), torch.get_num_threads()
@@ -52,7 +52,7 @@ def lookback_backward(
     check_strided("grad_out", grad_out, torch.float32, (B, T, H, d_value))
     check_strided("out", out, torch.float32, (B, T, H, d_value))
     check_strided("lse", lse, torch.float32, (B, H, T))
-    d_q, d_k, d_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    d_q, d_k, d_v = (fresh(tuple(of.shape), of.dtype) for of in (q, k, v))
     d_slope, d_null = slope.new_empty(H), null.new_empty(H)
     given, _kept = _pack(q, k, v, slope, null, mask, starts)
     grad_out, out, lse = _with_rows(grad_out), _with_rows(out), _packed(lse)

@@ -14,6 +14,8 @@ from torch import Tensor
 from .. import cpu
 from . import on_native
 
+# What the native library takes; half precision as float32, a small copy beside the scores that are never written.
+NATIVE = (torch.float32, torch.bfloat16, torch.float16)
 # Scores of one block of queries.
 WORKSPACE_BYTES = 16 << 20
 
@@ -24,8 +26,9 @@ def forward(
     """q, k [B, T, H, d_head], v [B, T, H, d_value], slope, null [H], mask [B, T] bool, starts [B, T]
     -> out [B, T, H, d_value] in v's dtype, lse [B, H, T] (float32, or float64 for float64 input).
     """
-    if on_native(q):
-        return cpu.lookback_forward(q, k, v, slope, null, mask, starts)
+    if on_native(q, *NATIVE):
+        out, lse = cpu.lookback_forward(*_floats(q, k, v, slope, null), mask, starts)
+        return out.to(v.dtype), lse
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     B, T, H = v.shape[:3]
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
@@ -54,8 +57,10 @@ def backward(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, slope and null, each in its own dtype."""
-    if on_native(q):
-        return cpu.lookback_backward(grad_out, q, k, v, slope, null, mask, starts, out, lse)
+    if on_native(q, *NATIVE):
+        inputs = q, k, v, slope, null
+        gradients = cpu.lookback_backward(grad_out.float(), *_floats(*inputs), mask, starts, out.float(), lse)
+        return tuple(gradient.to(of.dtype) for gradient, of in zip(gradients, inputs, strict=True))
     wide = lse.dtype
     B, T, H, d_head = q.shape
     scale = 1 / math.sqrt(d_head)
@@ -115,6 +120,10 @@ def read_memory(
     scores.masked_fill_(~visible[:, None], -math.inf)
     weights = torch.cat([scores, null[:, None].expand(B, H, 1)], dim=2).softmax(dim=2)[:, :, :room]
     return torch.einsum("bhj,bjhd->bhd", weights, values).flatten(1)
+
+
+def _floats(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.float() for tensor in tensors)
 
 
 def _query_blocks(B: int, T: int, H: int) -> Iterator[slice]:
