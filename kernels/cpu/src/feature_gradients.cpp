@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <limits>
+#include <type_traits>
 
 #include "row_sums.h"
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "csae_cpu.h"
@@ -23,13 +24,13 @@ inline Floats allocate_floats(int64_t count) {
 
 class FeatureGradients {
 public:
-    // May throw std::bad_alloc. Where it is good(), the sums over parts of long runs are made here.
+    // Checks its arguments and, where status() is csae_ok, sums the parts of long runs. May throw std::bad_alloc.
     FeatureGradients(const csae_pairs& pairs, std::vector<csae_gradient> tables, int n_threads);
 
-    // csae_ok, or what is wrong.
+    // csae_ok, or what is wrong: then nothing else may be called.
     int status() const { return status_; }
 
-    // Calls use(table, feature, gradient [d]) for each table and feature, or each feature with a pair.
+    // Calls use(table, feature, gradient [d]) for each table and each feature, or each with a pair, in some thread.
     template <class Use>
     void for_each(bool with_pairs_only, Use&& use) {
         parallel_for(n_pieces_, 1, n_threads_, [&](int thread, int64_t piece, int64_t) {
