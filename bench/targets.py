@@ -93,9 +93,12 @@ def rows(found: Report | None) -> list[list[str]]:
 
 def short(found: Report) -> str:
     """The targets in a line each."""
-    head = [f"{found['device']}, {found['ceilings']['dtype']} (! misses the target)", "target", *SHAPES]
+    lines = [[f"{found['ceilings']['dtype']}; ! misses the target", "target", *SHAPES], *rows(found)]
     return "\n".join(
-        f"{cells[0]:<50}{cells[1]:<14}" + "".join(f"{c:>14}" for c in cells[2:]) for cells in [head, *rows(found)]
+        [
+            found["device"],
+            *(f"{what:<52}{target:<15}" + "".join(f"{c:>14}" for c in cells) for what, target, *cells in lines),
+        ]
     )
 
 
