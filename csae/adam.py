@@ -36,7 +36,8 @@ class Adam(torch.optim.Optimizer):
         lr: learning rate; may be a scalar tensor on that device, which a captured or compiled step then reads.
         look_back_lr: that of a contextual SAE's look-back, as a share of it. The look-back's parameters are a
             parameter group of their own, and each group knows its `share`.
-        betas, eps: Adam's.
+        betas: Adam's.
+        eps: Adam's, as Gao et al. 2024 (arXiv 2406.04093) have it: gradients of the fvu are small numbers.
         lazy: `torch.optim.SparseAdam` for the tables: a feature that did not fire is not touched, nor its
             moments, and costs nothing. Another optimizer than Adam: features that rarely fire move less. Not
             with weights that a feature's silence should move.
@@ -51,7 +52,7 @@ class Adam(torch.optim.Optimizer):
         lr: float | Tensor = 1e-3,
         look_back_lr: float = 0.25,
         betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
+        eps: float = 6.25e-10,
         lazy: bool = False,
         moments: torch.dtype = torch.float32,
     ) -> None:

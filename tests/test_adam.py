@@ -54,7 +54,7 @@ def assert_same(sae: SAE, other: SAE, rtol: float = 1e-4, atol: float = 2e-5) ->
 def test_the_steps_of_torch(make: Callable[[], SAE], fused: bool) -> None:
     sae, other = make(), make()
     before = copy.deepcopy(sae)
-    optimizer = Adam(sae, lr=1e-3)
+    optimizer = Adam(sae, lr=1e-3, eps=1e-8)
     for acts in batches():
         if fused:
             optimizer.update(sae.gradients(acts)[1])
@@ -72,7 +72,7 @@ def test_the_steps_of_torch(make: Callable[[], SAE], fused: bool) -> None:
 def test_lazy_is_sparse_adam(fused: bool) -> None:
     """Against torch.optim.SparseAdam on sparse gradients of the encoder, whose rows are not normalised."""
     sae, other = topk(), topk()
-    optimizer = Adam(sae, lr=1e-3, lazy=True)
+    optimizer = Adam(sae, lr=1e-3, eps=1e-8, lazy=True)
     W_enc = other.W_enc.detach().clone().requires_grad_()
     theirs = torch.optim.SparseAdam([W_enc], lr=1e-3)
     for acts in batches():

@@ -75,7 +75,7 @@ def _topk_encode_backward(
     grad = torch.where(values <= 0, 0, grad_values).reshape(-1, values.shape[-1])
     indices = indices.reshape(-1, indices.shape[-1])
     d_sae, d_in = W_enc.shape
-    d_x = d_W = d_b = x.new_empty(0)
+    d_x, d_W, d_b = (x.new_empty(0) for _ in range(3))
     if need_x:
         d_x = kernels("sparse_decode", x.device).gather_sum(grad, indices, W_enc).view(x.shape)
     if need_W or need_b:
