@@ -68,7 +68,7 @@ class Adam(torch.optim.Optimizer):
         for name, parameter in sae.named_parameters():
             if parameter.dtype != torch.float32:
                 raise TypeError(f"sae: given {name} in {parameter.dtype}; needed torch.float32: call sae.float() first")
-        self.names = {parameter: name for name, parameter in sae.named_parameters()}
+        self.names: dict[Tensor, str] = {weight: name for name, weight in sae.named_parameters()}
         groups = [
             {"params": [p for p, name in self.names.items() if name not in sae.look_back], "lr": lr, "share": 1.0},
             {

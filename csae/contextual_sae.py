@@ -175,19 +175,18 @@ class ContextualSAE(SAE):
         self, acts: Tensor, state: State, mask: Tensor | None = None, documents: Tensor | None = None
     ) -> tuple[Output, State]:
         """As `step`, with all of `Output`."""
-        one = isinstance(acts, Tensor) and acts.dim() == 2
-        acts, mask, documents = (
-            tensor.unsqueeze(1) if one and tensor is not None else tensor for tensor in (acts, mask, documents)
-        )
+        if isinstance(acts, Tensor) and acts.dim() == 2:
+            one = (None if tensor is None else tensor.unsqueeze(1) for tensor in (mask, documents))
+            output, state = self.stream(acts.unsqueeze(1), state, *one)
+            code = Code(output.code.values.squeeze(1), output.code.indices.squeeze(1))
+            return Output(output.x_hat.squeeze(1), code, output.c.squeeze(1)), state
         self._check_acts(acts, mask, documents)
         if acts.shape[0] != state.memory.shape[0]:
             raise ValueError(
                 f"acts: given {acts.shape[0]} sequences; needed {state.memory.shape[0]}, as the state is of"
             )
-        x_hat, code, c, state = advance(self, acts / self.scale, state, mask, documents)
-        parts = (x_hat * self.scale, *code, c * self.scale)
-        x_hat, values, indices, c = (part.squeeze(1) if one else part for part in parts)
-        return Output(x_hat, Code(values, indices), c), state
+        x_hat, found, c, state = advance(self, acts / self.scale, state, mask, documents)
+        return Output(x_hat * self.scale, Code(*found), c * self.scale), state
 
     def _run(
         self, x: Tensor, mask: Tensor | None, documents: Tensor | None, trace: Trace | None = None
@@ -228,12 +227,12 @@ class ContextualSAE(SAE):
         x = x - self.b_dec
         c = torch.zeros_like(x)
         given = x if trace is None else x.detach()
-        kept, a = None, x.new_zeros(())
+        kept = a = x.new_zeros(())
         if W_a is None:
             code = self._encode(given, mask, trace)
         else:
-            *found, kept = encode_and_keep(given, self.W_enc, self.b_enc, self.k)
-            code = self._encoded(given, *found, mask, trace)
+            values, indices, kept = encode_and_keep(given, self.W_enc, self.b_enc, self.k)
+            code = self._encoded(given, values, indices, mask, trace)
         for _ in range(self.sweeps):
             query = x if self.query == "current" else self._shifted(self._rows("W_dec", code, trace) + c)
             before, a = a, self._look_back(query, code, mask, documents, trace)
@@ -241,8 +240,8 @@ class ContextualSAE(SAE):
             if W_a is None:
                 code = self._encode(given - c, mask, trace)
             else:
-                found = encode_again(kept, a - before, W_a, self.k)
-                code = self._encoded(given - c, *found, mask, trace)
+                values, indices = encode_again(kept, a - before, W_a, self.k)
+                code = self._encoded(given - c, values, indices, mask, trace)
         return self._rows("W_dec", code, trace) + c + self.b_dec, code, c
 
     def _encode(self, x: Tensor, mask: Tensor | None, trace: Trace | None = None) -> Code:

@@ -129,7 +129,9 @@ class Trace:
             encoder = factors["W_enc"]
             ones = encoder.weights.new_ones(encoder.rows.shape[0], 1)
             gradients["b_enc"] = encoder._replace(rows=ones)
-            gradients["b_dec"] = self._of_b_dec(terms["W_enc"], encoder, ones, gradients["b_dec"], sae.W_enc)
+            gradients["b_dec"] = self._of_b_dec(
+                terms["W_enc"], encoder, ones, gradients["b_dec"], sae.get_parameter("W_enc")
+            )
         return gradients
 
     def _note(

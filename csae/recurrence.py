@@ -44,7 +44,7 @@ class State(NamedTuple):
 
     def clone(self) -> State:
         """A state of its own, with its own memory."""
-        return State(*(part.clone() if isinstance(part, Tensor) else part for part in self))
+        return self._replace(memory=self.memory.clone(), takes_part=self.takes_part.clone())
 
 
 def initial_state(sae: ContextualSAE, B: int, room: int, bounded: bool) -> State:

@@ -175,7 +175,7 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
         with torch.autocast(acts.device.type, enabled=False):  # forward's business
             gradients = trace.gradients(losses.loss, self)
         code = Code(losses.code.values.detach(), losses.code.indices)
-        return Losses(*(part.detach() for part in losses[:3]), code), gradients
+        return Losses(losses.loss.detach(), losses.fvu.detach(), losses.aux.detach(), code), gradients
 
     def _losses(
         self,
