@@ -79,12 +79,12 @@ class Adam(torch.optim.Optimizer):
         ]
         super().__init__([group for group in groups if group["params"]], {"betas": betas, "eps": eps})
         self.lazy, self.moments = lazy, moments
-        for parameter, name in self.names.items():
+        for weight, name in self.names.items():
             dtype = moments if name in TABLES else torch.float32
-            self.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter, dtype=dtype),
-                "exp_avg_sq": torch.zeros_like(parameter, dtype=dtype),
+            self.state[weight] = {
+                "step": torch.zeros((), device=weight.device),
+                "exp_avg": torch.zeros_like(weight, dtype=dtype),
+                "exp_avg_sq": torch.zeros_like(weight, dtype=dtype),
             }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
