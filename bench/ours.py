@@ -58,7 +58,7 @@ def step(make: MakeSAE, **how: Any) -> Callable[[Data], Built]:
 
     def build(data: Data) -> Built:
         sae, state, acts, mask, documents = _begin(make, data)
-        optimizer = Adam(sae, LR, eps=1e-8, **how)  # as the others have it, whose steps are compared with this
+        optimizer = Adam(sae, LR, **{"eps": 1e-8} | how)  # the eps of the others, whose steps are compared with this
 
         def run() -> None:
             with data.autocast:
