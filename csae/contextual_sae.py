@@ -228,14 +228,16 @@ class ContextualSAE(SAE):
         c = torch.zeros_like(x)
         given = x if trace is None else x.detach()
         kept = a = x.new_zeros(())
+        queries = self._queries(x) if self.query == "current" else kept
         if W_a is None:
             code = self._encode(given, mask, trace)
         else:
             values, indices, kept = encode_and_keep(given, self.W_enc, self.b_enc, self.k)
             code = self._encoded(given, values, indices, mask, trace)
         for _ in range(self.sweeps):
-            query = x if self.query == "current" else self._shifted(self._rows("W_dec", code, trace) + c)
-            before, a = a, self._look_back(query, code, mask, documents, trace)
+            if self.query == "past":
+                queries = self._queries(self._shifted(self._rows("W_dec", code, trace) + c))
+            before, a = a, self._look_back(queries, code, mask, documents, trace)
             c = nn.functional.linear(a, self.W_O)
             if W_a is None:
                 code = self._encode(given - c, mask, trace)
@@ -270,17 +272,15 @@ class ContextualSAE(SAE):
             return sparse_decode(*code, getattr(self, table))
         return trace.decode(table, *code, getattr(self, table))
 
+    def _queries(self, query: Tensor) -> Tensor:
+        """query [B, T, d_in] -> [B, T, n_heads, d_head]."""
+        return nn.functional.linear(query, self.W_Q).unflatten(-1, (self.n_heads, self.d_head))
+
     def _look_back(
-        self,
-        query: Tensor,
-        code: Code,
-        mask: Tensor | None,
-        documents: Tensor | None,
-        trace: Trace | None = None,
+        self, queries: Tensor, code: Code, mask: Tensor | None, documents: Tensor | None, trace: Trace | None
     ) -> Tensor:
-        """query [B, T, d_in] and the codes of all positions -> what is read there, [B, T, n_heads * d_value]."""
+        """queries, and the codes of all positions -> what is read there, [B, T, n_heads * d_value]."""
         keys, values = self._keys_values(code, trace)
-        queries = nn.functional.linear(query, self.W_Q).unflatten(-1, (self.n_heads, self.d_head))
         return lookback_attention(queries, keys, values, self.slope, self.null, mask, documents).flatten(-2)
 
     def _keys_values(self, code: Code, trace: Trace | None = None) -> tuple[Tensor, Tensor]:
