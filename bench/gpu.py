@@ -321,8 +321,7 @@ def main() -> int:
     if not args.rehearse and not torch.cuda.is_available():
         print("no CUDA device here: `make gpu` needs one; without, `python -m bench.gpu --rehearse` tries what it can")
         return 2
-    # The interpreter is slow, and a machine without a GPU costs nobody a lease.
-    slower = 6 if args.rehearse else 1
+    slower = 6 if args.rehearse else 1  # the interpreter takes its time
     until = time.monotonic() + 60 * args.minutes * slower
     state = ROOT / "build" / ("rehearsal" if args.rehearse else "gpu")
     if args.fresh:
