@@ -121,7 +121,7 @@ def encode_and_keep(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Te
     """`topk_encode`, and the pre-activations that it chose from, for `encode_again`. No gradient flows.
 
     Returns:
-        values, indices, and kept: n * d_sae numbers of 4 bytes, in a form of the device's own. The caller bounds n.
+        values, indices, and kept [n, d_sae] float32: the pre-activations. The caller bounds n.
     """
     x, W_enc, b_enc = autocast_to(x.detach(), W_enc.detach(), b_enc.detach())
     return _encode_and_keep(x, W_enc, b_enc, k)
@@ -159,7 +159,7 @@ def _encode_and_keep(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[T
 @_encode_and_keep.register_fake
 def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     shape = (*x.shape[:-1], k)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.int32 if x.device.type == "cuda" else torch.float32
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     kept = x.new_empty(x.shape[:-1].numel(), W_enc.shape[0], dtype=wide)
     return x.new_empty(shape), x.new_empty(shape, dtype=torch.int64), kept
 
