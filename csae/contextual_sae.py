@@ -285,12 +285,9 @@ class ContextualSAE(SAE):
 
     def _keys_values(self, code: Code, trace: Trace | None = None) -> tuple[Tensor, Tensor]:
         """The code [..., k] -> keys [..., n_heads, d_head], values [..., n_heads, d_value]."""
-        split = self.n_heads * self.d_head
-        both = self._rows("W_KV", code, trace)
-        return (
-            both[..., :split].unflatten(-1, (self.n_heads, self.d_head)),
-            both[..., split:].unflatten(-1, (self.n_heads, self.d_value)),
-        )
+        widths = [self.n_heads * self.d_head, self.n_heads * self.d_value]
+        keys, values = self._rows("W_KV", code, trace).split(widths, dim=-1)
+        return keys.unflatten(-1, (self.n_heads, self.d_head)), values.unflatten(-1, (self.n_heads, self.d_value))
 
     @staticmethod
     def _shifted(x: Tensor) -> Tensor:
