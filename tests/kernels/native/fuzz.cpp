@@ -666,6 +666,63 @@ void lookback() {
     }
 }
 
+// --- csae_read_memory --------------------------------------------------------------------------------------------
+
+void read_memory() {
+    function = "csae_read_memory";
+    const int64_t B = below(4), L = 1 + below(one_in(4) ? 90 : 20), H = 1 + below(4);
+    const int64_t d_head = 1 + below(40), d_value = below(40), width = H * (d_head + d_value);
+    const int64_t t = below(one_in(3) ? 3 * L : L + 1);
+    const auto kind = static_cast<Kind>(below(3));
+    const auto q = input_of(B, H * d_head, kind), slope = input_of(1, H, plain), null = input_of(1, H, plain);
+    const int64_t stride_l = input_stride(width), strides_b[] = {L * stride_l, L * stride_l + below(5), 0};
+    const int64_t stride_b = strides_b[below(3)];
+    const auto memory = input_of(1, B == 0 ? 0 : (B - 1) * stride_b + (L - 1) * stride_l + width, kind);
+    const auto takes_part = input<uint8_t>(B, L);
+    for (int64_t at = 0; at < takes_part.size; ++at) takes_part.memory[at] = !one_in(3);
+    const Matrix<int64_t> start(1, B, B);
+    const Matrix<uint8_t> looks(1, B, B);
+    for (int64_t b = 0; b < B; ++b) {
+        const int64_t some[] = {0, -5, INT64_MIN, INT64_MAX, below(t + 1)};
+        start(0, b) = some[below(5)];
+        looks(0, b) = !one_in(6);
+    }
+    const csae_memory given = {q.data(), q.stride, memory.data(), stride_b, stride_l, takes_part.data(),
+                               takes_part.stride, slope.data(), null.data(), start.data(), looks.data(), B, L, H,
+                               d_head, d_value, t};
+    const auto out = output<float>(B, H * d_value), alone = output<float>(B, H * d_value);
+    check_status(csae_read_memory(&given, out.data(), out.stride, some_threads()), csae_ok);
+    check_status(csae_read_memory(&given, alone.data(), alone.stride, 1), csae_ok);
+    out.check_between_rows();
+    out.check_same_bits(alone, "other bits with threads");
+    if (kind == special) return;  // as in lookback
+
+    const double scale = 1 / std::sqrt(static_cast<double>(d_head));
+    for (int64_t b = 0; b < B; ++b) {
+        const auto row = [&](int64_t j) { return memory.data() + b * stride_b + j % L * stride_l; };
+        for (int64_t h = 0; h < H; ++h) {
+            std::vector<int64_t> seen;
+            std::vector<double> weights;
+            double sum = std::exp(static_cast<double>(null(0, h)));
+            for (int64_t j = std::max({int64_t{0}, t - L, start(0, b)}); looks(0, b) && j < t; ++j) {
+                if (!takes_part(b, j % L)) continue;
+                double score = -slope(0, h) * std::log(static_cast<double>(t - j));
+                for (int64_t c = 0; c < d_head; ++c) score += scale * q(b, h * d_head + c) * row(j)[h * d_head + c];
+                seen.push_back(j);
+                weights.push_back(std::exp(score));
+                sum += weights.back();
+            }
+            for (int64_t c = 0; c < d_value; ++c) {
+                Sum wanted;
+                for (size_t s = 0; s < seen.size(); ++s) {
+                    wanted.add(weights[s] / sum * row(seen[s])[H * d_head + h * d_value + c]);
+                }
+                check_near(out(b, h * d_value + c), wanted, 128 * unit, "out");
+            }
+        }
+    }
+}
+
 // --- the choice of threads and instructions --------------------------------------------------------------------
 
 // An OpenMP runtime that gives fewer threads than it was asked for.
@@ -696,16 +753,17 @@ int main(int n_arguments, char** arguments) {
     for (; std::chrono::steady_clock::now() < end; ++case_number) {
         std::seed_seq seeds{seed, case_number};
         random_bits.seed(seeds);
-        const int isa = static_cast<int>(case_number / 5) % (best + 1);
+        const int isa = static_cast<int>(case_number / 6) % (best + 1);
         function = "csae_use_isa";
         check(csae_use_isa(isa) == csae_ok && csae_isa() == isa, "doesn't use what this CPU has");
         choose_openmp(one_in(4));
-        switch (case_number % 5) {
+        switch (case_number % 6) {
             case 0: topk_rows(); break;
             case 1: gather(true); break;
             case 2: gather(false); break;
             case 3: feature_rows(); break;
             case 4: lookback(); break;
+            case 5: read_memory(); break;
         }
     }
     std::printf("%u cases, instruction sets 0 to %d\n", case_number - first_case, best);

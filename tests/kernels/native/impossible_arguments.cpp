@@ -141,6 +141,20 @@ void impossible_arguments() {
     refused<const float*>(backward, {&grad.x, &attended.x}, nullptr);
     refused<int64_t>(backward, {&grad.stride_t, &attended.stride_b}, -1);
     refused<float*>(backward, {&d_q, &d_k, &d_v, &d_slope, &d_null}, nullptr);
+
+    uint8_t looks[2] = {1, 1};
+    int64_t start[2] = {0, 0}, stride = 2;
+    csae_memory memory = {zeros, 2, zeros, 2, 2, looks, 1, zeros, zeros, start, looks, 2, 1, 1, 1, 1, 1};
+    const auto read = [&] { return csae_read_memory(&memory, out, stride, n_threads); };
+    refused<int64_t>(read, {&memory.B, &memory.L, &memory.H, &memory.d_head, &memory.d_value, &memory.t,
+                            &memory.q_stride, &memory.memory_stride_b, &memory.memory_stride_l,
+                            &memory.takes_part_stride}, -1);
+    refused<int64_t>(read, {&memory.d_head, &stride}, 0);
+    refused<const float*>(read, {&memory.q, &memory.memory, &memory.slope, &memory.null}, nullptr);
+    refused<const uint8_t*>(read, {&memory.takes_part, &memory.looks}, nullptr);
+    refused<const int64_t*>(read, {&memory.start}, nullptr);
+    refused(read, {&n_threads}, 0);
+
     int isa = csae_isa();
     refused([&] { return csae_use_isa(isa); }, {&isa}, -1);
     refused([&] { return csae_use_isa(isa); }, {&isa}, 3);
