@@ -195,7 +195,7 @@ class ContextualSAE(SAE):
         windows = self._windows_to_keep(x)
         if windows == 0:
             return self._sweep(x, mask, documents, trace, None)
-        W_a = (self.W_enc @ self.W_O).detach()
+        W_a = self.W_enc.detach() @ self.W_O.detach()
         parts = [
             self._sweep(
                 x[start : start + windows],

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-OPS = ("feature_rows", "lookback_attention", "sparse_decode", "topk_encode", "topk_threshold")
-FILES = [f"test_triton_{op}.py" for op in OPS]
+NAMES = ("feature_rows", "lookback_attention", "models", "sparse_decode", "topk_encode", "topk_threshold")
+FILES = [f"test_triton_{name}.py" for name in NAMES]
 
 pytest.importorskip("triton")
 
