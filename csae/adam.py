@@ -39,8 +39,7 @@ class Adam(torch.optim.Optimizer):
         betas: Adam's.
         eps: Adam's, as Gao et al. 2024 (arXiv 2406.04093) have it: gradients of the fvu are small numbers.
         lazy: `torch.optim.SparseAdam` for the tables: a feature that did not fire is not touched, nor its
-            moments, and costs nothing. Another optimizer than Adam: features that rarely fire move less. Not
-            with weights that a feature's silence should move.
+            moments, and costs nothing. Another optimizer than Adam: features that rarely fire move less.
         moments: dtype of the tables' moments: float32, or bfloat16 with stochastic rounding, for half the memory.
 
     State of each parameter: step, exp_avg, exp_avg_sq. All parameters count their steps together.
