@@ -410,7 +410,7 @@ def _merge(
     count = tl.cdiv(columns, GROUP)
     if GATED:
         # Of no groups there is nothing to choose, and of `old` candidates nothing is taken with k = 0.
-        wanted = tl.load(only_ptr + first + row) != 0
+        wanted = tl.load(only_ptr + row) != 0  # it begins with this chunk's rows, wherever the result goes
         count = tl.where(wanted, count, 0)
         old = tl.where(wanted, old, 0)
     acts_ptr += row * stride
@@ -724,7 +724,7 @@ def _merge_ranges(
             last = start + here == d_sae
             found = (keys, columns) if last else new
             sizes = (first if last else 0, start, here, stride, groups, listed.shape[1], k, k if start else 0)
-            gate = listed if only is None else only[first:]
+            gate = listed if only is None else aligned(only[first:])
             merge.launch((chunk,), acts, maxima, bound, listed, *old, *found, gate, *sizes)
             old, new = new, old
 
