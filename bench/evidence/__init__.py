@@ -1,0 +1,1 @@
+"""Whether the contextual SAE works, shown fairly: `csae evidence`."""
