@@ -136,7 +136,9 @@ class BdistWheel(bdist_wheel):
 
 # csae/kernels may be a link to kernels/ in a developer's checkout: it is never what gets packed.
 folders = ("bench", "kernels")
-elsewhere = [f"csae.{name}" for folder in folders for name in (folder, *(f"{folder}.{n}" for n in find_packages(folder)))]
+elsewhere = [
+    f"csae.{name}" for folder in folders for name in (folder, *(f"{folder}.{n}" for n in find_packages(folder)))
+]
 setup(
     packages=[*find_packages(include=["csae", "csae.*"], exclude=["csae.kernels", "csae.kernels.*"]), *elsewhere],
     package_dir={"csae.bench": "bench", "csae.kernels": "kernels"},
