@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, linear, pad, scaled_dot_product_attention
 
+from csae.contextual_sae import unit_heads, value_scale
+
 from .data import Built, Data, Skip
 from .plain import sparse_encode
 from .step import LR, Step
@@ -111,19 +113,22 @@ def contextual_step(data: Data) -> Built:
     slower = {"params": [parameters[name] for name in data.look_back], "lr": LR / 4}
     groups: list[dict] = [{"params": others}, slower]
     optimizer = torch.optim.Adam(groups, lr=LR, fused=True)
-    x, split = data.x.float(), shape.heads * shape.d_head
+    x = data.x.float()
     windows = (shape.windows, shape.T, shape.heads)
 
     def run() -> None:
         optimizer.zero_grad()
         cast = {name: parameter.to(data.dtype) for name, parameter in parameters.items()}
-        W_enc, b_enc, W_dec, W_KV = (cast[name] for name in ("W_enc", "b_enc", "W_dec", "W_KV"))
+        W_enc, b_enc, W_dec = (cast[name] for name in ("W_enc", "b_enc", "W_dec"))
         b_dec = parameters["b_dec"]
         centred = x - b_dec
         values, indices = sparse_encode(centred.to(data.dtype), W_enc, b_enc, shape.k)
-        both = embedding_bag(indices, W_KV, per_sample_weights=values, mode="sum")
-        q = linear(centred.to(data.dtype), cast["W_Q"]).view(*windows, shape.d_head)
-        k, v = both[:, :split].view(*windows, shape.d_head), both[:, split:].view(*windows, shape.d_value)
+        memory = embedding_bag(indices, cast["W_mem"], per_sample_weights=values, mode="sum")
+        q = unit_heads(linear(centred.to(data.dtype), cast["W_Q"]).view(*windows, shape.d_head))
+        q = q * cast["gain"][:, None]
+        k = unit_heads(linear(memory, cast["W_K"]).view(*windows, shape.d_head))
+        v = linear(memory, cast["W_V"]).view(*windows, shape.d_value)
+        v = v * value_scale(v)
         carried = linear(sdpa(q, k, v, cast["slope"], cast["null"]).reshape(shape.n, -1), cast["W_O"])
         values, indices = sparse_encode((centred - carried).to(data.dtype), W_enc, b_enc, shape.k)
         x_hat = embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum") + carried + b_dec

@@ -95,9 +95,7 @@ def _contextual_step_reference(data: Data) -> dict[str, Tensor]:
     x = data.x.double().view(shape.windows, shape.T, shape.d_in)
 
     def forward(W: dict[str, Tensor]) -> Tensor:
-        W_K, W_V = W["W_KV"].split([shape.heads * shape.d_head, shape.heads * shape.d_value], dim=1)
-        rest = {name: tensor for name, tensor in W.items() if name != "W_KV"}
-        weights = reference.ContextualWeights(W_K=W_K, W_V=W_V, **rest)
+        weights = reference.ContextualWeights(**W)
         return reference.contextual_sweeps(x, weights, shape.k, "current", sweeps=1).x_hat
 
     return _first_step(data.weights | data.look_back, forward, x, slower=tuple(data.look_back))
@@ -191,10 +189,10 @@ def _contextual_step_floor(shape: Shape, itemsize: int) -> list[Work]:
     values = shape.heads * shape.d_value
     both = values + shape.heads * shape.d_head
     second = Work(2 * min(n * F * d, n * F * values + F * d * values), n * shape.k * (itemsize + 8))
-    keys_values = [_gather(shape, itemsize, both)] * 3
-    small = Work(3 * 2 * n * d * (shape.heads * shape.d_head + values), 0)
-    rest = [_gather(shape, itemsize, d), *_look_back_floor(shape, itemsize), small, _adam(shape, both)]
-    return [*_topk_step_floor(shape, itemsize), second, *keys_values, *rest]
+    memory = [_gather(shape, itemsize, shape.d_memory)] * 3
+    small = Work(3 * 2 * n * (d + shape.d_memory) * both, 0)
+    rest = [_gather(shape, itemsize, d), *_look_back_floor(shape, itemsize), small, _adam(shape, shape.d_memory)]
+    return [*_topk_step_floor(shape, itemsize), second, *memory, *rest]
 
 
 # --- the registry --------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ class Shape:
     heads: int
     d_head: int
     d_value: int
+    d_memory: int = 128
     planted: bool = False
     """whether each token is k rows of the decoder and little else, so that no two features tie for the last place"""
 
@@ -149,8 +150,11 @@ class Data:
         keys, values = shape.heads * shape.d_head, shape.heads * shape.d_value
         return {
             "W_Q": self._normal(11, keys, shape.d_in) * shape.d_in**-0.5,
-            "W_KV": self._normal(12, shape.d_sae, keys + values) * shape.d_in**-0.5,
+            "W_mem": self._normal(12, shape.d_sae, shape.d_memory) * shape.d_in**-0.5,
+            "W_K": self._normal(14, keys, shape.d_memory) * shape.d_memory**-0.5,
+            "W_V": self._normal(15, values, shape.d_memory) * shape.d_memory**-0.5,
             "W_O": self._normal(13, shape.d_in, values) * 0.1 * values**-0.5,
+            "gain": torch.ones(shape.heads, device=self.device).to(self.dtype),
             "slope": self.slope,
             "null": self.null,
         }

@@ -40,7 +40,7 @@ def topk_sae(data: Data) -> tuple[SAE, dict[str, Tensor]]:
 
 def contextual_sae(data: Data) -> tuple[SAE, dict[str, Tensor]]:
     shape = data.shape
-    heads = (shape.heads, shape.d_head, shape.d_value)
+    heads = (shape.heads, shape.d_head, shape.d_value, shape.d_memory)
     with data.device:
         return ContextualSAE(shape.d_in, shape.d_sae, shape.k, *heads, sweeps=1), data.weights | data.look_back
 

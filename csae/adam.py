@@ -15,7 +15,7 @@ from csae.sae import SAE
 
 MOMENTS = (torch.float32, torch.bfloat16)
 # The parameters with a row a feature.
-TABLES = ("W_enc", "b_enc", "W_dec", "W_KV")
+TABLES = ("W_enc", "b_enc", "W_dec", "W_mem")
 
 
 class Adam(torch.optim.Optimizer):

@@ -1,11 +1,11 @@
 """What was carried to each position, and from where: the exact parts of c in a contextual SAE.
 
-c is linear in the memory, so it is a sum with one part for each earlier position j and each feature f that is
-active there,
+c is a sum with one part for each earlier position j and each feature f that is active there,
 
-    part(t, j, f) = sum_h A_h(t, j) * memory_j[f] * W_V[f]_h W_O_h
+    part(t, j, f) = sum_h A_h(t, j) * s_h(j) * code_j[f] * W_O_h W_V_h W_mem[f]
 
-and nothing is left over. The memory is the final code: this is the exact form.
+and nothing is left over; s_h(j) <= 1 is what bounds the values of position j. The codes are final: this is the exact
+form.
 
 A tool for looking at one window at a time: it forms the attention weights [n_heads, T, T] and two numbers for
 each part [T, T, k].
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from csae.contextual_sae import ContextualSAE
+from csae.contextual_sae import ContextualSAE, value_scale
 from csae.ops import sparse_decode
 from csae.ops.lookback_attention import document_starts
 from csae.sae import Output
@@ -50,9 +50,10 @@ class Attribution:
     def __init__(self, sae: ContextualSAE, output: Output, weights: Tensor) -> None:
         self.output, self.weights = output, weights
         values, indices = output.code
-        slots = sae.W_V[indices].unflatten(-1, (sae.n_heads, sae.d_value))  # [T, k, H, d_value]
+        slots = nn.functional.linear(values[..., None] * sae.W_mem[indices], sae.W_V)
+        slots = slots.unflatten(-1, (sae.n_heads, sae.d_value))  # [T, k, H, d_value]
         # Each slot by head: what it adds to c at a position that gives it all attention.
-        self._written = values[..., None, None] * slots * sae.scale  # [T, k, H, d_value]
+        self._written = slots * value_scale(slots.sum(dim=1, keepdim=True)) * sae.scale  # [T, k, H, d_value]
         self._W_O = sae.W_O.unflatten(-1, (sae.n_heads, sae.d_value))  # [d_in, H, d_value]
         length = output.c.norm(dim=-1)  # [T]
         direction = output.c / torch.where(length > 0, length, 1)[:, None].square()
@@ -113,8 +114,8 @@ def _weights(sae: ContextualSAE, acts: Tensor, output: Output, mask: Tensor, sta
         query = acts / sae.scale - sae.b_dec
     else:
         query = nn.functional.pad((output.x_hat / sae.scale - sae.b_dec)[:-1], (0, 0, 1, 0))
-    queries = nn.functional.linear(query, sae.W_Q).unflatten(-1, (sae.n_heads, sae.d_head))
-    keys = sparse_decode(*output.code, sae.W_K.contiguous()).unflatten(-1, (sae.n_heads, sae.d_head))
+    queries = sae.queries(query)
+    keys, _ = sae.keys_values(sparse_decode(*output.code, sae.W_mem))
     position = torch.arange(T, device=acts.device)
     distance = position[:, None] - position[None, :]
     visible = (distance > 0) & (position[None, :] >= starts[:, None]) & mask[None, :] & mask[:, None]

@@ -16,6 +16,8 @@ from csae.sae import SAE, Code, Output
 QUERIES = ("current", "past")
 # A product of the look-back's width is narrow where it is this many times narrower than d_in.
 NARROW = 4
+# What the root mean square of a head's values stays below.
+VALUE_BOUND = 4.0
 # Pre-activations that are kept from one sweep to the next.
 KEPT_BYTES = 256 << 20
 
@@ -23,7 +25,9 @@ KEPT_BYTES = 256 << 20
 class ContextualSAE(SAE):
     """An SAE whose encoder attends to the codes of earlier positions and suppresses what they account for.
 
-        c_t    = W_O concat_h sum_{j<t} A_h(t, j) v_j       keys and values: W_K and W_V rows of the code at j
+        m_j    = sum_i code_j.values_i * W_mem[code_j.indices_i]
+        q_t    = gain_h * unit(W_Q query_t),  k_j = unit(W_K m_j),  v_j = bounded(W_V m_j)          by head
+        c_t    = W_O concat_h sum_{j<t} A_h(t, j) v_j
         code_t = relu(topk(W_enc (x_t - b_dec - c_t) + b_enc, k))
         x_hat  = sum_i code_t.values_i * W_dec[code_t.indices_i] + c_t + b_dec
 
@@ -31,10 +35,16 @@ class ContextualSAE(SAE):
     it in parallel by sweeps (sweep 0 does not look back, each further one looks at the codes of the one
     before), evaluation runs it exactly.
 
+    unit() gives a head's numbers a mean square of one, and bounded() one below VALUE_BOUND squared. So no score
+    exceeds gain * sqrt(d_head), and c is no longer than sum_h |W_O_h| VALUE_BOUND sqrt(d_value) whatever the
+    codes are: the recurrence can't diverge, on windows of any length (`c_bound`). Without them, training with
+    query="past" diverged at a learning rate of 4e-3.
+
     Args: as `SAE`, and
         n_heads: heads of the look-back.
         d_head: width of a head's queries and keys.
         d_value: width of a head's values.
+        d_memory: what a feature leaves in the memory, in numbers; keys and values are maps of it.
         query: "current": queries come from the activation itself, so that reconstruction needs the attention
             weights beside the codes. "past": from the reconstruction of the position before, so that the
             codes alone rebuild the whole window.
@@ -42,14 +52,20 @@ class ContextualSAE(SAE):
     """
 
     arch = "contextual"
-    look_back = ("W_Q", "W_KV", "W_O", "slope", "null")
+    look_back = ("W_mem", "W_Q", "W_K", "W_V", "W_O", "gain", "slope", "null")
 
+    W_mem: nn.Parameter
+    """[d_sae, d_memory]"""
     W_Q: nn.Parameter
     """[n_heads * d_head, d_in]"""
-    W_KV: nn.Parameter
-    """[d_sae, n_heads * (d_head + d_value)]: W_K and W_V side by side, so that one gather serves both"""
+    W_K: nn.Parameter
+    """[n_heads * d_head, d_memory]"""
+    W_V: nn.Parameter
+    """[n_heads * d_value, d_memory]"""
     W_O: nn.Parameter
     """[d_in, n_heads * d_value]"""
+    gain: nn.Parameter
+    """[n_heads]: how sharply a head tells positions apart"""
     slope: nn.Parameter
     """[n_heads]: the price of log-distance"""
     null: nn.Parameter
@@ -63,6 +79,7 @@ class ContextualSAE(SAE):
         n_heads: int = 8,
         d_head: int = 32,
         d_value: int = 64,
+        d_memory: int = 128,
         query: str = "current",
         sweeps: int = 2,
         k_aux: int | None = None,
@@ -72,30 +89,30 @@ class ContextualSAE(SAE):
         super().__init__(d_in, d_sae, k, k_aux, aux_coef, dead_after)
         if query not in QUERIES:
             raise ValueError(f"query: given {query!r}; needed one of {', '.join(map(repr, QUERIES))}")
-        for name, size in (("n_heads", n_heads), ("d_head", d_head), ("d_value", d_value)):
+        for name, size in (("n_heads", n_heads), ("d_head", d_head), ("d_value", d_value), ("d_memory", d_memory)):
             if size < 1:
                 raise ValueError(f"{name}: given {size}; needed at least 1")
         if sweeps < 0:
             raise ValueError(f"sweeps: given {sweeps}; needed 0 or more")
-        self.n_heads, self.d_head, self.d_value = n_heads, d_head, d_value
+        self.n_heads, self.d_head, self.d_value, self.d_memory = n_heads, d_head, d_value, d_memory
         self.query, self.sweeps = query, sweeps
-        # A code of k features has a squared norm near d_in in normalised units: this makes keys and values
-        # start near unit variance, and W_O makes c start small against x.
-        self.W_KV = nn.Parameter(torch.randn(d_sae, n_heads * (d_head + d_value)) / math.sqrt(d_in))
+        # A code of k features has a squared norm near d_in in normalised units: this makes the memory and the
+        # values start near unit variance, and W_O makes c start small against x.
+        self.W_mem = nn.Parameter(torch.randn(d_sae, d_memory) / math.sqrt(d_in))
         self.W_Q = nn.Parameter(torch.randn(n_heads * d_head, d_in) / math.sqrt(d_in))
+        self.W_K = nn.Parameter(torch.randn(n_heads * d_head, d_memory) / math.sqrt(d_memory))
+        self.W_V = nn.Parameter(torch.randn(n_heads * d_value, d_memory) / math.sqrt(d_memory))
         self.W_O = nn.Parameter(0.1 * torch.randn(d_in, n_heads * d_value) / math.sqrt(n_heads * d_value))
+        self.gain = nn.Parameter(torch.ones(n_heads))
         self.slope = nn.Parameter(torch.linspace(0, 1, n_heads))
         self.null = nn.Parameter(torch.zeros(n_heads))
 
-    @property
-    def W_K(self) -> Tensor:
-        """[d_sae, n_heads * d_head]"""
-        return self.W_KV[:, : self.n_heads * self.d_head]
-
-    @property
-    def W_V(self) -> Tensor:
-        """[d_sae, n_heads * d_value]"""
-        return self.W_KV[:, self.n_heads * self.d_head :]
+    @torch.no_grad()
+    def c_bound(self) -> float:
+        """What the length of c, in the units of the activations, never exceeds."""
+        heads = self.W_O.unflatten(-1, (self.n_heads, self.d_value)).unbind(1)  # [d_in, d_value] each
+        written = sum(float(torch.linalg.matrix_norm(head.double(), 2)) for head in heads)
+        return written * VALUE_BOUND * math.sqrt(self.d_value) * float(self.scale)
 
     def forward(
         self,
@@ -228,7 +245,7 @@ class ContextualSAE(SAE):
         c = torch.zeros_like(x)
         given = x if trace is None else x.detach()
         kept = a = x.new_zeros(())
-        queries = self._queries(x) if self.query == "current" else kept
+        queries = self.queries(x) if self.query == "current" else kept
         if W_a is None:
             code = self._encode(given, mask, trace)
         else:
@@ -236,7 +253,7 @@ class ContextualSAE(SAE):
             code = self._encoded(given, values, indices, mask, trace)
         for _ in range(self.sweeps):
             if self.query == "past":
-                queries = self._queries(self._shifted(self._rows("W_dec", code, trace) + c))
+                queries = self.queries(self._shifted(self._rows("W_dec", code, trace) + c))
             before, a = a, self._look_back(queries, code, mask, documents, trace)
             c = nn.functional.linear(a, self.W_O)
             if W_a is None:
@@ -267,27 +284,28 @@ class ContextualSAE(SAE):
         return code if mask is None else Code(code.values.masked_fill(~mask.unsqueeze(-1), 0), code.indices)
 
     def _rows(self, table: str, code: Code, trace: Trace | None) -> Tensor:
-        """The code [..., k] -> the sum of the rows that it names in W_dec or W_KV."""
+        """The code [..., k] -> the sum of the rows that it names in W_dec or W_mem."""
         if trace is None:
             return sparse_decode(*code, getattr(self, table))
         return trace.decode(table, *code, getattr(self, table))
 
-    def _queries(self, query: Tensor) -> Tensor:
-        """query [B, T, d_in] -> [B, T, n_heads, d_head]."""
-        return nn.functional.linear(query, self.W_Q).unflatten(-1, (self.n_heads, self.d_head))
+    def queries(self, query: Tensor) -> Tensor:
+        """query [..., d_in] -> [..., n_heads, d_head]."""
+        heads = nn.functional.linear(query, self.W_Q).unflatten(-1, (self.n_heads, self.d_head))
+        return unit_heads(heads) * self.gain[:, None]
 
     def _look_back(
         self, queries: Tensor, code: Code, mask: Tensor | None, documents: Tensor | None, trace: Trace | None
     ) -> Tensor:
         """queries, and the codes of all positions -> what is read there, [B, T, n_heads * d_value]."""
-        keys, values = self._keys_values(code, trace)
+        keys, values = self.keys_values(self._rows("W_mem", code, trace))
         return lookback_attention(queries, keys, values, self.slope, self.null, mask, documents).flatten(-2)
 
-    def _keys_values(self, code: Code, trace: Trace | None = None) -> tuple[Tensor, Tensor]:
-        """The code [..., k] -> keys [..., n_heads, d_head], values [..., n_heads, d_value]."""
-        widths = [self.n_heads * self.d_head, self.n_heads * self.d_value]
-        keys, values = self._rows("W_KV", code, trace).split(widths, dim=-1)
-        return keys.unflatten(-1, (self.n_heads, self.d_head)), values.unflatten(-1, (self.n_heads, self.d_value))
+    def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """memory [..., d_memory] -> keys [..., n_heads, d_head], values [..., n_heads, d_value]."""
+        keys = nn.functional.linear(memory, self.W_K).unflatten(-1, (self.n_heads, self.d_head))
+        values = nn.functional.linear(memory, self.W_V).unflatten(-1, (self.n_heads, self.d_value))
+        return unit_heads(keys), values * value_scale(values)
 
     @staticmethod
     def _shifted(x: Tensor) -> Tensor:
@@ -307,3 +325,16 @@ class ContextualSAE(SAE):
         super()._check_acts(acts, mask, documents)
         if acts.dim() != 3:
             raise ValueError(f"acts: given shape {list(acts.shape)}; needed windows [B, T, d_in]: positions look back")
+
+
+def unit_heads(heads: Tensor) -> Tensor:
+    """heads [..., n_heads, d] -> the same with a mean square of one in each head; zero stays zero.
+
+    As queries and keys are normalised in Henry et al. 2020 (arXiv 2010.04245).
+    """
+    return heads * torch.rsqrt(heads.square().mean(dim=-1, keepdim=True) + 1e-6)
+
+
+def value_scale(values: Tensor) -> Tensor:
+    """values [..., n_heads, d_value] -> [..., n_heads, 1]: what they are multiplied with, so that they are bounded."""
+    return torch.rsqrt(1 + values.square().mean(dim=-1, keepdim=True) / VALUE_BOUND**2)

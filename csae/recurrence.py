@@ -49,10 +49,10 @@ class State(NamedTuple):
 
 def initial_state(sae: ContextualSAE, B: int, room: int, bounded: bool) -> State:
     """B sequences before their first position, with room for so many positions."""
-    like = sae.W_KV
+    like = sae.W_mem
     document = torch.zeros(B, dtype=torch.int64, device=like.device)
     return State(
-        memory=like.new_zeros(B, room, like.shape[1]),
+        memory=like.new_zeros(B, room, sae.n_heads * (sae.d_head + sae.d_value)),
         takes_part=torch.zeros(B, room, dtype=torch.bool, device=like.device),
         position=0,
         start=document,
@@ -90,21 +90,22 @@ def advance(
     if code is None:
         code = (memory.new_empty(B, n, sae.k), torch.empty(B, n, sae.k, dtype=torch.int64, device=device))
     values, indices = code
-    queries = linear(x, sae.W_Q) if x is not None and sae.query == "current" else None
+    queries = sae.queries(x) if x is not None and sae.query == "current" else None
     c = memory.new_empty(B, n, sae.d_in)
     past = state.past
     for i in range(n):
         t = state.position + i
-        query = linear(past, sae.W_Q) if queries is None else queries[:, i]
+        query = sae.queries(past) if queries is None else queries[:, i]
         read = attend.read_memory(
-            *(query.unflatten(-1, (sae.n_heads, sae.d_head)), memory, takes_part, sae.slope, sae.null),
+            *(query, memory, takes_part, sae.slope, sae.null),
             *(starts[:, i], mask[:, i], t),
         )
         c[:, i] = linear(read, sae.W_O)
         if x is not None:
             found, indices[:, i] = encode.topk_encode(x[:, i] - c[:, i], sae.W_enc, sae.b_enc, sae.k)
             values[:, i] = found.masked_fill_(~mask[:, i, None], 0)
-        memory[:, t % room] = gather.gather_sum(values[:, i], indices[:, i], sae.W_KV)
+        left = sae.keys_values(gather.gather_sum(values[:, i], indices[:, i], sae.W_mem))
+        memory[:, t % room] = torch.cat([heads.flatten(-2) for heads in left], dim=-1)
         takes_part[:, t % room] = mask[:, i]
         if queries is None:
             past = gather.gather_sum(values[:, i], indices[:, i], sae.W_dec) + c[:, i]

@@ -91,6 +91,8 @@ def lookback_attention(
     return torch.einsum("bhtj,bjhd->bthd", weights, v)
 
 
+VALUE_BOUND = 4.0
+
 # --- the models ------------------------------------------------------------------------------------------
 
 
@@ -117,10 +119,12 @@ class ContextualWeights(NamedTuple):
     b_enc: Tensor  # [d_sae]
     W_dec: Tensor  # [d_sae, d_in]
     b_dec: Tensor  # [d_in]
+    W_mem: Tensor  # [d_sae, d_memory]
     W_Q: Tensor  # [H * d_head, d_in]
-    W_K: Tensor  # [d_sae, H * d_head]
-    W_V: Tensor  # [d_sae, H * d_value]
+    W_K: Tensor  # [H * d_head, d_memory]
+    W_V: Tensor  # [H * d_value, d_memory]
     W_O: Tensor  # [d_in, H * d_value]
+    gain: Tensor  # [H]
     slope: Tensor  # [H]
     null: Tensor  # [H]
 
@@ -204,13 +208,23 @@ def _look_back(
         query_acts = torch.cat([torch.zeros_like(before[:, :1]), before[:, :-1]], dim=1)
     else:
         raise ValueError(f"query: given {query!r}; needed 'current' or 'past'")
+    remembered = sparse_decode(memory.values, memory.indices, weights.W_mem)  # [B, T, d_memory]
+    q, k, v = (
+        (acts @ W.T).unflatten(-1, (H, -1))
+        for acts, W in ((query_acts, weights.W_Q), (remembered, weights.W_K), (remembered, weights.W_V))
+    )
     a = lookback_attention(
-        (query_acts @ weights.W_Q.T).unflatten(-1, (H, -1)),
-        sparse_decode(memory.values, memory.indices, weights.W_K).unflatten(-1, (H, -1)),
-        sparse_decode(memory.values, memory.indices, weights.W_V).unflatten(-1, (H, -1)),
+        q / _rms(q, 1e-6) * weights.gain[:, None],
+        k / _rms(k, 1e-6),
+        v / _rms(v / VALUE_BOUND, 1.0),
         weights.slope,
         weights.null,
         mask,
         documents,
     )
     return a.flatten(-2) @ weights.W_O.T
+
+
+def _rms(heads: Tensor, least: float) -> Tensor:
+    """The root of `least` and the mean square of each head: heads [..., H, d] -> [..., H, 1]."""
+    return (heads.square().mean(dim=-1, keepdim=True) + least).sqrt()

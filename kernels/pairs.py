@@ -1,6 +1,6 @@
 """The gradient of a table of rows in factors, and the table with its Adam moments: what `feature_rows` works on.
 
-The gradient of a table [d_sae, d] (W_enc, W_dec, W_KV; b_enc is one with d = 1 and rows of ones) is
+The gradient of a table [d_sae, d] (W_enc, W_dec, W_mem; b_enc is one with d = 1 and rows of ones) is
 
     gradient[f] = sum over the pairs p with feature f of weights[p] * rows[tokens[p]]
 

@@ -67,7 +67,11 @@ def test_a_part_is_its_formula() -> None:
     expected = torch.zeros(D, dtype=torch.float64)
     for h in range(H):
         head = slice(h * DV, (h + 1) * DV)
-        expected += found.weights[h, t, j] * value * sae.W_O[:, head] @ sae.W_V[feature, head]
+        written = sae.W_V[head] @ sae.W_mem[feature]
+        remembered = sum(v * sae.W_mem[f] for v, f in zip(*(part[j] for part in found.output.code), strict=True))
+        shrunk = (1 + (sae.W_V[head] @ remembered).square().mean() / 4.0**2).rsqrt()
+        assert shrunk < 0.99
+        expected += found.weights[h, t, j] * shrunk * value * sae.W_O[:, head] @ written
     torch.testing.assert_close(found.parts(t)[j, slot], expected * sae.scale, rtol=1e-12, atol=1e-12)
 
 

@@ -181,7 +181,7 @@ def test_cross_entropy(tiny_lm: LanguageModel) -> None:
     assert any("recovered" in str(column.header) for column in table([result]).columns)
 
 
-@pytest.mark.parametrize("name", ["W_enc", "b_dec", "W_KV"])
+@pytest.mark.parametrize("name", ["W_enc", "b_dec", "W_mem"])
 def test_weights_that_are_not_finite(source: Windows, name: str) -> None:
     sae = make("contextual")
     with torch.no_grad():

@@ -22,7 +22,8 @@ def make(query: str = "current", **options: int) -> ContextualSAE:
     sae.initialise(torch.randn(D_IN), 1.7)
     with torch.no_grad():  # a look-back that matters
         sae.W_O.mul_(5)
-        sae.W_KV.mul_(2)
+        sae.W_mem.mul_(3)
+        sae.gain.mul_(2)
         sae.null.sub_(1)
     return sae.eval()
 
@@ -96,23 +97,26 @@ def test_a_bounded_look_back_forgets() -> None:
     torch.testing.assert_close(bounded.x_hat[:, :5], whole.x_hat[:, :5])  # position 4 looks at 0 to 3
     assert not torch.allclose(bounded.c[:, 5:], whole.c[:, 5:])
     # By hand: attention over the last four codes only.
-    memory = torch.cat([sae.W_K, sae.W_V], dim=1)
     code, x = bounded.code, acts / sae.scale - sae.b_dec
-    rows = (code.values.unsqueeze(-1) * memory[code.indices]).sum(2)  # [B, T, 2 * (3 + 5)]
+    memory = (code.values.unsqueeze(-1) * sae.W_mem[code.indices]).sum(2)  # [B, T, d_memory]
+    keys, values = (memory @ sae.W_K.T).view(B, T, 2, 3), (memory @ sae.W_V.T).view(B, T, 2, 5)
     t = 13
     looks = list(range(t - 4, t))
     for b in range(B):
         read = []
         for h in range(2):
             q = sae.W_Q.view(2, 3, D_IN)[h] @ x[b, t]
+            q = sae.gain[h] * q / q.norm() * 3**0.5  # a mean square of gain squared
+            unit = keys[b, :, h] / keys[b, :, h].norm(dim=1, keepdim=True) * 3**0.5
             scores = [
-                float(q @ rows[b, j, 3 * h : 3 * h + 3] / 3**0.5 - sae.slope[h] * torch.tensor(float(t - j)).log())
+                float(q @ unit[j] / 3**0.5 - sae.slope[h] * torch.tensor(float(t - j)).log())
                 if mask[b, j] and mask[b, t] and (documents[b, j : t + 1] == documents[b, t]).all()
                 else -torch.inf
                 for j in looks
             ]
             weights = torch.tensor([*scores, float(sae.null[h])]).softmax(0)[:-1]
-            read.append(weights @ torch.stack([rows[b, j, 6 + 5 * h : 11 + 5 * h] for j in looks]))
+            v = values[b, looks, h]
+            read.append(weights @ (v / (1 + v.square().mean(dim=1, keepdim=True) / 4.0**2).sqrt()))
         torch.testing.assert_close(sae.W_O @ torch.cat(read) * sae.scale, bounded.c[b, t], rtol=1e-4, atol=1e-5)
 
 

@@ -10,8 +10,9 @@ from csae import reference
 
 def weights(d_in=5, d_sae=11, H=2, d_head=3, d_value=4, seed=0):
     torch.manual_seed(seed)
-    shapes = [(d_sae, d_in), (d_sae,), (d_sae, d_in), (d_in,), (H * d_head, d_in), (d_sae, H * d_head)]
-    shapes += [(d_sae, H * d_value), (d_in, H * d_value), (H,), (H,)]
+    d_memory = 6
+    shapes = [(d_sae, d_in), (d_sae,), (d_sae, d_in), (d_in,), (d_sae, d_memory), (H * d_head, d_in)]
+    shapes += [(H * d_head, d_memory), (H * d_value, d_memory), (d_in, H * d_value), (H,), (H,), (H,)]
     return reference.ContextualWeights(*(torch.randn(shape, dtype=torch.float64) for shape in shapes))
 
 

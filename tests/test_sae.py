@@ -13,10 +13,10 @@ from csae.errors import UserError
 
 def contextual(dtype=torch.float64, **options):
     torch.manual_seed(0)
-    options = {"n_heads": 2, "d_head": 3, "d_value": 4, "dead_after": 20} | options
+    options = {"n_heads": 2, "d_head": 3, "d_value": 4, "d_memory": 7, "dead_after": 20} | options
     sae = ContextualSAE(6, 15, 3, **options)
     with torch.no_grad():
-        for parameter in (sae.b_enc, sae.b_dec, sae.slope, sae.null, sae.W_O):
+        for parameter in (sae.b_enc, sae.b_dec, sae.gain, sae.slope, sae.null, sae.W_O):
             parameter += 0.3 * torch.randn_like(parameter)
     sae.initialise(torch.randn(6), 1.7)
     return sae.to(dtype)
@@ -38,9 +38,7 @@ def windows(dtype=torch.float64, B=2, T=9):
 
 
 def weights(sae):
-    return reference.ContextualWeights(
-        sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.W_Q, sae.W_K, sae.W_V, sae.W_O, sae.slope, sae.null
-    )
+    return reference.ContextualWeights(*(getattr(sae, name) for name in reference.ContextualWeights._fields))
 
 
 def test_topk_sae_matches_the_reference():
@@ -389,6 +387,6 @@ def test_narrow_sweeps_are_the_same_sweeps(query, windows_kept, monkeypatch):
     torch.testing.assert_close(narrow[0].fvu, wide[0].fvu)
     assert torch.equal(narrow[0].code.indices, wide[0].code.indices)
     for way in (1, 2):
-        assert narrow[way].keys() == wide[way].keys() >= {"W_enc", "W_KV", "W_O", "b_dec"}
+        assert narrow[way].keys() == wide[way].keys() >= {"W_enc", "W_mem", "W_O", "b_dec"}
         for name, gradient in wide[way].items():
             torch.testing.assert_close(narrow[way][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
