@@ -1,0 +1,296 @@
+"""Windows whose features are known: does the contextual SAE put a lasting feature into the code once, or each time?
+
+A window is cut into regions of one length. In a region a few *region features* are on at every position, each at one
+magnitude; beside them every token has a few *token features* of its own, and a little noise. All are random unit
+directions, more of them than dimensions. A per-token SAE has to pay for a region feature at every position; one that
+looks back should pay where the region starts.
+
+k is the number of token features that are on and K_ALLOWANCE more, which is less than what is on in all: a per-token
+SAE can't show everything, so a region feature that it shows is a token feature that it leaves out. One that looks back
+has K_ALLOWANCE to spare, except where a region starts. Were k larger, both would fill what is left with noise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from csae.activations import Batch, estimate_normalisation
+from csae.attribution import attribute
+from csae.contextual_sae import ContextualSAE
+from csae.evaluate import evaluate, run_form
+from csae.progress import Progress, quiet
+from csae.sae import SAE, Code
+from csae.topk_sae import TopKSAE
+from csae.train import TrainConfig, adam, batch_of, learning_rate, train_step
+
+N_CTX, D_IN = 256, 64
+N_REGION, N_TOKEN = 32, 128
+REGION_ON, TOKEN_ON = 2, 4
+REGION_MAGNITUDE, TOKEN_MAGNITUDE = (1.0, 2.0), (0.5, 1.5)
+NOISE = 0.02
+
+REGION_LENGTHS = (4, 16, 64, 256)
+QUERIES = ("current",)
+STEPS = 1000
+K_ALLOWANCE = 0
+D_SAE = 192
+LOOK_BACK: dict[str, Any] = {"n_heads": 4, "d_head": 16, "d_value": 16, "sweeps": 2}
+BATCH_WINDOWS, LR, LOOK_BACK_LR = 8, 4e-3, 0.25
+# Windows that are measured on, and in how many of them the parts of c are looked at.
+HELD_OUT, ATTRIBUTED = 64, 4
+# A decoder row with at least this cosine to a feature's direction counts as a version of it.
+VERSION = 0.7
+
+
+class Truth(NamedTuple):
+    """What some windows are made of. R regions a window."""
+
+    region: Tensor
+    """[B, R, n_region] float32: the magnitude of each region feature in each region, zero where it is off"""
+    token: Tensor
+    """[B, T, n_token] float32: that of each token feature at each position"""
+    starts: Tensor
+    """[R] int64: the positions where regions start, the same in each window"""
+
+
+class Windows:
+    """An `ActivationSource` of windows that are drawn when they are read, each from the seed and its own number.
+
+    region_directions [n_region, d_in] and token_directions [n_token, d_in] are the unit directions of the features;
+    they depend on the seed alone, so windows of another region length are made of the same ones. The features of a
+    region are never those of the one before. Nothing tells where a region starts: a window is one document, and all
+    positions are in the mask.
+    """
+
+    def __init__(
+        self,
+        region_length: int,
+        n_windows: int,
+        seed: int = 0,
+        n_ctx: int = N_CTX,
+        d_in: int = D_IN,
+        n_region: int = N_REGION,
+        n_token: int = N_TOKEN,
+        region_on: int = REGION_ON,
+        token_on: int = TOKEN_ON,
+        noise: float = NOISE,
+    ) -> None:
+        if region_length < 1 or n_ctx % region_length:
+            raise ValueError(f"region_length: given {region_length}; needed a divisor of n_ctx = {n_ctx}")
+        if not 1 <= region_on <= n_region // 2:
+            raise ValueError(f"region_on: given {region_on}; needed 1 to half of n_region = {n_region}")
+        if not 1 <= token_on <= n_token:
+            raise ValueError(f"token_on: given {token_on}; needed 1 to n_token = {n_token}")
+        self.region_length, self.n_windows, self.seed = region_length, n_windows, seed
+        self.n_ctx, self.d_in, self.noise = n_ctx, d_in, noise
+        self.n_region, self.n_token, self.region_on, self.token_on = n_region, n_token, region_on, token_on
+        directions = np.random.default_rng([seed, 0]).standard_normal((n_region + n_token, d_in))
+        unit = torch.from_numpy(directions / np.linalg.norm(directions, axis=1, keepdims=True)).float()
+        self.region_directions, self.token_directions = unit.split([n_region, n_token])
+
+    def read(self, window_indices: Sequence[int]) -> Batch:
+        return self.draw(window_indices)[0]
+
+    def draw(self, window_indices: Sequence[int]) -> tuple[Batch, Truth]:
+        """The windows asked for, and what they are made of."""
+        drawn = [self._draw(int(window)) for window in window_indices]
+        region, token, noise = (torch.from_numpy(np.stack(part)).float() for part in zip(*drawn, strict=True))
+        lasting = (region @ self.region_directions).repeat_interleave(self.region_length, dim=1)
+        acts = lasting + token @ self.token_directions + self.noise * noise
+        mask = torch.ones(acts.shape[:2], dtype=torch.bool)
+        starts = torch.arange(0, self.n_ctx, self.region_length)
+        return Batch(acts, mask, torch.zeros_like(mask, dtype=torch.int64), None), Truth(region, token, starts)
+
+    def _draw(self, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Magnitudes of the region features [R, n_region] and token features [T, n_token], and noise [T, d_in]."""
+        rng = np.random.default_rng([self.seed, 1, self.region_length, window])
+        n_regions = self.n_ctx // self.region_length
+        order = rng.random((n_regions, self.n_region))
+        for here in range(1, n_regions):
+            # Above all others: what was on before is not among the lowest.
+            order[here, np.argpartition(order[here - 1], self.region_on)[: self.region_on]] += 1
+        region = self._magnitudes(rng, order, self.region_on, REGION_MAGNITUDE)
+        token = self._magnitudes(rng, rng.random((self.n_ctx, self.n_token)), self.token_on, TOKEN_MAGNITUDE)
+        return region, token, rng.standard_normal((self.n_ctx, self.d_in))
+
+    @staticmethod
+    def _magnitudes(rng: np.random.Generator, order: np.ndarray, on: int, magnitude: tuple[float, float]) -> np.ndarray:
+        """order [n, features] -> a magnitude for the `on` lowest of each row, zero for the others."""
+        chosen = np.argpartition(order, on - 1, axis=1)[:, :on]
+        made = np.zeros_like(order)
+        np.put_along_axis(made, chosen, rng.uniform(*magnitude, size=chosen.shape), axis=1)
+        return made
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "synthetic": "regions",
+            **{name: getattr(self, name) for name in ("region_length", "n_windows", "seed", "n_ctx", "d_in", "noise")},
+            **{name: getattr(self, name) for name in ("n_region", "n_token", "region_on", "token_on")},
+        }
+
+
+def run(
+    region_lengths: Sequence[int] = REGION_LENGTHS,
+    seed: int = 0,
+    steps: int = STEPS,
+    progress: Progress = quiet,
+    queries: Sequence[str] = QUERIES,
+) -> dict[str, Any]:
+    """Train a `TopKSAE` and a `ContextualSAE` of equal k and d_sae at each region length, and measure them.
+
+    Every step sees new windows, the same ones for both SAEs.
+
+    Args:
+        seed: of the features, the windows and the parameters.
+        steps: of training, for each SAE, of BATCH_WINDOWS windows.
+        queries: the contextual SAEs, by their `query`.
+
+    Returns:
+        runs: for each SAE at each region length: region_length, query (None for TopK), train_seconds, and what
+            `figures` gives. The others say how it was made: seed, steps, k, d_sae, look_back, data.
+    """
+    k = TOKEN_ON + K_ALLOWANCE
+    runs = []
+    for region_length in region_lengths:
+        source = Windows(region_length, steps * BATCH_WINDOWS + HELD_OUT, seed)
+        for query in (None, *queries):
+            torch.manual_seed(seed)
+            sae: SAE = TopKSAE(D_IN, D_SAE, k)
+            if query is not None:
+                sae = ContextualSAE(D_IN, D_SAE, k, query=query, **LOOK_BACK)
+            name = f"regions of {region_length}, " + ("topk" if query is None else f"contextual, {query}")
+            began = time.perf_counter()
+            fit(sae, source, range(steps * BATCH_WINDOWS), steps, progress, name)
+            seconds = time.perf_counter() - began
+            made = {"region_length": region_length, "query": query, "train_seconds": seconds}
+            held_out = range(source.n_windows - HELD_OUT, source.n_windows)
+            runs.append(made | figures(sae, source, held_out))
+    return {
+        "seed": seed,
+        "steps": steps,
+        "tokens": steps * BATCH_WINDOWS * N_CTX,
+        "k": k,
+        "d_sae": D_SAE,
+        "look_back": LOOK_BACK,
+        "data": Windows(N_CTX, 1, seed).describe(),
+        "runs": runs,
+    }
+
+
+def fit(
+    sae: SAE,
+    source: Windows,
+    windows: Sequence[int],
+    steps: int,
+    progress: Progress = quiet,
+    description: str = "training",
+) -> None:
+    """Train `sae` in place, in memory: `csae.train.train` without a folder."""
+    config = TrainConfig(steps, BATCH_WINDOWS, LR, LOOK_BACK_LR)
+    sae.initialise(*estimate_normalisation(source, windows))
+    optimizer = adam(sae, config)
+    sae.train()
+    for step in progress(range(steps), description):
+        batch = source.read(batch_of(windows, step, config))
+        train_step(sae, optimizer, batch, learning_rate(step, config), config, sae.W_dec.device)
+    sae.eval()
+
+
+@torch.no_grad()
+def figures(sae: SAE, source: Windows, windows: Sequence[int]) -> dict[str, Any]:
+    """How well an SAE finds the features that the windows are made of, and how often it shows them.
+
+    A feature of the data is matched with the decoder row of the largest cosine. For a contextual SAE that is what
+    fires where a region starts: later the feature may be carried, and in no code. A region here is one region and one
+    of the features that are on in it.
+
+    Returns:
+        region_cosine, token_cosine: the mean over features of that largest cosine; region_cosine_min: the least.
+        fires_per_region: at how many positions of a region the matched feature fires, in the mean. 1 is ideal for
+            an SAE that looks back, the region's length for one that doesn't. fires_share: that over the length.
+        versions_per_region: the same for all features that are like it (VERSION), counted together: a feature that is
+            split would hide in fires_per_region.
+        found: the share of regions in which the matched feature fires at all, so that few firings are not mistaken for
+            good ones. found_at_start: at their first position.
+        fires_at: that share for each position in the region, a list of its length.
+        fires_off: the share of positions where a region feature is off, but its match fires.
+        token_found: the share of token features where they are on whose match fires; token_off, where they are off.
+        with_sweeps: for a contextual SAE, the same from fires_per_region on, of the form in sweeps.
+        carried_cosine, carried_amount: for a contextual SAE, of what the matched feature, fired where the region
+            starts, writes at the region's last position: its cosine with the feature's direction, and its length
+            along that direction over the feature's magnitude; means over the regions of the first ATTRIBUTED
+            windows, carried_regions of them. None where there are none.
+        And all that `csae.evaluate.evaluate` gives: fvu, l0, of the exact form; fvu_sweeps, gap.
+    """
+    batch, truth = source.draw(windows)
+    rows = torch.nn.functional.normalize(sae.W_dec, dim=1)
+    region_cosine, region_match = (source.region_directions @ rows.T).max(dim=1)
+    token_cosine, _ = (source.token_directions @ rows.T).max(dim=1)
+    result = {
+        **evaluate(sae, source, windows),
+        "region_cosine": float(region_cosine.mean()),
+        "region_cosine_min": float(region_cosine.min()),
+        "token_cosine": float(token_cosine.mean()),
+        **firings(run_form(sae, batch.acts, batch.mask, batch.documents, exact=True).code, rows, source, truth),
+    }
+    if isinstance(sae, ContextualSAE):
+        code = run_form(sae, batch.acts, batch.mask, batch.documents, exact=False).code
+        result["with_sweeps"] = firings(code, rows, source, truth)
+        result |= _carried(sae, source, windows[:ATTRIBUTED], region_match)
+    return result
+
+
+def firings(code: Code, rows: Tensor, source: Windows, truth: Truth) -> dict[str, Any]:
+    """How often features fire in the code [B, T, k] of windows; what `figures` gives from fires_per_region on.
+
+    rows: [d_sae, d_in], the unit rows of the decoder.
+    """
+    values, indices = code
+    fired = values.new_zeros(*values.shape[:2], len(rows)).scatter_add_(2, indices, (values > 0).to(values.dtype))
+    likeness = source.region_directions @ rows.T  # [n_region, d_sae]
+    versions = fired @ (likeness >= VERSION).to(fired.dtype).T  # [B, T, n_region]
+    shown, versions = (
+        counts.unflatten(1, (-1, source.region_length)).movedim(3, 2)  # [B, R, n_region, length]
+        for counts in (fired[..., likeness.argmax(dim=1)], versions)
+    )
+    on = truth.region > 0
+    here = shown[on]  # [regions, length]
+    token_shown = fired[..., (source.token_directions @ rows.T).argmax(dim=1)]
+    return {
+        "fires_per_region": float(here.sum(dim=1).mean()),
+        "fires_share": float(here.mean()),
+        "versions_per_region": float(versions[on].sum(dim=1).mean()),
+        "found": float(here.amax(dim=1).mean()),
+        "found_at_start": float(here[:, 0].mean()),
+        "fires_at": here.mean(dim=0).tolist(),
+        "fires_off": float(shown[~on].mean()),
+        "token_found": float(token_shown[truth.token > 0].mean()),
+        "token_off": float(token_shown[truth.token == 0].mean()),
+    }
+
+
+@torch.no_grad()
+def _carried(sae: ContextualSAE, source: Windows, windows: Sequence[int], match: Tensor) -> dict[str, Any]:
+    """carried_cosine, carried_amount and carried_regions of `figures`; match: [n_region] int64."""
+    batch, truth = source.draw(windows)
+    cosines, amounts = [], []
+    for window in range(len(windows) if source.region_length > 1 else 0):
+        found = attribute(sae, batch.acts[window], batch.mask[window], batch.documents[window])
+        values, indices = found.output.code
+        for region, start in enumerate(truth.starts.tolist()):
+            parts = found.parts(start + source.region_length - 1)[start]  # [k, d_in]
+            for feature in truth.region[window, region].nonzero().flatten().tolist():
+                written = parts[(indices[start] == match[feature]) & (values[start] > 0)].sum(dim=0)
+                if written.any():
+                    along = float(written @ source.region_directions[feature])
+                    cosines.append(along / float(written.norm()))
+                    amounts.append(along / float(truth.region[window, region, feature]))
+    n = len(cosines)
+    means = {"carried_cosine": sum(cosines) / n if n else None, "carried_amount": sum(amounts) / n if n else None}
+    return {**means, "carried_regions": n}
