@@ -76,13 +76,16 @@ def demo(**options: Any) -> None:
 @click.option("--heads", type=int, default=8, show_default=True, help="Heads of the look-back.")
 @click.option("--d-head", type=int, default=32, show_default=True, help="Width of a head's keys.")
 @click.option("--d-value", type=int, default=64, show_default=True, help="Width of a head's values.")
+@click.option("--d-memory", type=int, default=128, show_default=True, help="What a feature leaves in the memory.")
 @click.option("--query", type=click.Choice(["current", "past"]), default="current", show_default=True)
-@click.option("--sweeps", type=int, default=2, show_default=True, help="How often training looks back.")
+@click.option("--sweeps", type=int, default=3, show_default=True, help="How often training looks back at its end.")
+@click.option("--early-sweeps", type=int, default=2, show_default=True, help="How often before the decay.")
+@click.option("--gap-every", type=int, default=100, show_default=True, help="Steps; compares exact form and sweeps.")
 @click.option("--dead-after", type=int, default=10_000_000, show_default=True, help="Tokens without firing.")
 @click.option("--tokens", type=int, help="Tokens to train on; all of the data once if not given.")
 @click.option("--batch-windows", type=int, default=8, show_default=True, help="Windows a step.")
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak learning rate of Adam.")
-@click.option("--look-back-lr", type=float, default=0.25, show_default=True, help="The look-back's share of --lr.")
+@click.option("--look-back-lr", type=float, default=0.5, show_default=True, help="The look-back's share of --lr.")
 @click.option("--warmup", type=float, default=0.05, show_default=True, help="Share of the steps.")
 @click.option("--decay", type=float, default=0.2, show_default=True, help="Share of the steps, the last ones.")
 @click.option("--lazy", is_flag=True, help="Don't move the rows of features that did not fire: cheaper, and not Adam.")
@@ -120,7 +123,7 @@ def train(**options: Any) -> None:
         if options["arch"] == "topk":
             sae: SAE = TopKSAE(**sizes)
         else:
-            look_back = {name: options[name] for name in ("d_head", "d_value", "query", "sweeps")}
+            look_back = {name: options[name] for name in ("d_head", "d_value", "d_memory", "query", "sweeps")}
             sae = ContextualSAE(**sizes, n_heads=options["heads"], **look_back)
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -48,7 +48,7 @@ class ContextualSAE(SAE):
         query: "current": queries come from the activation itself, so that reconstruction needs the attention
             weights beside the codes. "past": from the reconstruction of the position before, so that the
             codes alone rebuild the whole window.
-        sweeps: how often training looks back.
+        sweeps: how often the parallel form looks back. Training takes fewer at first (`TrainConfig.early_sweeps`).
     """
 
     arch = "contextual"
@@ -81,7 +81,7 @@ class ContextualSAE(SAE):
         d_value: int = 64,
         d_memory: int = 128,
         query: str = "current",
-        sweeps: int = 2,
+        sweeps: int = 3,
         k_aux: int | None = None,
         aux_coef: float = 1 / 32,
         dead_after: int = 10_000_000,

@@ -5,7 +5,8 @@ windows comes from the seed, the learning rate from the step, and no other rando
 checkpoint is the parameters, the moments and the step.
 
     RUN/run.json           what was trained on what, and how
-    RUN/metrics.jsonl      a line a step: step, tokens, loss, fvu, aux, l0, dead, lr, tokens_per_s
+    RUN/metrics.jsonl      a line a step: step, tokens, loss, fvu, aux, l0, dead, lr, tokens_per_s; of a contextual
+                           SAE, each `gap_every` steps, also fvu_exact and gap
     RUN/checkpoint-STEP    the last checkpoint (csae.checkpoint)
     RUN/model.safetensors, RUN/config.json    the trained SAE, when it is done
 """
@@ -30,6 +31,7 @@ from torch import Tensor
 from csae.activations import ActivationSource, Batch, window_order
 from csae.adam import Adam
 from csae.checkpoint import last_checkpoint, restore_checkpoint, save_checkpoint
+from csae.contextual_sae import ContextualSAE
 from csae.errors import UserError
 from csae.files import write_file, write_json
 from csae.progress import bar as progress_bar
@@ -48,12 +50,17 @@ class TrainConfig:
     """windows a step"""
     lr: float = 1e-3
     """peak learning rate of Adam"""
-    look_back_lr: float = 0.25
-    """that of a contextual SAE's look-back, as a share of it: at 1 and lr 4e-3 training was unstable"""
+    look_back_lr: float = 0.5
+    """that of a contextual SAE's look-back, as a share of it"""
     warmup: float = 0.05
     """share of the steps in which the learning rate rises from zero"""
     decay: float = 0.2
     """share of the steps, the last ones, in which it falls to zero"""
+    early_sweeps: int = 2
+    """sweeps of a contextual SAE before the decay, where its own `sweeps` are more: it trains on the memory that it
+    will run on when that matters, and more cheaply before"""
+    gap_every: int = 100
+    """steps from one comparison of a contextual SAE's exact form with its sweeps to the next"""
     lazy: bool = False
     """leave the rows of features that did not fire as they are (`csae.adam.Adam`): cheaper, and not Adam"""
     moments: str = "float32"
@@ -66,7 +73,13 @@ class TrainConfig:
     """of the order of windows"""
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch_windows", 1), ("checkpoint_every", 1)):
+        for name, least in (
+            ("steps", 1),
+            ("batch_windows", 1),
+            ("early_sweeps", 0),
+            ("gap_every", 1),
+            ("checkpoint_every", 1),
+        ):
             if getattr(self, name) < least:
                 raise UserError(f"{name}: given {getattr(self, name)}; needed at least {least}")
         for name in ("lr", "look_back_lr"):
@@ -130,8 +143,13 @@ def train(
     first = 0 if checkpoint is None else restore_checkpoint(checkpoint, sae, optimizer)
     _drop_later_metrics(run / METRICS, first)
     sae.train()
-    with open(run / METRICS, "a", encoding="utf-8") as metrics, _stop_signal() as stop:
-        _steps(sae, optimizer, source, windows, run, config, first, metrics, stop)
+    sweeps = getattr(sae, "sweeps", 0)
+    try:
+        with open(run / METRICS, "a", encoding="utf-8") as metrics, _stop_signal() as stop:
+            _steps(sae, optimizer, source, windows, run, config, first, metrics, stop)
+    finally:
+        if isinstance(sae, ContextualSAE):
+            sae.sweeps = sweeps
     sae.save_pretrained(run)
     sae.eval()
     for leftover in run.glob("checkpoint-*"):
@@ -150,11 +168,15 @@ def _steps(
     stop: threading.Event,
 ) -> None:
     device = sae.W_dec.device
+    sweeps = sae.sweeps if isinstance(sae, ContextualSAE) else 0
+    gap = ""
     with progress_bar(total=config.steps, initial=first, desc=run.name, unit="step") as bar:
         for step in range(first, config.steps):
             began = time.perf_counter()
             batch = source.read(batch_of(windows, step, config))
             lr = learning_rate(step, config)
+            if isinstance(sae, ContextualSAE):
+                sae.sweeps = sweeps_at(step, config, sweeps)
             losses, dead = train_step(sae, optimizer, batch, lr, config, device)
             figures = _figures(sae, losses, batch, dead)
             if not figures["loss"] < float("inf"):
@@ -165,9 +187,12 @@ def _steps(
             tokens = batch.mask.numel()
             line = {"step": step, "tokens": (step + 1) * tokens, **figures, "lr": lr}
             line["tokens_per_s"] = round(tokens / (time.perf_counter() - began), 1)
+            if isinstance(sae, ContextualSAE) and (step % config.gap_every == 0 or step + 1 == config.steps):
+                line["fvu_exact"], line["gap"] = exact_gap(sae, batch)
+                gap = f" gap {line['gap']:+.1%}"
             metrics.write(json.dumps(line) + "\n")
             bar.set_postfix_str(
-                f"loss {line['loss']:.4f} fvu {line['fvu']:.4f} l0 {line['l0']:.1f} dead {line['dead']:.1%} "
+                f"loss {line['loss']:.4f} fvu {line['fvu']:.4f}{gap} l0 {line['l0']:.1f} dead {line['dead']:.1%} "
                 f"{line['tokens_per_s']:,.0f} tokens/s",
                 refresh=False,
             )
@@ -209,6 +234,23 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     rise = (step + 1) / max(1.0, config.warmup * config.steps)
     fall = (config.steps - step) / max(1.0, config.decay * config.steps)
     return config.lr * min(1.0, rise, fall)
+
+
+def sweeps_at(step: int, config: TrainConfig, sweeps: int) -> int:
+    """How often a contextual SAE looks back in a step, where its own sweeps are as given."""
+    late = step >= min((1 - config.decay) * config.steps, config.steps - 1)
+    return sweeps if late else min(sweeps, config.early_sweeps)
+
+
+@torch.no_grad()
+def exact_gap(sae: ContextualSAE, batch: Batch) -> tuple[float, float]:
+    """The FVU of a batch in the exact form, and by how much it is above that of the sweeps, as a share of it."""
+    acts, mask, documents = (tensor.to(sae.W_dec.device) for tensor in (batch.acts, batch.mask, batch.documents))
+    x = acts[mask]
+    variance = (x - x.mean(dim=0)).square().sum()
+    forms = (sae(acts, mask, documents, exact=exact).x_hat for exact in (True, False))
+    exact, swept = (float((x - x_hat[mask]).square().sum() / variance) for x_hat in forms)
+    return exact, exact / swept - 1 if swept > 0 else 0.0
 
 
 def batch_of(windows: Sequence[int], step: int, config: TrainConfig) -> list[int]:

@@ -120,6 +120,32 @@ def test_a_bounded_look_back_forgets() -> None:
         torch.testing.assert_close(sae.W_O @ torch.cat(read) * sae.scale, bounded.c[b, t], rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("query", ["current", "past"])
+def test_it_does_not_diverge_on_long_windows(query: str) -> None:
+    """Values are bounded, so c is, on windows of any length and with weights of any size."""
+    sae = make(query)
+    acts = 3 * torch.randn(2, 2048, D_IN, generator=torch.Generator().manual_seed(4))
+    loud = make(query)
+    loud.W_mem.mul_(1e3)
+    loud.W_O.mul_(10)
+    loud.null.sub_(5)
+    for recurrent in (sae, loud):
+        output = recurrent(acts)
+        assert output.c.norm(dim=-1).max() <= recurrent.c_bound()
+        assert output.code.values.isfinite().all()
+        # The end is no louder than the beginning.
+        early, late = (output.c[:, part].square().mean() for part in (slice(1, 257), slice(1792, 2048)))
+        assert late <= 2 * early
+    # The bound is not far away: a memory that holds one thing only, in one head, comes near to it.
+    one = ContextualSAE(D_IN, 40, 4, n_heads=1, d_head=3, d_value=1, query=query).eval()
+    one.W_mem.fill_(1e3)
+    one.W_V.abs_()
+    one.null.fill_(-1e3)
+    output = one(acts)
+    assert output.c.norm(dim=-1).max() == pytest.approx(one.c_bound(), rel=1e-3)
+
+
 def test_the_memory_grows() -> None:
     sae = make()
     acts = torch.randn(1, 600, D_IN, generator=torch.Generator().manual_seed(0))

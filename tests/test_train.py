@@ -16,7 +16,7 @@ from csae import ContextualSAE, TopKSAE
 from csae.activations import Batch, ShardActivations, estimate_normalisation
 from csae.checkpoint import last_checkpoint, load_sae
 from csae.errors import UserError
-from csae.train import Stopped, TrainConfig, batch_of, learning_rate, train
+from csae.train import Stopped, TrainConfig, batch_of, exact_gap, learning_rate, sweeps_at, train
 
 D_IN = 6
 
@@ -75,7 +75,10 @@ def test_it_learns_and_leaves_a_run(kind, tmp_path):
     assert [line["step"] for line in figures] == list(range(60))
     assert figures[-1]["fvu"] < 0.5 * figures[0]["fvu"]
     assert figures[-1]["tokens"] == 60 * 3 * 7
-    assert set(figures[0]) == {"step", "tokens", "loss", "fvu", "aux", "l0", "dead", "lr", "tokens_per_s"}
+    every = {"step", "tokens", "loss", "fvu", "aux", "l0", "dead", "lr", "tokens_per_s"}
+    compared = {"fvu_exact", "gap"} if kind == "contextual" else set()
+    assert [set(line) - every for line in figures] == [compared if s in (0, 59) else set() for s in range(60)]
+    assert all(every <= set(line) for line in figures)
     names = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert names == ["README.md", "config.json", "metrics.jsonl", "model.safetensors", "run.json"]
     assert same(sae, load_sae(tmp_path / "run"))
@@ -180,6 +183,44 @@ def test_learning_rate_rises_stays_and_falls():
     assert rates[9] == rates[50] == rates[79] == 1.0
     assert rates[99] == pytest.approx(0.05)
     assert min(learning_rate(step, config(warmup=0, decay=0)) for step in range(11)) == 0.01
+
+
+@torch.no_grad()
+def test_the_gap_is_that_of_the_exact_form_to_the_sweeps(tmp_path):
+    sae = new_sae()
+    sae.W_O.mul_(20)
+    batch = Windows().read(range(12))
+    fvus = []
+    for exact in (True, False):
+        x, x_hat = (acts[batch.mask] for acts in (batch.acts, sae(*batch[:3], exact=exact).x_hat))
+        fvus.append(float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()))
+    assert fvus[0] != fvus[1]
+    assert exact_gap(sae, batch) == pytest.approx((fvus[0], fvus[0] / fvus[1] - 1))
+    # As many sweeps as positions are the recurrence.
+    sae.sweeps = 7
+    assert exact_gap(sae, batch)[1] == pytest.approx(0, abs=1e-5)
+
+
+def test_sweeps_are_fewer_before_the_decay(tmp_path):
+    cfg = config(steps=10, decay=0.3, early_sweeps=1)
+    assert [sweeps_at(step, cfg, 3) for step in range(10)] == [1] * 7 + [3] * 3
+    assert [sweeps_at(step, config(steps=4, decay=0), 3) for step in range(4)] == [2, 2, 2, 3]
+    assert sweeps_at(0, cfg, 0) == 0
+    seen = []
+
+    class Watched(ContextualSAE):
+        def gradients(self, *arguments):
+            seen.append(self.sweeps)
+            return super().gradients(*arguments)
+
+    sae = Watched(D_IN, 12, 2, n_heads=2, d_head=3, d_value=3)
+    sae.initialise(*estimate_normalisation(Windows()))
+    source = Windows(lambda count: os.kill(os.getpid(), signal.SIGINT) if count == 5 else None)
+    with pytest.raises(Stopped):
+        train(sae, source, range(12), tmp_path, cfg)
+    assert sae.sweeps == 3
+    train(sae, Windows(), range(12), tmp_path, cfg)
+    assert (seen, sae.sweeps) == ([1] * 7 + [3] * 3, 3)
 
 
 def test_the_look_back_trains_at_its_own_rate(tmp_path):
