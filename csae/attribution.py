@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from csae.contextual_sae import ContextualSAE, value_scale
-from csae.ops import sparse_decode
 from csae.ops.lookback_attention import document_starts
 from csae.sae import Output
 
@@ -50,6 +49,7 @@ class Attribution:
     def __init__(self, sae: ContextualSAE, output: Output, weights: Tensor) -> None:
         self.output, self.weights = output, weights
         values, indices = output.code
+        values = nn.functional.pad(values[:, : sae.k_mem], (0, sae.k - sae.k_mem))
         slots = nn.functional.linear(values[..., None] * sae.W_mem[indices], sae.W_V)
         slots = slots.unflatten(-1, (sae.n_heads, sae.d_value))  # [T, k, H, d_value]
         # Each slot by head: what it adds to c at a position that gives it all attention.
@@ -115,7 +115,7 @@ def _weights(sae: ContextualSAE, acts: Tensor, output: Output, mask: Tensor, sta
     else:
         query = nn.functional.pad((output.x_hat / sae.scale - sae.b_dec)[:-1], (0, 0, 1, 0))
     queries = sae.queries(query)
-    keys, _ = sae.keys_values(sparse_decode(*output.code, sae.W_mem))
+    keys, _ = sae.keys_values(sae.remembered(output.code))
     position = torch.arange(T, device=acts.device)
     distance = position[:, None] - position[None, :]
     visible = (distance > 0) & (position[None, :] >= starts[:, None]) & mask[None, :] & mask[:, None]

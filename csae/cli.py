@@ -77,6 +77,7 @@ def demo(**options: Any) -> None:
 @click.option("--d-head", type=int, default=32, show_default=True, help="Width of a head's keys.")
 @click.option("--d-value", type=int, default=64, show_default=True, help="Width of a head's values.")
 @click.option("--d-memory", type=int, default=128, show_default=True, help="What a feature leaves in the memory.")
+@click.option("--k-mem", type=int, help="Features of a code that are remembered; all if not given.")
 @click.option("--query", type=click.Choice(["current", "past"]), default="current", show_default=True)
 @click.option("--sweeps", type=int, default=3, show_default=True, help="How often training looks back at its end.")
 @click.option("--early-sweeps", type=int, default=2, show_default=True, help="How often before the decay.")
@@ -123,7 +124,7 @@ def train(**options: Any) -> None:
         if options["arch"] == "topk":
             sae: SAE = TopKSAE(**sizes)
         else:
-            look_back = {name: options[name] for name in ("d_head", "d_value", "d_memory", "query", "sweeps")}
+            look_back = {name: options[name] for name in ("d_head", "d_value", "d_memory", "k_mem", "query", "sweeps")}
             sae = ContextualSAE(**sizes, n_heads=options["heads"], **look_back)
     except ValueError as error:
         raise UserError(str(error)) from error

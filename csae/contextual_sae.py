@@ -45,6 +45,8 @@ class ContextualSAE(SAE):
         d_head: width of a head's queries and keys.
         d_value: width of a head's values.
         d_memory: what a feature leaves in the memory, in numbers; keys and values are maps of it.
+        k_mem: how many features of a code are remembered, the most active ones; all k if not given. Fewer make
+            what is carried easier to read, at a price in FVU.
         query: "current": queries come from the activation itself, so that reconstruction needs the attention
             weights beside the codes. "past": from the reconstruction of the position before, so that the
             codes alone rebuild the whole window.
@@ -80,6 +82,7 @@ class ContextualSAE(SAE):
         d_head: int = 32,
         d_value: int = 64,
         d_memory: int = 128,
+        k_mem: int | None = None,
         query: str = "current",
         sweeps: int = 3,
         k_aux: int | None = None,
@@ -92,9 +95,12 @@ class ContextualSAE(SAE):
         for name, size in (("n_heads", n_heads), ("d_head", d_head), ("d_value", d_value), ("d_memory", d_memory)):
             if size < 1:
                 raise ValueError(f"{name}: given {size}; needed at least 1")
+        if k_mem is not None and not 1 <= k_mem <= k:
+            raise ValueError(f"k_mem: given {k_mem}; needed 1 to k = {k}, or None for all")
         if sweeps < 0:
             raise ValueError(f"sweeps: given {sweeps}; needed 0 or more")
         self.n_heads, self.d_head, self.d_value, self.d_memory = n_heads, d_head, d_value, d_memory
+        self.k_mem = k if k_mem is None else k_mem
         self.query, self.sweeps = query, sweeps
         # A code of k features has a squared norm near d_in in normalised units: this makes the memory and the
         # values start near unit variance, and W_O makes c start small against x.
@@ -253,7 +259,7 @@ class ContextualSAE(SAE):
             code = self._encoded(given, values, indices, mask, trace)
         for _ in range(self.sweeps):
             if self.query == "past":
-                queries = self.queries(self._shifted(self._rows("W_dec", code, trace) + c))
+                queries = self.queries(self._shifted(self._decoded(code, trace) + c))
             before, a = a, self._look_back(queries, code, mask, documents, trace)
             c = nn.functional.linear(a, self.W_O)
             if W_a is None:
@@ -261,7 +267,7 @@ class ContextualSAE(SAE):
             else:
                 values, indices = encode_again(kept, a - before, W_a, self.k)
                 code = self._encoded(given - c, values, indices, mask, trace)
-        return self._rows("W_dec", code, trace) + c + self.b_dec, code, c
+        return self._decoded(code, trace) + c + self.b_dec, code, c
 
     def _encode(self, x: Tensor, mask: Tensor | None, trace: Trace | None = None) -> Code:
         """x [..., d_in] without b_dec and c -> its code; empty where the mask [...] is False."""
@@ -283,11 +289,15 @@ class ContextualSAE(SAE):
     def _masked(code: Code, mask: Tensor | None) -> Code:
         return code if mask is None else Code(code.values.masked_fill(~mask.unsqueeze(-1), 0), code.indices)
 
-    def _rows(self, table: str, code: Code, trace: Trace | None) -> Tensor:
-        """The code [..., k] -> the sum of the rows that it names in W_dec or W_mem."""
-        if trace is None:
-            return sparse_decode(*code, getattr(self, table))
-        return trace.decode(table, *code, getattr(self, table))
+    def _decoded(self, code: Code, trace: Trace | None) -> Tensor:
+        """The code [..., k] -> the sum of its rows of W_dec."""
+        return sparse_decode(*code, self.W_dec) if trace is None else trace.decode("W_dec", *code, self.W_dec)
+
+    def remembered(self, code: Code, trace: Trace | None = None) -> Tensor:
+        """The code [..., k] -> the sum of its rows of W_mem, [..., d_memory], of its k_mem most active features."""
+        if trace is not None:
+            return trace.decode("W_mem", *code, self.W_mem, most_active=self.k_mem if self.k_mem < self.k else None)
+        return sparse_decode(code.values[..., : self.k_mem], code.indices[..., : self.k_mem], self.W_mem)
 
     def queries(self, query: Tensor) -> Tensor:
         """query [..., d_in] -> [..., n_heads, d_head]."""
@@ -298,7 +308,7 @@ class ContextualSAE(SAE):
         self, queries: Tensor, code: Code, mask: Tensor | None, documents: Tensor | None, trace: Trace | None
     ) -> Tensor:
         """queries, and the codes of all positions -> what is read there, [B, T, n_heads * d_value]."""
-        keys, values = self.keys_values(self._rows("W_mem", code, trace))
+        keys, values = self.keys_values(self.remembered(code, trace))
         return lookback_attention(queries, keys, values, self.slope, self.null, mask, documents).flatten(-2)
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,15 @@ class _Coded(NamedTuple):
     aux: bool
 
 
+class _Decoded(NamedTuple):
+    """A code that was decoded."""
+
+    table: str
+    code: int  # its number
+    most_active: int | None  # only so many of its features were
+    out: Tensor
+
+
 class _Term(NamedTuple):
     """A part of a table's gradient: the pairs of one code."""
 
@@ -70,7 +79,7 @@ class Trace:
     def __init__(self, d_sae: int) -> None:
         self.d_sae = d_sae
         self.coded: list[_Coded] = []
-        self.decoded: list[tuple[str, int, Tensor]] = []  # table, number of the code, output
+        self.decoded: list[_Decoded] = []
 
     def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """`topk_encode` of x [..., d_in], which depends on no parameter but those of the look-back.
@@ -96,19 +105,29 @@ class Trace:
         return self._note(x, *topk_encode(x, W_enc.detach()[features], b_enc[features], k), mask, features)
 
     def decode(
-        self, name: str, values: Tensor, indices: Tensor, table: Tensor, features: Tensor | None = None
+        self,
+        name: str,
+        values: Tensor,
+        indices: Tensor,
+        table: Tensor,
+        features: Tensor | None = None,
+        most_active: int | None = None,
     ) -> Tensor:
-        """`sparse_decode` of a code that was encoded here, by the table of that name, or by its rows `features`."""
+        """`sparse_decode` of a code that was encoded here, by the table of that name, or by its rows `features`.
+
+        most_active: only so many features of each token, the most active ones.
+        """
         number = next(number for number, coded in enumerate(self.coded) if coded.indices is indices)
-        out = sparse_decode(values, indices, (table if features is None else table[features]).detach())
-        self.decoded.append((name, number, out))
+        rows = (table if features is None else table[features]).detach()
+        out = sparse_decode(values[..., :most_active], indices[..., :most_active], rows)
+        self.decoded.append(_Decoded(name, number, most_active, out))
         return out
 
     def gradients(self, loss: Tensor, sae: nn.Module) -> Gradients:
         """The gradient of every parameter that had a part in the loss."""
-        tables = {"W_enc", "b_enc", *(name for name, _, _ in self.decoded)}
+        tables = {"W_enc", "b_enc", *(decoded.table for decoded in self.decoded)}
         dense = {name: parameter for name, parameter in sae.named_parameters() if name not in tables}
-        values, outs = [coded.values for coded in self.coded], [out for _, _, out in self.decoded]
+        values, outs = [coded.values for coded in self.coded], [decoded.out for decoded in self.decoded]
         found = torch.autograd.grad(loss, [*values, *outs, *dense.values()], allow_unused=True)
         d_values, d_outs = found[: len(values)], found[len(values) : len(values) + len(outs)]
         with torch.no_grad():
@@ -117,9 +136,11 @@ class Trace:
                 assert d is not None
                 weights = torch.where(coded.values <= 0, 0, d).reshape(coded.features.shape)
                 terms["W_enc"].append(_Term(number, weights, coded.x))
-            for (name, number, _), d in zip(self.decoded, d_outs, strict=True):
+            for (name, number, most_active, _), d in zip(self.decoded, d_outs, strict=True):
                 assert d is not None
                 weights = self.coded[number].values.reshape(self.coded[number].features.shape)
+                if most_active is not None:
+                    weights = nn.functional.pad(weights[:, :most_active], (0, weights.shape[1] - most_active))
                 terms.setdefault(name, []).append(_Term(number, weights, d.reshape(-1, d.shape[-1])))
             factors = self._factors(terms)
             gradients: Gradients = dict(factors)

@@ -104,7 +104,8 @@ def advance(
         if x is not None:
             found, indices[:, i] = encode.topk_encode(x[:, i] - c[:, i], sae.W_enc, sae.b_enc, sae.k)
             values[:, i] = found.masked_fill_(~mask[:, i, None], 0)
-        left = sae.keys_values(gather.gather_sum(values[:, i], indices[:, i], sae.W_mem))
+        of_memory = values[:, i, : sae.k_mem], indices[:, i, : sae.k_mem]
+        left = sae.keys_values(gather.gather_sum(*of_memory, sae.W_mem))
         memory[:, t % room] = torch.cat([heads.flatten(-2) for heads in left], dim=-1)
         takes_part[:, t % room] = mask[:, i]
         if queries is None:

@@ -137,6 +137,7 @@ def contextual_sweeps(
     sweeps: int,
     mask: Tensor | None = None,
     documents: Tensor | None = None,
+    k_mem: int | None = None,
 ) -> Encoded:
     """The contextual SAE in parallel: sweep 0 does not look back, sweep s looks at the codes of sweep s - 1.
 
@@ -145,7 +146,7 @@ def contextual_sweeps(
     """
     out = _encode(x, torch.zeros_like(x), weights, k, mask)
     for _ in range(sweeps):
-        c = _look_back(x, out, weights, query, mask, documents)
+        c = _look_back(x, out, weights, query, mask, documents, k_mem)
         out = _encode(x, c, weights, k, mask)
     return out
 
@@ -157,6 +158,7 @@ def contextual_exact(
     query: str,
     mask: Tensor | None = None,
     documents: Tensor | None = None,
+    k_mem: int | None = None,
 ) -> Encoded:
     """The contextual SAE as it is defined: a recurrence, position t looking at the final codes before it.
 
@@ -171,7 +173,7 @@ def contextual_exact(
     )
     for t in range(T):
         # Positions from t on hold zeros here; nothing at t looks at them.
-        c = _look_back(x, out, weights, query, mask, documents)
+        c = _look_back(x, out, weights, query, mask, documents, k_mem)
         here = _encode(x, c, weights, k, mask)
         out = Encoded(*(_at_position(t, new, old) for old, new in zip(out, here, strict=True)))
     return out
@@ -198,8 +200,9 @@ def _look_back(
     query: str,
     mask: Tensor | None,
     documents: Tensor | None,
+    k_mem: int | None,
 ) -> Tensor:
-    """c [B, T, d_in]: what the codes before each position say about it."""
+    """c [B, T, d_in]: what the codes before each position, or their k_mem most active features, say about it."""
     H = weights.slope.shape[0]
     if query == "current":
         query_acts = x - weights.b_dec
@@ -208,7 +211,8 @@ def _look_back(
         query_acts = torch.cat([torch.zeros_like(before[:, :1]), before[:, :-1]], dim=1)
     else:
         raise ValueError(f"query: given {query!r}; needed 'current' or 'past'")
-    remembered = sparse_decode(memory.values, memory.indices, weights.W_mem)  # [B, T, d_memory]
+    code = memory.values[..., :k_mem], memory.indices[..., :k_mem]
+    remembered = sparse_decode(*code, weights.W_mem)  # [B, T, d_memory]
     q, k, v = (
         (acts @ W.T).unflatten(-1, (H, -1))
         for acts, W in ((query_acts, weights.W_Q), (remembered, weights.W_K), (remembered, weights.W_V))

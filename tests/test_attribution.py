@@ -12,9 +12,9 @@ from csae.attribution import Attribution, attribute
 T, D, F, K, H, DV = 13, 12, 30, 3, 2, 5
 
 
-def make(query: str) -> tuple[ContextualSAE, Tensor, Tensor, Tensor]:
+def make(query: str, k_mem: int = K) -> tuple[ContextualSAE, Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
-    sae = ContextualSAE(D, F, K, n_heads=H, d_head=4, d_value=DV, query=query).double().eval()
+    sae = ContextualSAE(D, F, K, n_heads=H, d_head=4, d_value=DV, k_mem=k_mem, query=query).double().eval()
     with torch.no_grad():
         sae.W_O.mul_(5)
         sae.null.normal_()
@@ -26,15 +26,17 @@ def make(query: str) -> tuple[ContextualSAE, Tensor, Tensor, Tensor]:
     return sae, torch.randn(T, D, dtype=torch.float64), mask, documents
 
 
+@pytest.mark.parametrize("k_mem", [K, 1])
 @pytest.mark.parametrize("query", ["current", "past"])
-def test_the_parts_sum_to_c(query: str) -> None:
-    sae, acts, mask, documents = make(query)
+def test_the_parts_sum_to_c(query: str, k_mem: int) -> None:
+    sae, acts, mask, documents = make(query, k_mem)
     found = attribute(sae, acts, mask, documents)
     c = sae(acts[None], mask[None], documents[None], exact=True).c[0]
     assert c.norm() > 1
     summed = torch.stack([found.parts(t).sum(dim=(0, 1)) for t in range(T)])
     torch.testing.assert_close(summed, c, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.output.c, c, rtol=0, atol=0)
+    assert not found.norm[..., k_mem:].any()
 
 
 @pytest.mark.parametrize("query", ["current", "past"])

@@ -41,6 +41,7 @@ def batch(B: int = 3, T: int = 17) -> tuple[Tensor, Tensor, Tensor]:
         ("contextual", {"sweeps": 1}),
         ("contextual", {"sweeps": 2}),
         ("contextual", {"sweeps": 2, "query": "past"}),
+        ("contextual", {"sweeps": 2, "k_mem": 3}),
     ],
 )
 def test_equal_to_autograd(arch: str, options: dict[str, object], masked: bool, dead: list[int] | None) -> None:

@@ -65,14 +65,15 @@ def test_one_position_at_a_time_without_its_dimension() -> None:
         torch.testing.assert_close(code.values, whole.values[:, t], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("k_mem", [4, 1])
 @pytest.mark.parametrize("query", ["current", "past"])
-def test_equal_to_the_reference(query: str) -> None:
-    sae = make(query).double()
+def test_equal_to_the_reference(query: str, k_mem: int) -> None:
+    sae = make(query, k_mem=k_mem).double()
     acts, mask, documents = batch()
     acts = acts.double()
     output = sae(acts, mask, documents)
     weights = reference.ContextualWeights(*(getattr(sae, name) for name in reference.ContextualWeights._fields))
-    expected = reference.contextual_exact(acts / sae.scale, weights, sae.k, query, mask, documents)
+    expected = reference.contextual_exact(acts / sae.scale, weights, sae.k, query, mask, documents, k_mem)
     torch.testing.assert_close(output.x_hat / sae.scale, expected.x_hat)
 
 

@@ -53,12 +53,13 @@ def test_topk_sae_matches_the_reference():
 
 @pytest.mark.parametrize("bounds", [False, True], ids=["open", "mask+documents"])
 @pytest.mark.parametrize("sweeps", [0, 1, 2, 9])
+@pytest.mark.parametrize("k_mem", [None, 2], ids=["all remembered", "two remembered"])
 @pytest.mark.parametrize("query", ["current", "past"])
-def test_contextual_sweeps_match_the_reference_with_every_gradient(query, sweeps, bounds):
-    sae, (acts, mask, documents) = contextual(query=query, sweeps=sweeps), windows()
+def test_contextual_sweeps_match_the_reference_with_every_gradient(query, k_mem, sweeps, bounds):
+    sae, (acts, mask, documents) = contextual(query=query, sweeps=sweeps, k_mem=k_mem), windows()
     where = (mask, documents) if bounds else (None, None)
     out = sae(acts, *where, exact=False)
-    wanted = reference.contextual_sweeps(acts / sae.scale, weights(sae), 3, query, sweeps, *where)
+    wanted = reference.contextual_sweeps(acts / sae.scale, weights(sae), 3, query, sweeps, *where, k_mem=k_mem)
     torch.testing.assert_close(out.x_hat, wanted.x_hat * sae.scale)
     torch.testing.assert_close(out.c, wanted.c * sae.scale)
     torch.testing.assert_close(out.code.values, wanted.values)
