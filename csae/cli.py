@@ -80,7 +80,7 @@ def demo(**options: Any) -> None:
 @click.option("--k-mem", type=int, help="Features of a code that are remembered; all if not given.")
 @click.option("--query", type=click.Choice(["current", "past"]), default="current", show_default=True)
 @click.option("--sweeps", type=int, default=3, show_default=True, help="How often training looks back at its end.")
-@click.option("--early-sweeps", type=int, default=2, show_default=True, help="How often before the decay.")
+@click.option("--early-sweeps", type=int, default=1, show_default=True, help="How often before the decay.")
 @click.option("--gap-every", type=int, default=100, show_default=True, help="Steps; compares exact form and sweeps.")
 @click.option("--dead-after", type=int, default=10_000_000, show_default=True, help="Tokens without firing.")
 @click.option("--tokens", type=int, help="Tokens to train on; all of the data once if not given.")

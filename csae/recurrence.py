@@ -7,6 +7,8 @@ L of them. Whole windows, chunks of any length and single positions go through t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -18,6 +20,10 @@ from csae.ops.backend import kernels
 
 if TYPE_CHECKING:
     from csae.contextual_sae import ContextualSAE
+
+# Positions from which on a CUDA graph is worth its capture, which costs about as much as a few positions.
+CAPTURED = 16
+LEAST_ROWS = 64
 
 
 class State(NamedTuple):
@@ -85,35 +91,117 @@ def advance(
     starts = _starts(documents, state)
     mask = torch.ones(B, n, dtype=torch.bool, device=device) if mask is None else mask
     state = _with_room(state, n)
-    memory, takes_part, room = state.memory, state.takes_part, state.memory.shape[1]
-    encode, attend, gather = (kernels(op, device) for op in ("topk_encode", "lookback_attention", "sparse_decode"))
     if code is None:
-        code = (memory.new_empty(B, n, sae.k), torch.empty(B, n, sae.k, dtype=torch.int64, device=device))
-    values, indices = code
-    queries = sae.queries(x) if x is not None and sae.query == "current" else None
-    c = memory.new_empty(B, n, sae.d_in)
-    past = state.past
-    for i in range(n):
-        t = state.position + i
-        query = sae.queries(past) if queries is None else queries[:, i]
-        read = attend.read_memory(
-            *(query, memory, takes_part, sae.slope, sae.null),
-            *(starts[:, i], mask[:, i], t),
-        )
-        c[:, i] = linear(read, sae.W_O)
-        if x is not None:
-            found, indices[:, i] = encode.topk_encode(x[:, i] - c[:, i], sae.W_enc, sae.b_enc, sae.k)
-            values[:, i] = found.masked_fill_(~mask[:, i, None], 0)
-        of_memory = values[:, i, : sae.k_mem], indices[:, i, : sae.k_mem]
-        left = sae.keys_values(gather.gather_sum(*of_memory, sae.W_mem))
-        memory[:, t % room] = torch.cat([heads.flatten(-2) for heads in left], dim=-1)
-        takes_part[:, t % room] = mask[:, i]
-        if queries is None:
-            past = gather.gather_sum(values[:, i], indices[:, i], sae.W_dec) + c[:, i]
-    x_hat = sparse_decode(values, indices, sae.W_dec) + c + sae.b_dec
+        values = state.memory.new_empty(B, n, sae.k)
+        code = (values, torch.empty(B, n, sae.k, dtype=torch.int64, device=device))
+    chunk = _Chunk(
+        x=x,
+        queries=sae.queries(x) if x is not None and sae.query == "current" else None,
+        values=code[0],
+        indices=code[1],
+        c=state.memory.new_empty(B, n, sae.d_in),
+        starts=starts,
+        mask=mask,
+    )
+    captured = device.type == "cuda" and n >= CAPTURED
+    past = replay(sae, chunk, state, _captured) if captured else _loop(sae, chunk, state)
+    x_hat = sparse_decode(*code, sae.W_dec) + chunk.c + sae.b_dec
     if n:
         state = state._replace(start=starts[:, -1], document=documents[:, -1].to(torch.int64))
-    return x_hat, (values, indices), c, state._replace(position=state.position + n, past=past)
+    return x_hat, code, chunk.c, state._replace(position=state.position + n, past=past)
+
+
+class _Chunk(NamedTuple):
+    """n positions of B sequences. values, indices and c are written, the first two only where x is given."""
+
+    x: Tensor | None  # [B, n, d_in], less b_dec
+    queries: Tensor | None  # [B, n, n_heads, d_head], where they don't depend on the codes
+    values: Tensor  # [B, n, k]
+    indices: Tensor  # [B, n, k]
+    c: Tensor  # [B, n, d_in]
+    starts: Tensor  # [B, n] int64
+    mask: Tensor  # [B, n] bool
+
+
+def _loop(sae: ContextualSAE, chunk: _Chunk, state: State) -> Tensor:
+    """The positions one after the other; gives the last reconstruction, as `State.past`."""
+    memory, takes_part, past = state.memory, state.takes_part, state.past
+    for i in range(chunk.mask.shape[1]):
+        here = _Chunk(*(None if tensor is None else tensor[:, i] for tensor in chunk))  # type: ignore[arg-type]
+        t = state.position + i
+        left, past = _position(sae, here, memory, takes_part, past, t)
+        memory[:, t % memory.shape[1]] = left
+        takes_part[:, t % memory.shape[1]] = here.mask
+    return past
+
+
+def _position(
+    sae: ContextualSAE, here: _Chunk, memory: Tensor, takes_part: Tensor, past: Tensor, t: int | Tensor
+) -> tuple[Tensor, Tensor]:
+    """One position, t, of B sequences: `here` without its second dimension. -> what it leaves in the memory, past."""
+    encode, attend, gather = (
+        kernels(op, memory.device) for op in ("topk_encode", "lookback_attention", "sparse_decode")
+    )
+    query = sae.queries(past) if here.queries is None else here.queries
+    read = attend.read_memory(query, memory, takes_part, sae.slope, sae.null, here.starts, here.mask, t)
+    here.c.copy_(linear(read, sae.W_O))
+    if here.x is not None:
+        values, indices = encode.topk_encode(here.x - here.c, sae.W_enc, sae.b_enc, sae.k)
+        here.values.copy_(values.masked_fill_(~here.mask[:, None], 0))
+        here.indices.copy_(indices)
+    remembered = gather.gather_sum(here.values[:, : sae.k_mem], here.indices[:, : sae.k_mem], sae.W_mem)
+    left = torch.cat([heads.flatten(-2) for heads in sae.keys_values(remembered)], dim=-1)
+    if here.queries is None:
+        past = gather.gather_sum(here.values, here.indices, sae.W_dec) + here.c
+    return left, past
+
+
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+
+
+def replay(sae: ContextualSAE, chunk: _Chunk, state: State, capture: Capture) -> Tensor:
+    """`_loop`, as one position that is captured, with its number on the device, and run n times.
+
+    Attention reads as many rows as the positions up to the next power of two are: a capture for each such number.
+    """
+    memory, takes_part, n = state.memory, state.takes_part, chunk.mask.shape[1]
+    i = torch.zeros(1, dtype=torch.int64, device=memory.device)
+    here = _Chunk(*(None if tensor is None else tensor[:, 0].clone() for tensor in chunk))  # type: ignore[arg-type]
+    past = state.past.clone()
+    written = ("values", "indices", "c") if chunk.x is not None else ("c",)
+    given = [name for name in _Chunk._fields if name not in written and getattr(chunk, name) is not None]
+
+    def position(rows: int) -> None:
+        for name in given:
+            getattr(here, name).copy_(getattr(chunk, name).index_select(1, i).squeeze(1))
+        t = i + state.position
+        left, new_past = _position(sae, here, memory[:, :rows], takes_part[:, :rows], past, t)
+        past.copy_(new_past)
+        memory.index_copy_(1, t % memory.shape[1], left.unsqueeze(1))
+        takes_part.index_copy_(1, t % memory.shape[1], here.mask.unsqueeze(1))
+        for name in written:
+            getattr(chunk, name).index_copy_(1, i, getattr(here, name).unsqueeze(1))
+        i.add_(1)
+
+    room = memory.shape[1]
+    work, run, rows = None, None, 0
+    for t in range(state.position, state.position + n):
+        if work is None or (t > rows and rows < room):
+            rows = min(room, max(LEAST_ROWS, 1 << max(0, t - 1).bit_length()))
+            work, run = partial(position, rows), None
+            work()  # not captured: it may compile and load kernels
+        else:
+            run = run or capture(work)
+            run()
+    return past
+
+
+def _captured(work: Callable[[], None]) -> Callable[[], None]:
+    """`work` as a CUDA graph: captured, which does not run it; a call runs it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 def _starts(documents: Tensor, state: State) -> Tensor:

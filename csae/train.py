@@ -56,7 +56,7 @@ class TrainConfig:
     """share of the steps in which the learning rate rises from zero"""
     decay: float = 0.2
     """share of the steps, the last ones, in which it falls to zero"""
-    early_sweeps: int = 2
+    early_sweeps: int = 1
     """sweeps of a contextual SAE before the decay, where its own `sweeps` are more: it trains on the memory that it
     will run on when that matters, and more cheaply before"""
     gap_every: int = 100

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from csae import ContextualSAE, reference
+from csae import ContextualSAE, recurrence, reference
 from csae.kernels.portable import lookback_attention as portable
 
 D_IN, B, T = 10, 3, 21
@@ -75,6 +76,39 @@ def test_equal_to_the_reference(query: str, k_mem: int) -> None:
     weights = reference.ContextualWeights(*(getattr(sae, name) for name in reference.ContextualWeights._fields))
     expected = reference.contextual_exact(acts / sae.scale, weights, sae.k, query, mask, documents, k_mem)
     torch.testing.assert_close(output.x_hat / sae.scale, expected.x_hat)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("look_back", [None, 5, 100])
+@pytest.mark.parametrize("query", ["current", "past"])
+def test_a_position_that_is_captured_and_run_again(
+    query: str, look_back: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a CUDA graph replays, without the graph: the position's number is on the device."""
+    sae = make(query)
+    acts, mask, documents = (tensor.repeat(1, 8, *[1] * (tensor.dim() - 2)) for tensor in batch())
+    documents = documents // 3
+    expected, _ = sae.stream(acts, sae.initial_state(B, look_back), mask, documents)
+    captures = []
+
+    def capture(work: Callable[[], None]) -> Callable[[], None]:
+        captures.append(work)
+        return work
+
+    monkeypatch.setattr(recurrence, "_loop", lambda *given: recurrence.replay(*given, capture))
+    state = sae.initial_state(B, look_back)
+    outputs = []
+    for part in zip(*(tensor.split([3, 165], dim=1) for tensor in (acts, mask, documents)), strict=True):
+        output, state = sae.stream(part[0], state, *part[1:])
+        outputs.append(output)
+    # 64, 128 and 256 rows, of which a bounded memory has fewer, after the 3 positions.
+    assert len(captures) - 1 == {None: 3, 5: 1, 100: 2}[look_back]
+    assert torch.equal(torch.cat([output.code.indices for output in outputs], dim=1), expected.code.indices)
+    found = torch.cat([output.x_hat for output in outputs], dim=1)
+    torch.testing.assert_close(found, expected.x_hat, rtol=1e-4, atol=1e-4)
+    if query == "past" and look_back is None:
+        decoded = sae.decode(expected.code, mask=mask, documents=documents)
+        torch.testing.assert_close(decoded, expected.x_hat, rtol=1e-4, atol=1e-4)
 
 
 def test_a_state_can_be_branched() -> None:

@@ -98,21 +98,23 @@ def read_memory(
     null: Tensor,
     start: Tensor,
     looks: Tensor,
-    t: int,
+    t: int | Tensor,
 ) -> Tensor:
     """Position t of B sequences looks at the positions before it: forward, for one position at a time.
+
+    t: a number, or a tensor [1] int64, so that a CUDA graph can be run again for the next position.
 
     q [B, H, d_head]; memory [B, L, H * (d_head + d_value)]: the keys of all heads, then their values, of position j
     in row j % L; takes_part [B, L] bool: which may be looked at; start [B]: the first position in sight; looks [B]
     bool: which sequences look at all -> [B, H * d_value] in memory's dtype. What is more than L back is forgotten.
     """
-    if on_native(memory):
+    if on_native(memory) and isinstance(t, int):
         return cpu.read_memory(q, memory, takes_part, slope, null, start, looks, t)
     B, H, d_head = q.shape
-    room = min(t, memory.shape[1])
+    room = min(t, memory.shape[1]) if isinstance(t, int) else memory.shape[1]
     rows = torch.arange(room, device=q.device)
     distance = 1 + (t - 1 - rows) % memory.shape[1]
-    visible = takes_part[:, :room] & (t - distance >= start[:, None]) & looks[:, None]
+    visible = takes_part[:, :room] & (rows < t) & (t - distance >= start[:, None]) & looks[:, None]
     keys = memory[:, :room, : H * d_head].unflatten(2, (H, d_head))  # [B, room, H, d_head]
     values = memory[:, :room, H * d_head :].unflatten(2, (H, -1))
     scores = torch.einsum("bhd,bjhd->bhj", q, keys) * (1 / math.sqrt(d_head))

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from csae import ContextualSAE
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
@@ -131,3 +133,17 @@ def test_adam_rows(moments: torch.dtype, lazy: bool) -> None:
         return [features, weights, x, hyper, torch.tensor([number], device="cuda"), *tables]
 
     assert_replays(step, tensors(1, d_sae), tensors(7, 3))
+
+
+@pytest.mark.parametrize("query", ["current", "past"])
+def test_the_recurrence(query: str) -> None:
+    """Captured once for each power of two of positions, and the same as on the CPU."""
+    torch.manual_seed(0)
+    sae = ContextualSAE(24, 96, 4, n_heads=2, d_head=8, d_value=8, query=query).eval()
+    with torch.no_grad():
+        sae.W_O.mul_(5)
+    acts = torch.randn(3, 150, 24)
+    documents = (torch.arange(150) // 60).expand(3, 150)
+    expected = sae(acts, None, documents)
+    found = sae.to("cuda")(acts.to("cuda"), None, documents.to("cuda"))
+    torch.testing.assert_close(found.x_hat.cpu(), expected.x_hat, rtol=1e-3, atol=1e-3)
