@@ -21,7 +21,7 @@ from csae.progress import Progress, quiet
 from csae.sae import SAE, Output
 
 BATCH_WINDOWS = 16
-ATTRIBUTED_WINDOWS = 32
+ATTRIBUTED_WINDOWS = 16
 START = 8  # the positions of a region that count as just after the switch
 RIDGE = 1e-3  # of the mean square of an input
 
@@ -66,6 +66,8 @@ def measure(
             in bits, with the language ("region": it fires anywhere in a region; "position": at a position; "start": in
             the first START positions of a region), of those that fire more often in the language than out of it. See
             `_figures_of_mark`.
+        mean_marks: criterion -> the same figures, each a mean over the languages; and rate_start, rate_later: the mean
+            of rate_by_offset before and from START on.
         carried: for a contextual SAE, see `_carried`; otherwise None.
     """
     shape = (len(windows), source.n_ctx)
@@ -97,11 +99,12 @@ def measure(
             "start": START,
         } | _measured(measured_on, classifiers, batches, batch_windows)
         chosen = _marks(chosen_on)
-        result["marks"] = [
+        marks = [
             {"language": names[language], "criterion": criterion, "feature": feature, "bits": bits}
             | _figures_of_mark(measured_on, language, feature)
             for language, criterion, feature, bits in chosen
         ]
+        result |= {"marks": marks, "mean_marks": _means(marks)}
         result["carried"] = None
         if isinstance(sae, ContextualSAE):
             count = min(attributed_windows, len(measured_on.windows))
@@ -337,6 +340,23 @@ def _figures_of_mark(half: _Half, language: int, feature: int) -> dict[str, Any]
     }
 
 
+def _means(marks: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Criterion -> the figures of its marks, each a mean over the languages that have it."""
+    means: dict[str, dict[str, Any]] = {}
+    for criterion in dict.fromkeys(mark["criterion"] for mark in marks):
+        of_criterion = [mark for mark in marks if mark["criterion"] == criterion]
+        mean: dict[str, Any] = {}
+        for name, value in of_criterion[0].items():
+            if isinstance(value, list):
+                mean[name] = [_mean(values) for values in zip(*(mark[name] for mark in of_criterion), strict=True)]
+            elif name not in ("language", "criterion", "feature"):
+                mean[name] = _mean([mark[name] for mark in of_criterion])
+        mean["rate_start"] = _mean(mean["rate_by_offset"][:START])
+        mean["rate_later"] = _mean(mean["rate_by_offset"][START:])
+        means[criterion] = mean
+    return means
+
+
 def _carried(
     sae: ContextualSAE, half: _Half, marks: list[tuple[int, str, int, float]], names: Sequence[str], windows: Any
 ) -> dict[str, Any]:
@@ -394,6 +414,11 @@ def _carried(
         for (language, criterion, feature, _), amounts, where in zip(marks, of_mark, fired_before, strict=True)
     ]
     return result
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    given = [value for value in values if value is not None]
+    return sum(given) / len(given) if given else None
 
 
 def _ratio(total: Tensor, count: Tensor) -> float | None:

@@ -106,6 +106,16 @@ def test_where_marks_fire(known: dict[str, Any]) -> None:
     assert z["flicker"] == pytest.approx(100)
 
 
+def test_means_over_languages(known: dict[str, Any]) -> None:
+    mean = known["mean_marks"]["region"]
+    x, y, z = (mark(known, language, "region") for language in "xyz")
+    assert mean["flicker"] == pytest.approx((0 + y["flicker"] + z["flicker"]) / 3)
+    assert mean["rate_by_offset"][3] == pytest.approx((1 + 1 + 0) / 3)
+    assert mean["rate_start"] == pytest.approx((8 + 1 + 4) / 3 / START)
+    assert mean["rate_later"] == pytest.approx((4 + 0 + 2) / 3 / (R - START))
+    assert mean["bits"] == pytest.approx(x["bits"])
+
+
 def test_flicker_of_all_features(known: dict[str, Any]) -> None:
     _, languages, offset = layout(12)
     on = known_acts(languages, offset)[6:] > 0
