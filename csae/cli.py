@@ -1,4 +1,4 @@
-"""The command line: `csae demo`, `train`, `eval`, `cache`, `info`, `bench`.
+"""The command line: `csae demo`, `train`, `eval`, `cache`, `info`, `bench`, `evidence`.
 
 Each command opens what was named, calls one function of the library, and prints what came of it. What a person
 can mend ends in one line and exit code 2.
@@ -247,6 +247,33 @@ def compare(before: Path, after: Path) -> None:
     from csae.bench import report
 
     print(report.compare(report.read(before), report.read(after)))
+
+
+@cli.command()
+@click.option(
+    "--out", "-o", type=click.Path(path_type=Path), default=Path("evidence"), show_default=True, help="Folder."
+)
+@click.option("--model", help="Any other language model than SmolLM2-135M.")
+@click.option("--k", "ks", type=int, multiple=True, help="Active features a token; may be repeated. [4 8 16 32 64]")
+@click.option("--layer", "layers", type=int, multiple=True, help="May be repeated. [6 12 20]")
+@click.option("--corpus", "corpora", multiple=True, help="english or multilingual; may be repeated. [both]")
+@click.option("--seeds", type=int, help="How many. [3]")
+@click.option("--tokens", type=int, help="Each SAE is trained on. [840000, in two passes]")
+@click.option("--d-sae", type=int, help="Number of features. [2304]")
+@click.option("--texts", "languages", type=click.Path(path_type=Path), help="A folder of *.txt for each language.")
+@click.option("--limit", type=int, help="Train this many SAEs at most, the most telling first.")
+@DEVICE
+def evidence(tokens: int | None, d_sae: int | None, **options: Any) -> None:
+    """Measure whether the contextual SAE works, beside other SAEs: figures, and a report. Goes on if stopped."""
+    from csae.bench.evidence.command import run_evidence
+    from csae.bench.evidence.grid import Budget
+
+    sizes = {name: size for name, size in (("tokens", tokens), ("d_sae", d_sae)) if size is not None}
+    if tokens is not None:
+        sizes["distinct"] = max(1, tokens // 2)
+    given = {name: value for name, value in options.items() if value is not None and value != ()}
+    run_evidence(budget=Budget(**sizes), **given)
+    print(f"written: {options['out']}/evidence.json, {options['out']}/report.html")
 
 
 def _origin(options: dict[str, Any]) -> dict[str, Any]:

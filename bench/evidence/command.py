@@ -1,0 +1,212 @@
+"""`csae evidence`: does the contextual SAE work? All of the evidence, in one folder:
+
+    OUT/activations/CORPUS-layerN/   activations of the language model, as shards; made once
+    OUT/runs/NAME/                   a run of csae.train for each cell, with what was found of it (evidence.json)
+    OUT/parts/NAME.json              the other measurements, one file each
+    OUT/evidence.json                everything found so far, written anew after each run
+    OUT/report.html, OUT/figures/    the page to open, and its figures
+
+A second call goes on where the first was stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import platform
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from csae.activations import ActivationSource, ModelActivations, held_out
+from csae.bench.evidence import grid, page, power, redundancy, switches, synthetic, texts
+from csae.bench.evidence.grid import CURRENT, PAST, TOPK, Budget, Cell
+from csae.errors import UserError
+from csae.files import write_json
+from csae.language_model import LanguageModel, smollm2
+from csae.progress import Progress, track
+
+KS = (4, 8, 16, 32, 64)
+LAYERS = (6, 12, 20)
+CORPORA = ("english", "multilingual")
+SEEDS = 3
+POWER_WINDOWS = 8
+SWITCH_WINDOWS = 96
+REGION_TOKENS = 64
+
+
+def run_evidence(
+    out: Path | str = Path("evidence"),
+    model: str | None = None,
+    ks: Sequence[int] = KS,
+    layers: Sequence[int] = LAYERS,
+    corpora: Sequence[str] = CORPORA,
+    seeds: int = SEEDS,
+    budget: Budget | None = None,
+    languages: Path | None = None,
+    device: str | None = None,
+    limit: int | None = None,
+    progress: Progress = track,
+) -> dict[str, Any]:
+    """Trains, evaluates and measures everything, and writes the report; gives what is in evidence.json.
+
+    Args:
+        out: the folder for all that is made; goes on if it is there.
+        model: what LanguageModel.load takes; by default SmolLM2-135M from its PyPI package.
+        ks, layers, corpora, seeds: the grid (`grid.cells`); seeds are 0 to seeds - 1.
+        budget: of each SAE.
+        languages: a folder with a folder of .txt files for each language, in place of Debian's books.
+        limit: train this many SAEs at most, the most telling first.
+
+    Raises UserError where the model or a text is missing, or `out` holds evidence of another model or budget.
+    """
+    _check(ks, layers, corpora, seeds, limit)
+    out, budget = Path(out), budget or Budget()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    lm = LanguageModel.load(smollm2() if model is None else model, device=device)
+    for layer in layers:
+        lm.block(layer)
+    about = _about(out, lm, budget)
+    evidence: dict[str, Any] = {"about": about, "runs": []}
+    chosen = grid.cells(ks, layers, corpora, range(seeds))[:limit]
+    opened: dict[tuple[str, int], ActivationSource] = {}
+
+    def source_of(cell: Cell) -> ActivationSource:
+        where = (cell.corpus, cell.layer)
+        if where not in opened:
+            opened[where] = grid.activations(out, lm, *where, budget, languages, progress)
+        return opened[where]
+
+    evidence["synthetic"] = _part(out, "synthetic", lambda: synthetic.run(progress=progress))
+    for number, cell in enumerate(progress(chosen, "SAEs")):
+        evidence["runs"].append(grid.run(out, cell, source_of(cell), lm, budget))
+        evidence["headline"] = grid.headline(evidence["runs"])
+        write_json(out / grid.FOUND, evidence)
+        if number % 10 == 9:  # something to look at meanwhile
+            page.write_page(out / "report.html", evidence)
+    evidence["redundancy"] = [
+        {"corpus": corpus, "layer": layer}
+        | _part(out, f"redundancy-{corpus}-layer{layer}", partial(_redundancy, source, progress))
+        for (corpus, layer), source in opened.items()
+    ]
+    evidence["power"] = [
+        _named(cell) | _part(out, f"power-{cell.name}", partial(_power, out, cell, source_of(cell)))
+        for cell in chosen
+        if cell.arch in (CURRENT, PAST) and cell.seed == 0 and (cell.corpus, cell.layer, cell.k) == _first(chosen)
+    ]
+    evidence["switches"] = _switches(out, lm, chosen, budget, languages, progress)
+    write_json(out / grid.FOUND, evidence)
+    page.write_figures(out / "figures", evidence)
+    page.write_page(out / "report.html", evidence)
+    return evidence
+
+
+def _check(ks: Sequence[int], layers: Sequence[int], corpora: Sequence[str], seeds: int, limit: int | None) -> None:
+    for name, given in (("ks", ks), ("layers", layers), ("corpora", corpora)):
+        if not given:
+            raise UserError(f"{name}: none given; needed at least one")
+    for corpus in corpora:
+        if corpus not in CORPORA:
+            raise UserError(f"corpora: given {corpus!r}; needed some of {', '.join(CORPORA)}")
+    for name, number in (("seeds", seeds), ("limit", 1 if limit is None else limit), ("ks", min(ks))):
+        if number < 1:
+            raise UserError(f"{name}: given {number}; needed at least 1")
+
+
+def _about(out: Path, lm: LanguageModel, budget: Budget) -> dict[str, Any]:
+    """What is the same for all of the evidence; an earlier one in `out` must have it too."""
+    about = {
+        "model": Path(lm.name).name,
+        "budget": dataclasses.asdict(budget),
+        "lr": grid.LR,
+        "batch_windows": grid.BATCH_WINDOWS,
+        "held_out_windows": grid.HELD_OUT,
+        "dead_after": grid.DEAD_AFTER,
+    }
+    file = out / "about.json"
+    if file.is_file():
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+        differing = [name for name in about if earlier.get(name) != json.loads(json.dumps(about[name]))]
+        if differing:
+            raise UserError(
+                f"{out}: holds other evidence (it differs in {', '.join(differing)}): give another --out, or the "
+                "options that it was begun with"
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: not empty, and no evidence of csae: give another --out")
+    else:
+        write_json(file, about)
+    now = {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if lm.device.type == "cuda" else platform.machine(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+    return about | now
+
+
+def _part(out: Path, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A measurement, made once."""
+    file = out / "parts" / f"{name}.json"
+    if not file.is_file():
+        write_json(file, make())
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _first(chosen: Sequence[Cell]) -> tuple[str, int, int]:
+    return chosen[0].corpus, chosen[0].layer, chosen[0].k
+
+
+def _named(cell: Cell) -> dict[str, Any]:
+    return {
+        "name": cell.name,
+        "arch": cell.arch,
+        "query": "past" if cell.arch == PAST else "current",
+        "k": cell.k,
+        "k_mem": cell.k_mem,
+    }
+
+
+def _redundancy(source: ActivationSource, progress: Progress) -> dict[str, Any]:
+    return redundancy.measure(source, *held_out(source.n_windows, grid.HELD_OUT), progress=progress)
+
+
+def _power(out: Path, cell: Cell, source: ActivationSource) -> dict[str, Any]:
+    sae: Any = grid.trained(out, cell)
+    return power.measure(sae, source, held_out(source.n_windows, grid.HELD_OUT)[1][:POWER_WINDOWS])
+
+
+def _switches(
+    out: Path,
+    lm: LanguageModel,
+    chosen: Sequence[Cell],
+    budget: Budget,
+    languages: Path | None,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """The switches of the SAEs of one kind each that were trained on several languages."""
+    on_many = [cell for cell in chosen if cell.corpus == "multilingual" and cell.k_mem is None]
+    if not on_many:
+        return []
+    layer, k = on_many[0].layer, _first(chosen)[2]
+    cells = [cell for cell in on_many if (cell.layer, cell.k, cell.seed) == (layer, k, 0)]
+    documents = texts.multilingual(progress=progress) if languages is None else texts.read_languages(languages)
+    documents = texts.split(documents)[1]
+    held = texts.switching(documents, lm.tokenizer, budget.n_ctx, SWITCH_WINDOWS, REGION_TOKENS)
+    source = ModelActivations(lm, layer, held.windows)
+    names = [name for name in (TOPK, CURRENT, PAST) if any(cell.arch == name for cell in cells)]
+    found = []
+    for name in names:
+        cell = next(cell for cell in cells if cell.arch == name)
+
+        def measured(cell: Cell = cell) -> dict[str, Any]:
+            windows = range(len(held.regions))
+            return switches.measure(
+                grid.trained(out, cell), source, windows, held.regions, held.languages, held.names, progress=progress
+            )
+
+        found.append({"name": cell.name} | _part(out, f"switches-{cell.name}", measured) | {"arch": cell.arch})
+    return found

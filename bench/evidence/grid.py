@@ -1,0 +1,221 @@
+"""The runs of the evidence: which SAEs are trained on which activations, and what is found of each.
+
+A cell is one SAE: its arch, k, seed, and the corpus and layer it is trained on. Each is trained by csae.train on the
+same windows in the same order, evaluated on windows held out, and left in a folder of its own, so that a run of the
+evidence that was stopped goes on where it was. Same tokens for all; the learning rate of all is the one at which the
+widened TopK SAE did best.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from csae.activations import (
+    ActivationSource,
+    ModelActivations,
+    ShardActivations,
+    estimate_normalisation,
+    held_out,
+    write_cache,
+)
+from csae.bench.baselines import BASELINES
+from csae.bench.evidence import bits, texts
+from csae.contextual_sae import ContextualSAE
+from csae.demo import wide_as
+from csae.evaluate import evaluate
+from csae.files import write_json
+from csae.language_model import LanguageModel
+from csae.progress import Progress, quiet
+from csae.sae import CONFIG, SAE
+from csae.topk_sae import TopKSAE
+from csae.train import TrainConfig, train
+
+FOUND = "evidence.json"
+BATCH_WINDOWS = 8
+LR = 4e-3
+DEAD_AFTER = 200_000
+HELD_OUT = 100
+CE_WINDOWS = 8
+BITS_WINDOWS = 40
+TOPK, WIDE, CURRENT, PAST = "topk", "topk-wide", "contextual", "contextual-past"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One SAE of the evidence."""
+
+    arch: str
+    """topk, topk-wide, contextual (query="current"), contextual-past, or one of BASELINES"""
+    k: int
+    corpus: str
+    layer: int
+    seed: int
+    k_mem: int | None = None
+    """of a contextual SAE: how many features of a code are remembered"""
+
+    @property
+    def name(self) -> str:
+        remembered = "" if self.k_mem is None else f"-mem{self.k_mem}"
+        return f"{self.corpus}-layer{self.layer}-{self.arch}{remembered}-k{self.k}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every SAE gets."""
+
+    d_sae: int = 2304
+    tokens: int = 840_000
+    """trained on, in passes over `distinct` of them"""
+    distinct: int = 420_000
+    n_ctx: int = 256
+
+
+def cells(ks: Sequence[int], layers: Sequence[int], corpora: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
+    """The full grid, the most telling cells first: the middle layer and k, all archs; then the rest.
+
+    Baselines of other papers are at one k. Per-token SAEs are also at 1.5 and 2 times that k, for the headline.
+    """
+    k, layer, corpus = _middle(ks), _middle(layers), corpora[0]
+    chosen = [Cell(arch, k, corpus, layer, seed) for seed in seeds for arch in (TOPK, WIDE, CURRENT, PAST, *BASELINES)]
+    chosen += [Cell(TOPK, more, corpus, layer, seed) for seed in seeds for more in (k + k // 2, 2 * k)]
+    chosen += [Cell(CURRENT, k, corpus, layer, seeds[0], k_mem) for k_mem in (1, max(1, k // 4)) if k_mem < k]
+    for seed in seeds:
+        for where in [(corpus, layer)] + [(c, la) for c in corpora for la in layers if (c, la) != (corpus, layer)]:
+            chosen += [Cell(arch, each, *where, seed) for each in ks for arch in (TOPK, WIDE, CURRENT, PAST)]
+            chosen += [Cell(TOPK, each + each // 2, *where, seed) for each in ks]
+    return list(dict.fromkeys(chosen))
+
+
+def _middle(numbers: Sequence[int]) -> int:
+    return sorted(numbers)[len(numbers) // 2]
+
+
+def windows_needed(budget: Budget) -> int:
+    return budget.distinct // budget.n_ctx + HELD_OUT
+
+
+def activations(
+    out: Path,
+    lm: LanguageModel,
+    corpus: str,
+    layer: int,
+    budget: Budget,
+    languages: Path | None = None,
+    progress: Progress = quiet,
+) -> ActivationSource:
+    """The activations of a corpus after some blocks, from a cache in `out`, made first where it is not there.
+
+    languages: a folder for `texts.read_languages`, for "multilingual".
+    """
+    folder = out / "activations" / f"{corpus}-layer{layer}"
+    if not folder.exists():
+        needed = windows_needed(budget) * budget.n_ctx
+        token_windows = texts.windows(corpus, lm.tokenizer, budget.n_ctx, needed, languages, progress=progress)
+        unfinished = folder.with_name(folder.name + ".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)  # a kill cut it short
+        write_cache(ModelActivations(lm, layer, token_windows), unfinished, progress=progress)
+        unfinished.rename(folder)
+    return ShardActivations(folder)
+
+
+def make(cell: Cell, d_in: int, d_sae: int) -> SAE:
+    """The SAE of a cell, untrained; the same start for the same seed."""
+    sizes = {"d_in": d_in, "d_sae": d_sae, "k": cell.k, "dead_after": DEAD_AFTER}
+    torch.manual_seed(cell.seed)
+    if cell.arch in (CURRENT, PAST):
+        return ContextualSAE(**sizes, k_mem=cell.k_mem, query="past" if cell.arch == PAST else "current")
+    if cell.arch == WIDE:
+        sizes["d_sae"] = wide_as(ContextualSAE(d_in, d_sae, cell.k).n_params, d_in)
+    return TopKSAE(**sizes) if cell.arch in (TOPK, WIDE) else BASELINES[cell.arch](**sizes)
+
+
+def run(
+    out: Path, cell: Cell, source: ActivationSource, lm: LanguageModel, budget: Budget, progress: Progress = quiet
+) -> dict[str, Any]:
+    """Train and evaluate the SAE of a cell, or read what was found before; an entry of `runs` in evidence.json."""
+    folder = out / "runs" / cell.name
+    if (folder / FOUND).is_file():
+        return json.loads((folder / FOUND).read_text(encoding="utf-8"))
+    train_windows, test_windows = held_out(source.n_windows, HELD_OUT)
+    sae = make(cell, source.d_in, budget.d_sae)
+    sae.initialise(*estimate_normalisation(source, train_windows))
+    device = str(lm.device)
+    steps = max(1, budget.tokens // (BATCH_WINDOWS * source.n_ctx))
+    config = TrainConfig(steps=steps, batch_windows=BATCH_WINDOWS, lr=LR, seed=cell.seed)
+    train(sae.to(device), source, train_windows, folder, config)
+    found = evaluate(sae, source, test_windows, lm, cell.layer, ce_windows=CE_WINDOWS, progress=progress)
+    # The code's statistics come from windows that it is not sent for; the SAE was trained on neither.
+    half = len(test_windows) // 2
+    seen, sent = test_windows[:half][:BITS_WINDOWS], test_windows[half:][:BITS_WINDOWS]
+    # A prediction that reads the true past is not to be had from codes, at any number of bits.
+    account = None if cell.arch == "temporal-features" else bits.account(sae, source, seen, sent)
+    entry = {
+        "name": cell.name,
+        **dataclasses.asdict(cell),
+        "query": getattr(sae, "query", None),
+        "n_params": sae.n_params,
+        "model": Path(lm.name).name,
+        "tokens": steps * BATCH_WINDOWS * source.n_ctx,
+        "note": getattr(sae, "note", None),
+        "fvu_exact": found["fvu"],
+        "bits_per_token": None if account is None else account["bits_per_token"],
+        "bits": account,
+    }
+    entry = {**{name: found[name] for name in found if name not in ("arch", "tokens", "query")}, **entry}
+    write_json(folder / FOUND, entry)
+    return entry
+
+
+def trained(out: Path, cell: Cell) -> SAE:
+    """The SAE of a cell that `run` trained."""
+    folder = out / "runs" / cell.name
+    kind = {TOPK: TopKSAE, WIDE: TopKSAE, CURRENT: ContextualSAE, PAST: ContextualSAE, **BASELINES}[cell.arch]
+    assert (folder / CONFIG).is_file(), folder
+    return kind.from_pretrained(str(folder)).eval()
+
+
+def headline(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How many features a per-token SAE needs to match each contextual SAE, at equal d_sae and at equal parameters.
+
+    For each contextual cell that has at least two TopK cells of the same model, corpus, layer and seed beside it:
+    `topk`, the k at which TopK has its FVU, log FVU being taken as linear in log k between two cells and beyond the
+    last; `ratio`, that k over the contextual one; and the same for the widened TopK, `wide` and `wide_ratio`.
+    `beyond` is True where the k lies outside those that were measured.
+    """
+    runs = list(runs)
+    found = []
+    for entry in runs:
+        if entry["arch"] not in (CURRENT, PAST) or entry["k_mem"] is not None:
+            continue
+        row = {name: entry[name] for name in ("arch", "query", "k", "model", "corpus", "layer", "seed", "fvu")}
+        for arch, label in ((TOPK, "topk"), (WIDE, "wide")):
+            same = ("model", "corpus", "layer", "seed")
+            curve = sorted(
+                (other["k"], other["fvu"])
+                for other in runs
+                if other["arch"] == arch and all(other[name] == entry[name] for name in same)
+            )
+            if len(curve) > 1:
+                needed, beyond = matching_k(curve, entry["fvu"])
+                row |= {label: needed, f"{label}_ratio": needed / entry["k"], f"{label}_beyond": beyond}
+        found.append(row)
+    return found
+
+
+def matching_k(curve: Sequence[tuple[int, float]], fvu: float) -> tuple[float, bool]:
+    """The k at which a curve of (k, FVU), k rising, reaches `fvu`; and whether that is outside the curve."""
+    pairs = list(pairwise(curve))
+    inside = [(one, two) for one, two in pairs if two[1] <= fvu <= one[1]]
+    (k1, f1), (k2, f2) = inside[0] if inside else (pairs[-1] if fvu < curve[-1][1] else pairs[0])
+    along = (math.log(fvu) - math.log(f1)) / (math.log(f2) - math.log(f1))
+    return math.exp(math.log(k1) + along * (math.log(k2) - math.log(k1))), not inside
