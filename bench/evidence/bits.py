@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from csae.activations import ActivationSource, Batch
 from csae.attribution import attribute
@@ -250,9 +251,13 @@ def coarsest_step(sae: SAE, windows: Sequence[Windows], allowed: float) -> float
 
 
 def sent(windows: Sequence[Windows], codes: Sequence[Code], step: float) -> Sent:
-    """The tokens under the mask, as integers."""
-    levels = [(code.values / step).round().long()[batch.mask] for code, (batch, _) in zip(codes, windows, strict=True)]
-    indices = [code.indices[batch.mask] for code, (batch, _) in zip(codes, windows, strict=True)]
+    """The tokens under the mask, as integers. Codes of several widths are padded to the widest with what isn't sent."""
+    width = max(code.values.shape[-1] for code in codes)
+    levels, indices = [], []
+    for code, (batch, _) in zip(codes, windows, strict=True):
+        padding = (0, width - code.values.shape[-1])
+        levels.append(pad((code.values / step).round().long()[batch.mask], padding))
+        indices.append(pad(code.indices[batch.mask], padding))
     return Sent(torch.cat(levels), torch.cat(indices))
 
 

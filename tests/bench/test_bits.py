@@ -62,11 +62,12 @@ def make(kind: str) -> SAE:
 
 
 class Padded(TopKSAE):
-    """Like a BatchTopK SAE: codes wider than what is active, padded with zeros at feature 0."""
+    """Like a BatchTopK SAE: codes wider than what is active, padded with zeros at feature 0, by batch."""
 
     def encode(self, acts: Tensor) -> Code:
         values, indices = super().encode(acts)
-        return Code(torch.nn.functional.pad(values, (0, 3)), torch.nn.functional.pad(indices, (0, 3)))
+        padding = (0, len(acts) % 7)
+        return Code(torch.nn.functional.pad(values, padding), torch.nn.functional.pad(indices, padding))
 
 
 def test_code_lengths() -> None:
@@ -142,7 +143,7 @@ def receiver_fvu(sae: SAE, source: Memory, step: float) -> float:
 
 
 @torch.no_grad()
-def test_an_sae_by_token(source: Memory) -> None:
+def test_an_sae_by_token(source: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     sae = make("topk")
     found = account(sae, source, FIT, SCORE)
     assert found["fvu"] == pytest.approx(receiver_fvu(sae, source, 1e-6), rel=1e-6)
@@ -154,7 +155,9 @@ def test_an_sae_by_token(source: Memory) -> None:
     assert found["bits_per_token"] == pytest.approx(found["bits_indices"] + found["bits_values"])
     assert found["l0"] == pytest.approx(K, abs=0.3)
     assert found["bits_indices_uniform"] == pytest.approx(math.log2(math.comb(F, K)), abs=1.5)
-    torch.manual_seed(1)
+    # Batches of 9 and 3 windows, with codes of two widths.
+    monkeypatch.setattr(bits, "BATCH_WINDOWS", 9)
+    found = account(sae, source, FIT, SCORE)
     padded = Padded(D, F, K)
     padded.load_state_dict(sae.state_dict())
     assert account(padded, source, FIT, SCORE) == {**found, "arch": padded.arch}
