@@ -5,9 +5,13 @@ magnitude; beside them every token has a few *token features* of its own, and a 
 directions, more of them than dimensions. A per-token SAE has to pay for a region feature at every position; one that
 looks back should pay where the region starts.
 
-k is the number of token features that are on and K_ALLOWANCE more, which is less than what is on in all: a per-token
-SAE can't show everything, so a region feature that it shows is a token feature that it leaves out. One that looks back
-has K_ALLOWANCE to spare, except where a region starts. Were k larger, both would fill what is left with noise.
+k is the number of token features that are on, so REGION_ON less than what is on in all: a region feature that an SAE
+shows is a token feature that it leaves out. Region features are larger, so a per-token SAE shows those. One that looks
+back has room for all token features, except where a region starts. Were k larger, both would fill what is left with
+the least of noise, and a region feature that is shown once more would cost nothing.
+
+A window has several regions, and a feature may be on in more than one of them. An SAE that looks back may find it
+where it was on first, and need not show it again: figures are given for first regions by themselves too.
 """
 
 from __future__ import annotations
@@ -30,18 +34,17 @@ from csae.topk_sae import TopKSAE
 from csae.train import TrainConfig, adam, batch_of, learning_rate, train_step
 
 N_CTX, D_IN = 256, 64
-N_REGION, N_TOKEN = 32, 128
-REGION_ON, TOKEN_ON = 2, 4
-REGION_MAGNITUDE, TOKEN_MAGNITUDE = (1.0, 2.0), (0.5, 1.5)
+N_REGION, N_TOKEN = 16, 128
+REGION_ON, TOKEN_ON = 2, 3
+REGION_MAGNITUDE, TOKEN_MAGNITUDE = (1.5, 2.5), (0.5, 1.5)
 NOISE = 0.02
 
 REGION_LENGTHS = (4, 16, 64, 256)
 QUERIES = ("current",)
-STEPS = 1000
-K_ALLOWANCE = 0
+STEPS = 3000
 D_SAE = 192
-LOOK_BACK: dict[str, Any] = {"n_heads": 4, "d_head": 16, "d_value": 16, "sweeps": 2}
-BATCH_WINDOWS, LR, LOOK_BACK_LR = 8, 4e-3, 0.25
+LOOK_BACK: dict[str, Any] = {"n_heads": 4, "d_head": 32, "d_value": 16, "sweeps": 2}
+BATCH_WINDOWS, LR, LOOK_BACK_LR = 4, 4e-3, 1.0
 # Windows that are measured on, and in how many of them the parts of c are looked at.
 HELD_OUT, ATTRIBUTED = 64, 4
 # A decoder row with at least this cosine to a feature's direction counts as a version of it.
@@ -155,15 +158,14 @@ def run(
         runs: for each SAE at each region length: region_length, query (None for TopK), train_seconds, and what
             `figures` gives. The others say how it was made: seed, steps, k, d_sae, look_back, data.
     """
-    k = TOKEN_ON + K_ALLOWANCE
     runs = []
     for region_length in region_lengths:
         source = Windows(region_length, steps * BATCH_WINDOWS + HELD_OUT, seed)
         for query in (None, *queries):
             torch.manual_seed(seed)
-            sae: SAE = TopKSAE(D_IN, D_SAE, k)
+            sae: SAE = TopKSAE(D_IN, D_SAE, TOKEN_ON)
             if query is not None:
-                sae = ContextualSAE(D_IN, D_SAE, k, query=query, **LOOK_BACK)
+                sae = ContextualSAE(D_IN, D_SAE, TOKEN_ON, query=query, **LOOK_BACK)
             name = f"regions of {region_length}, " + ("topk" if query is None else f"contextual, {query}")
             began = time.perf_counter()
             fit(sae, source, range(steps * BATCH_WINDOWS), steps, progress, name)
@@ -175,7 +177,7 @@ def run(
         "seed": seed,
         "steps": steps,
         "tokens": steps * BATCH_WINDOWS * N_CTX,
-        "k": k,
+        "k": TOKEN_ON,
         "d_sae": D_SAE,
         "look_back": LOOK_BACK,
         "data": Windows(N_CTX, 1, seed).describe(),
@@ -219,6 +221,8 @@ def figures(sae: SAE, source: Windows, windows: Sequence[int]) -> dict[str, Any]
         found: the share of regions in which the matched feature fires at all, so that few firings are not mistaken for
             good ones. found_at_start: at their first position.
         fires_at: that share for each position in the region, a list of its length.
+        first: these figures for the first region of its window in which the feature is on. Later ones need not show
+            it, where an SAE looks back that far. regions, regions_first: how many they are means over.
         fires_off: the share of positions where a region feature is off, but its match fires.
         token_found: the share of token features where they are on whose match fires; token_off, where they are off.
         with_sweeps: for a contextual SAE, the same from fires_per_region on, of the form in sweeps.
@@ -260,8 +264,23 @@ def firings(code: Code, rows: Tensor, source: Windows, truth: Truth) -> dict[str
         for counts in (fired[..., likeness.argmax(dim=1)], versions)
     )
     on = truth.region > 0
-    here = shown[on]  # [regions, length]
+    first = on & (on.cumsum(dim=1) == 1)
     token_shown = fired[..., (source.token_directions @ rows.T).argmax(dim=1)]
+    return {
+        **_shown(shown, versions, on),
+        "first": _shown(shown, versions, first),
+        "regions": int(on.sum()),
+        "regions_first": int(first.sum()),
+        "fires_off": float(shown[~on].mean()),
+        "token_found": float(token_shown[truth.token > 0].mean()),
+        "token_off": float(token_shown[truth.token == 0].mean()),
+    }
+
+
+def _shown(shown: Tensor, versions: Tensor, on: Tensor) -> dict[str, Any]:
+    """Firings [B, R, n_region, length] of the matches, and of all versions, in the regions that `on` [B, R, n_region]
+    picks."""
+    here = shown[on]  # [regions, length]
     return {
         "fires_per_region": float(here.sum(dim=1).mean()),
         "fires_share": float(here.mean()),
@@ -269,9 +288,6 @@ def firings(code: Code, rows: Tensor, source: Windows, truth: Truth) -> dict[str
         "found": float(here.amax(dim=1).mean()),
         "found_at_start": float(here[:, 0].mean()),
         "fires_at": here.mean(dim=0).tolist(),
-        "fires_off": float(shown[~on].mean()),
-        "token_found": float(token_shown[truth.token > 0].mean()),
-        "token_off": float(token_shown[truth.token == 0].mean()),
     }
 
 

@@ -46,7 +46,7 @@ def test_a_window_is_what_it_is_said_to_be_made_of():
     region = truth.region[:, torch.arange(N_CTX) // LENGTH]  # [B, T, n_region]
     expected = region @ source.region_directions + truth.token @ source.token_directions
     torch.testing.assert_close(batch.acts, expected)
-    for magnitudes, on, between in ((truth.region, 2, (1.0, 2.0)), (truth.token, 3, (0.5, 1.5))):
+    for magnitudes, on, between in ((truth.region, 2, (1.5, 2.5)), (truth.token, 3, (0.5, 1.5))):
         assert ((magnitudes > 0).sum(dim=-1) == on).all()
         positive = magnitudes[magnitudes > 0]
         assert between[0] <= positive.min() < positive.max() <= between[1]
@@ -129,6 +129,25 @@ def test_firings_of_codes_that_show_a_region_once():
     assert later["token_found"] == 1
     never = synthetic.firings(code_at([]), rows, source, truth)
     assert (never["fires_per_region"], never["found"]) == (0, 0)
+
+
+def test_a_feature_that_was_on_before_in_its_window_is_told_apart():
+    source = orthogonal(windows())
+    _, truth = source.draw(range(40))
+    rows = torch.cat([source.region_directions, source.token_directions])
+    shown, expected = torch.zeros(40, N_CTX, 6), 0
+    for window in range(40):
+        seen: set[int] = set()
+        for region, start in enumerate(truth.starts.tolist()):
+            for feature in set(truth.region[window, region].nonzero().flatten().tolist()) - seen:
+                shown[window, start + 1, feature] = 1
+                expected += 1
+            seen |= set(truth.region[window, region].nonzero().flatten().tolist())
+    found = synthetic.firings(Code(*shown.topk(2)), rows, source, truth)
+    assert (found["regions"], found["regions_first"]) == (40 * 4 * 2, expected)
+    assert found["fires_per_region"] == pytest.approx(expected / 320)
+    assert found["first"]["fires_per_region"] == found["first"]["found"] == 1
+    assert found["first"]["found_at_start"] == 0
 
 
 def test_a_feature_that_is_split_is_counted_together():
