@@ -208,7 +208,7 @@ class ContextualSAE(SAE):
             raise ValueError(
                 f"acts: given {acts.shape[0]} sequences; needed {state.memory.shape[0]}, as the state is of"
             )
-        x_hat, found, c, state = advance(self, acts / self.scale, state, mask, documents)
+        x_hat, found, c, _, state = advance(self, acts / self.scale, state, mask, documents)
         return Output(x_hat * self.scale, Code(*found), c * self.scale), state
 
     def _run(
@@ -317,6 +317,10 @@ class ContextualSAE(SAE):
         values = nn.functional.linear(memory, self.W_V).unflatten(-1, (self.n_heads, self.d_value))
         return unit_heads(keys), values * value_scale(values)
 
+    def value_scale(self, memory: Tensor) -> Tensor:
+        """memory [..., d_memory] -> [..., n_heads, 1]: what bounds the values of each head, 1 or less."""
+        return value_scale(nn.functional.linear(memory, self.W_V).unflatten(-1, (self.n_heads, self.d_value)))
+
     @staticmethod
     def _shifted(x: Tensor) -> Tensor:
         """x [B, T, d] -> what was one position earlier; zero at position 0."""
@@ -328,7 +332,7 @@ class ContextualSAE(SAE):
         """x_hat, code and c of whole windows, exactly, in normalised units: of x [B, T, d_in], or of its code."""
         B, T = (given if isinstance(given, Tensor) else given.values).shape[:2]
         state = initial_state(self, B, T, bounded=False)
-        x_hat, code, c, _ = advance(self, given, state, mask, documents)
+        x_hat, code, c, _, _ = advance(self, given, state, mask, documents)
         return x_hat, Code(*code), c
 
     def _check_acts(self, acts: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> None:

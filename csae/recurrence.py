@@ -7,7 +7,7 @@ L of them. Whole windows, chunks of any length and single positions go through t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,7 +34,8 @@ class State(NamedTuple):
     """
 
     memory: Tensor
-    """[B, L, n_heads * (d_head + d_value)]: the keys and values of position j, in row j % L"""
+    """[B, L, n_heads * (d_head + d_value + m)]: the keys and values of position j, in row j % L; beside a head's values
+    how active each of the m followed features was there, bounded as the values are"""
     takes_part: Tensor
     """[B, L] bool: whether that position may be looked at"""
     position: int
@@ -47,24 +48,27 @@ class State(NamedTuple):
     """[B, d_in]: the reconstruction of the last position less b_dec, in normalised units"""
     bounded: bool
     """whether L is as far as it looks back; otherwise the memory grows"""
+    followed: Tensor
+    """[m] int64: features whose share in what is carried is to be known"""
 
     def clone(self) -> State:
         """A state of its own, with its own memory."""
         return self._replace(memory=self.memory.clone(), takes_part=self.takes_part.clone())
 
 
-def initial_state(sae: ContextualSAE, B: int, room: int, bounded: bool) -> State:
+def initial_state(sae: ContextualSAE, B: int, room: int, bounded: bool, followed: Sequence[int] | Tensor = ()) -> State:
     """B sequences before their first position, with room for so many positions."""
     like = sae.W_mem
     document = torch.zeros(B, dtype=torch.int64, device=like.device)
     return State(
-        memory=like.new_zeros(B, room, sae.n_heads * (sae.d_head + sae.d_value)),
+        memory=like.new_zeros(B, room, sae.n_heads * (sae.d_head + sae.d_value + len(followed))),
         takes_part=torch.zeros(B, room, dtype=torch.bool, device=like.device),
         position=0,
         start=document,
         document=document,
         past=like.new_zeros(B, sae.d_in),
         bounded=bounded,
+        followed=torch.as_tensor(followed, dtype=torch.int64, device=like.device),
     )
 
 
@@ -75,13 +79,14 @@ def advance(
     state: State,
     mask: Tensor | None,
     documents: Tensor | None,
-) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, State]:
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor, State]:
     """The next n positions of B sequences.
 
     given: x [B, n, d_in] in normalised units, to be encoded; or its code, values and indices [B, n, k], to be
     decoded (query="past"). mask, documents: [B, n].
 
-    Returns x_hat [B, n, d_in], the code, c [B, n, d_in], and the state after them.
+    Returns x_hat [B, n, d_in], the code, c [B, n, d_in], carried, and the state after them. carried [B, n, n_heads, m]:
+    how active each head finds the m features that the state follows; `carried_by` makes it their part of c.
     """
     x, code = (given - sae.b_dec, None) if isinstance(given, Tensor) else (None, given)
     B, n = (given if isinstance(given, Tensor) else given[0]).shape[:2]
@@ -101,6 +106,7 @@ def advance(
         indices=code[1],
         c=state.memory.new_empty(B, n, sae.d_in),
         starts=starts,
+        carried=state.memory.new_empty(B, n, sae.n_heads, len(state.followed)),
         mask=mask,
     )
     captured = device.type == "cuda" and n >= CAPTURED
@@ -108,17 +114,24 @@ def advance(
     x_hat = sparse_decode(*code, sae.W_dec) + chunk.c + sae.b_dec
     if n:
         state = state._replace(start=starts[:, -1], document=documents[:, -1].to(torch.int64))
-    return x_hat, code, chunk.c, state._replace(position=state.position + n, past=past)
+    return x_hat, code, chunk.c, chunk.carried, state._replace(position=state.position + n, past=past)
+
+
+def carried_by(sae: ContextualSAE, features: Tensor) -> Tensor:
+    """What each head adds to c where it finds a feature at an activity of one: features [m] -> [n_heads, m, d_in]."""
+    values = linear(sae.W_mem[features], sae.W_V).unflatten(-1, (sae.n_heads, sae.d_value))  # [m, n_heads, d_value]
+    return torch.einsum("mhv,dhv->hmd", values, sae.W_O.unflatten(-1, (sae.n_heads, sae.d_value)))
 
 
 class _Chunk(NamedTuple):
-    """n positions of B sequences. values, indices and c are written, the first two only where x is given."""
+    """n positions of B sequences. values, indices, c and carried are written, the first two only where x is given."""
 
     x: Tensor | None  # [B, n, d_in], less b_dec
     queries: Tensor | None  # [B, n, n_heads, d_head], where they don't depend on the codes
     values: Tensor  # [B, n, k]
     indices: Tensor  # [B, n, k]
     c: Tensor  # [B, n, d_in]
+    carried: Tensor  # [B, n, n_heads, m]
     starts: Tensor  # [B, n] int64
     mask: Tensor  # [B, n] bool
 
@@ -129,14 +142,20 @@ def _loop(sae: ContextualSAE, chunk: _Chunk, state: State) -> Tensor:
     for i in range(chunk.mask.shape[1]):
         here = _Chunk(*(None if tensor is None else tensor[:, i] for tensor in chunk))  # type: ignore[arg-type]
         t = state.position + i
-        left, past = _position(sae, here, memory, takes_part, past, t)
+        left, past = _position(sae, here, memory, takes_part, past, state.followed, t)
         memory[:, t % memory.shape[1]] = left
         takes_part[:, t % memory.shape[1]] = here.mask
     return past
 
 
 def _position(
-    sae: ContextualSAE, here: _Chunk, memory: Tensor, takes_part: Tensor, past: Tensor, t: int | Tensor
+    sae: ContextualSAE,
+    here: _Chunk,
+    memory: Tensor,
+    takes_part: Tensor,
+    past: Tensor,
+    followed: Tensor,
+    t: int | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """One position, t, of B sequences: `here` without its second dimension. -> what it leaves in the memory, past."""
     encode, attend, gather = (
@@ -144,13 +163,23 @@ def _position(
     )
     query = sae.queries(past) if here.queries is None else here.queries
     read = attend.read_memory(query, memory, takes_part, sae.slope, sae.null, here.starts, here.mask, t)
+    if len(followed):
+        heads = read.unflatten(-1, (sae.n_heads, -1))
+        here.carried.copy_(heads[..., sae.d_value :])
+        read = heads[..., : sae.d_value].flatten(-2)
     here.c.copy_(linear(read, sae.W_O))
     if here.x is not None:
         values, indices = encode.topk_encode(here.x - here.c, sae.W_enc, sae.b_enc, sae.k)
         here.values.copy_(values.masked_fill_(~here.mask[:, None], 0))
         here.indices.copy_(indices)
-    remembered = gather.gather_sum(here.values[:, : sae.k_mem], here.indices[:, : sae.k_mem], sae.W_mem)
-    left = torch.cat([heads.flatten(-2) for heads in sae.keys_values(remembered)], dim=-1)
+    values, indices = here.values[:, : sae.k_mem], here.indices[:, : sae.k_mem]
+    remembered = gather.gather_sum(values, indices, sae.W_mem)
+    keys, heads = sae.keys_values(remembered)
+    if len(followed):
+        activity = torch.where(indices.unsqueeze(-1) == followed, values.unsqueeze(-1), 0).sum(dim=1)  # [B, m]
+        bounded = sae.value_scale(remembered) * activity.unsqueeze(1)  # [B, n_heads, m]
+        heads = torch.cat([heads, bounded], dim=-1)
+    left = torch.cat([keys.flatten(-2), heads.flatten(-2)], dim=-1)
     if here.queries is None:
         past = gather.gather_sum(here.values, here.indices, sae.W_dec) + here.c
     return left, past
@@ -168,14 +197,14 @@ def replay(sae: ContextualSAE, chunk: _Chunk, state: State, capture: Capture) ->
     i = torch.zeros(1, dtype=torch.int64, device=memory.device)
     here = _Chunk(*(None if tensor is None else tensor[:, 0].clone() for tensor in chunk))  # type: ignore[arg-type]
     past = state.past.clone()
-    written = ("values", "indices", "c") if chunk.x is not None else ("c",)
+    written = ("values", "indices", "c", "carried") if chunk.x is not None else ("c", "carried")
     given = [name for name in _Chunk._fields if name not in written and getattr(chunk, name) is not None]
 
     def position(rows: int) -> None:
         for name in given:
             getattr(here, name).copy_(getattr(chunk, name).index_select(1, i).squeeze(1))
         t = i + state.position
-        left, new_past = _position(sae, here, memory[:, :rows], takes_part[:, :rows], past, t)
+        left, new_past = _position(sae, here, memory[:, :rows], takes_part[:, :rows], past, state.followed, t)
         past.copy_(new_past)
         memory.index_copy_(1, t % memory.shape[1], left.unsqueeze(1))
         takes_part.index_copy_(1, t % memory.shape[1], here.mask.unsqueeze(1))

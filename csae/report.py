@@ -5,9 +5,11 @@ One HTML file that needs nothing else: style, script, data and picture are insid
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,19 +71,7 @@ def _curves(curves: dict[str, tuple[list[int], list[float]]], results: dict[str,
     import matplotlib
 
     held_out = {sae["arch"]: sae["fvu"] for sae in results["saes"]}
-    style: dict[Any, Any] = {
-        "svg.fonttype": "none",  # text stays text, in the page's own font
-        "svg.hashsalt": "csae",  # the same page from the same data
-        "font.size": 10,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.edgecolor": SOFT,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(figure_style(INK, SOFT)):
         from matplotlib.figure import Figure  # no backend of a screen is touched
         from matplotlib.ticker import EngFormatter, NullFormatter, NullLocator
 
@@ -105,22 +95,45 @@ def _curves(curves: dict[str, tuple[list[int], list[float]]], results: dict[str,
         axes.set_ylabel("FVU")
         axes.grid(axis="y", color=SOFT, linewidth=0.4, alpha=0.4)
         axes.legend(frameon=False, loc="upper right")
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        return inline_svg(figure, "FVU of each SAE against training tokens", SERIES)
+
+
+def figure_style(ink: str, soft: str) -> dict[Any, Any]:
+    """Settings of matplotlib for the figures of a page: text and axes in the colour `ink`, frames in `soft`."""
+    return {
+        "svg.fonttype": "none",  # text stays text, in the page's own font
+        "svg.hashsalt": "csae",  # the same page from the same data
+        "font.size": 10,
+        "text.color": ink,
+        "axes.labelcolor": ink,
+        "axes.edgecolor": soft,
+        "xtick.color": ink,
+        "ytick.color": ink,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+
+
+def inline_svg(figure: Any, label: str, series: Sequence[str]) -> str:
+    """A matplotlib figure as an <svg> element.
+
+    The placeholders INK and SOFT in it become the CSS variables --ink and --soft, those of `series` --series-1 ...
+    """
+    out = io.StringIO()
+    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', _OPENING, svg, count=1, flags=re.DOTALL)
+    opening = (
+        rf'<svg viewBox="\1" role="img" aria-label="{html.escape(label)}" xmlns:xlink="http://www.w3.org/1999/xlink">'
+    )
+    svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', opening, svg, count=1, flags=re.DOTALL)
     for placeholder, variable in {INK: "ink", SOFT: "soft"}.items():
         svg = svg.replace(placeholder, f"var(--{variable})")
-    for number, placeholder in enumerate(SERIES, start=1):
+    for number, placeholder in enumerate(series, start=1):
         svg = svg.replace(placeholder, f"var(--series-{number})")
     return re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
 
 
-_OPENING = (
-    r'<svg viewBox="\1" role="img" aria-label="FVU of each SAE against training tokens" '
-    r'xmlns:xlink="http://www.w3.org/1999/xlink">'
-)
 _TICKS = [power * digit for power in (0.001, 0.01, 0.1, 1) for digit in (1, 1.5, 2, 3, 4, 5, 7)]
 
 
