@@ -226,16 +226,20 @@ def figures(sae: SAE, source: Windows, windows: Sequence[int]) -> dict[str, Any]
         fires_off: the share of positions where a region feature is off, but its match fires.
         token_found: the share of token features where they are on whose match fires; token_off, where they are off.
         with_sweeps: for a contextual SAE, the same from fires_per_region on, of the form in sweeps.
-        carried_cosine, carried_amount: for a contextual SAE, of what the matched feature, fired where the region
-            starts, writes at the region's last position: its cosine with the feature's direction, and its length
-            along that direction over the feature's magnitude; means over the regions of the first ATTRIBUTED
-            windows, carried_regions of them. None where there are none.
+        carried: for a contextual SAE, what c holds of a region's feature at its last position: c's length along the
+            feature's direction, over its magnitude; 1 is ideal. Means over carried_regions regions, those of the first
+            ATTRIBUTED windows. And the parts of it: carried_by_match, what the matched feature wrote, wherever it
+            fired; carried_by_match_at_start, where the region starts; carried_by_token_features, what features wrote
+            that are like a token feature (VERSION) and not like a region feature. With query="current" the attention
+            weights may choose by x_t among what any features left, and carry what no code ever showed: that is where
+            it would be seen.
         And all that `csae.evaluate.evaluate` gives: fvu, l0, of the exact form; fvu_sweeps, gap.
     """
     batch, truth = source.draw(windows)
     rows = torch.nn.functional.normalize(sae.W_dec, dim=1)
-    region_cosine, region_match = (source.region_directions @ rows.T).max(dim=1)
-    token_cosine, _ = (source.token_directions @ rows.T).max(dim=1)
+    region_cosine, token_cosine = (
+        (directions @ rows.T).amax(dim=1) for directions in (source.region_directions, source.token_directions)
+    )
     result = {
         **evaluate(sae, source, windows),
         "region_cosine": float(region_cosine.mean()),
@@ -246,7 +250,7 @@ def figures(sae: SAE, source: Windows, windows: Sequence[int]) -> dict[str, Any]
     if isinstance(sae, ContextualSAE):
         code = run_form(sae, batch.acts, batch.mask, batch.documents, exact=False).code
         result["with_sweeps"] = firings(code, rows, source, truth)
-        result |= _carried(sae, source, windows[:ATTRIBUTED], region_match)
+        result |= _carried(sae, source, windows[:ATTRIBUTED], rows)
     return result
 
 
@@ -292,21 +296,27 @@ def _shown(shown: Tensor, versions: Tensor, on: Tensor) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _carried(sae: ContextualSAE, source: Windows, windows: Sequence[int], match: Tensor) -> dict[str, Any]:
-    """carried_cosine, carried_amount and carried_regions of `figures`; match: [n_region] int64."""
+def _carried(sae: ContextualSAE, source: Windows, windows: Sequence[int], rows: Tensor) -> dict[str, Any]:
+    """The figures of `figures` whose names start with carried. rows: [d_sae, d_in], the decoder's unit rows."""
     batch, truth = source.draw(windows)
-    cosines, amounts = [], []
-    for window in range(len(windows) if source.region_length > 1 else 0):
+    likeness = source.region_directions @ rows.T  # [n_region, d_sae]
+    like_token = (source.token_directions @ rows.T).amax(dim=0)
+    of_tokens = (like_token >= VERSION) & (like_token > likeness.amax(dim=0))  # [d_sae]
+    sums = dict.fromkeys(
+        ("carried", *(f"carried_by_{name}" for name in ("match", "match_at_start", "token_features"))), 0.0
+    )
+    n = 0
+    for window in range(len(windows)):
         found = attribute(sae, batch.acts[window], batch.mask[window], batch.documents[window])
-        values, indices = found.output.code
+        indices = found.output.code.indices  # [T, k]
         for region, start in enumerate(truth.starts.tolist()):
-            parts = found.parts(start + source.region_length - 1)[start]  # [k, d_in]
+            parts = found.parts(start + source.region_length - 1)  # [T, k, d_in]
             for feature in truth.region[window, region].nonzero().flatten().tolist():
-                written = parts[(indices[start] == match[feature]) & (values[start] > 0)].sum(dim=0)
-                if written.any():
-                    along = float(written @ source.region_directions[feature])
-                    cosines.append(along / float(written.norm()))
-                    amounts.append(along / float(truth.region[window, region, feature]))
-    n = len(cosines)
-    means = {"carried_cosine": sum(cosines) / n if n else None, "carried_amount": sum(amounts) / n if n else None}
-    return {**means, "carried_regions": n}
+                along = parts @ source.region_directions[feature] / truth.region[window, region, feature]  # [T, k]
+                matched = along * (indices == likeness[feature].argmax())
+                sums["carried"] += float(along.sum())
+                sums["carried_by_match"] += float(matched.sum())
+                sums["carried_by_match_at_start"] += float(matched[start].sum())
+                sums["carried_by_token_features"] += float(along[of_tokens[indices]].sum())
+                n += 1
+    return {**{name: total / n for name, total in sums.items()}, "carried_regions": n}

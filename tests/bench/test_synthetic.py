@@ -92,7 +92,7 @@ def test_a_per_token_oracle_pays_for_a_region_at_every_position():
     for name in ("region_cosine", "region_cosine_min", "token_cosine"):
         assert found[name] == pytest.approx(1, abs=1e-5), name
     assert found["fvu"] == pytest.approx(0, abs=1e-9)
-    assert "carried_cosine" not in found
+    assert "carried" not in found
 
 
 def test_the_least_of_what_is_on_is_left_out_where_k_is_short():
@@ -179,21 +179,22 @@ def test_what_is_carried_is_what_c_holds_where_there_is_one_past_position():
     with torch.no_grad():
         sae.W_dec.copy_(torch.cat([source.region_directions, source.token_directions]))
         sae.W_enc.copy_(sae.W_dec)
+        sae.W_enc[6:] *= 2  # so that a token feature is what fires in some windows
         sae.W_O.mul_(3)
     batch, truth = source.draw(range(8))
     out = sae(batch.acts, batch.mask, batch.documents)
-    cosines, amounts = [], []
+    sums = torch.zeros(3)
     for window in range(8):
         feature = int(truth.region[window, 0].argmax())
-        if int(out.code.indices[window, 0, 0]) == feature:
-            along = float(out.c[window, 1].detach() @ source.region_directions[feature])
-            cosines.append(along / float(out.c[window, 1].norm()))
-            amounts.append(along / float(truth.region[window, 0, feature]))
-    assert len(cosines) >= 2
-    found = synthetic._carried(sae, source, range(8), torch.arange(6))
-    assert found["carried_regions"] == len(cosines)
-    assert found["carried_cosine"] == pytest.approx(sum(cosines) / len(cosines), abs=1e-5)
-    assert found["carried_amount"] == pytest.approx(sum(amounts) / len(amounts), abs=1e-5)
+        along = out.c[window, 1].detach() @ source.region_directions[feature] / truth.region[window, 0, feature]
+        fired = int(out.code.indices[window, 0, 0])  # k = 1: all of c is its
+        sums += along * torch.tensor([1, fired == feature, fired >= 6])
+    assert (sums != 0).all()
+    found = synthetic._carried(sae, source, range(8), sae.W_dec.detach())
+    assert found["carried_regions"] == 8
+    for at, name in enumerate(("carried", "carried_by_match", "carried_by_token_features")):
+        assert found[name] == pytest.approx(float(sums[at]) / 8, abs=1e-6), name
+    assert found["carried_by_match_at_start"] == found["carried_by_match"]
 
 
 def test_the_package_trains_on_them(tmp_path):
