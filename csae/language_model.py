@@ -45,7 +45,7 @@ class LanguageModel:
         self.n_layers: int = config.num_hidden_layers
         self.max_ctx: int | None = getattr(config, "max_position_embeddings", None)
         self.n_vocab: int = model.get_input_embeddings().num_embeddings
-        self._blocks = _find_blocks(model, self.n_layers, name)
+        self._blocks = find_blocks(model, self.n_layers, name)
 
     @classmethod
     def load(
@@ -115,7 +115,7 @@ class LanguageModel:
         captured: list[Tensor] = []
 
         def capture_and_stop(module: nn.Module, args: Any, output: Any) -> None:
-            captured.append(_hidden(output))
+            captured.append(hidden_of(output))
             raise _Stop
 
         handle = self.block(layer).register_forward_hook(capture_and_stop)
@@ -192,7 +192,7 @@ class _Stop(Exception):
     """Thrown by a hook to leave the model's forward pass."""
 
 
-def _hidden(output: Any) -> Tensor:
+def hidden_of(output: Any) -> Tensor:
     """The residual stream in what a block returns: a tensor, or a tuple that begins with it."""
     return output[0] if isinstance(output, tuple) else output
 
@@ -201,7 +201,7 @@ def _splice(replace: Callable[[Tensor], Tensor], mask: Tensor | None) -> Callabl
     """A forward hook that puts replace(acts) in the place of a block's output."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        acts = _hidden(output)
+        acts = hidden_of(output)
         replaced = replace(acts)
         if replaced.shape != acts.shape:
             raise ValueError(f"replace: gave {tuple(replaced.shape)}; needed the shape of acts, {tuple(acts.shape)}")
@@ -213,7 +213,7 @@ def _splice(replace: Callable[[Tensor], Tensor], mask: Tensor | None) -> Callabl
     return hook
 
 
-def _find_blocks(model: nn.Module, n_layers: int, name: str) -> nn.ModuleList:
+def find_blocks(model: nn.Module, n_layers: int, name: str) -> nn.ModuleList:
     """The list of the model's blocks: of the lists that are as long as the model is deep, the heaviest."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == n_layers]
     if not lists:
