@@ -23,12 +23,13 @@ from typing import Any
 import torch
 
 from csae.activations import ActivationSource, ModelActivations, held_out
-from csae.bench.evidence import grid, page, power, redundancy, switches, synthetic, texts
+from csae.bench.evidence import grid, long_windows, page, power, redundancy, switches, synthetic, texts
 from csae.bench.evidence.grid import CURRENT, PAST, TOPK, Budget, Cell
 from csae.errors import UserError
 from csae.files import write_json
 from csae.language_model import LanguageModel, smollm2
 from csae.progress import Progress, track
+from csae.text import TokenWindows
 
 KS = (4, 8, 16, 32, 64)
 LAYERS = (6, 12, 20)
@@ -36,6 +37,8 @@ CORPORA = ("english", "multilingual")
 SEEDS = 3
 POWER_WINDOWS = 8
 SWITCH_WINDOWS = 96
+LONGER = 8  # times as long as those trained on
+LONG_WINDOWS = 12
 REGION_TOKENS = 64
 
 
@@ -98,6 +101,7 @@ def run_evidence(
         for cell in chosen
         if cell.arch in (CURRENT, PAST) and cell.seed == 0 and (cell.corpus, cell.layer, cell.k) == _first(chosen)
     ]
+    evidence["long"] = _long_windows(out, lm, chosen, budget, progress)
     evidence["switches"] = _switches(out, lm, chosen, budget, languages, progress)
     write_json(out / grid.FOUND, evidence)
     page.write_figures(out / "figures", evidence)
@@ -177,6 +181,36 @@ def _redundancy(source: ActivationSource, progress: Progress) -> dict[str, Any]:
 def _power(out: Path, cell: Cell, source: ActivationSource) -> dict[str, Any]:
     sae: Any = grid.trained(out, cell)
     return power.measure(sae, source, held_out(source.n_windows, grid.HELD_OUT)[1][:POWER_WINDOWS])
+
+
+def _long_windows(
+    out: Path, lm: LanguageModel, chosen: Sequence[Cell], budget: Budget, progress: Progress
+) -> list[dict[str, Any]]:
+    """SAEs on windows longer than those trained on, of English that was trained on in shorter ones."""
+    n_ctx = LONGER * budget.n_ctx
+    cells = [
+        cell
+        for cell in chosen
+        if cell.arch in (TOPK, CURRENT, PAST) and cell.seed == 0 and cell.k_mem is None
+        if (cell.corpus, cell.layer, cell.k) == _first(chosen) and cell.corpus == "english"
+    ]
+    if not cells or (lm.max_ctx is not None and lm.max_ctx < n_ctx):
+        return []
+    windows = texts.windows("english", lm.tokenizer, n_ctx, seed=1)
+    source = ModelActivations(lm, cells[0].layer, TokenWindows(*(part[:LONG_WINDOWS] for part in windows)), 1)
+    return [
+        _named(cell)
+        | _part(
+            out,
+            f"long-{cell.name}",
+            partial(_long, out, cell, source, budget, progress),
+        )
+        for cell in cells
+    ]
+
+
+def _long(out: Path, cell: Cell, source: ActivationSource, budget: Budget, progress: Progress) -> dict[str, Any]:
+    return long_windows.measure(grid.trained(out, cell), source, range(source.n_windows), budget.n_ctx, progress)
 
 
 def _switches(
