@@ -13,7 +13,9 @@ from csae.ops.topk_encode import encode_again, encode_and_keep, with_encode_grad
 from csae.recurrence import State, advance, initial_state
 from csae.sae import SAE, Code, Output
 
-QUERIES = ("current", "past")
+# The two queries, and the steepest slope that a head begins with. What predicts x_t from the past alone lies near;
+# an exact FVU of 0.151 against 0.154 with a steepest slope of 1. With "current" it was 0.136 with 1, 0.137 with 3.
+QUERIES = {"current": 1.0, "past": 6.0}
 # A product of the look-back's width is narrow where it is this many times narrower than d_in.
 NARROW = 4
 # What the root mean square of a head's values stays below.
@@ -110,7 +112,7 @@ class ContextualSAE(SAE):
         self.W_V = nn.Parameter(torch.randn(n_heads * d_value, d_memory) / math.sqrt(d_memory))
         self.W_O = nn.Parameter(0.1 * torch.randn(d_in, n_heads * d_value) / math.sqrt(n_heads * d_value))
         self.gain = nn.Parameter(torch.ones(n_heads))
-        self.slope = nn.Parameter(torch.linspace(0, 1, n_heads))
+        self.slope = nn.Parameter(torch.linspace(0, QUERIES[query], n_heads))
         self.null = nn.Parameter(torch.zeros(n_heads))
 
     @torch.no_grad()
