@@ -142,7 +142,11 @@ elsewhere = [
 setup(
     packages=[*find_packages(include=["csae", "csae.*"], exclude=["csae.kernels", "csae.kernels.*"]), *elsewhere],
     package_dir={"csae.bench": "bench", "csae.kernels": "kernels"},
-    package_data={"csae": ["templates/*", "py.typed"], "csae.kernels.triton": ["tuned.json"]},
+    package_data={
+        "csae": ["templates/*", "py.typed"],
+        "csae.bench.evidence": ["templates/*"],
+        "csae.kernels.triton": ["tuned.json"],
+    },
     include_package_data=False,
     distclass=NativeDistribution,
     cmdclass={"build": Build, "build_native": BuildNative, "bdist_wheel": BdistWheel},
