@@ -121,6 +121,7 @@ def longer(evidence: dict[str, Any], colours: Colours) -> Any:
     figure, axes = _axes(colours, "up to position of the window", "FVU of this stretch")
     for arch in summary.ordered(arch for arch in lines if lines[arch]):
         _line(axes, colours, arch, lines[arch])
+    axes.margins(y=0.1)
     axes.set_ylim(bottom=0)
     trained = value(entries[0], "trained_on")
     if trained is not None:
@@ -182,6 +183,7 @@ def synthetic_fvu(evidence: dict[str, Any], colours: Colours) -> Any:
         return None
     figure, axes = _axes(colours, "length of a region, positions", "FVU")
     _synthetic_lines(axes, colours, runs, "fvu")
+    axes.margins(y=0.1)
     axes.set_ylim(bottom=0)
     _legend(figure, axes, 2)
     return figure
@@ -234,6 +236,7 @@ def look_back(evidence: dict[str, Any], colours: Colours) -> Any:
         over = [summary.spread(value(entry, "look_back", str(reach)) for entry in here) for reach in reaches]
         _line(axes, colours, arch, [(float(at), of) for at, of in enumerate(over) if of is not None])
     axes.set_xticks(range(len(reaches)), ["none" if reach == 0 else str(reach) for reach in reaches])
+    axes.margins(y=0.1)
     axes.set_ylim(bottom=0)
     _legend(figure, axes, 2)
     return figure
@@ -354,7 +357,7 @@ def _plain_ticks(axis: Any, ticks: Sequence[float]) -> None:
 def _in_percent(axis: Any) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(6))
+    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.4g}%"))
 
 

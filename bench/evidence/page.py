@@ -104,7 +104,7 @@ def write_figures(folder: Path | str, evidence: dict[str, Any]) -> list[Path]:
     written = []
     draws: dict[str, Callable[[dict[str, Any], Colours], Any]] = {"headline": figures.headline}
     draws |= {name: draw for name, (draw, _) in FIGURES.items()}
-    with matplotlib.rc_context(figure_style(LIGHT.ink, LIGHT.soft)):
+    with matplotlib.rc_context(figure_style(LIGHT.ink, LIGHT.soft) | {"axes.facecolor": PAPER}):
         for name, draw in draws.items():
             figure = draw(evidence, LIGHT)
             for ending in ("svg", "png") if figure is not None else ():
@@ -169,12 +169,13 @@ def findings(evidence: dict[str, Any]) -> list[Finding]:
             text = f"{percent(own and own.mean)}, not {percent(theirs and theirs.mean)}"
             what = f"loss recovered, against {ARCHS[TOPK]}"
             found.append(Finding(what, arch, verdict(of, more_is_better=True), text))
-    for name, other in (("topk_ratio", TOPK), ("wide_ratio", WIDE)):
+    for name, equal in (("topk", "d_sae"), ("wide", "parameters")):
         for row in needed(evidence):
-            if row["k"] == where.k and row[name] is not None:
-                what = f"features that {ARCHS[other]} needs for the same FVU"
-                text = f"{number(row[name], 2)} times as many"
-                found.append(Finding(what, row["arch"], verdict(row[name], more_is_better=True), text))
+            of = row[f"{name}_ratio"]
+            if row["k"] == where.k and of is not None:
+                what = f"features that TopK needs for the same FVU, equal {equal}"
+                text = f"{number(of, 2)} times as many{', extrapolated' if row[f'{name}_beyond'] else ''}"
+                found.append(Finding(what, row["arch"], verdict(of, more_is_better=True), text))
     for other in (TOPK, WIDE):
         for arch in (CURRENT, PAST):
             of = summary.bits_ratio(runs, where, arch, other)

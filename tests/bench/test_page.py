@@ -237,7 +237,7 @@ def test_what_it_says_follows_from_the_figures(tmp_path, undrawn):
     assert page.rows["variance unexplained, against TopK"] == ["22.5\u00a0% less ahead", "18.0\u00a0% less ahead"]
     assert page.rows["variance unexplained, against Temporal Features (TFA)"][0] == "3.3\u00a0% more behind"
     assert page.rows["loss recovered, against TopK"][0].endswith("ahead")
-    assert page.rows["features that TopK needs for the same FVU"] == ["1.84 times as many ahead"] * 2
+    assert page.rows["features that TopK needs for the same FVU, equal d_sae"] == ["1.84 times as many ahead"] * 2
     # Of TopK's curve, log FVU from k = 24 to k = 32 at the FVU of the strict form; ten bits a feature.
     needed = 240 + 80 * math.log(0.164 / (0.2 * 1.5**-0.42)) / (-0.42 * math.log(32 / 24))
     fewer = f"{100 * (1 - 160 / needed):.1f}\u00a0% fewer ahead"
@@ -250,6 +250,7 @@ def test_what_it_says_follows_from_the_figures(tmp_path, undrawn):
     assert "reads the true past, which a code does not hold" in text
     assert "is 1.0\u00a0% above that in sweeps" in text
     assert "29.4" in text, "1.84 times 16 features"
+    assert "58.9*" in text, "beyond the k that were measured"
     assert "51.2 times a region in the TopK SAE (at least once in 90\u00a0% of the regions; FVU 0.300)" in text
     assert (
         "Remembering 4 (72 pairs explain c) leaves 10.0\u00a0% more variance unexplained than remembering all" in text
