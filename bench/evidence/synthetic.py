@@ -40,11 +40,12 @@ REGION_MAGNITUDE, TOKEN_MAGNITUDE = (1.5, 2.5), (0.5, 1.5)
 NOISE = 0.02
 
 REGION_LENGTHS = (4, 16, 64, 256)
-QUERIES = ("current",)
-STEPS = 3000
+QUERIES = ("current", "past")
+STEPS = 1500
 D_SAE = 192
 LOOK_BACK: dict[str, Any] = {"n_heads": 4, "d_head": 32, "d_value": 16, "sweeps": 2}
-BATCH_WINDOWS, LR, LOOK_BACK_LR = 4, 4e-3, 1.0
+# With a look-back that learns at a quarter of the rate, runs this short end before it carries most regions.
+BATCH_WINDOWS, LR, LOOK_BACK_LR = 4, 6e-3, 1.0
 # Windows that are measured on, and in how many of them the parts of c are looked at.
 HELD_OUT, ATTRIBUTED = 64, 4
 # A decoder row with at least this cosine to a feature's direction counts as a version of it.
@@ -214,8 +215,9 @@ def figures(sae: SAE, source: Windows, windows: Sequence[int]) -> dict[str, Any]
 
     Returns:
         region_cosine, token_cosine: the mean over features of that largest cosine; region_cosine_min: the least.
-        fires_per_region: at how many positions of a region the matched feature fires, in the mean. 1 is ideal for
-            an SAE that looks back, the region's length for one that doesn't. fires_share: that over the length.
+        fires_per_region: at how many positions of a region the matched feature fires, in the mean;
+            fires_per_region_median, in the median. 1 is ideal for an SAE that looks back, the region's length for one
+            that doesn't. fires_share: the mean over the length.
         versions_per_region: the same for all features that are like it (VERSION), counted together: a feature that is
             split would hide in fires_per_region.
         found: the share of regions in which the matched feature fires at all, so that few firings are not mistaken for
@@ -287,6 +289,7 @@ def _shown(shown: Tensor, versions: Tensor, on: Tensor) -> dict[str, Any]:
     here = shown[on]  # [regions, length]
     return {
         "fires_per_region": float(here.sum(dim=1).mean()),
+        "fires_per_region_median": float(here.sum(dim=1).median()),
         "fires_share": float(here.mean()),
         "versions_per_region": float(versions[on].sum(dim=1).mean()),
         "found": float(here.amax(dim=1).mean()),
