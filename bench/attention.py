@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, linear, pad, scaled_dot_product_attention
 
-from csae.contextual_sae import unit_heads, value_scale
+from csae.contextual_sae import bounded_heads, unit_heads
 
 from .data import Built, Data, Skip
 from .plain import sparse_encode
@@ -127,8 +127,7 @@ def contextual_step(data: Data) -> Built:
         q = unit_heads(linear(centred.to(data.dtype), cast["W_Q"]).view(*windows, shape.d_head))
         q = q * cast["gain"][:, None]
         k = unit_heads(linear(memory, cast["W_K"]).view(*windows, shape.d_head))
-        v = linear(memory, cast["W_V"]).view(*windows, shape.d_value)
-        v = v * value_scale(v)
+        v = bounded_heads(linear(memory, cast["W_V"]).view(*windows, shape.d_value))
         carried = linear(sdpa(q, k, v, cast["slope"], cast["null"]).reshape(shape.n, -1), cast["W_O"])
         values, indices = sparse_encode((centred - carried).to(data.dtype), W_enc, b_enc, shape.k)
         x_hat = embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum") + carried + b_dec
