@@ -84,7 +84,6 @@ def run_evidence(
             opened[where] = grid.activations(out, lm, *where, budget, languages, progress)
         return opened[where]
 
-    evidence["synthetic"] = _part(out, "synthetic", lambda: synthetic.run(progress=progress))
     for number, cell in enumerate(progress(chosen, "SAEs")):
         evidence["runs"].append(grid.run(out, cell, source_of(cell), lm, budget))
         evidence["headline"] = grid.headline(evidence["runs"])
@@ -102,6 +101,7 @@ def run_evidence(
         if cell.arch in (CURRENT, PAST) and cell.seed == 0 and (cell.corpus, cell.layer, cell.k) == _first(chosen)
     ]
     evidence["long"] = _long_windows(out, lm, chosen, budget, progress)
+    evidence["synthetic"] = _part(out, "synthetic", lambda: synthetic.run(progress=progress))
     evidence["switches"] = _switches(out, lm, chosen, budget, languages, progress)
     write_json(out / grid.FOUND, evidence)
     page.write_figures(out / "figures", evidence)

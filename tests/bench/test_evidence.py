@@ -99,7 +99,7 @@ def test_a_folder_of_something_else_is_refused(tiny_model_path: str, tmp_path: P
 def test_the_grid_is_whole_and_begins_with_what_tells_most() -> None:
     cells = grid.cells((4, 8, 16, 32, 64), (6, 12, 20), ("english", "multilingual"), range(3))
     assert len(set(cells)) == len(cells)
-    first = cells[: 3 * (4 + 2 + 3)]  # ours, TopK with more features, baselines
+    first = cells[: 3 * (4 + 2) + 3 + 2]  # ours, TopK with more features, baselines
     assert {(cell.layer, cell.corpus) for cell in first} == {(12, "english")}
     assert {(cell.arch, cell.k) for cell in first if cell.k != 16} == {(TOPK, 24), (TOPK, 32)}
     assert {cell.seed for cell in first} == {0, 1, 2}
