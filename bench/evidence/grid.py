@@ -99,8 +99,8 @@ def cells(ks: Sequence[int], layers: Sequence[int], corpora: Sequence[str], seed
     here += [cell for cell in baselines if cell.seed == seeds[0] or cell.arch == "temporal-features"]
     here += [Cell(CURRENT, k, corpus, layer, seeds[0], k_mem) for k_mem in (1, max(1, k // 4)) if k_mem < k]
     elsewhere = [cell for other in corpora for cell in place(k, other, layer, seeds[0])]
-    elsewhere += [cell for other in layers for cell in place(k, corpus, other, seeds[0])]
     elsewhere += [cell for other in ks for cell in place(other, corpus, layer, seeds[0])]
+    elsewhere += [cell for other in layers for cell in place(k, corpus, other, seeds[0])]
     rest = [
         cell for seed in seeds for la in layers for co in corpora for each in ks for cell in place(each, co, la, seed)
     ]
