@@ -260,15 +260,16 @@ def compare(before: Path, after: Path) -> None:
 @click.option("--seeds", type=int, help="How many. [3]")
 @click.option("--tokens", type=int, help="Each SAE is trained on. [840000, in two passes]")
 @click.option("--d-sae", type=int, help="Number of features. [2304]")
+@click.option("--n-ctx", type=int, help="Positions a window. [256]")
 @click.option("--texts", "languages", type=click.Path(path_type=Path), help="A folder of *.txt for each language.")
 @click.option("--limit", type=int, help="Train this many SAEs at most, the most telling first.")
 @DEVICE
-def evidence(tokens: int | None, d_sae: int | None, **options: Any) -> None:
+def evidence(tokens: int | None, d_sae: int | None, n_ctx: int | None, **options: Any) -> None:
     """Measure whether the contextual SAE works, beside other SAEs: figures, and a report. Goes on if stopped."""
     from csae.bench.evidence.command import run_evidence
     from csae.bench.evidence.grid import Budget
 
-    sizes = {name: size for name, size in (("tokens", tokens), ("d_sae", d_sae)) if size is not None}
+    sizes = {name: size for name, size in (("tokens", tokens), ("d_sae", d_sae), ("n_ctx", n_ctx)) if size is not None}
     if tokens is not None:
         sizes["distinct"] = max(1, tokens // 2)
     given = {name: value for name, value in options.items() if value is not None and value != ()}

@@ -60,6 +60,12 @@ def test_commands_run_in_their_order(tiny_model_path, tmp_path):
             args += ["--n-ctx", "32"]
         if args[0] == "train":
             args += ["--heads", "2", "--d-head", "4", "--d-value", "4"]
-        program = [sys.executable, "-c", "from csae.cli import main; main()", *args]
+        start = "from csae.cli import main; main()"
+        if args[0] == "evidence":  # all that it does, in small
+            args += ["--model", str(tiny_model_path), "--layer", "2", "--corpus", "english", "--k", "2", "--seeds", "1"]
+            args += ["--tokens", "640", "--d-sae", "40", "--n-ctx", "32", "--limit", "4"]
+            shrunk = "synthetic.run = partial(synthetic.run, region_lengths=(16,), steps=3, queries=('current',))"
+            start = f"from functools import partial; from csae.bench.evidence import synthetic; {shrunk}; {start}"
+        program = [sys.executable, "-c", start, *args]
         done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}: {done.stderr}"

@@ -13,13 +13,14 @@ from csae.bench.evidence import command, grid, synthetic
 from csae.bench.evidence.grid import CURRENT, PAST, TOPK, WIDE, Budget, Cell
 from csae.errors import UserError
 
-TINY = {"ks": (2,), "layers": (2,), "seeds": 1, "budget": Budget(d_sae=40, tokens=640, distinct=640, n_ctx=16)}
+TINY = {"ks": (2,), "layers": (2,), "seeds": 1, "budget": Budget(d_sae=40, tokens=1024, distinct=1024, n_ctx=32)}
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grid, "HELD_OUT", 8)
     monkeypatch.setattr(command, "SWITCH_WINDOWS", 8)
+    monkeypatch.setattr(command, "LONGER", 2)
     monkeypatch.setattr(command, "REGION_TOKENS", 8)
     monkeypatch.setattr(synthetic, "run", partial(synthetic.run, region_lengths=(16,), steps=3, queries=("current",)))
 
@@ -52,7 +53,7 @@ def test_from_nothing_to_a_report_and_on_from_there(
     for entry in whole["runs"]:
         assert set(wanted.split()) <= set(entry)
         assert (entry["bits_per_token"] is None) == (entry["arch"] == "temporal-features")
-        assert entry["tokens"] == 640
+        assert entry["tokens"] == 1024
     size = {entry["arch"]: entry["n_params"] for entry in whole["runs"] if entry["k"] == 2}
     assert size[TOPK] < size[CURRENT] == size[PAST] <= size[WIDE] < 1.1 * size[CURRENT]
     assert {row["query"] for row in whole["headline"]} == {"current", "past"}
@@ -61,6 +62,7 @@ def test_from_nothing_to_a_report_and_on_from_there(
         ("current", None), ("past", None), ("current", 1)
     }  # fmt: skip
     assert [entry["arch"] for entry in whole["switches"]] == [TOPK, CURRENT, PAST]
+    assert [entry["arch"] for entry in whole["long"]] == [TOPK, CURRENT, PAST]
     assert whole["synthetic"]["runs"]
     assert "</html>" in (out / "report.html").read_text()
     assert list((out / "figures").glob("*.png"))
