@@ -27,7 +27,7 @@ class Shape:
     heads: int
     d_head: int
     d_value: int
-    d_memory: int = 128
+    d_memory: int = 256
     planted: bool = False
     """whether each token is k rows of the decoder and little else, so that no two features tie for the last place"""
 

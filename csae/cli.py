@@ -76,7 +76,7 @@ def demo(**options: Any) -> None:
 @click.option("--heads", type=int, default=8, show_default=True, help="Heads of the look-back.")
 @click.option("--d-head", type=int, default=32, show_default=True, help="Width of a head's keys.")
 @click.option("--d-value", type=int, default=64, show_default=True, help="Width of a head's values.")
-@click.option("--d-memory", type=int, default=128, show_default=True, help="What a feature leaves in the memory.")
+@click.option("--d-memory", type=int, default=256, show_default=True, help="What a feature leaves in the memory.")
 @click.option("--k-mem", type=int, help="Features of a code that are remembered; all if not given.")
 @click.option("--query", type=click.Choice(["current", "past"]), default="current", show_default=True)
 @click.option("--sweeps", type=int, default=3, show_default=True, help="How often training looks back at its end.")

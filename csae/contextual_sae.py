@@ -84,7 +84,7 @@ class ContextualSAE(SAE):
         n_heads: int = 8,
         d_head: int = 32,
         d_value: int = 64,
-        d_memory: int = 128,
+        d_memory: int = 256,
         k_mem: int | None = None,
         query: str = "current",
         sweeps: int = 3,
