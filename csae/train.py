@@ -237,9 +237,17 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def sweeps_at(step: int, config: TrainConfig, sweeps: int) -> int:
-    """How often a contextual SAE looks back in a step, where its own sweeps are as given."""
+    """How often a contextual SAE looks back in a step, where its own sweeps are as given.
+
+    In the decay every second step has one less. With a fixed number, an SAE can learn to be right after just so many
+    sweeps: a feature that suppresses itself at the next position is on and off in turns, sweep by sweep, and then
+    position by position where it runs exactly. That was seen on synthetic windows, with four sweeps: an exact FVU of
+    0.14 against 0.03.
+    """
     late = step >= min((1 - config.decay) * config.steps, config.steps - 1)
-    return sweeps if late else min(sweeps, config.early_sweeps)
+    if not late:
+        return min(sweeps, config.early_sweeps)
+    return max(sweeps - (config.steps - 1 - step) % 2, min(sweeps, 1))
 
 
 @torch.no_grad()
