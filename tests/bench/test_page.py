@@ -295,6 +295,16 @@ def test_any_part_may_be_missing(tmp_path, undrawn, part):
     Page(written(tmp_path, {part: evidence()[part]}))
 
 
+def test_a_run_that_was_stopped(tmp_path, undrawn):
+    """After some of the SAEs there is a page, and with any one arch missing."""
+    whole = evidence((0,))
+    for count in range(0, len(whole["runs"]), 7):
+        assert "</html>" in written(tmp_path, whole | {"runs": whole["runs"][:count], "headline": []})
+    for arch in {entry["arch"] for entry in whole["runs"]}:
+        left = [entry for entry in whole["runs"] if entry["arch"] != arch]
+        assert "</html>" in written(tmp_path, whole | {"runs": left})
+
+
 def test_nothing_at_all(tmp_path):
     html = written(tmp_path, {})
     assert "Does an SAE that looks back explain more" in Page(html).text
