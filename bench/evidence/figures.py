@@ -60,8 +60,8 @@ def headline(evidence: dict[str, Any], colours: Colours) -> Any:
     figure = fvu(evidence, colours)
     if figure is not None:
         where = summary.setting(evidence["runs"])
-        figure.axes[0].set_title(f"{where.model}, layer {where.layer}, {where.corpus}: variance left unexplained",
-                                 loc="left", fontsize=10)  # fmt: skip
+        title = f"Variance left unexplained, {where.corpus}\n{where.model}, layer {where.layer}"
+        figure.axes[0].set_title(title, loc="left", fontsize=10)
     return figure
 
 

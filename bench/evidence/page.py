@@ -373,9 +373,9 @@ def _remembers(run: dict[str, Any], count: int) -> bool:
 def number(of: Spread | float | None, digits: int = 1) -> str:
     """A number, or a mean with its least and greatest; a dash where there is none."""
     if isinstance(of, Spread):
-        ends = [f"{end:,.{digits}f}" for end in (of.low, of.high)]
-        return f"{of.mean:,.{digits}f}" + ("" if ends[0] == ends[1] else f" ({ends[0]}–{ends[1]})")
-    return "–" if of is None else f"{of:,.{digits}f}"
+        ends = [f"{end:z,.{digits}f}" for end in (of.low, of.high)]
+        return f"{of.mean:z,.{digits}f}" + ("" if ends[0] == ends[1] else f" ({ends[0]}–{ends[1]})")
+    return "–" if of is None else f"{of:z,.{digits}f}"
 
 
 def percent(of: Spread | float | None, digits: int = 1) -> str:
@@ -383,7 +383,7 @@ def percent(of: Spread | float | None, digits: int = 1) -> str:
         return "–"
     if isinstance(of, Spread):
         return number(Spread(100 * of.mean, 100 * of.low, 100 * of.high, of.n), digits) + "\u00a0%"
-    return f"{100 * of:,.{digits}f}\u00a0%"
+    return f"{100 * of:z,.{digits}f}\u00a0%"
 
 
 def key(arch: str) -> str:
