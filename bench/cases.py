@@ -181,9 +181,9 @@ def _topk_step_floor(shape: Shape, itemsize: int) -> list[Work]:
 
 
 def _contextual_step_floor(shape: Shape, itemsize: int) -> list[Work]:
-    """A TopK step; the second encode by a narrow product or whole; keys and values; the look-back; their Adam.
+    """A TopK step; the second encode by a narrow product or whole; the memory; the look-back; their Adam.
 
-    The first code gets no gradient but through keys and values: one more gather for its part of W_enc's.
+    The first code gets no gradient but through the memory: one more gather for its part of W_enc's.
     """
     n, d, F = shape.n, shape.d_in, shape.d_sae
     values = shape.heads * shape.d_value

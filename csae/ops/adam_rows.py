@@ -4,7 +4,7 @@ The gradient of a table of features, [d_sae, d], is a sum over the pairs (featur
 
     gradient[f] = sum over pairs p of feature f of weights[p] * rows[tokens[p]]
 
-The encoder, the decoder and the keys and values all have this form. Sorted by feature once, the pairs give each row's
+The encoder, the decoder and the memory all have this form. Sorted by feature once, the pairs give each row's
 gradient in one run, and Adam takes it where it is summed: parameters and moments pass through memory once, and
 nothing else of their size does.
 """

@@ -10,7 +10,7 @@ from .checks import autocast_to, check_device, check_floats, check_shape, check_
 
 
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
-    """sum_i values_i * W_dec[indices_i]: the decoder, and the keys and values of the look-back.
+    """sum_i values_i * W_dec[indices_i]: the decoder, and the memory of the look-back.
 
     Costs a gather of k rows a token, whatever d_sae is. The gradient of W_dec is summed in a fixed order:
     it is the same to the bit in every run.

@@ -1,6 +1,6 @@
 """Sums of table rows by code, and what its gradient needs. A code: values [n, k], indices [n, k] into a table.
 
-gather_sum     out[t] = sum_i values[t, i] * table[indices[t, i]]           the decoder; keys and values of look-back
+gather_sum     out[t] = sum_i values[t, i] * table[indices[t, i]]           the decoder; the memory of look-back
 gather_dot     out[t, i] = <grad[t], table[indices[t, i]]>                  its gradient to values
 feature_sum    out[f] = sum over (t, i) with indices[t, i] == f of values[t, i] * rows[t]   its gradient to the table
 
