@@ -367,7 +367,7 @@ def test_figures_as_files(tmp_path):
     assert {path.stem for path in files} == {"headline", *FIGURES}
     assert {path.suffix for path in files} == {".svg", ".png"}
     svg = (tmp_path / "figures" / "headline.svg").read_text()
-    assert "SmolLM2, layer 12, english" in svg
+    assert "SmolLM2, layer 12" in svg
     assert "#0101" not in svg
     assert "var(--" not in svg
     for name in ARCHS.values():
