@@ -263,7 +263,9 @@ def test_debians_books(tmp_path: Path) -> None:
     try:
         found = multilingual(tmp_path / "books")
     except UserError as error:
-        pytest.skip(str(error))
+        if "which this system has not" in str(error) or "check the network" in str(error):
+            pytest.skip(str(error))
+        raise
     assert set(found) == set(texts.LANGUAGES)
     assert all(sum(map(len, documents)) > 250_000 for documents in found.values())
     for language, letter in (("ja", "の"), ("zh-cn", "的"), ("de", "ü"), ("fr", "é"), ("es", "ó")):
