@@ -115,7 +115,7 @@ class LanguageModel:
         captured: list[Tensor] = []
 
         def capture_and_stop(module: nn.Module, args: Any, output: Any) -> None:
-            captured.append(hidden_of(output))
+            captured.append(_hidden(output))
             raise _Stop
 
         handle = self.block(layer).register_forward_hook(capture_and_stop)
@@ -147,7 +147,7 @@ class LanguageModel:
         tokens = tokens.to(self.device)
         with contextlib.ExitStack() as stack:
             if layer is not None and replace is not None:
-                splice = _splice(replace, None if mask is None else mask.to(self.device))
+                splice = replacing_hook(replace, None if mask is None else mask.to(self.device))
                 stack.callback(self.block(layer).register_forward_hook(splice).remove)
             logits = self.model(input_ids=tokens, use_cache=False).logits  # [B, T, vocabulary]
         losses = [
@@ -192,16 +192,16 @@ class _Stop(Exception):
     """Thrown by a hook to leave the model's forward pass."""
 
 
-def hidden_of(output: Any) -> Tensor:
+def _hidden(output: Any) -> Tensor:
     """The residual stream in what a block returns: a tensor, or a tuple that begins with it."""
     return output[0] if isinstance(output, tuple) else output
 
 
-def _splice(replace: Callable[[Tensor], Tensor], mask: Tensor | None) -> Callable[..., Any]:
+def replacing_hook(replace: Callable[[Tensor], Tensor], mask: Tensor | None = None) -> Callable[..., Any]:
     """A forward hook that puts replace(acts) in the place of a block's output."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        acts = hidden_of(output)
+        acts = _hidden(output)
         replaced = replace(acts)
         if replaced.shape != acts.shape:
             raise ValueError(f"replace: gave {tuple(replaced.shape)}; needed the shape of acts, {tuple(acts.shape)}")

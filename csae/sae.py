@@ -189,7 +189,7 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
         x_hat, code, c = self._run(x, mask, documents, trace)
         weight = x.new_ones(x.shape[:-1]) if mask is None else mask.to(x.dtype)
         residual = x - x_hat
-        fvu = _energy(residual, weight) / _energy(x - _mean(x, weight), weight)
+        fvu = fraction_unexplained(x, residual, weight)
         aux = fvu.new_zeros(())
         if dead is not None and dead.numel() > 0:
             aux = self._aux((x - c - self.b_dec).detach(), residual.detach(), mask, weight, dead, trace)
@@ -307,6 +307,11 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
 def _energy(x: Tensor, weight: Tensor) -> Tensor:
     """Sum of squares of x [..., d_in], each position by its weight [...]."""
     return (x.square().sum(dim=-1) * weight).sum()
+
+
+def fraction_unexplained(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    """FVU, a scalar: x and what is missed of it [..., d_in], each position by its weight [...]."""
+    return _energy(residual, weight) / _energy(x - _mean(x, weight), weight)
 
 
 def _mean(x: Tensor, weight: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from csae.activations import SINK_NORM, sink_mask
 from csae.contextual_sae import ContextualSAE
-from csae.language_model import LanguageModel, find_blocks, hidden_of
+from csae.language_model import LanguageModel, find_blocks, replacing_hook
 from csae.recurrence import State, advance, carried_by, initial_state
 from csae.sae import SAE, Code, Output
 
@@ -176,11 +176,10 @@ def splice(
         cache = kwargs.get("past_key_values")
         spliced.begin(kwargs.get("attention_mask"), cache is not None and cache.get_seq_length() > 0)
 
-    def after(module: Any, args: Any, output: Any) -> Any:
-        replaced = spliced.replace(hidden_of(output))
-        return (replaced, *output[1:]) if isinstance(output, tuple) else replaced
-
-    handles = [model.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
+    handles = [
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        block.register_forward_hook(replacing_hook(spliced.replace)),
+    ]
     was_training = sae.training
     sae.eval()
     try:

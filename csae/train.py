@@ -35,7 +35,7 @@ from csae.contextual_sae import ContextualSAE
 from csae.errors import UserError
 from csae.files import write_file, write_json
 from csae.progress import bar as progress_bar
-from csae.sae import CONFIG, SAE, Losses
+from csae.sae import CONFIG, SAE, Losses, fraction_unexplained
 
 PRECISIONS = ("float32", "bfloat16")
 RUN, METRICS = "run.json", "metrics.jsonl"
@@ -254,10 +254,9 @@ def sweeps_at(step: int, config: TrainConfig, sweeps: int) -> int:
 def exact_gap(sae: ContextualSAE, batch: Batch) -> tuple[float, float]:
     """The FVU of a batch in the exact form, and by how much it is above that of the sweeps, as a share of it."""
     acts, mask, documents = (tensor.to(sae.W_dec.device) for tensor in (batch.acts, batch.mask, batch.documents))
-    x = acts[mask]
-    variance = (x - x.mean(dim=0)).square().sum()
-    forms = (sae(acts, mask, documents, exact=exact).x_hat for exact in (True, False))
-    exact, swept = (float((x - x_hat[mask]).square().sum() / variance) for x_hat in forms)
+    forms = (sae(acts, mask, documents, exact=exact).x_hat.double() for exact in (True, False))
+    x, weight = acts.double(), mask.double()  # a small difference is to be seen
+    exact, swept = (float(fraction_unexplained(x, x - x_hat, weight)) for x_hat in forms)
     return exact, exact / swept - 1 if swept > 0 else 0.0
 
 

@@ -192,7 +192,7 @@ def test_the_gap_is_that_of_the_exact_form_to_the_sweeps(tmp_path):
     batch = Windows().read(range(12))
     fvus = []
     for exact in (True, False):
-        x, x_hat = (acts[batch.mask] for acts in (batch.acts, sae(*batch[:3], exact=exact).x_hat))
+        x, x_hat = (acts[batch.mask].double() for acts in (batch.acts, sae(*batch[:3], exact=exact).x_hat))
         fvus.append(float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()))
     assert fvus[0] != fvus[1]
     assert exact_gap(sae, batch) == pytest.approx((fvus[0], fvus[0] / fvus[1] - 1))

@@ -9,7 +9,7 @@ from csae.bench.baselines.batch_topk import BatchTopKSAE
 from csae.bench.baselines.dense import dense_gradients
 from csae.factors import Gradients, Trace
 from csae.ops import sparse_decode
-from csae.sae import Code, Losses, _energy, _mean
+from csae.sae import Code, Losses, fraction_unexplained
 
 
 class TemporalSAE(BatchTopKSAE):
@@ -86,7 +86,7 @@ class TemporalSAE(BatchTopKSAE):
         x = acts / self.scale
         weight = x.new_ones(x.shape[:-1]) if mask is None else mask.to(x.dtype)
         x_hat = sparse_decode(high, plain.code.indices, self.W_dec) + self.b_dec
-        fvu_high = _energy(x - x_hat, weight) / _energy(x - _mean(x, weight), weight)
+        fvu_high = fraction_unexplained(x, x - x_hat, weight)
         contrast = self._contrast(Code(high, plain.code.indices), mask, documents)
         loss = plain.loss + self.high_weight * (fvu_high - plain.fvu) + self.contrast_coef * contrast
         return plain._replace(loss=loss)
