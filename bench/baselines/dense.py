@@ -10,7 +10,11 @@ from csae.sae import SAE, Code, Losses
 
 
 def dense_gradients(
-    sae: SAE, acts: Tensor, mask: Tensor | None, documents: Tensor | None, dead: Tensor | None
+    sae: SAE,
+    acts: Tensor,
+    mask: Tensor | None = None,
+    documents: Tensor | None = None,
+    dead: Tensor | None = None,
 ) -> tuple[Losses, Gradients]:
     """What `SAE.gradients` returns, each gradient a dense tensor. Args: as `SAE.loss`."""
     losses = sae.loss(acts, mask, documents, dead)

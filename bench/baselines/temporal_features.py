@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from csae.bench.baselines.dense import dense_gradients
-from csae.factors import Gradients, Trace
+from csae.factors import Trace
 from csae.ops import lookback_attention, sparse_decode, topk_encode
-from csae.sae import SAE, Code, Losses, Output
+from csae.sae import SAE, Code, Output
 
 
 class TemporalFeatureSAE(SAE):
@@ -102,14 +102,7 @@ class TemporalFeatureSAE(SAE):
         """The code [..., k] and the `c` of `Output` [..., d_in] -> the reconstruction, in their units."""
         return (sparse_decode(code.values, code.indices, self.W_dec) + self.b_dec) * self.scale + c
 
-    def gradients(
-        self,
-        acts: Tensor,
-        mask: Tensor | None = None,
-        documents: Tensor | None = None,
-        dead: Tensor | None = None,
-    ) -> tuple[Losses, Gradients]:
-        return dense_gradients(self, acts, mask, documents, dead)
+    gradients = dense_gradients
 
     def _run(
         self, x: Tensor, mask: Tensor | None, documents: Tensor | None, trace: Trace | None = None

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from csae.bench.baselines.batch_topk import BatchTopKSAE
 from csae.bench.baselines.dense import dense_gradients
-from csae.factors import Gradients, Trace
+from csae.factors import Trace
 from csae.ops import sparse_decode
 from csae.sae import Code, Losses, fraction_unexplained
 
@@ -64,14 +64,7 @@ class TemporalSAE(BatchTopKSAE):
         self.n_high = max(1, round(high_level * d_sae))
         self.high_weight, self.contrast_coef, self.temperature = high_weight, contrast_coef, temperature
 
-    def gradients(
-        self,
-        acts: Tensor,
-        mask: Tensor | None = None,
-        documents: Tensor | None = None,
-        dead: Tensor | None = None,
-    ) -> tuple[Losses, Gradients]:
-        return dense_gradients(self, acts, mask, documents, dead)
+    gradients = dense_gradients
 
     def _losses(
         self,

@@ -2,51 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
+from given_windows import GivenWindows
 from torch import Tensor
 
 from bench.evidence import bits
 from bench.evidence.bits import Sent, account, channel_for, code_lengths, index_bits, log2_choose, value_bits
 from csae import SAE, Code, ContextualSAE, Output, TopKSAE
-from csae.activations import Batch
 from csae.errors import UserError
 
 N, T, D, F, K = 24, 16, 12, 30, 4
 FIT, SCORE = range(12), range(12, 24)
 
 
-@dataclasses.dataclass
-class Memory:
-    """A source of windows in memory."""
-
-    acts: Tensor
-    mask: Tensor
-    documents: Tensor
-
-    def __post_init__(self) -> None:
-        self.n_windows, self.n_ctx, self.d_in = self.acts.shape
-
-    def read(self, window_indices: Sequence[int]) -> Batch:
-        chosen = torch.as_tensor(window_indices)
-        return Batch(self.acts[chosen], self.mask[chosen], self.documents[chosen], None)
-
-    def describe(self) -> dict[str, Any]:
-        return {}
-
-
 @pytest.fixture
-def source() -> Memory:
+def source() -> GivenWindows:
     torch.manual_seed(0)
     mask = torch.rand(N, T) > 0.2
     mask[:, 0] = False
     documents = torch.randint(0, 2, (N, T)).sort(dim=1).values
-    return Memory(3 + torch.randn(N, T, D) * torch.linspace(0.5, 2, D), mask, documents)
+    return GivenWindows(3 + torch.randn(N, T, D) * torch.linspace(0.5, 2, D), mask, documents)
 
 
 def make(kind: str) -> SAE:
@@ -135,7 +113,7 @@ def test_channel() -> None:
     assert error == pytest.approx(0.5 + 0.5 + 0.25, rel=0.02)
 
 
-def receiver_fvu(sae: SAE, source: Memory, step: float) -> float:
+def receiver_fvu(sae: SAE, source: GivenWindows, step: float) -> float:
     windows = bits.encode(sae, source, SCORE)
     code = bits.rounded(windows.output.code, step)
     x, x_hat = (y[windows.batch.mask].double() for y in (windows.batch.acts, sae.decode(code)))  # type: ignore[operator]
@@ -143,7 +121,7 @@ def receiver_fvu(sae: SAE, source: Memory, step: float) -> float:
 
 
 @torch.no_grad()
-def test_an_sae_by_token(source: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_sae_by_token(source: GivenWindows, monkeypatch: pytest.MonkeyPatch) -> None:
     sae = make("topk")
     found = account(sae, source, FIT, SCORE)
     assert found["fvu"] == pytest.approx(receiver_fvu(sae, source, 1e-6), rel=1e-6)
@@ -164,7 +142,7 @@ def test_an_sae_by_token(source: Memory, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @torch.no_grad()
-def test_past_is_rebuilt_from_rounded_codes_alone(source: Memory) -> None:
+def test_past_is_rebuilt_from_rounded_codes_alone(source: GivenWindows) -> None:
     sae = make("past")
     assert isinstance(sae, ContextualSAE)
     found = account(sae, source, FIT, SCORE)
@@ -183,7 +161,7 @@ def test_past_is_rebuilt_from_rounded_codes_alone(source: Memory) -> None:
 
 
 @torch.no_grad()
-def test_the_code_of_past_is_found_with_the_receivers_c(source: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_of_past_is_found_with_the_receivers_c(source: GivenWindows, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bits, "SWEEPS", T)  # as many as positions: then the recurrence is solved
     sae = make("past")
     assert isinstance(sae, ContextualSAE)
@@ -194,7 +172,7 @@ def test_the_code_of_past_is_found_with_the_receivers_c(source: Memory, monkeypa
     torch.testing.assert_close(again, code)
 
 
-def test_current_pays_for_c(source: Memory) -> None:
+def test_current_pays_for_c(source: GivenWindows) -> None:
     # Each window has a direction of its own, which a short training learns to carry.
     source.acts += 4 * torch.randn(N, 1, D)
     source.documents[:] = 0
@@ -227,7 +205,7 @@ def test_current_pays_for_c(source: Memory) -> None:
 
 
 @torch.no_grad()
-def test_a_look_back_that_carries_nothing_costs_what_topk_costs(source: Memory) -> None:
+def test_a_look_back_that_carries_nothing_costs_what_topk_costs(source: GivenWindows) -> None:
     topk, past = make("topk"), make("past")
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
         past.get_parameter(name).copy_(topk.get_parameter(name))
@@ -237,7 +215,7 @@ def test_a_look_back_that_carries_nothing_costs_what_topk_costs(source: Memory) 
         assert contextual[name] == pytest.approx(by_token[name], rel=1e-5), name
 
 
-def test_errors(source: Memory) -> None:
+def test_errors(source: GivenWindows) -> None:
     with pytest.raises(UserError, match="windows_fit, windows_score: they share windows"):
         account(make("topk"), source, range(3), range(2, 5))
     source.mask[SCORE] = False

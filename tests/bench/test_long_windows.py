@@ -4,25 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from given_windows import GivenWindows
 
 from csae import ContextualSAE, TopKSAE
-from csae.activations import Batch
 from csae.bench.evidence import long_windows
-
-
-class Source:
-    n_windows, n_ctx, d_in = 5, 11, 6
-
-    def __init__(self, acts: Tensor) -> None:
-        self.acts = acts
-        self.mask = torch.ones(acts.shape[:2], dtype=torch.bool)
-        self.mask[:, 0] = False
-
-    def read(self, windows: list[int]) -> Batch:
-        chosen = list(windows)
-        documents = torch.zeros(len(chosen), self.n_ctx, dtype=torch.int64)
-        return Batch(self.acts[chosen], self.mask[chosen], documents, None)
 
 
 @pytest.mark.parametrize("arch", [TopKSAE, ContextualSAE])
@@ -30,8 +15,10 @@ def test_each_stretch_is_its_own_fvu(arch: type) -> None:
     torch.manual_seed(0)
     sae = arch(6, 20, 2)
     sae.initialise(torch.randn(6), 1.5)
-    source = Source(torch.randn(5, 11, 6) + 1)
-    found = long_windows.measure(sae, source, range(5), trained_on=4)  # type: ignore[arg-type]
+    mask = torch.ones(5, 11, dtype=torch.bool)
+    mask[:, 0] = False
+    source = GivenWindows(torch.randn(5, 11, 6) + 1, mask, torch.zeros(5, 11, dtype=torch.int64))
+    found = long_windows.measure(sae, source, range(5), trained_on=4)
     assert sae.training
     with torch.no_grad():
         out = sae.eval()(source.acts, source.mask)

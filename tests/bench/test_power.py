@@ -2,52 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from given_windows import GivenWindows
 
 from bench.evidence import power
 from bench.evidence.power import measure, pairs_and_distances, shuffled
 from csae import ContextualSAE, TopKSAE
-from csae.activations import Batch
 from csae.attribution import attribute
 from csae.errors import UserError
 
 B, T, D, F, K = 3, 16, 12, 30, 3
 
 
-@dataclasses.dataclass
-class Memory:
-    """A source of windows in memory."""
-
-    acts: Tensor
-    mask: Tensor
-    documents: Tensor
-
-    def __post_init__(self) -> None:
-        self.n_windows, self.n_ctx, self.d_in = self.acts.shape
-
-    def read(self, window_indices: Sequence[int]) -> Batch:
-        chosen = torch.as_tensor(window_indices)
-        return Batch(self.acts[chosen], self.mask[chosen], self.documents[chosen], None)
-
-    def describe(self) -> dict[str, Any]:
-        return {}
-
-
 @pytest.fixture
-def source() -> Memory:
+def source() -> GivenWindows:
     torch.manual_seed(0)
     mask = torch.rand(B, T) > 0.15
     mask[:, 0] = False
     documents = torch.zeros(B, T, dtype=torch.int64)
     documents[1, 6:] = 4
-    return Memory(torch.randn(B, T, D), mask, documents)
+    return GivenWindows(torch.randn(B, T, D), mask, documents)
 
 
 def make(query: str) -> ContextualSAE:
@@ -70,7 +47,7 @@ def test_shuffled() -> None:
 
 @pytest.mark.parametrize("query", ["current", "past"])
 @torch.no_grad()
-def test_pairs_and_distances_by_brute_force(query: str, source: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_and_distances_by_brute_force(query: str, source: GivenWindows, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(power, "PARTS_AT", T)  # everywhere
     sae, batch = make(query), source.read(range(B))
     found = [attribute(sae, *window) for window in zip(*batch[:3], strict=True)]
@@ -116,7 +93,7 @@ def test_pairs_and_distances_by_brute_force(query: str, source: Memory, monkeypa
 
 
 @torch.no_grad()
-def test_an_attribution_that_misses_a_part_is_noticed(source: Memory) -> None:
+def test_an_attribution_that_misses_a_part_is_noticed(source: GivenWindows) -> None:
     sae, batch = make("current"), source.read(range(B))
     found = [attribute(sae, *window) for window in zip(*batch[:3], strict=True)]
     for one in found:
@@ -126,7 +103,7 @@ def test_an_attribution_that_misses_a_part_is_noticed(source: Memory) -> None:
 
 @pytest.mark.parametrize("query", ["current", "past"])
 @torch.no_grad()
-def test_measure(query: str, source: Memory) -> None:
+def test_measure(query: str, source: GivenWindows) -> None:
     sae = make(query).train()
     found = measure(sae, source, range(B))
     assert sae.training
@@ -148,7 +125,7 @@ def test_measure(query: str, source: Memory) -> None:
 
 
 @torch.no_grad()
-def test_one_position_back(source: Memory) -> None:
+def test_one_position_back(source: GivenWindows) -> None:
     """Cut to one position: each reads the code before it, which did the same."""
     sae = make("current")
     source.mask[:], source.documents[:] = True, 0
@@ -167,7 +144,7 @@ def test_one_position_back(source: Memory) -> None:
 
 
 @torch.no_grad()
-def test_the_order_of_a_memory_is_told_by_the_slope_alone(source: Memory) -> None:
+def test_the_order_of_a_memory_is_told_by_the_slope_alone(source: GivenWindows) -> None:
     sae = make("current")
     sae.slope.zero_()
     reads = power.wrong_reads(sae, source.read(range(B)), seed=0)
@@ -176,15 +153,17 @@ def test_the_order_of_a_memory_is_told_by_the_slope_alone(source: Memory) -> Non
 
 
 @torch.no_grad()
-def test_the_memory_of_an_equal_window_is_the_right_one(source: Memory) -> None:
-    same = Memory(source.acts[:1].repeat(2, 1, 1), source.mask[:1].repeat(2, 1), source.documents[:1].repeat(2, 1))
+def test_the_memory_of_an_equal_window_is_the_right_one(source: GivenWindows) -> None:
+    same = GivenWindows(
+        source.acts[:1].repeat(2, 1, 1), source.mask[:1].repeat(2, 1), source.documents[:1].repeat(2, 1)
+    )
     found = measure(make("past"), same, range(2))
     for name in ("c", "read", "far"):
         assert found[name]["other window"] == pytest.approx(found[name]["own"], rel=1e-5), name
 
 
 @torch.no_grad()
-def test_a_memory_of_nothing(source: Memory) -> None:
+def test_a_memory_of_nothing(source: GivenWindows) -> None:
     sae = make("current")
     sae.W_O.zero_()
     batch = source.read(range(B))
@@ -194,7 +173,7 @@ def test_a_memory_of_nothing(source: Memory) -> None:
         measure(sae, source, range(B))
 
 
-def test_errors(source: Memory) -> None:
+def test_errors(source: GivenWindows) -> None:
     with pytest.raises(TypeError, match="sae: given a TopKSAE; needed a ContextualSAE"):
         measure(TopKSAE(D, F, K), source, range(B))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="windows: given 1; needed at least 2"):

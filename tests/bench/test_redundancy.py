@@ -2,44 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-from typing import Any
-
 import pytest
 import torch
+from given_windows import GivenWindows
 from torch import Tensor
 
 from bench.evidence import redundancy
-from csae.activations import Batch
 from csae.errors import UserError
 
 N, T, D = 240, 64, 6
 
 
-@dataclasses.dataclass
-class Windows:
-    """A source of windows in memory."""
-
-    acts: Tensor
-    mask: Tensor
-    documents: Tensor
-
-    def __post_init__(self) -> None:
-        self.n_windows, self.n_ctx, self.d_in = self.acts.shape
-
-    def read(self, window_indices: Sequence[int]) -> Batch:
-        chosen = torch.as_tensor(window_indices)
-        return Batch(self.acts[chosen], self.mask[chosen], self.documents[chosen], None)
-
-    def describe(self) -> dict[str, Any]:
-        return {}
-
-
-def whole(acts: Tensor) -> Windows:
+def whole(acts: Tensor) -> GivenWindows:
     """Windows of one document each, with every position in the mask."""
     mask = torch.ones(acts.shape[:2], dtype=torch.bool)
-    return Windows(acts.float(), mask, torch.zeros(mask.shape, dtype=torch.int64))
+    return GivenWindows(acts.float(), mask, torch.zeros(mask.shape, dtype=torch.int64))
 
 
 def mixed(independent: Tensor) -> Tensor:
@@ -48,7 +25,7 @@ def mixed(independent: Tensor) -> Tensor:
     return independent @ torch.randn(D, D) + 3
 
 
-def r2_of(source: Windows) -> dict[str, float]:
+def r2_of(source: GivenWindows) -> dict[str, float]:
     return redundancy.predicted(source, range(200), range(200, N))["r2"]
 
 
@@ -154,7 +131,9 @@ def test_components_hold_the_variance_they_should():
 def test_masked_positions_have_no_part_in_the_dimension():
     torch.manual_seed(7)
     source = whole(torch.randn(4, T, D))
-    expected = redundancy.dimension(Windows(source.acts[:, 9:], source.mask[:, 9:], source.documents[:, 9:]), range(4))
+    expected = redundancy.dimension(
+        GivenWindows(source.acts[:, 9:], source.mask[:, 9:], source.documents[:, 9:]), range(4)
+    )
     source.mask[:, :9] = False
     source.acts[:, :9] = 1e3
     assert redundancy.dimension(source, range(4)) == expected
