@@ -7,13 +7,14 @@ c is a sum with one part for each earlier position j and each feature f that is 
 and nothing is left over; s_h(j) <= 1 is what bounds the values of position j. The codes are final: this is the exact
 form.
 
-A tool for looking at one window at a time: it forms the attention weights [n_heads, T, T] and two numbers for
-each part [T, T, k].
+A tool for looking at one window at a time: it forms the attention weights [n_heads, T, T]; and two numbers for each
+part, for one position at a time or, where all are asked for, [T, T, k].
 """
 
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -54,20 +55,46 @@ class Attribution:
         slots = slots.unflatten(-1, (sae.n_heads, sae.d_value))  # [T, k, H, d_value]
         # Each slot by head: what it adds to c at a position that gives it all attention.
         self._written = slots * value_scale(slots.sum(dim=1, keepdim=True)) * sae.scale  # [T, k, H, d_value]
-        self._W_O = sae.W_O.unflatten(-1, (sae.n_heads, sae.d_value))  # [d_in, H, d_value]
+        self._W_O = sae.W_O.detach().unflatten(-1, (sae.n_heads, sae.d_value))  # [d_in, H, d_value]
         length = output.c.norm(dim=-1)  # [T]
         direction = output.c / torch.where(length > 0, length, 1)[:, None].square()
-        onto_c = torch.einsum("td,dhv->thv", direction, self._W_O)
+        self._onto_c = torch.einsum("td,dhv->thv", direction, self._W_O)
         overlap = torch.einsum("dhv,dgw->hvgw", self._W_O, self._W_O)
         # The scalar products of what a slot's heads write: [T, k, H, H], made a head at a time to save memory.
         heads = zip(self._written.unbind(2), overlap, strict=True)
-        gram = torch.stack([torch.einsum("jiv,vgw,jigw->jig", u, o, self._written) for u, o in heads], dim=2)
-        norms, shares = [], []
-        for t in range(len(length)):  # one position at a time, so that [T, T, k, H] is never held
-            attended = weights[:, t]  # [H, T]
-            norms.append(torch.einsum("hj,jihg,gj->ji", attended, gram, attended).clamp_min(0).sqrt())
-            shares.append(torch.einsum("hj,jihv,hv->ji", attended, self._written, onto_c[t]))
-        self.norm, self.share = torch.stack(norms), torch.stack(shares)
+        self._gram = torch.stack([torch.einsum("jiv,vgw,jigw->jig", u, o, self._written) for u, o in heads], dim=2)
+
+    @cached_property
+    def norm(self) -> Tensor:
+        return torch.stack([self.norm_at(t) for t in range(self.weights.shape[1])])
+
+    @cached_property
+    def share(self) -> Tensor:
+        return torch.stack([self.share_at(t) for t in range(self.weights.shape[1])])
+
+    def norm_at(self, t: int) -> Tensor:
+        """norm[t], [T, k], without making all of it."""
+        attended = self.weights[:, t]  # [H, T]
+        return torch.einsum("hj,jihg,gj->ji", attended, self._gram, attended).clamp_min(0).sqrt()
+
+    def share_at(self, t: int) -> Tensor:
+        """share[t], [T, k], without making all of it."""
+        onto_c = torch.einsum("jihv,hv->jih", self._written, self._onto_c[t])
+        return torch.einsum("hj,jih->ji", self.weights[:, t], onto_c)
+
+    def remainder(self) -> Tensor:
+        """What all parts together miss of c, in its own length: [T]. Rounding, and zero where c is."""
+        parts = torch.einsum("htj,jhv,dhv->td", self.weights, self._written.sum(dim=1), self._W_O)
+        length = self.output.c.norm(dim=-1)
+        return (parts - self.output.c).norm(dim=-1) / torch.where(length > 0, length, 1)
+
+    def written_by_feature(self, d_sae: int) -> Tensor:
+        """The sum of all parts of a feature, over the positions of the window: [d_sae, d_in]."""
+        received = self.weights.sum(dim=1)  # [H, T]
+        slots = torch.einsum("hj,jihv->jihv", received, self._written).flatten(0, 1)  # [T * k, H, d_value]
+        by_feature = slots.new_zeros(d_sae, *slots.shape[1:])
+        by_feature.index_add_(0, self.output.code.indices.flatten(), slots)
+        return torch.einsum("fhv,dhv->fd", by_feature, self._W_O)
 
     def parts(self, t: int) -> Tensor:
         """All parts of c[t]: [T, k, d_in], for position j and slot i of its code; they sum to c[t]."""

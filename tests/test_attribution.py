@@ -106,3 +106,18 @@ def test_errors() -> None:
         attribute(sae, acts[None])
     with pytest.raises(TypeError, match="sae: given a TopKSAE; needed a ContextualSAE"):
         attribute(TopKSAE(4, 8, 2), acts)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("k_mem", [K, 1])
+@pytest.mark.parametrize("query", ["current", "past"])
+def test_what_is_missed_and_what_each_feature_writes(query: str, k_mem: int) -> None:
+    sae, acts, mask, documents = make(query, k_mem)
+    found = attribute(sae, acts, mask, documents)
+    assert found.remainder().max() < 1e-13
+    found.output.c[7] *= 1.25
+    assert float(found.remainder()[7]) == pytest.approx(0.2)
+    parts = torch.stack([found.parts(t) for t in range(T)])  # [T, T, k, d_in]
+    wanted = torch.zeros(F, D, dtype=torch.float64)
+    for feature in range(F):
+        wanted[feature] = parts[:, found.output.code.indices == feature].sum(dim=(0, 1))
+    torch.testing.assert_close(found.written_by_feature(F), wanted, rtol=1e-12, atol=1e-12)
