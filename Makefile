@@ -1,5 +1,5 @@
-# `make demo` and `make test` do all the set-up they need. Other targets: test-slow, lint, memory, bench, bench-peers,
-# gpu, clean.
+# `make demo` and `make test` do all the set-up they need. Other targets: test-slow, test-peers, lint, memory, bench,
+# bench-peers, gpu, clean.
 
 PYTHON ?= python3
 # CUDA where PyPI has it (Linux). Without a GPU a CPU build is quicker to get: point pip at one, as pytorch.org says.
@@ -13,7 +13,7 @@ ready = .venv/.ready
 peers_bin = .venv-peers/bin
 peers_ready = .venv-peers/.ready
 
-.PHONY: demo test test-slow lint memory gpu bench peers bench-peers clean
+.PHONY: demo test test-slow test-peers lint memory gpu bench peers bench-peers clean
 
 demo: $(ready)
 	$(bin)/csae demo
@@ -39,11 +39,15 @@ gpu:
 bench: $(ready)
 	$(bin)/csae bench
 
-# The libraries that the benchmark compares with are kept apart: they ask for much, and some of it clashes.
+# Other SAE libraries, which the benchmark compares with and csae works with, are kept apart: they ask for much, and some of it clashes.
 peers: $(peers_ready)
 
 bench-peers: $(peers_ready)
 	$(peers_bin)/csae bench
+
+# What works with those libraries, tested with them.
+test-peers: $(peers_ready)
+	$(peers_bin)/python -m pytest tests/patches tests/interop
 
 $(ready): pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/cpu/src/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -61,7 +65,7 @@ $(peers_ready): pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/cpu/sr
 	$(peers_bin)/python -m pip install --quiet "$(TORCH)"
 	$(peers_bin)/python -c 'import triton' 2>/dev/null || $(peers_bin)/python -m pip install --quiet "$(TRITON)"
 	$(peers_bin)/python -m pip install --quiet "$(TORCH)" --editable '.[cli]' \
-		'sae-lens==6.54.*' 'eai-sparsify==1.3.*' 'dictionary-learning==0.1.*'
+		'sae-lens==6.54.*' 'eai-sparsify==1.3.*' 'dictionary-learning==0.1.*' 'pytest>=8'
 	$(peers_bin)/python -m pip uninstall --quiet --yes torchvision
 	touch $@
 
