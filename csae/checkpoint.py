@@ -6,11 +6,9 @@ leaves the one before. It is itself a saved SAE, with the optimizer's state and 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import torch
@@ -20,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from csae.contextual_sae import ContextualSAE
 from csae.errors import UserError
-from csae.files import write_file, write_json
+from csae.files import read_json, write_file, write_json
 from csae.sae import CONFIG, SAE, WEIGHTS
 from csae.topk_sae import TopKSAE
 
@@ -46,7 +44,7 @@ def load_sae(name: str | Path, device: torch.device | str = "cpu") -> SAE:
         raise UserError(f"{folder}: a file; needed the folder of a run, with {CONFIG} and {WEIGHTS}")
     else:
         config_file = _hub_config(str(name))
-    config = _read_json(config_file)
+    config = read_json(config_file)
     arch = config.get("arch")
     if arch not in ARCHITECTURES:
         raise UserError(
@@ -97,7 +95,7 @@ def restore_checkpoint(checkpoint: Path, sae: SAE, optimizer: torch.optim.Optimi
     try:
         weights = load_file(checkpoint / WEIGHTS, device=str(sae.W_dec.device))
         moments = load_file(checkpoint / OPTIMIZER, device=str(sae.W_dec.device))
-        step = int(_read_json(checkpoint / STATE)["step"])
+        step = int(read_json(checkpoint / STATE)["step"])
         sae.load_state_dict(weights)
         for name, parameter in sae.named_parameters():
             keys = [key for key in moments if key.rpartition(".")[0] == name]
@@ -115,16 +113,6 @@ def _hub_config(name: str) -> Path:
         return Path(hf_hub_download(name, CONFIG))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"{name}: no such folder, and not to be had from the hub: give the folder of a run") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not JSON ({error}): copy the folder again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: given a JSON {type(content).__name__}; needed an object")
-    return content
 
 
 def _one_line(error: BaseException) -> str:
