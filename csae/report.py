@@ -47,7 +47,7 @@ def write_report(path: Path | str, results: dict[str, Any], runs: dict[str, Path
         worst=max(sae["fvu"] for sae in results["saes"]),
         with_lm=any(sae.get("loss_recovered") is not None for sae in results["saes"]),
         curves=_curves({name: read_curve(run / METRICS) for name, run in runs.items()}, results),
-        data=_script_json(explained),
+        data=script_json(explained),
     )
     write_file(Path(path), lambda temporary: temporary.write_text(page, encoding="utf-8"))
 
@@ -137,7 +137,7 @@ def inline_svg(figure: Any, label: str, series: Sequence[str]) -> str:
 _TICKS = [power * digit for power in (0.001, 0.01, 0.1, 1) for digit in (1, 1.5, 2, 3, 4, 5, 7)]
 
 
-def _script_json(content: Any) -> str:
+def script_json(content: Any) -> str:
     """JSON that can stand inside a <script> element, whatever text is in it."""
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

@@ -1,4 +1,3 @@
-"use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const text = document.getElementById("text");
@@ -9,25 +8,7 @@
   let kept = 0;      // the token that was clicked; pointing at another shows that one for the while
   let shown = -1;
 
-  // element("p", "small", "text", child, ...): a class may be empty; strings become text, never markup.
-  function element(name, className, ...children) {
-    const made = document.createElement(name);
-    if (className) made.className = className;
-    made.append(...children);
-    return made;
-  }
-
   const percent = (share) => `${Math.round(100 * share)} %`;
-  const clamp = (share) => Math.min(1, Math.max(0, share));
-  // White space that stands alone would not be seen.
-  const visible = (piece) => {
-    const marked = piece.replace(/\n/g, "↵").replace(/\t/g, "⇥");
-    return piece.trim() ? marked : marked.replace(/ /g, "␣");
-  };
-
-  function token(piece) {
-    return element("span", "token", visible(piece.trim() || piece) || "…");
-  }
 
   function feature(number) {
     const about = data.features[number];
