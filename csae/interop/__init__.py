@@ -1,0 +1,61 @@
+"""Checkpoints both ways: TopK SAEs of SAELens, sparsify and dictionary_learning as ours, and ours as theirs.
+
+    sae = csae.interop.load("sae_lens", "a folder, or org/repo/folder on the hub")
+    csae.interop.save("sparsify", sae, "folder")
+
+A module here for each library knows its files; none of them needs the library. What a library can express and a
+`TopKSAE` can't, or the other way round, is refused with the field that is in the way.
+
+A `ContextualSAE` is written for SAELens only, which loads it as a class of ours: `csae.interop.sae_lens_class`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from csae.sae import SAE
+
+LIBRARIES = ("sae_lens", "sparsify", "dictionary_learning")
+
+
+def load(library: str, name: str | Path) -> SAE:
+    """A TopK SAE that another library saved, as `TopKSAE` in evaluation mode, on the CPU.
+
+    It gives what the library's own forward gives, to float32 rounding, and where nothing had to be folded its
+    weights are the file's, to the bit. What only training needs (dead features, AuxK) starts anew.
+
+    Args:
+        library: "sae_lens", "sparsify" or "dictionary_learning".
+        name: the folder that holds the SAE's files, or "org/repo" or "org/repo/path/of/the/folder" on the hub.
+
+    Raises ValueError for another library, UserError where nothing is there, or nothing that a TopKSAE can express.
+    """
+    return _module(library).load(name)
+
+
+def save(library: str, sae: SAE, folder: str | Path, metadata: dict[str, Any] | None = None) -> None:
+    """Write an SAE so that the library's own loader reads it; files of the same names are replaced.
+
+    The libraries know no scale of the activations, so the biases are multiplied by ours: feature activations are
+    then in units of the activations. Where the scale is one, loading gives the same SAE, to the bit.
+
+    Args:
+        library: "sae_lens", "sparsify" or "dictionary_learning".
+        sae: a `TopKSAE`; for SAELens also a `ContextualSAE`.
+        folder: where to; made where it is not there.
+        metadata: what else the library's config is to say, such as which model the activations come from.
+            SAELens: model_name, hook_name, context_size, prepend_bos and the like. dictionary_learning: lm_name,
+            layer, submodule_name. sparsify has no place for it.
+
+    Raises ValueError for another library, UserError where it can't express the SAE or the folder can't be written.
+    """
+    _module(library).save(sae, Path(folder), metadata or {})
+
+
+def _module(library: str) -> ModuleType:
+    if library not in LIBRARIES:
+        raise ValueError(f"library: given {library!r}; needed one of {', '.join(map(repr, LIBRARIES))}")
+    return importlib.import_module(f"csae.interop.{library}")
