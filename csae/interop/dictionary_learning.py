@@ -1,0 +1,74 @@
+"""SAEs of dictionary_learning 0.1: ae.pt and config.json in a folder a trainer.
+
+    acts  = topk(relu(encoder.weight (x - b_dec) + encoder.bias), k)
+    x_hat = decoder.weight acts + b_dec                 encoder.weight: [d_sae, d_in], decoder.weight: [d_in, d_sae]
+
+which is `TopKSAE` under other names. Beside it ae.pt holds a threshold, for a way of inference where the number of
+active features varies; a TopKSAE has none, and it is written as unset (-1).
+
+ae.pt is a pickle. It is read by torch's restricted loader (`weights_only=True`), which builds tensors and plain
+containers and runs nothing that the file names.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from csae.errors import UserError
+from csae.files import read_json, write_file, write_json
+from csae.interop.source import find
+from csae.interop.weights import Weights, check_names, topk_sae, topk_weights
+from csae.sae import SAE
+from csae.topk_sae import TopKSAE
+
+CONFIG, WEIGHTS = "config.json", "ae.pt"
+NAMES = ("encoder.weight", "encoder.bias", "decoder.weight", "b_dec")  # in the order of `Weights`
+CLASS = "AutoEncoderTopK"
+
+
+def load(name: str | Path) -> TopKSAE:
+    """What `load_dictionary` reads, as a TopKSAE. See `csae.interop.load`."""
+    config_file = find(name, CONFIG)
+    config = read_json(config_file).get("trainer")
+    given = config.get("dict_class") if isinstance(config, dict) else None
+    if not isinstance(config, dict) or given != CLASS:
+        raise UserError(f"{config_file}: trainer.dict_class is {given!r}; needed {CLASS!r}: a TopKSAE can't be others")
+    path = find(name, WEIGHTS)
+    tensors = _read_pickle(path)
+    tensors.pop("threshold", None)
+    k = int(tensors.pop("k")) if "k" in tensors else config.get("k")
+    if config.get("k") not in (k, None):
+        raise UserError(f"{path}: k is {k}, and {config['k']} in {config_file.name}: copy the folder again")
+    if k is None:
+        raise UserError(f"{path}: without a k, as is {config_file.name}; needed it in one of them")
+    check_names(path, tensors, NAMES)
+    W_enc, b_enc, W_dec, b_dec = (tensors[key] for key in NAMES)
+    return topk_sae(path, Weights(W_enc, b_enc, W_dec.T, b_dec), k)
+
+
+def save(sae: SAE, folder: Path, metadata: dict[str, Any]) -> None:
+    """What `load_dictionary` loads. See `csae.interop.save`."""
+    W_enc, b_enc, W_dec, b_dec = topk_weights(sae, "dictionary_learning")
+    tensors = dict(zip(NAMES, (W_enc, b_enc, W_dec.T.contiguous(), b_dec), strict=True))
+    tensors |= {"k": torch.tensor(sae.k, dtype=torch.int32), "threshold": torch.tensor(-1.0)}
+    write_file(folder / WEIGHTS, lambda path: torch.save(tensors, path))
+    sizes = {"activation_dim": sae.d_in, "dict_size": sae.d_sae, "k": sae.k}
+    write_json(folder / CONFIG, {"trainer": {**metadata, "trainer_class": "TopKTrainer", "dict_class": CLASS, **sizes}})
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}: not a whole file of tensors ({reason}): copy it again") from error
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise UserError(
+            f"{path}: something else than a state dict; needed tensors by name, as `torch.save` writes them"
+        )
+    return content
