@@ -1,0 +1,96 @@
+"""An SAE as other libraries see one: dense feature activations, from `encode` and to `decode`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from csae.activations import sink_mask
+from csae.contextual_sae import ContextualSAE
+from csae.sae import Code
+from csae.topk_sae import TopKSAE
+
+
+class DenseSAE(nn.Module):
+    """`encode` and `decode` with one dense tensor between them, and the weights as the field lays them out.
+
+    A contextual SAE runs in its exact form, on windows. What it carries to each position, c, is not in its feature
+    activations; so `decode` adds the c of the last `encode`, and an edit of feature activations between the two is
+    an edit of what is new. As in training, position 0 of a window and attention sinks (`csae.activations.sink_mask`)
+    get an empty code. There is no gradient through `encode` then.
+
+    sae: with a scale of one, as `csae.interop.weights.unscaled` makes them.
+    """
+
+    def __init__(self, sae: TopKSAE | ContextualSAE) -> None:
+        super().__init__()
+        self.sae: TopKSAE | ContextualSAE = sae
+        self._c: Tensor | None = None  # [B, T, d_in], of the last window that was encoded
+
+    @property
+    def W_enc(self) -> Tensor:
+        """[d_in, d_sae], a view"""
+        return self.sae.W_enc.mT
+
+    @property
+    def b_enc(self) -> Tensor:
+        """[d_sae]"""
+        return self.sae.b_enc
+
+    @property
+    def W_dec(self) -> Tensor:
+        """[d_sae, d_in]"""
+        return self.sae.W_dec
+
+    @property
+    def b_dec(self) -> Tensor:
+        """[d_in]"""
+        return self.sae.b_dec
+
+    @property
+    def device(self) -> torch.device:
+        return self.sae.W_dec.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.sae.W_dec.dtype
+
+    def encode(self, acts: Tensor) -> Tensor:
+        """acts [..., d_in], for a contextual SAE windows [B, T, d_in] -> feature activations [..., d_sae]."""
+        acts = acts.to(self.dtype)
+        code = self._look_back(self.sae, acts) if isinstance(self.sae, ContextualSAE) else self.sae.encode(acts)
+        # Where fewer than k are active the rest are zeros, whatever their indices: they add nothing.
+        dense = code.values.new_zeros(*code.values.shape[:-1], self.sae.d_sae)
+        return dense.scatter_add(-1, code.indices, code.values)
+
+    def _look_back(self, sae: ContextualSAE, acts: Tensor) -> Code:
+        if acts.dim() != 3 or acts.shape[1] < 2:
+            raise ValueError(
+                f"acts: given shape {list(acts.shape)}; needed whole windows [B, T, d_in] with T >= 2 for a contextual "
+                "SAE: positions in their order, not shuffled or one at a time (`csae.splice` follows generation)"
+            )
+        if acts.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"sae: in {acts.dtype}; needed torch.float32, which the exact form runs in: load and keep the SAE so "
+                "(activations are converted, whatever they are)"
+            )
+        out = sae(acts, sink_mask(acts), exact=True)
+        self._c = out.c
+        return out.code
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """Feature activations [..., d_sae] -> the reconstruction [..., d_in]."""
+        x_hat = feature_acts @ self.W_dec + self.b_dec
+        if not isinstance(self.sae, ContextualSAE):
+            return x_hat
+        if self._c is None or self._c.shape[:-1] != feature_acts.shape[:-1]:
+            last = "nothing" if self._c is None else f"windows of {list(self._c.shape[:-1])} positions"
+            raise ValueError(
+                f"feature_acts: given shape {list(feature_acts.shape)}, and {last} was encoded last; needed those of "
+                "the last encode(): a contextual SAE adds what it carried there"
+            )
+        return x_hat + self._c
+
+    def forward(self, acts: Tensor) -> Tensor:
+        """acts -> the reconstruction, of the same shape."""
+        return self.decode(self.encode(acts))
