@@ -1,0 +1,151 @@
+"""dictionary_learning's TopK and BatchTopK SAEs on our ops: `csae.patch("dictionary_learning")`.
+
+`encode` and `forward` of AutoEncoderTopK and the training form of `encode` of BatchTopKSAE are replaced; the trainers,
+their losses, AuxK, thresholds and counts are the library's own code, to which `encode` hands its dense tensors as ones
+that are made when they are read (`csae.patches.features`). The projection of the decoder's gradient is the library's
+formula without its einsum, which takes longer than the rest of a step.
+
+On our ops: AutoEncoderTopK.encode, of which a user gets the dense tensor; its forward; TopKTrainer's step.
+BatchTopKTrainer's step, where no token has as many as `BATCH_ROOM` times k of the batch's features: then the largest of
+each token's hold the largest of the batch, and a look at the last of them proves it. Where the proof fails, at the
+cost of having tried, and for all else the library's own code runs: encoding by a threshold (BatchTopKSAE's inference,
+use_threshold), output_features where a gradient is recorded (one of the features may be wanted), layers with hooks or
+of another class, torch.compile, float64 on CUDA, MatryoshkaBatchTopKSAE.
+
+What differs: codes come in descending order, where the library's have none. Between equal activations the lower index
+wins, where torch.topk takes any: so where fewer than k features of a token are positive, those that fill up its code at
+zero, and count as fired, are the largest before the relu. In half precision the selection is made before rounding.
+Second derivatives raise an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from csae.ops import topk_encode
+
+from . import Replacement
+from .features import Features, PreActs
+
+PACKAGE = "dictionary-learning"
+TESTED = "0.1"
+
+BATCH_ROOM = 4
+
+
+def replacements() -> list[Replacement]:
+    """What `csae.patch` puts into the library."""
+    from dictionary_learning.trainers import batch_top_k, top_k
+
+    TopK, BatchTopK, BatchTrainer = top_k.AutoEncoderTopK, batch_top_k.BatchTopKSAE, batch_top_k.BatchTopKTrainer
+    own_encode, own_forward = TopK.encode, TopK.forward
+    own_batch_encode, own_update_threshold = BatchTopK.encode, BatchTrainer.update_threshold
+
+    def encode(self: Any, x: Tensor, return_topk: bool = False, use_threshold: bool = False) -> Any:
+        if use_threshold or not _can_encode(self):
+            return own_encode(self, x, return_topk, use_threshold)
+        weights = x - self.b_dec, _rows(self.encoder.weight), self.encoder.bias
+        values, indices = topk_encode(*weights, int(self.k))
+        features = Features(values, indices, self.dict_size)
+        return (features, values, indices, PreActs(*weights)) if return_topk else features.dense()
+
+    def forward(self: Any, x: Tensor, output_features: bool = False) -> Any:
+        if type(self).encode is not encode or not _can_encode(self) or (output_features and torch.is_grad_enabled()):
+            return own_forward(self, x, output_features)
+        features, *_ = self.encode(x, return_topk=True)
+        x_hat = self.decode(features)
+        return (x_hat, features.dense()) if output_features else x_hat
+
+    def encode_batch(self: Any, x: Tensor, return_active: bool = False, use_threshold: bool = True) -> Any:
+        if use_threshold or x.dim() != 2 or not _can_encode(self):
+            return own_batch_encode(self, x, return_active, use_threshold)
+        weights = x - self.b_dec, _rows(self.encoder.weight), self.encoder.bias
+        code = _batch_topk(*weights, int(self.k))
+        if code is None:
+            return own_batch_encode(self, x, return_active, use_threshold)
+        features = Features(*code, self.dict_size)
+        if not return_active:
+            return features.dense()
+        values, indices = code
+        active = torch.zeros(self.dict_size, dtype=torch.bool, device=x.device)
+        active[indices[values > 0]] = True
+        return features, active, PreActs(*weights)
+
+    def update_threshold(self: Any, f: Tensor) -> None:
+        # It takes the least of the positive entries, which are all in the code.
+        own_update_threshold(self, f.code[0] if isinstance(f, Features) and f.known is None else f)
+
+    return [
+        Replacement(TopK, "encode", encode),
+        Replacement(TopK, "forward", forward),
+        Replacement(BatchTopK, "encode", encode_batch),
+        Replacement(BatchTrainer, "update_threshold", update_threshold),
+        Replacement(top_k, "remove_gradient_parallel_to_decoder_directions", _remove_parallel_gradient),
+        Replacement(batch_top_k, "remove_gradient_parallel_to_decoder_directions", _remove_parallel_gradient),
+    ]
+
+
+def _can_encode(ae: Any) -> bool:
+    """Whether nothing sees or changes what goes through its layers, and our ops can take them."""
+    if torch.compiler.is_compiling() or (ae.encoder.weight.is_cuda and ae.encoder.weight.dtype == torch.float64):
+        return False
+    return _is_plain(ae.encoder) and _is_plain(ae.decoder)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    everywhere = (f"_global{name}" for name in hooks)
+    hooked = any(getattr(layer, name) for name in hooks) or any(getattr(nn.modules.module, name) for name in everywhere)
+    return type(layer) is nn.Linear and not hooked
+
+
+def _rows(weight: Tensor) -> Tensor:
+    """The encoder's weight, whose columns are next to each other in the library, with its rows so."""
+    if weight.is_contiguous() or not (torch.is_grad_enabled() and weight.requires_grad):
+        return weight
+    return _Rows.apply(weight)
+
+
+class _Rows(torch.autograd.Function):
+    """weight.contiguous(), with the gradient in the layout of the weight: autograd's copy into it takes far longer."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return weight.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.T.contiguous().T
+
+
+def _batch_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+    """The k * n largest activations of all tokens: values, indices [n, most of a token], zeros where a token has fewer.
+
+    None where a token has so many that the largest of each don't show which they are.
+    """
+    n, d_sae = x.shape[0], W_enc.shape[0]
+    room = min(BATCH_ROOM * k, d_sae)
+    if n == 0 or k > room:
+        return None  # the library says what it makes of it
+    values, indices = topk_encode(x, W_enc, b_enc, room)
+    largest = values.detach().flatten().topk(n * k, sorted=False)
+    if room < d_sae and not bool((values.detach()[:, -1] <= largest.values.min()).all()):
+        return None
+    chosen = torch.zeros_like(values, dtype=torch.bool).flatten().index_fill_(0, largest.indices, True).view_as(values)
+    active = (chosen & (values != 0)).any(dim=0).nonzero().flatten().tolist()
+    most = 1 + max(active, default=0)
+    return torch.where(chosen, values, 0)[:, :most], indices[:, :most]
+
+
+@torch.no_grad()
+def _remove_parallel_gradient(W_dec: Tensor, gradient: Tensor, activation_dim: int, d_sae: int) -> Tensor:
+    """Take from gradient [activation_dim, d_sae], in place, what would change the norm of W_dec's columns.
+
+    The library's formula: W_dec over its norms, plus 1e-6.
+    """
+    norms = W_dec.square().sum(dim=0).sqrt() + 1e-6  # faster than norm(dim=0)
+    along = (gradient * W_dec).sum(dim=0) / norms.square()
+    return gradient.addcmul_(W_dec, along, value=-1)
