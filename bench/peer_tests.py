@@ -137,11 +137,10 @@ def table(without: dict[str, Result], patched: dict[str, Result]) -> tuple[str, 
     skipped = {name: result.reason for name, result in without.items() if result.outcome == "skipped"}
     none = Result("did not run", "")
     failures = [name for name in passed if patched.get(name, none).outcome != PASSED]
-    rows = [("", "passed", "skipped", "failed")]
+    lines = [f"{'':<18}{'passed':>9}{'skipped':>9}{'failed':>9}"]
     for title, results in (("without the patch", without), ("with the patch", patched)):
         outcomes = [result.outcome for result in results.values()]
-        rows.append((title, *(str(outcomes.count(outcome)) for outcome in ("passed", "skipped", "failed"))))
-    lines = [f"{row[0]:<18}{row[1]:>9}{row[2]:>9}{row[3]:>9}" for row in rows]
+        lines.append(f"{title:<18}" + "".join(f"{outcomes.count(one):>9}" for one in ("passed", "skipped", "failed")))
     lines += _listed("skipped by the library", skipped)
     lines += _listed("can't be compared: fails without the patch too", cannot)
     lines += _listed("passes without the patch only", {name: ": ".join(patched.get(name, none)) for name in failures})

@@ -1,0 +1,179 @@
+"""A dense tensor that is made when it is first read: what a patched library hands out where it had a dense one.
+
+`Lazy` is a tensor to autograd, which it is a node of, and to whoever reads it: any operation but the few below makes
+it first, once, and from then on it is what was made, with what is written into it. What it is made from, its source,
+is there until then for code that knows what to do with it: most of all a `Code`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map
+
+aten = torch.ops.aten
+
+
+class Source(Protocol):
+    """What a tensor can be made from."""
+
+    def dense(self) -> Tensor: ...
+
+
+class Code(NamedTuple):
+    """The active features of each token: a [..., d_sae] that is zero elsewhere."""
+
+    values: Tensor
+    """[..., k]"""
+    indices: Tensor
+    """[..., k] int64, no two of a token the same"""
+    d_sae: int
+
+    def dense(self) -> Tensor:
+        shape = (*self.values.shape[:-1], self.d_sae)
+        return self.values.new_zeros(shape).scatter_(-1, self.indices, self.values)
+
+
+class _Content:
+    """The source of a tensor, and then the tensor. Shared by tensors that share memory."""
+
+    def __init__(self, source: Source) -> None:
+        self.source: Source | None = source
+        self.made: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        if self.made is None:
+            assert self.source is not None
+            self.made, self.source = self.source.dense(), None
+        return self.made
+
+
+class Lazy(Tensor):
+    """A tensor of this shape, dtype and device that `source` makes when it is first read."""
+
+    content: _Content
+
+    @staticmethod
+    def __new__(
+        cls, source: Source | _Content, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Lazy:
+        lazy = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        lazy.content = source if isinstance(source, _Content) else _Content(source)
+        return lazy
+
+    def __init__(self, *args: object) -> None:
+        super().__init__()
+
+    @classmethod
+    def of(cls, code: Code) -> Lazy:
+        return cls(code, (*code.values.shape[:-1], code.d_sae), code.values.dtype, code.values.device)
+
+    @property
+    def source(self) -> Source | None:
+        """What it is yet to be made from, or None."""
+        return self.content.source
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _READ_MEMORY:
+                args = tree_map(_plain, args)
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        kept = _stays_lazy(func, args, kwargs)
+        if kept is not None:
+            return kept
+        owners: dict[int, Lazy] = {}
+
+        def make(arg: Any) -> Any:
+            if not isinstance(arg, Lazy):
+                return arg
+            made = arg.content.dense()
+            owners[id(made)] = arg
+            return made
+
+        out = func(*tree_map(make, args), **tree_map(make, kwargs))
+        if func._schema.is_mutable:  # it gives what it wrote to
+            return tree_map(lambda result: owners.get(id(result), result), out)
+        return out
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor, or what a lazy one is, outside of autograd."""
+    return tensor.content.dense() if isinstance(tensor, Lazy) else tensor
+
+
+class _Plain(Function):
+    """What a lazy tensor is, as an ordinary one, in autograd's graph."""
+
+    @staticmethod
+    def forward(ctx: Any, lazy: Lazy) -> Tensor:
+        return lazy.content.dense().detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor, or an ordinary one in place of a lazy one."""
+    return _Plain.apply(tensor) if isinstance(tensor, Lazy) else tensor
+
+
+def _plain(arg: Any) -> Any:
+    return plain(arg) if isinstance(arg, Tensor) else arg
+
+
+def _stays_lazy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """What an operation gives that needs no dense tensor; None for others."""
+    lazy = args[0] if args else None
+    if not isinstance(lazy, Lazy):
+        return None
+    if func in (aten.detach.default, aten.alias.default):
+        return Lazy(lazy.content, tuple(lazy.shape), lazy.dtype, lazy.device)
+    code = lazy.source
+    if not isinstance(code, Code):
+        return None
+    if func is aten._to_copy.default and kwargs.keys() == {"dtype"}:
+        return Lazy.of(code._replace(values=code.values.to(kwargs["dtype"])))
+    if func is aten.sum.dim_IntList and len(args) == 2 and not kwargs and lazy.ndim == 2:
+        return _sum(code, tuple(dim % 2 for dim in args[1] or ()))
+    return None
+
+
+def _sum(code: Code, dims: tuple[int, ...]) -> Tensor | None:
+    """The sum of a code [n, d_sae] over its tokens or its features; None for another sum."""
+    if dims == (1,):
+        return code.values.sum(1)
+    if dims == (0,):
+        counted = code.values.long() if code.values.dtype == torch.bool else code.values
+        return counted.new_zeros(code.d_sae).index_add_(0, code.indices.flatten(), counted.flatten())
+    return None
+
+
+# What reads the memory of a tensor past `__torch_dispatch__`.
+_READ_MEMORY = {
+    Tensor.__array__,
+    Tensor.__deepcopy__,
+    Tensor.__dlpack__,
+    Tensor.__reduce_ex__,
+    Tensor.__repr__,
+    Tensor.data_ptr,
+    Tensor.numpy,
+    Tensor.share_memory_,
+    Tensor.storage,
+    Tensor.tolist,
+    Tensor.untyped_storage,
+    Tensor._typed_storage,
+    Tensor.__cuda_array_interface__.__get__,  # type: ignore[attr-defined]
+}
