@@ -88,13 +88,13 @@ class Attribution:
         length = self.output.c.norm(dim=-1)
         return (parts - self.output.c).norm(dim=-1) / torch.where(length > 0, length, 1)
 
-    def written_by_feature(self, d_sae: int) -> Tensor:
-        """The sum of all parts of a feature, over the positions of the window: [d_sae, d_in]."""
+    def written(self) -> tuple[Tensor, Tensor]:
+        """The features of the window, [m] in order, and for each the sum of all of its parts, [m, d_in]."""
+        features, row = self.output.code.indices.unique(return_inverse=True)
         received = self.weights.sum(dim=1)  # [H, T]
         slots = torch.einsum("hj,jihv->jihv", received, self._written).flatten(0, 1)  # [T * k, H, d_value]
-        by_feature = slots.new_zeros(d_sae, *slots.shape[1:])
-        by_feature.index_add_(0, self.output.code.indices.flatten(), slots)
-        return torch.einsum("fhv,dhv->fd", by_feature, self._W_O)
+        by_feature = slots.new_zeros(len(features), *slots.shape[1:]).index_add_(0, row.flatten(), slots)
+        return features, torch.einsum("fhv,dhv->fd", by_feature, self._W_O)
 
     def parts(self, t: int) -> Tensor:
         """All parts of c[t]: [T, k, d_in], for position j and slot i of its code; they sum to c[t]."""

@@ -1,4 +1,4 @@
-"""The command line: `csae demo`, `train`, `eval`, `cache`, `info`, `bench`, `evidence`.
+"""The command line: `csae demo`, `train`, `eval`, `view`, `cache`, `info`, `bench`, `evidence`.
 
 Each command opens what was named, calls one function of the library, and prints what came of it. What a person
 can mend ends in one line and exit code 2.
@@ -171,6 +171,62 @@ def evaluate(runs: tuple[str, ...], windows: int, ce_windows: int, **options: An
             write_json(Path(run) / EVAL, found)
         results.append({"name": Path(run).name} | found)
     Console().print(table(results))
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True, help="A text file."
+)
+@click.option(
+    "--out", "-o", type=click.Path(path_type=Path), default=Path("view.html"), show_default=True, help="The page."
+)
+@click.option("--beside", type=click.Path(path_type=Path), help="A run of a per-token SAE, to compare with.")
+@click.option("--model", help="As the run was trained on, if not given.")
+@click.option("--layer", type=int, help="As the run was trained on, if not given.")
+@click.option("--n-ctx", type=int, help="Positions a window at most; 8 times as trained on if not given.")
+@click.option("--max-tokens", type=int, default=4000, show_default=True, help="Use at most so many tokens of the text.")
+@DEVICE
+def view(run: Path, text: Path, out: Path, beside: Path | None, max_tokens: int, **options: Any) -> None:
+    """Show a text as an SAE sees it: a page with what is new at each token, and what is carried from where."""
+    from csae.checkpoint import load_sae
+    from csae.language_model import LanguageModel
+    from csae.progress import track
+    from csae.text import read_documents
+    from csae.train import read_trained_on
+    from csae.view import LONGER, read_windows
+    from csae.view import view as view_text
+    from csae.view_page import write_view
+
+    device = _device(options["device"])
+    trained_on = read_trained_on(run)
+    given = {name: options[name] for name in ("model", "layer") if options[name] is not None}
+    origin = trained_on | given
+    for name in ("model", "layer"):
+        if name not in origin:
+            raise UserError(f"--{name}: not given, and {run} does not say what it was trained on")
+    if beside is not None:
+        for name, other in read_trained_on(beside).items():
+            if name != "n_ctx" and other != origin[name]:
+                raise UserError(f"--beside: {beside} is of {name} {other}; needed {origin[name]}, as {run}")
+    sae = load_sae(run, device)
+    other_sae = None if beside is None else load_sae(beside, device)
+    lm = LanguageModel.load(origin["model"], device=device)
+    longest = LONGER * trained_on.get("n_ctx", 256)
+    n_ctx = options["n_ctx"] or min(longest, lm.max_ctx or longest)
+    windows, whole = read_windows(lm, origin["layer"], read_documents(text)[0], n_ctx, max_tokens)
+    about = {
+        "text": text.name,
+        "run": run.resolve().name,
+        "beside": None if beside is None else beside.resolve().name,
+        "model": Path(lm.name).name if Path(lm.name).exists() else lm.name,
+        "layer": origin["layer"],
+        "n_ctx": n_ctx,
+        "trained_on": trained_on.get("n_ctx"),
+        "whole": whole,
+    }
+    write_view(out, about, view_text(sae, windows, lm, trained_on.get("n_ctx"), other_sae, track))
+    print(f"written: {out}")
 
 
 @cli.command()

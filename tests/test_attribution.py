@@ -117,7 +117,8 @@ def test_what_is_missed_and_what_each_feature_writes(query: str, k_mem: int) -> 
     found.output.c[7] *= 1.25
     assert float(found.remainder()[7]) == pytest.approx(0.2)
     parts = torch.stack([found.parts(t) for t in range(T)])  # [T, T, k, d_in]
-    wanted = torch.zeros(F, D, dtype=torch.float64)
-    for feature in range(F):
-        wanted[feature] = parts[:, found.output.code.indices == feature].sum(dim=(0, 1))
-    torch.testing.assert_close(found.written_by_feature(F), wanted, rtol=1e-12, atol=1e-12)
+    features, written = found.written()
+    assert set(features.tolist()) == set(found.output.code.indices.flatten().tolist())
+    for feature, row in zip(features, written, strict=True):
+        wanted = parts[:, found.output.code.indices == feature].sum(dim=(0, 1))
+        torch.testing.assert_close(row, wanted, rtol=1e-12, atol=1e-12)
