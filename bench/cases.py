@@ -269,6 +269,7 @@ TOPK_STEP = Case(
         "sparsify": peers.sparsify,
         "SAELens": peers.sae_lens,
         "SAELens, sparse activations": peers.sae_lens_sparse,
+        "SAELens, patched": peers.sae_lens_patched,
         "dictionary_learning": peers.dictionary_learning,
     },
 )

@@ -2,7 +2,8 @@
 
 Each runs what its trainer runs between one batch and the next, but for logging and checkpoints: forward, loss,
 backward, clipping, optimizer, schedule, the decoder's norm, the count of dead features. The optimizer is torch's Adam,
-as their trainers make it. No feature is dead in so few steps, so AuxK costs them only the look.
+as their trainers make it. No feature is dead in so few steps, so AuxK costs them only the look. Those that are
+`..._patched` are the same steps under `csae.patch`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import importlib.metadata
 import io
 import os
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+import csae
 
 from .data import Built, Data, Skip
 from .step import LR, Step
@@ -23,6 +27,25 @@ from .step import LR, Step
 FREE_ROWS = "W_dec, free rows"
 
 PACKAGES = ("eai-sparsify", "sae-lens", "dictionary-learning")
+
+
+def _patched(library: str, build: Callable[[Data], Built]) -> Callable[[Data], Built]:
+    """The same on our ops. The patch is there while it runs: others run in between."""
+
+    def build_patched(data: Data) -> Built:
+        built = build(data)
+
+        def outputs() -> dict[str, Tensor]:
+            with csae.patch(library):
+                return built.outputs()
+
+        def run() -> None:
+            with csae.patch(library):
+                built.run()
+
+        return built._replace(run=run, outputs=outputs)
+
+    return build_patched
 
 
 def sparsify(data: Data) -> Built:
@@ -81,6 +104,9 @@ def sae_lens_sparse(data: Data) -> Built:
     if data.dtype != torch.float32:
         raise Skip("its sparse activations are for float32")
     return _sae_lens(data, sparse=True)
+
+
+sae_lens_patched = _patched("sae_lens", sae_lens)
 
 
 def _sae_lens(data: Data, sparse: bool) -> Built:
