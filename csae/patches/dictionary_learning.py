@@ -33,7 +33,7 @@ from .features import Features, PreActs
 PACKAGE = "dictionary-learning"
 TESTED = "0.1"
 
-BATCH_ROOM = 4
+BATCH_ROOM = 8
 
 
 def replacements() -> list[Replacement]:

@@ -1,0 +1,201 @@
+"""Tensors that stand for dense ones: what they answer, and that they are the dense ones to whoever asks more."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from csae.patches.features import Features, PreActs, StandIn
+
+N, D_IN, D_SAE, K = 5, 7, 19, 3
+
+
+@pytest.fixture
+def weights():
+    torch.manual_seed(0)
+    shapes = (N, D_IN), (D_SAE, D_IN), (D_SAE,)
+    return [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+def dense_pre_acts(weights):
+    return linear(*weights).relu()
+
+
+def code():
+    torch.manual_seed(1)
+    values = torch.rand(N, K, dtype=torch.float64)
+    return values.requires_grad_(), torch.rand(N, D_SAE).topk(K).indices
+
+
+def dense_features(values, indices):
+    return values.new_zeros(N, D_SAE).scatter(-1, indices, values)
+
+
+@pytest.fixture
+def never_dense(monkeypatch):
+    """A test in which nothing becomes dense."""
+
+    def refuse(self):
+        raise AssertionError(f"{type(self).__name__} became dense")
+
+    monkeypatch.setattr(StandIn, "dense", refuse)
+
+
+READS = {
+    "sum": lambda t: t.sum(),
+    "method": lambda t: t.mul(2).amax(dim=0),
+    "operator": lambda t: (t != 0).double() + 1,
+    "right operator": lambda t: 1 - t,
+    "index": lambda t: t[1:3, :4],
+    "mask": lambda t: t[t > 0],
+    "argument": lambda t: torch.maximum(torch.full((), 0.1, dtype=torch.float64), t),
+    "list of arguments": lambda t: torch.cat([t, t]),
+    "attribute": lambda t: t.T,
+    "product": lambda t: torch.ones(2, N, dtype=torch.float64) @ t,
+    "topk": lambda t: t.topk(2, dim=0).values,
+    "smallest": lambda t: t.topk(2, largest=False).values,
+    "where": lambda t: torch.where(t > 0.2, t, 0),
+    "other where": lambda t: torch.where(torch.arange(D_SAE) > 4, 7.0, t),
+    "zeros_like": lambda t: torch.zeros_like(t, dtype=torch.float32),
+    "layer": lambda t: torch.nn.functional.linear(t, torch.ones(2, D_SAE).double(), torch.ones(2).double()),
+    "copy": lambda t: copy.deepcopy(t.detach()),
+    "pickle": lambda t: pickle.loads(pickle.dumps(t.detach())),
+    "numpy": lambda t: torch.from_numpy(t.detach().numpy()),
+    "list": lambda t: torch.tensor(t.tolist(), dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_whoever_reads_gets_what_the_dense_tensor_gives(name, weights):
+    values, indices = code()
+    pairs = (PreActs(*weights), dense_pre_acts(weights)), (Features(values, indices, D_SAE), dense_features(*code()))
+    for found, wanted in pairs:
+        result = READS[name](found)
+        assert type(result) is torch.Tensor
+        torch.testing.assert_close(result, READS[name](wanted), rtol=0, atol=0)
+
+
+def test_the_text_of_it_is_that_of_the_dense_tensor(weights):
+    assert repr(PreActs(*weights).detach()) == repr(dense_pre_acts(weights).detach())
+
+
+def test_metadata_needs_no_dense_tensor(weights, never_dense):
+    for found in (PreActs(*weights), Features(*code(), D_SAE)):
+        assert isinstance(found, torch.Tensor)
+        assert found.shape == found.size() == (N, D_SAE)
+        assert (found.dim(), found.ndim, len(found), found.numel()) == (2, 2, N, N * D_SAE)
+        assert (found.dtype, found.device.type, found.is_floating_point()) == (torch.float64, "cpu", True)
+        assert {found: 1}[found] == 1
+
+
+def test_the_gradient_is_that_of_the_dense_tensor(weights):
+    values, indices = code()
+    scale = torch.rand(N, D_SAE, dtype=torch.float64)
+    for found, wanted, inputs in (
+        (PreActs(*weights), dense_pre_acts(weights), weights),
+        (Features(values, indices, D_SAE), dense_features(values, indices), [values]),
+    ):
+        gradients = (torch.autograd.grad((of * scale).sum(), inputs) for of in (found, wanted))
+        for mine, theirs in zip(*gradients, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+def test_a_gradient_is_recorded_as_where_it_was_made(weights):
+    recorded = PreActs(*weights)
+    with torch.no_grad():
+        assert recorded.sum() > 0  # it becomes dense here
+        not_recorded = PreActs(*weights)
+    assert (recorded * 2).requires_grad
+    assert not (not_recorded * 2).requires_grad
+
+
+def test_what_is_written_stays():
+    found, wanted = Features(*code(), D_SAE), dense_features(*code())
+    with torch.no_grad():
+        for tensor in (found, wanted):
+            tensor[:, 4] = 3
+            tensor.mul_(2)
+        W_dec = torch.rand(D_IN, D_SAE, dtype=torch.float64)
+        torch.testing.assert_close(linear(found, W_dec), linear(wanted, W_dec), rtol=0, atol=0)
+
+
+def test_the_decoders_product_is_sparse(never_dense):
+    W_dec = torch.rand(D_IN, D_SAE, dtype=torch.float64, requires_grad=True)
+    values, indices = code()
+    found = torch.nn.functional.linear(Features(values, indices, D_SAE), W_dec)
+    wanted = dense_features(values, indices) @ W_dec.T
+    torch.testing.assert_close(found, wanted, rtol=1e-13, atol=0)
+    grad = torch.randn_like(found)
+    gradients = (torch.autograd.grad(of, (values, W_dec), grad) for of in (found, wanted))
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("k", [1, 4, torch.tensor(2)])
+@pytest.mark.parametrize("only", [None, 4, D_SAE])
+def test_topk_of_pre_activations_is_encoded(k, only, weights, never_dense):
+    chosen = torch.zeros(D_SAE, dtype=torch.bool)
+    chosen[torch.randperm(D_SAE)[:only]] = True
+    pre_acts, wanted = PreActs(*weights), linear(*weights)  # not relu'd: no ties at zero
+    if only is not None:
+        pre_acts = torch.where(chosen[None], pre_acts, -math.inf)
+        wanted = torch.where(chosen, wanted, -math.inf)
+    values, indices = pre_acts.topk(k, sorted=False)
+    found = wanted.topk(int(k))
+    assert torch.equal(indices, found.indices)
+    torch.testing.assert_close(values, found.values.relu(), rtol=1e-13, atol=0)
+    grad = torch.randn_like(values)
+    gradients = torch.autograd.grad(values, weights, grad), torch.autograd.grad(found.values.relu(), weights, grad)
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_more_than_there_are_is_the_dense_tensors_business(weights):
+    few = torch.where(torch.arange(D_SAE)[None] < 2, PreActs(*weights), -math.inf)
+    assert few.topk(3).values[:, 2].eq(-math.inf).all()
+    with pytest.raises(RuntimeError, match="out of range"):
+        PreActs(*weights).topk(D_SAE + 1)
+
+
+def test_a_code_scattered_into_zeros_is_a_code(weights, never_dense):
+    values, indices = code()
+    features = torch.zeros_like(PreActs(*weights))
+    assert features.scatter_(dim=-1, index=indices, src=values) is features
+    W_dec = torch.rand(D_IN, D_SAE, dtype=torch.float64)
+    wanted = dense_features(values, indices) @ W_dec.T
+    torch.testing.assert_close(torch.nn.functional.linear(features, W_dec), wanted, rtol=1e-13, atol=0)
+
+
+def test_a_feature_scattered_twice_counts_once(weights):
+    values, indices = code()
+    indices[:, 1] = indices[:, 0]
+    features = torch.zeros_like(PreActs(*weights)).scatter_(-1, indices, values.detach())
+    wanted = torch.zeros(N, D_SAE, dtype=torch.float64).scatter_(-1, indices, values.detach())
+    torch.testing.assert_close(features, wanted, rtol=0, atol=0)
+
+
+def test_pre_activations_of_weights_that_changed_are_an_error(weights):
+    pre_acts = PreActs(*weights)
+    with torch.no_grad():
+        weights[1].mul_(2)
+    for read in (lambda: pre_acts.sum(), lambda: pre_acts.topk(2)):
+        with pytest.raises(RuntimeError, match="weights that were changed since they encoded"):
+            read()
+
+
+def test_autocast_holds_where_it_was_on_when_they_were_made(weights):
+    weights = [tensor.detach().float() for tensor in weights]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pre_acts, wanted = PreActs(*weights), linear(*weights).relu()
+    assert pre_acts.dtype == pre_acts.sum().dtype == torch.bfloat16
+    torch.testing.assert_close(pre_acts + 0, wanted, rtol=0, atol=0)
+
+
+def test_inference_mode(weights):
+    with torch.inference_mode():
+        pre_acts = PreActs(weights[0] - 1, *weights[1:])
+        wanted = linear(weights[0] - 1, *weights[1:]).relu()
+    torch.testing.assert_close(pre_acts + 0, wanted, rtol=0, atol=0)
