@@ -267,10 +267,12 @@ TOPK_STEP = Case(
         "PyTorch dense, compiled": plain.step(plain.dense_autoencode, compile_it=True),
         "PyTorch sparse": plain.step(plain.sparse_autoencode),
         "sparsify": peers.sparsify,
+        "sparsify, patched": peers.sparsify_patched,
         "SAELens": peers.sae_lens,
         "SAELens, sparse activations": peers.sae_lens_sparse,
         "SAELens, patched": peers.sae_lens_patched,
         "dictionary_learning": peers.dictionary_learning,
+        "dictionary_learning, patched": peers.dictionary_learning_patched,
     },
 )
 CONTEXTUAL_STEP = Case(

@@ -94,6 +94,9 @@ def sparsify(data: Data) -> Built:
     return state.built(run)
 
 
+sparsify_patched = _patched("sparsify", sparsify)
+
+
 def sae_lens(data: Data) -> Built:
     """SAELens's TopKTrainingSAE, by `SAETrainer.step`."""
     return _sae_lens(data, sparse=False)
@@ -185,6 +188,9 @@ def dictionary_learning(data: Data) -> Built:
             trainer.update(2000, acts)
 
     return state.built(run)
+
+
+dictionary_learning_patched = _patched("dictionary_learning", dictionary_learning)
 
 
 def _undo_nnsight() -> None:

@@ -16,7 +16,8 @@ from csae.errors import UserError
 CPU = torch.device("cpu")
 TINY = Shape("tiny", 32, 16, 64, 4, T=16, heads=2, d_head=16, d_value=16)
 COMPILED = "PyTorch dense, compiled"
-SECONDS_OF_PEERS = ("sparsify", "SAELens", "SAELens, sparse activations", "SAELens, patched", "dictionary_learning")
+PEERS = ("sparsify", "SAELens", "dictionary_learning")
+SECONDS_OF_PEERS = (*PEERS, *(f"{name}, patched" for name in PEERS), "SAELens, sparse activations")
 CEILINGS = Ceilings(1e10, 1e9)
 
 
