@@ -17,7 +17,7 @@ D_IN, D_SAE, K = 7, 19, 3  # no two alike, no multiple of a block
 def needs(package: str) -> pytest.MarkDecorator:
     """Skips a test where the package can't be imported."""
     missing = importlib.util.find_spec(package) is None
-    return pytest.mark.skipif(missing, reason=f"{package} is not installed: `make test-peers` has it")
+    return pytest.mark.skipif(missing, reason=f"{package} is not installed")
 
 
 def topk(scale: float = 1.0, k: int = K, dtype: torch.dtype = torch.float32) -> TopKSAE:
