@@ -9,10 +9,12 @@ from .feature_rows import adam_rows, feature_sums, sort_pairs
 from .library import available, describe, warn_once, why_not
 from .lookback_attention import lookback_backward, lookback_forward
 from .read_memory import read_memory
+from .round_rows import Rounded, round_rows
 from .sparse_sums import feature_sum, gather_dot, gather_sum
-from .topk_rows import topk_add, topk_capacity, topk_finish, topk_start
+from .topk_rows import topk_add, topk_capacity, topk_finish, topk_settle, topk_start
 
 __all__ = [
+    "Rounded",
     "adam_rows",
     "available",
     "describe",
@@ -24,10 +26,12 @@ __all__ = [
     "lookback_backward",
     "lookback_forward",
     "read_memory",
+    "round_rows",
     "sort_pairs",
     "topk_add",
     "topk_capacity",
     "topk_finish",
+    "topk_settle",
     "topk_start",
     "warn_once",
     "why_not",

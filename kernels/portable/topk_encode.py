@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import cpu
-from . import on_native
+from . import on_native, topk_coarse
 
 # Pre-activations of one tile, and the candidates of its rows.
 TILE_BYTES = 12 << 20
@@ -35,13 +35,36 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor
     Selection is on float32 pre-activations (float64 for float64 input), whatever the input's dtype.
     """
     values, indices = _output(x, k)
+    bias = b_enc.to(values.dtype)
+    stored = x.dtype == W_enc.dtype and x.dtype in (torch.float32, torch.bfloat16)
+    if stored and on_native(values) and topk_coarse.worthwhile(x, W_enc, k):
+        _encode_coarsely(x, W_enc, bias, k, values, indices)
+    else:
+        _encode(x, W_enc, bias, k, values, indices)
+    return values.to(x.dtype), indices
+
+
+def _encode(x: Tensor, W_enc: Tensor, bias: Tensor, k: int, values: Tensor, indices: Tensor) -> None:
+    """topk_encode into values and indices, in the dtype of values."""
     rows, columns = _tile(x, W_enc.shape[0], k)
     workspace = _large((rows * columns,), values)
-    bias = b_enc.to(values.dtype)
     for here in _slices(x.shape[0], rows):
         tiles = _products(x[here].to(values.dtype), W_enc, columns, workspace)
         _select(tiles, bias, k, values[here], indices[here])
-    return values.to(x.dtype), indices
+
+
+def _encode_coarsely(x: Tensor, W_enc: Tensor, bias: Tensor, k: int, values: Tensor, indices: Tensor) -> None:
+    """The same by `topk_coarse`, and for the rows that it leaves unsettled as ever."""
+    rows, columns = _tile(x, W_enc.shape[0], topk_coarse.candidates(k))
+    W_enc = W_enc if W_enc.stride(1) == 1 else W_enc.contiguous()
+    for here in _slices(x.shape[0], rows):
+        acts = x[here].float().contiguous()
+        settled = topk_coarse.topk_encode(acts, W_enc, bias, k, columns, values[here], indices[here])
+        if not settled.all():
+            left = (~settled).nonzero().squeeze(1)
+            found = _output(acts[left], k)
+            _encode(acts[left], W_enc, bias, k, *found)
+            values[here][left], indices[here][left] = found
 
 
 def encode_and_keep(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -43,10 +43,13 @@ struct csae_topk {
     int64_t n, k, capacity;
 };
 
-// Takes in pre_acts [n, width] + bias [width], whose columns are first_column and on. Tiles come in the order of
-// columns, and no column is 2^31 or more. Nothing is written to pre_acts.
-CSAE_EXPORT int csae_topk_add(const csae_topk* best, const float* pre_acts, int64_t pre_acts_stride, const float* bias,
-                              int64_t width, int64_t first_column, int n_threads);
+// What a matrix that may be either holds.
+enum csae_type : int { csae_float32 = 0, csae_bfloat16 = 1 };
+
+// Takes in pre_acts [n, width], of that type, + bias [width], whose columns are first_column and on. Tiles come in the
+// order of columns, and no column is 2^31 or more. Nothing is written to pre_acts.
+CSAE_EXPORT int csae_topk_add(const csae_topk* best, const void* pre_acts, int64_t pre_acts_stride, int type,
+                              const float* bias, int64_t width, int64_t first_column, int n_threads);
 
 // The k largest of each row, relu'd: values [n, k], indices [n, k]. Largest first, equal ones (-0.0 and 0.0 are equal)
 // by lower index first, selected before the relu. A row with a NaN gives k NaN at indices 0..k-1. Needs k columns or
@@ -54,8 +57,20 @@ CSAE_EXPORT int csae_topk_add(const csae_topk* best, const float* pre_acts, int6
 CSAE_EXPORT int csae_topk_finish(const csae_topk* best, float* values, int64_t values_stride, int64_t* indices,
                                  int64_t indices_stride, int n_threads);
 
-// What a table or its moments hold.
-enum csae_type : int { csae_float32 = 0, csae_bfloat16 = 1 };
+// Another end, where the tiles were products of bfloat16 numbers: the k largest of each row of x table^T + bias in
+// float32, k < best->k, as csae_topk_finish has them, from the best->k candidates. x [n, d], table [d_sae, d] of that
+// type, bias [d_sae], its largest absolute value. errors [n]: no pre-activation of the row was off by more than that,
+// beside the rounding of the product to bfloat16; what is added up in another order may be too. settled [n]: 1 where
+// this is proven; where it is 0, the row's values and indices hold nothing.
+CSAE_EXPORT int csae_topk_settle(const csae_topk* best, int64_t k, const float* x, int64_t x_stride, const void* table,
+                                 int64_t table_stride, int64_t d_sae, int64_t d, int type, const float* bias,
+                                 float largest_bias, const float* errors, float* values, int64_t values_stride,
+                                 int64_t* indices, int64_t indices_stride, uint8_t* settled, int n_threads);
+
+// rounded [n, d]: rows [n, d] as bfloat16, to the nearest. lengths [n]: of the rows; errors [n]: the length of what
+// was taken by rounding.
+CSAE_EXPORT int csae_round_rows(const float* rows, int64_t rows_stride, int64_t n, int64_t d, void* rounded,
+                                int64_t rounded_stride, float* lengths, float* errors, int n_threads);
 
 // out [n, d]: out_i = sum over j of values_ij * table[indices_ij], of table's type, summed in float32.
 // values, indices [n, k], table [d_sae, d].

@@ -15,22 +15,24 @@
 namespace csae {
 namespace {
 
-// A tile lies row after row, mostly in L3: this many floats are fetched ahead, which is often the next row.
+// A tile lies row after row, mostly in L3: this many columns are fetched ahead, which is often the next row.
 constexpr int64_t ahead = 512;
 
-CSAE_INLINE void fetch_block(const float* row) {
-    for (int64_t c = 0; c < block_width; c += 16) __builtin_prefetch(row + c);
+template <class T>
+CSAE_INLINE void fetch_block(const T* row) {
+    for (int64_t c = 0; c < block_width; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + c);
 }
 
 // --- in plain C++: compiled for each instruction set -------------------------------------------------------
 
-CSAE_INLINE void group_maxima(const float* row, const float* bias, int64_t n, int32_t* order, int64_t groups) {
+template <class T>
+CSAE_INLINE void group_maxima(const T* row, const float* bias, int64_t n, int32_t* order, int64_t groups) {
     for (int64_t g = 0; g < groups; g += group_unit) {
         int32_t maxima[group_unit];
         for (int32_t& maximum : maxima) maximum = std::numeric_limits<int32_t>::min();
         for (int64_t c = g; c < n; c += groups) {
             for (int64_t l = 0; l < group_unit; ++l) {
-                const int32_t here = ordered(row[c + l] + bias[c + l]);
+                const int32_t here = ordered(load<1>(row + c + l).x[0] + bias[c + l]);
                 maxima[l] = here > maxima[l] ? here : maxima[l];
             }
         }
@@ -74,23 +76,25 @@ CSAE_INLINE void rank(int64_t* keys, int64_t n, int64_t* ranks) {
 
 // --- portable ----------------------------------------------------------------------------------------------
 
-int64_t find_portable(const float* row, const float* bias, int64_t n_blocks, float threshold, int32_t* blocks,
+template <class T>
+int64_t find_portable(const T* row, const float* bias, int64_t n_blocks, float threshold, int32_t* blocks,
                       uint64_t* columns) {
     int64_t found = 0;
     for (int64_t b = 0; b < n_blocks; ++b, row += block_width, bias += block_width) {
         // A compiler makes vectors of this loop, and not of the one that shifts.
         int32_t any = 0;
-        for (int64_t c = 0; c < block_width; ++c) any |= !(row[c] + bias[c] < threshold);
+        for (int64_t c = 0; c < block_width; ++c) any |= !(load<1>(row + c).x[0] + bias[c] < threshold);
         if (any == 0) continue;
         uint64_t bits = 0;
-        for (int64_t c = 0; c < block_width; ++c) bits |= static_cast<uint64_t>(!(row[c] + bias[c] < threshold)) << c;
+        for (int64_t c = 0; c < block_width; ++c) bits |= static_cast<uint64_t>(!(load<1>(row + c).x[0] + bias[c] < threshold)) << c;
         blocks[found] = static_cast<int32_t>(b);
         columns[found++] = bits;
     }
     return found;
 }
 
-void group_maxima_portable(const float* row, const float* bias, int64_t n, int32_t* order, int64_t groups) {
+template <class T>
+void group_maxima_portable(const T* row, const float* bias, int64_t n, int32_t* order, int64_t groups) {
     group_maxima(row, bias, n, order, groups);
 }
 
@@ -100,13 +104,17 @@ int32_t bound_of_kth_portable(const int32_t* order, int64_t n, int64_t k, bool& 
 
 void rank_portable(int64_t* keys, int64_t n, int64_t* ranks) { rank(keys, n, ranks); }
 
-constexpr TopkScan portable = {find_portable, group_maxima_portable, bound_of_kth_portable, rank_portable};
+constexpr TopkScan portable = {{find_portable<float>, group_maxima_portable<float>},
+                             {find_portable<BFloat16>, group_maxima_portable<BFloat16>},
+                             bound_of_kth_portable,
+                             rank_portable};
 
 #if CSAE_X86
 
 // --- AVX2 --------------------------------------------------------------------------------------------------
 
-CSAE_AVX2 int64_t find_avx2(const float* row, const float* bias, int64_t n_blocks, float threshold, int32_t* blocks,
+template <class T>
+CSAE_AVX2 int64_t find_avx2(const T* row, const float* bias, int64_t n_blocks, float threshold, int32_t* blocks,
                             uint64_t* columns) {
     const __m256 t = _mm256_set1_ps(threshold);
     int64_t found = 0;
@@ -114,7 +122,7 @@ CSAE_AVX2 int64_t find_avx2(const float* row, const float* bias, int64_t n_block
         fetch_block(row + ahead);
         uint64_t bits = 0;
         for (int c = 0; c < block_width; c += 8) {
-            const __m256 x = _mm256_add_ps(_mm256_loadu_ps(row + c), _mm256_loadu_ps(bias + c));
+            const __m256 x = _mm256_add_ps((__m256)load<8>(row + c).x, _mm256_loadu_ps(bias + c));
             const int not_below = _mm256_movemask_ps(_mm256_cmp_ps(x, t, _CMP_NLT_UQ));
             bits |= static_cast<uint64_t>(static_cast<uint32_t>(not_below)) << c;
         }
@@ -126,7 +134,8 @@ CSAE_AVX2 int64_t find_avx2(const float* row, const float* bias, int64_t n_block
     return found;
 }
 
-CSAE_AVX2 void group_maxima_avx2(const float* row, const float* bias, int64_t n, int32_t* order, int64_t groups) {
+template <class T>
+CSAE_AVX2 void group_maxima_avx2(const T* row, const float* bias, int64_t n, int32_t* order, int64_t groups) {
     group_maxima(row, bias, n, order, groups);
 }
 
@@ -136,15 +145,20 @@ CSAE_AVX2 int32_t bound_of_kth_avx2(const int32_t* order, int64_t n, int64_t k, 
 
 CSAE_AVX2 void rank_avx2(int64_t* keys, int64_t n, int64_t* ranks) { rank(keys, n, ranks); }
 
-constexpr TopkScan avx2 = {find_avx2, group_maxima_avx2, bound_of_kth_avx2, rank_avx2};
+constexpr TopkScan avx2 = {{find_avx2<float>, group_maxima_avx2<float>},
+                             {find_avx2<BFloat16>, group_maxima_avx2<BFloat16>},
+                             bound_of_kth_avx2,
+                             rank_avx2};
 
 // --- AVX-512 -----------------------------------------------------------------------------------------------
 
-CSAE_AVX512 inline __m512 sum_avx512(const float* row, const float* bias) {
-    return _mm512_add_ps(_mm512_loadu_ps(row), _mm512_loadu_ps(bias));
+template <class T>
+CSAE_AVX512 inline __m512 sum_avx512(const T* row, const float* bias) {
+    return _mm512_add_ps((__m512)load<16>(row).x, _mm512_loadu_ps(bias));
 }
 
-CSAE_AVX512 int64_t find_avx512(const float* row, const float* bias, int64_t n_blocks, float threshold,
+template <class T>
+CSAE_AVX512 int64_t find_avx512(const T* row, const float* bias, int64_t n_blocks, float threshold,
                                 int32_t* blocks, uint64_t* columns) {
     const __m512 t = _mm512_set1_ps(threshold);
     int64_t found = 0;
@@ -163,7 +177,8 @@ CSAE_AVX512 int64_t find_avx512(const float* row, const float* bias, int64_t n_b
     return found;
 }
 
-CSAE_AVX512 void group_maxima_avx512(const float* row, const float* bias, int64_t n, int32_t* order, int64_t groups) {
+template <class T>
+CSAE_AVX512 void group_maxima_avx512(const T* row, const float* bias, int64_t n, int32_t* order, int64_t groups) {
     group_maxima(row, bias, n, order, groups);
 }
 
@@ -173,7 +188,10 @@ CSAE_AVX512 int32_t bound_of_kth_avx512(const int32_t* order, int64_t n, int64_t
 
 CSAE_AVX512 void rank_avx512(int64_t* keys, int64_t n, int64_t* ranks) { rank(keys, n, ranks); }
 
-constexpr TopkScan avx512 = {find_avx512, group_maxima_avx512, bound_of_kth_avx512, rank_avx512};
+constexpr TopkScan avx512 = {{find_avx512<float>, group_maxima_avx512<float>},
+                             {find_avx512<BFloat16>, group_maxima_avx512<BFloat16>},
+                             bound_of_kth_avx512,
+                             rank_avx512};
 
 #endif
 

@@ -1,4 +1,5 @@
 // Each function of the native CPU library must refuse what it can't work on: one argument at a time is made impossible.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -38,9 +39,10 @@ void impossible_arguments() {
     float threshold[2] = {};
     csae_topk best = {order, columns, threshold, count, 2, 2, 80};
     int64_t width = 2, first_column = 0;
+    int type = csae_float32;
     const auto add = [&] {
         count[0] = 2;
-        return csae_topk_add(&best, first, first_stride, second, width, first_column, n_threads);
+        return csae_topk_add(&best, first, first_stride, type, second, width, first_column, n_threads);
     };
     const auto finish = [&] {
         return csae_topk_finish(&best, out, out_stride, indices, indices_stride, n_threads);
@@ -60,13 +62,47 @@ void impossible_arguments() {
     refused<int64_t>(add, {&first_stride, &width, &first_column}, -1);
     refused<int64_t>(add, {&width, &first_column}, int64_t{1} << 31);
     refused<const float*>(add, {&first, &second}, nullptr);
+    refused(add, {&type}, 2);
     both(finish);
     refused(finish, {&count[0]}, 1);  // fewer than k candidates
     refused<int64_t>(finish, {&out_stride, &indices_stride}, 1);
     refused<float*>(finish, {&out}, nullptr);
     refused<int64_t*>(finish, {&indices}, nullptr);
 
-    int type = csae_float32;
+    const float errors_of_rows[2] = {}, *errors = errors_of_rows;
+    uint8_t settled_rows[2] = {}, *settled = settled_rows;
+    int64_t k_of_two = 1, x_stride = 2;
+    int32_t two_columns[2 * 80] = {0, 1};
+    two_columns[81] = 1;
+    best.columns = two_columns;
+    const auto settle = [&] {
+        return csae_topk_settle(&best, k_of_two, first, x_stride, second, second_stride, d_sae, d, type, first, 0.0f,
+                                errors, out, out_stride, indices, indices_stride, settled, n_threads);
+    };
+    both(settle);
+    refused(settle, {&count[0]}, 1);
+    refused<int64_t>(settle, {&x_stride, &second_stride, &d_sae, &d, &k_of_two}, -1);
+    refused<int64_t>(settle, {&d_sae}, 1);
+    refused<int64_t>(settle, {&k_of_two}, 2);  // as many as there are candidates
+    refused<int64_t>(settle, {&out_stride, &indices_stride}, 0);
+    refused<const float*>(settle, {&first, &second, &errors}, nullptr);
+    refused<float*>(settle, {&out}, nullptr);
+    refused<int64_t*>(settle, {&indices}, nullptr);
+    refused<uint8_t*>(settle, {&settled}, nullptr);
+    refused(settle, {&type}, 2);
+    std::fill_n(indices, 4, 0);
+
+    int64_t room[4] = {}, *rounded = room;
+    const auto round = [&] {
+        return csae_round_rows(first, first_stride, n, d, rounded, out_stride, out, lse, n_threads);
+    };
+    refused<int64_t>(round, {&first_stride, &n, &d, &out_stride}, -1);
+    refused<int64_t>(round, {&out_stride}, 1);
+    refused<const float*>(round, {&first}, nullptr);
+    refused<int64_t*>(round, {&rounded}, nullptr);
+    refused<float*>(round, {&out, &lse}, nullptr);
+    refused(round, {&n_threads}, 0);
+
     const auto gather_sum = [&] {
         return csae_gather_sum(first, first_stride, indices, indices_stride, n, k, second, second_stride, d_sae, d,
                                type, out, out_stride, n_threads);

@@ -1,0 +1,172 @@
+"""topk_encode by a coarse product in bfloat16, proven in float32: run here whether or not this CPU multiplies fast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from csae import reference
+from csae.kernels import cpu
+from csae.kernels.portable import topk_coarse, topk_encode
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="the native library was not built")
+
+N, D_IN, D_SAE, K = 300, 130, 1600, 7
+
+
+@pytest.fixture(autouse=True)
+def settled(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Makes the coarse way the one that is taken. Gives which rows were settled, in each of its calls."""
+    found = []
+    coarsely = topk_coarse.topk_encode
+
+    def noted(*arguments) -> Tensor:
+        found.append(coarsely(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(topk_coarse, "has_bfloat16_units", lambda: True)
+    monkeypatch.setattr(topk_coarse, "topk_encode", noted)
+    return found
+
+
+def given(seed: int = 0, n: int = N, d_in: int = D_IN, d_sae: int = D_SAE) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x, W_enc = (torch.randn(size, d_in, generator=generator) for size in (n, d_sae))
+    return x, W_enc / d_in**0.5, 0.1 * torch.randn(d_sae, generator=generator)
+
+
+def check(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int = K) -> None:
+    """Against the definition in float64; where two features are as good as equal, either may be chosen."""
+    values, indices = topk_encode.topk_encode(x, W_enc, b_enc, k)
+    wanted = reference.topk_encode(x.double(), W_enc.double(), b_enc.double(), k)
+    pre_acts = x.double() @ W_enc.double().T + b_enc.double()
+    close = {"rtol": 1e-5 if x.dtype == torch.float32 else 2**-8, "atol": 1e-5 * float(pre_acts.abs().max())}
+    torch.testing.assert_close(values.double(), wanted[0], **close)
+    torch.testing.assert_close(pre_acts.gather(1, indices).relu(), wanted[0], rtol=1e-5, atol=close["atol"])
+    assert all(len(row.unique()) == k for row in indices)
+
+
+@pytest.mark.parametrize(
+    ("n", "d_in", "d_sae", "k"), [(N, D_IN, D_SAE, K), (257, 128, 2977, 60), (2500, 191, 1024, 16), (256, 576, 640, 1)]
+)
+def test_it_is_the_definition(n: int, d_in: int, d_sae: int, k: int, settled: list[Tensor]) -> None:
+    check(*given(1, n, d_in, d_sae), k)
+    assert torch.cat(settled).float().mean() > 0.99
+
+
+def test_the_same_features_as_by_the_product_in_float32(settled: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    x, W_enc, b_enc = given(2)
+    values, indices = topk_encode.topk_encode(x, W_enc, b_enc, K)
+    monkeypatch.setattr(topk_coarse, "has_bfloat16_units", lambda: False)
+    wanted = topk_encode.topk_encode(x, W_enc, b_enc, K)
+    assert torch.equal(indices, wanted[1])
+    torch.testing.assert_close(values, wanted[0])
+    assert len(settled) == 1
+
+
+@pytest.mark.parametrize("aligned", [1, -1])
+def test_rounding_that_adds_up(aligned: int, settled: list[Tensor]) -> None:
+    """Every number is halfway between two of bfloat16, and rounds the same way, where that does the most harm."""
+    x, W_enc, b_enc = given(3)
+    x = x.sign() * (1 + 2**-8)
+    # Half of the features are rounded to more than they are, the others to less: 1% apart, which the bound must span.
+    W_enc[::2] = (1 + aligned * 2**-8) * x[:1].sign()
+    W_enc[1::2] = (1 + (2 - aligned) * 2**-8) * x[:1].sign()
+    W_enc *= torch.where(torch.rand(W_enc.shape, generator=torch.Generator().manual_seed(0)) < 0.2, -1, 1)
+    check(x, W_enc, b_enc)
+
+
+def test_more_that_can_not_be_told_apart_than_there_are_candidates(settled: list[Tensor]) -> None:
+    x, W_enc, b_enc = given(4)
+    W_enc[::3] = W_enc[0] * (1 + 1e-5 * torch.randn(len(W_enc[::3]), 1, generator=torch.Generator().manual_seed(1)))
+    b_enc[::3] = 9.0
+    check(x, W_enc, b_enc)
+    assert not torch.cat(settled).any()
+
+
+def test_some_rows_unsettled(settled: list[Tensor]) -> None:
+    x, W_enc, b_enc = given(5)
+    x[::5] = 0  # every pre-activation is its bias, of which many are alike
+    b_enc = (8 * b_enc).round() / 8
+    check(x, W_enc, b_enc)
+    assert not torch.cat(settled)[::5].any()
+    assert torch.cat(settled).float().mean() > 0.75
+
+
+def test_equal_features_by_lower_index_first(settled: list[Tensor]) -> None:
+    x, W_enc, b_enc = given(6)
+    W_enc[800:], b_enc[800:] = W_enc[:800].clone(), b_enc[:800].clone()
+    _, indices = topk_encode.topk_encode(x, W_enc, b_enc, 8)
+    assert torch.equal(indices[:, 1::2], indices[:, ::2] + 800)
+    check(x, W_enc, b_enc, 8)
+    assert torch.cat(settled).any()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e37, 1e-41, 1e-25, 1e25])
+@pytest.mark.parametrize("where", ["x", "W_enc", "b_enc"])
+def test_numbers_that_are_none_or_far_off(value: float, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, W_enc, b_enc = given(7)
+    {"x": x, "W_enc": W_enc, "b_enc": b_enc}[where][3] = value
+    values, indices = topk_encode.topk_encode(x, W_enc, b_enc, K)
+    monkeypatch.setattr(topk_coarse, "has_bfloat16_units", lambda: False)
+    wanted = topk_encode.topk_encode(x, W_enc, b_enc, K)
+    torch.testing.assert_close(values, wanted[0], equal_nan=True)
+    assert torch.equal(indices, wanted[1])
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-18, 1e15])
+def test_any_unit(scale: float) -> None:
+    x, W_enc, b_enc = given(8)
+    check(x * scale, W_enc, b_enc * scale)
+
+
+def test_bfloat16(settled: list[Tensor]) -> None:
+    x, W_enc, b_enc = (tensor.bfloat16() for tensor in given(9))
+    check(x, W_enc, b_enc)
+    assert torch.cat(settled).float().mean() > 0.99
+
+
+def test_tables_that_lie_otherwise(settled: list[Tensor]) -> None:
+    x, W_enc, b_enc = given(10)
+    wanted = topk_encode.topk_encode(x, W_enc, b_enc, K)
+    others = (x.T.contiguous().T, W_enc.T.contiguous().T), (x.repeat(1, 2)[:, :D_IN], W_enc.repeat(1, 2)[:, :D_IN])
+    for x_there, W_there in others:
+        values, indices = topk_encode.topk_encode(x_there, W_there, b_enc, K)
+        torch.testing.assert_close(values, wanted[0])
+        assert torch.equal(indices, wanted[1])
+    assert len(settled) == 3
+
+
+def test_the_bound_holds(settled: list[Tensor]) -> None:
+    """What is compared with the bound here: every entry of the product, before it is rounded."""
+    x, W_enc, b_enc = given(11)
+    acts, table = cpu.round_rows(x), cpu.round_rows(W_enc)
+    errors = topk_coarse.error_bound(acts, float(table.lengths.max()), float(table.errors.max()), b_enc)
+    off = (acts.rows.double() @ table.rows.double().T - x.double() @ W_enc.double().T).abs().amax(dim=1)
+    assert (off <= errors).all()
+    assert (off > errors / 20).all()  # and is no more than it must be for numbers as random as these
+    one = x[:1].expand(2, -1)
+    assert topk_coarse.error_bound(cpu.round_rows(one * torch.inf), 1.0, 1.0, b_enc).isfinite().sum() == 0
+
+
+def test_round_rows() -> None:
+    rows = torch.randn(5, 37)
+    found = cpu.round_rows(rows)
+    assert torch.equal(found.rows, rows.bfloat16())
+    torch.testing.assert_close(found.lengths, rows.norm(dim=1))
+    torch.testing.assert_close(found.errors, (rows - rows.bfloat16().float()).norm(dim=1), rtol=1e-3, atol=0)
+    with pytest.raises(TypeError, match=r"rows: given torch.float64"):
+        cpu.round_rows(rows.double())
+
+
+def test_settle_refuses() -> None:
+    x, W_enc, b_enc = given(12, n=3)
+    best = cpu.topk_start(3, D_SAE, 20)
+    cpu.topk_add(best, (x.bfloat16() @ W_enc.bfloat16().T), b_enc, 0)
+    with pytest.raises(ValueError, match=r"table: given shape \[1600, 129\]; needed \[any, 130\]"):
+        cpu.topk_settle(best, 4, x, W_enc[:, :-1], b_enc, torch.zeros(3))
+    with pytest.raises(ValueError, match=r"topk_settle: .* refused"):
+        cpu.topk_settle(best, 20, x, W_enc, b_enc, torch.zeros(3))
+    with pytest.raises(ValueError, match=r"best: holds a column of 1000 or more"):
+        cpu.topk_settle(best, 4, x, W_enc[:1000], b_enc[:1000], torch.zeros(3))
