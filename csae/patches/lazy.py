@@ -56,6 +56,8 @@ class Lazy(Tensor):
     """A tensor of this shape, dtype and device that `source` makes when it is first read."""
 
     content: _Content
+    note: Any = None
+    """what its maker leaves with it, for itself"""
 
     @staticmethod
     def __new__(

@@ -1,7 +1,8 @@
-"""SAELens: `TopKSAE` and `TopKTrainingSAE` encode with `topk_encode` and decode with `sparse_decode`.
+"""SAELens: its TopK and BatchTopK SAEs encode with `topk_encode` and decode with `sparse_decode`.
 
-Three functions are replaced: `TopKSAE.encode`, `TopKTrainingSAE.encode_with_hidden_pre`, and `act_times_W_dec`, which
-both decoders call. All else is the library's: configs, state dicts, files, hooks, the trainer and its dense Adam.
+Four functions are replaced: `TopKSAE.encode`, `TopKTrainingSAE.encode_with_hidden_pre`, `act_times_W_dec`, which the
+decoders call, and `BatchTopKTrainingSAE.update_topk_threshold`, which reads the activations. All else is the library's:
+configs, state dicts, files, hooks, the trainer and its dense Adam.
 
 What was a dense [n, d_sae] tensor, the activations and hidden_pre, is a `Lazy` one: a torch.Tensor that reads like the
 library's, is part of autograd's graph, and is made only when something reads it. A training step of `SAETrainer` makes
@@ -12,12 +13,14 @@ Which code runs:
 - hooks on `hook_sae_acts_pre`: the library's. On `hook_sae_acts_post`: ours, and the hook gets an ordinary dense tensor
   (with use_sparse_activations too: the library makes one there). Other hooks: ours.
 - dead neurons, and so their auxiliary loss: ours, and the library's loss, which makes hidden_pre and reads it whole.
+- `BatchTopKTrainingSAE`: ours, and exact, where no token has more than 4 k active features; else the library's choice
+  from a dense hidden_pre. Its Matryoshka kind likewise, but its inner levels read the dense activations.
 - autocast, torch.compile, torch.func, another activation function, a k above d_sae: the library's.
-- `BatchTopKTrainingSAE` and its Matryoshka kind choose over the batch, not over a token: the library's.
 
 Results are the library's to the rounding of the dtype, but where it is arbitrary or broken:
 
-- of equal pre-activations at the edge of the k, the lower index is chosen; the library's choice is torch.topk's;
+- of equal pre-activations at the edge of the k, the lower index is chosen, and of a batch any: the library's choice is
+  torch.topk's;
 - a token with a NaN among its pre-activations becomes k NaNs;
 - with rescale_acts_by_decoder_norm, a decoder row of norm 0 that isn't active is harmless, not NaN for all; and
   use_sparse_activations has a backward pass;
@@ -39,6 +42,7 @@ from torch.autograd.function import once_differentiable
 from csae.ops import sparse_decode, topk_encode
 
 from . import Replacement
+from .batch_topk import batch_topk
 from .lazy import Code, Lazy, dense, plain
 
 PACKAGE = "sae-lens"
@@ -48,10 +52,12 @@ TESTED = "6.54"
 def replacements() -> list[Replacement]:
     """What takes the place of what in sae_lens."""
     from sae_lens.saes import topk_sae
+    from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 
     encode_theirs = topk_sae.TopKSAE.encode
     encode_with_hidden_pre_theirs = topk_sae.TopKTrainingSAE.encode_with_hidden_pre
     act_times_W_dec_theirs = topk_sae.act_times_W_dec
+    update_topk_threshold_theirs = BatchTopKTrainingSAE.update_topk_threshold
 
     def encode(self: Any, x: Tensor) -> Tensor:
         return _encode(self, x)[0] if _takes(self) else encode_theirs(self, x)
@@ -63,23 +69,30 @@ def replacements() -> list[Replacement]:
         code = _code(feature_acts)
         if code is None or _transformed(W_dec.device):
             return act_times_W_dec_theirs(plain(feature_acts), W_dec, rescale_acts_by_decoder_norm)
-        return _Decode.apply(feature_acts, W_dec, _norms(W_dec) if rescale_acts_by_decoder_norm else None, code)
+        norms = _norms_known_to(feature_acts, W_dec) if rescale_acts_by_decoder_norm else None
+        return _Decode.apply(feature_acts, W_dec, norms, code)
+
+    def update_topk_threshold(self: Any, acts_topk: Tensor) -> None:
+        # It takes the least of the positive ones, which are all in the code.
+        code = _code(acts_topk)
+        update_topk_threshold_theirs(self, acts_topk if code is None else code.values)
 
     return [
         Replacement(topk_sae.TopKSAE, "encode", encode),
         Replacement(topk_sae.TopKTrainingSAE, "encode_with_hidden_pre", encode_with_hidden_pre),
         Replacement(topk_sae, "act_times_W_dec", act_times_W_dec),
+        Replacement(BatchTopKTrainingSAE, "update_topk_threshold", update_topk_threshold),
     ]
 
 
 def _takes(sae: Any) -> bool:
     """Whether the SAE, as it is now, is one that we encode."""
+    from sae_lens.saes.batchtopk_sae import BatchTopK
     from sae_lens.saes.topk_sae import TopK
 
     chooses = sae.activation_fn
     return (
-        type(chooses) is TopK
-        and isinstance(chooses.k, int)
+        ((type(chooses) is TopK and isinstance(chooses.k, int)) or type(chooses) is BatchTopK)
         and 1 <= chooses.k <= sae.W_enc.shape[1]
         and sae.W_enc.dtype == sae.W_dec.dtype == sae.b_enc.dtype == sae.dtype
         and not _hooked(sae.hook_sae_acts_pre)
@@ -117,11 +130,30 @@ def _encode(sae: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         acts, b_dec = acts.detach(), sae.b_dec
     norms = _norms(sae.W_dec) if sae.cfg.rescale_acts_by_decoder_norm else None
     hidden_pre = sae.hook_sae_acts_pre(_PreActs.apply(acts, b_dec, sae.W_enc, sae.b_enc, norms))
-    sparse = sae.activation_fn.use_sparse_activations
-    feature_acts = _Select.apply(hidden_pre, sae.activation_fn.k, sparse)
-    if not sparse and _hooked(sae.hook_sae_acts_post):
-        feature_acts = plain(feature_acts)
+    code = _select(hidden_pre.source, sae.activation_fn)
+    if code is None:
+        hidden_pre = plain(hidden_pre)
+        return sae.hook_sae_acts_post(sae.activation_fn(hidden_pre)), hidden_pre
+    feature_acts = _Select.apply(hidden_pre, code, getattr(sae.activation_fn, "use_sparse_activations", False))
+    if isinstance(feature_acts, Lazy):
+        if _hooked(sae.hook_sae_acts_post):
+            feature_acts = plain(feature_acts)
+        else:
+            feature_acts.note = sae.W_dec, _versions(sae.W_dec), norms
     return sae.hook_sae_acts_post(feature_acts), hidden_pre
+
+
+@torch.no_grad()
+def _select(product: _Product, activation_fn: Any) -> Code | None:
+    """What the activation function, TopK or BatchTopK, keeps of hidden_pre. None where that can't be told so."""
+    from sae_lens.saes.topk_sae import TopK
+
+    acts, W_enc, b_enc, norms, _ = product
+    if norms is not None:
+        W_enc, b_enc = W_enc * norms, b_enc * norms
+    if type(activation_fn) is not TopK:
+        return batch_topk(acts, W_enc.T, b_enc, activation_fn.k)
+    return Code(*topk_encode(acts, W_enc.T, b_enc, activation_fn.k), W_enc.shape[1])
 
 
 def _versions(*weights: Tensor) -> tuple[int, ...]:
@@ -228,17 +260,11 @@ class _PreActs(Function):
 
 
 class _Select(Function):
-    """The k largest of a token's hidden_pre, relu'd: a lazy tensor of the same shape, or a sparse one."""
+    """The code of hidden_pre, in autograd's graph: a lazy tensor of the same shape, or a sparse one."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_pre: Lazy, k: int, sparse: bool) -> Tensor:
-        product = hidden_pre.source
-        assert isinstance(product, _Product)
-        acts, W_enc, b_enc, norms, _ = product
-        if norms is not None:
-            W_enc, b_enc = W_enc * norms, b_enc * norms
-        values, indices = topk_encode(acts, W_enc.T, b_enc, k)
-        ctx.code = code = Code(values, indices, W_enc.shape[1])
+    def forward(ctx: Any, hidden_pre: Lazy, code: Code, sparse: bool) -> Tensor:
+        ctx.code = code
         return _sparse(code) if sparse else Lazy.of(code)
 
     @staticmethod
@@ -303,6 +329,16 @@ class _Norms(Function):
 
 
 _norms: Callable[[Tensor], Tensor] = _Norms.apply
+
+
+def _norms_known_to(feature_acts: Tensor, W_dec: Tensor) -> Tensor:
+    """The norms that the encoder computed, where they still hold: W_dec's gradient then goes through them once."""
+    if isinstance(feature_acts, Lazy) and feature_acts.note is not None:
+        of, versions, norms = feature_acts.note
+        tracked = W_dec.requires_grad and torch.is_grad_enabled()
+        if norms is not None and of is W_dec and versions == _versions(W_dec) and norms.requires_grad == tracked:
+            return norms
+    return _norms(W_dec)
 
 
 def _per_norm(products: Tensor, indices: Tensor, norms: Tensor) -> Tensor:

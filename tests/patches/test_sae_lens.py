@@ -284,19 +284,42 @@ def test_files_are_the_same(tmp_path):
     torch.testing.assert_close(our_out, their_out, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["BatchTopKTrainingSAE", "MatryoshkaBatchTopKTrainingSAE"])
-def test_what_chooses_over_the_batch(name):
-    def run():
-        torch.manual_seed(0)
-        widths = {"matryoshka_widths": [20, D_SAE]} if name.startswith("Matryoshka") else {}
-        config = getattr(sae_lens, f"{name}Config")(d_in=D_IN, d_sae=D_SAE, k=K, **widths)
-        trainer = trainer_of(getattr(sae_lens, name)(config))
-        for _ in range(3):
-            out = trainer.step(acts())
-        return [*trainer.sae.state_dict().values(), out.feature_acts]
+def batch_sae(name, k=K, spread=0.0):
+    """spread: how much more some tokens have than others, by the scale of their activations."""
+    torch.manual_seed(0)
+    widths = {"matryoshka_widths": [20, D_SAE]} if name.startswith("Matryoshka") else {}
+    sae = getattr(sae_lens, name)(getattr(sae_lens, f"{name}Config")(d_in=D_IN, d_sae=D_SAE, k=k, **widths))
+    with torch.no_grad():
+        sae.W_enc.add_(0.1 * torch.randn_like(sae.W_enc))
+        sae.W_dec.mul_(torch.rand(D_SAE, 1) + 0.5)
+    return sae, acts() * (1 + spread * torch.arange(N).unsqueeze(1))
 
-    for ours, theirs in zip(*both(run), strict=True):
-        torch.testing.assert_close(plain(ours), theirs, rtol=0, atol=1e-5)
+
+@pytest.mark.parametrize("name", ["BatchTopKTrainingSAE", "MatryoshkaBatchTopKTrainingSAE"])
+@pytest.mark.parametrize("k", [0.5, 3.3, K, 60])
+@pytest.mark.parametrize("spread", [0.0, 5.0])
+def test_what_chooses_over_the_batch(name, k, spread):
+    """Where some tokens have far more than others, too: there the code can't be told from each token's largest."""
+
+    def run():
+        sae, x = batch_sae(name, k, spread)
+        out = forward_pass(sae, x, torch.arange(D_SAE) < 4)
+        out.loss.backward()
+        return gradients(sae) | {"acts": out.feature_acts, "out": out.sae_out}, float(sae.topk_threshold)
+
+    (ours, our_threshold), (theirs, their_threshold) = both(run)
+    assert our_threshold == pytest.approx(their_threshold, abs=1e-8)
+    for name in theirs:
+        close(ours[name], theirs[name])
+
+
+def test_a_step_over_the_batch_makes_no_dense_tensor(monkeypatch):
+    sae, x = batch_sae("BatchTopKTrainingSAE")
+    for source in (Code, _Product):
+        monkeypatch.setattr(source, "dense", lambda self: pytest.fail("a dense tensor was made"))
+    with csae.patch("sae_lens"):
+        out = trainer_of(sae).step(x)
+    assert isinstance(out.feature_acts, Lazy)
 
 
 def test_what_is_not_ours_stays_the_librarys():

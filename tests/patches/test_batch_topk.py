@@ -1,0 +1,43 @@
+"""The largest of a batch against a look at all of them."""
+
+import math
+
+import pytest
+import torch
+
+from csae.patches.batch_topk import ROOM, batch_topk
+
+
+@pytest.mark.parametrize("batch", [(9,), (2, 5), (1,)])
+@pytest.mark.parametrize("k", [0.6, 1, 2.5, 8, 23])
+def test_it_is_the_batchs_largest(batch, k):
+    torch.manual_seed(0)
+    x, W_enc, b_enc = torch.randn(*batch, 7), torch.randn(23, 7), torch.randn(23)
+    pre_acts = (x @ W_enc.T + b_enc).relu()
+    count = int(k * x.shape[:-1].numel())
+    code = batch_topk(x, W_enc, b_enc, k)
+    if count == 0:
+        assert code is None
+        return
+    largest = pre_acts.flatten().topk(count)
+    wanted = torch.zeros(pre_acts.numel()).scatter_(0, largest.indices, largest.values).view_as(pre_acts)
+    if (wanted > 0).sum(-1).max() > math.ceil(ROOM * k):
+        assert code is None
+    elif code is not None:
+        torch.testing.assert_close(code.dense(), wanted)
+        assert code.values.shape[-1] == max(1, int((wanted > 0).sum(-1).max()))
+    else:
+        # It may only fail where a token's last value found is among the batch's largest.
+        room = min(math.ceil(ROOM * k), 23)
+        assert (pre_acts.topk(room).values[..., -1] > largest.values.min()).any()
+
+
+def test_a_token_with_too_many_and_a_nan_are_seen():
+    torch.manual_seed(0)
+    x, W_enc, b_enc = torch.randn(20, 7), torch.randn(64, 7), torch.zeros(64)
+    assert batch_topk(x, W_enc, b_enc, 2) is not None
+    x[3] *= 1000
+    assert batch_topk(x, W_enc, b_enc, 2) is None
+    x[3] = torch.nan
+    assert batch_topk(x, W_enc, b_enc, 2) is None
+    assert batch_topk(x[:0], W_enc, b_enc, 2) is None
