@@ -12,7 +12,7 @@ from csae.ops import topk_encode
 from .lazy import Code
 
 # How many times the mean a token may have. Each token's largest are found up to so many.
-ROOM = 4
+ROOM = 8
 
 
 @torch.no_grad()
@@ -33,6 +33,7 @@ def batch_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: float) -> Code | None
         return None
     chosen = torch.zeros(values.numel(), dtype=torch.bool, device=x.device)
     chosen = chosen.index_fill_(0, largest.indices, True).view_as(values) & (values > 0)
-    width = max(1, int(chosen.sum(dim=-1).max()))  # a token's values descend: the chosen ones come first
+    # The chosen ones come first, for a token's values descend; but of equal values any may be chosen.
+    width = 1 + max(chosen.flatten(0, -2).any(dim=0).nonzero().flatten().tolist(), default=0)
     kept = torch.where(chosen, values, 0)[..., :width]
     return Code(kept.contiguous(), indices[..., :width].contiguous(), d_sae)

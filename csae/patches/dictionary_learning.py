@@ -5,12 +5,13 @@ their losses, AuxK, thresholds and counts are the library's own code, to which `
 that are made when they are read (`csae.patches.features`). The projection of the decoder's gradient is the library's
 formula without its einsum, which takes longer than the rest of a step.
 
-On our ops: AutoEncoderTopK.encode, of which a user gets the dense tensor; its forward; TopKTrainer's step.
-BatchTopKTrainer's step, where no token has as many as `BATCH_ROOM` times k of the batch's features: then the largest of
-each token's hold the largest of the batch, and a look at the last of them proves it. Where the proof fails, at the
-cost of having tried, and for all else the library's own code runs: encoding by a threshold (BatchTopKSAE's inference,
-use_threshold), output_features where a gradient is recorded (one of the features may be wanted), layers with hooks or
-of another class, torch.compile, float64 on CUDA, MatryoshkaBatchTopKSAE.
+On our ops: AutoEncoderTopK.encode, of which a user gets an ordinary dense tensor; its forward; TopKTrainer's step;
+BatchTopKTrainer's step, where the largest of each token prove to hold the largest of the batch
+(`csae.patches.batch_topk`: no token has more than 8 times k).
+
+The library's own code runs where that proof fails, at the cost of having tried, and for encoding by a threshold
+(BatchTopKSAE's inference, use_threshold), output_features where a gradient is recorded (one by them may be wanted),
+layers with hooks or of another class, torch.compile, float64 on CUDA, and MatryoshkaBatchTopKSAE.
 
 What differs: codes come in descending order, where the library's have none. Between equal activations the lower index
 wins, where torch.topk takes any: so where fewer than k features of a token are positive, those that fill up its code at
@@ -26,14 +27,14 @@ import torch
 from torch import Tensor, nn
 
 from csae.ops import topk_encode
+from csae.ops.topk_encode import with_encode_gradient
 
 from . import Replacement
+from .batch_topk import batch_topk
 from .features import Features, PreActs
 
 PACKAGE = "dictionary-learning"
 TESTED = "0.1"
-
-BATCH_ROOM = 8
 
 
 def replacements() -> list[Replacement]:
@@ -63,13 +64,13 @@ def replacements() -> list[Replacement]:
         if use_threshold or x.dim() != 2 or not _can_encode(self):
             return own_batch_encode(self, x, return_active, use_threshold)
         weights = x - self.b_dec, _rows(self.encoder.weight), self.encoder.bias
-        code = _batch_topk(*weights, int(self.k))
+        code = batch_topk(*weights, int(self.k))
         if code is None:
             return own_batch_encode(self, x, return_active, use_threshold)
-        features = Features(*code, self.dict_size)
+        values, indices = with_encode_gradient(*weights, code.values, code.indices), code.indices
+        features = Features(values, indices, self.dict_size)
         if not return_active:
             return features.dense()
-        values, indices = code
         active = torch.zeros(self.dict_size, dtype=torch.bool, device=x.device)
         active[indices[values > 0]] = True
         return features, active, PreActs(*weights)
@@ -119,25 +120,6 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient.T.contiguous().T
-
-
-def _batch_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
-    """The k * n largest activations of all tokens: values, indices [n, most of a token], zeros where a token has fewer.
-
-    None where a token has so many that the largest of each don't show which they are.
-    """
-    n, d_sae = x.shape[0], W_enc.shape[0]
-    room = min(BATCH_ROOM * k, d_sae)
-    if n == 0 or k > room:
-        return None  # the library says what it makes of it
-    values, indices = topk_encode(x, W_enc, b_enc, room)
-    largest = values.detach().flatten().topk(n * k, sorted=False)
-    if room < d_sae and not bool((values.detach()[:, -1] <= largest.values.min()).all()):
-        return None
-    chosen = torch.zeros_like(values, dtype=torch.bool).flatten().index_fill_(0, largest.indices, True).view_as(values)
-    active = (chosen & (values != 0)).any(dim=0).nonzero().flatten().tolist()
-    most = 1 + max(active, default=0)
-    return torch.where(chosen, values, 0)[:, :most], indices[:, :most]
 
 
 @torch.no_grad()

@@ -41,3 +41,14 @@ def test_a_token_with_too_many_and_a_nan_are_seen():
     x[3] = torch.nan
     assert batch_topk(x, W_enc, b_enc, 2) is None
     assert batch_topk(x[:0], W_enc, b_enc, 2) is None
+
+
+def test_of_equal_values_as_many_are_kept_as_there_is_room_for():
+    """Whichever of them are chosen, first in their token or not."""
+    W_enc = torch.ones(64, 1).index_fill_(0, torch.tensor([5]), 2.0)
+    for n in range(1, 9):
+        code = batch_topk(torch.ones(n, 1), W_enc, torch.zeros(64), 64 / 9)
+        count = int(64 / 9 * n)
+        if code is not None:
+            assert (code.values > 0).sum() == count
+            assert code.values.sum() == count + n

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import linear
 
 import csae
-from csae.patches.dictionary_learning import BATCH_ROOM
+from csae.patches.batch_topk import ROOM
 from csae.patches.features import Features, PreActs, StandIn
 
 pytest.importorskip("dictionary_learning", reason="dictionary-learning is not installed: `make test-peers` has it")
@@ -397,7 +397,7 @@ def test_the_batchs_top_k_is_exact(case):
     assert ours is (torch.Tensor if case == "one has too many" else Features)
     counts = (wanted[1] != 0).sum(dim=1)
     assert case != "uneven" or counts.max() > 2 * K
-    assert case != "one has too many" or counts[0] > BATCH_ROOM * K
+    assert case != "one has too many" or counts[0] > ROOM * K
     for mine, theirs in zip(found, wanted, strict=True):
         close(mine, theirs)
 
