@@ -1,0 +1,510 @@
+"""`csae view`: its facts against a float64 reference, and the page: in a browser, with the keyboard, and offline."""
+
+from __future__ import annotations
+
+import copy
+import html
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from csae import ContextualSAE, TopKSAE
+from csae.attribution import attribute
+from csae.cli import main
+from csae.errors import UserError
+from csae.language_model import LanguageModel
+from csae.sae import SAE
+from csae.view import ACTIVITY, CARRIED, FRACTION, PARTS_SHOWN, ROWS, Window, final_norm_weights, read_windows, view
+from csae.view_page import running_mean, write_view
+from tests.tiny_model import D_IN, PROSE
+
+LAYER, N_CTX, D_SAE, K = 2, 40, 90, 5
+TEXT = PROSE + "Quelqu'un ouvrit la vanne — « enfin » !\n\n日本語も。\n" + PROSE[:60]
+
+
+def fitted(sae: SAE, windows: list[Window]) -> SAE:
+    """With weights that make it carry a lot, unequally."""
+    acts = torch.cat([window.acts[window.mask] for window in windows])
+    sae.initialise(acts.mean(dim=0), float(acts.std()))
+    if isinstance(sae, ContextualSAE):
+        with torch.no_grad():
+            sae.W_O.mul_(8)
+            sae.W_mem.mul_(torch.linspace(0.1, 3, D_SAE)[:, None])
+    return sae.eval()
+
+
+@pytest.fixture(scope="module")
+def windows(tiny_lm: LanguageModel) -> list[Window]:
+    found, whole = read_windows(tiny_lm, LAYER, TEXT, N_CTX)
+    assert whole
+    return found
+
+
+@pytest.fixture(scope="module", params=["current", "past"])
+def contextual(request: pytest.FixtureRequest, windows: list[Window]) -> ContextualSAE:
+    torch.manual_seed(0)
+    sae = ContextualSAE(D_IN, D_SAE, K, n_heads=2, d_head=4, d_value=6, d_memory=8, query=request.param)
+    return fitted(sae, windows)  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module")
+def per_token(windows: list[Window]) -> SAE:
+    torch.manual_seed(1)
+    return fitted(TopKSAE(D_IN, D_SAE, K), windows)
+
+
+@pytest.fixture(scope="module")
+def facts(contextual: SAE, per_token: SAE, windows: list[Window], tiny_lm: LanguageModel) -> dict[str, Any]:
+    found = view(contextual, windows, tiny_lm, trained_on=10, beside=per_token)
+    return json.loads(json.dumps(found, allow_nan=False))
+
+
+def pairs(flat: list[int]) -> dict[int, int]:
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+def test_windows_are_the_text(tiny_lm: LanguageModel, windows: list[Window], facts: dict[str, Any]) -> None:
+    lengths = [len(window.tokens) for window in windows]
+    assert len(lengths) > 2
+    assert max(lengths) - min(lengths) <= 1
+    assert max(lengths) <= N_CTX
+    assert "".join(facts["tokens"]) == TEXT
+    starts = [sum(lengths[:number]) for number in range(len(lengths))]
+    assert facts["cuts"] == starts[1:]
+    assert set(starts) <= set(facts["left_out"])
+    for t in facts["left_out"]:
+        assert facts["new"][t] == facts["carried"][t] == facts["parts"][t] == []
+        assert facts["c"][t] == facts["missed"][t] == 0
+    cut, whole = read_windows(tiny_lm, LAYER, TEXT, N_CTX, max_tokens=50)
+    assert not whole
+    assert sum(len(window.tokens) for window in cut) == 50
+    one, _ = read_windows(tiny_lm, LAYER, "mill", N_CTX, max_tokens=2)
+    assert len(one) == 1
+
+
+def test_what_is_said_of_each_token(contextual: ContextualSAE, windows: list[Window], facts: dict[str, Any]) -> None:
+    exact = copy.deepcopy(contextual).double()
+    start = 0
+    for window in windows:
+        T = len(window.tokens)
+        acts = window.acts.double()
+        found = attribute(exact, acts, window.mask)
+        x_hat, code, c = found.output
+        b = (exact.b_dec * exact.scale).detach()
+        for t in range(T):
+            at = start + t
+            if not window.mask[t]:
+                continue
+            active = {int(f): float(v) for f, v in zip(code.indices[t], code.values[t], strict=True) if v > 0}
+            assert list(pairs(facts["new"][at])) == list(active)
+            assert pairs(facts["new"][at]) == pytest.approx({f: ACTIVITY * v for f, v in active.items()}, abs=0.51)
+            parts = found.parts(t)  # [T, k, d_in]
+            share = parts @ c[t] / c[t].square().sum().clamp_min(1e-30)  # [T, k]
+            by_feature = torch.zeros(D_SAE, dtype=torch.float64)
+            by_feature.index_add_(0, code.indices.flatten(), share.flatten())
+            listed = pairs(facts["carried"][at])
+            wanted = {f: FRACTION * float(by_feature[f]) for f in listed}
+            assert listed == pytest.approx(wanted, abs=0.51)
+            assert list(listed.values()) == sorted(listed.values(), reverse=True)
+            assert {f for f in range(D_SAE) if by_feature[f] > CARRIED + 1e-6} <= set(listed)
+            triples = [facts["parts"][at][i : i + 3] for i in range(0, len(facts["parts"][at]), 3)]
+            count, others = facts["others"][at]
+            assert len(triples) == min(PARTS_SHOWN, len(triples) + count)
+            assert count + len(triples) == int((share != 0).sum())
+            if count:
+                assert min(abs(part) for *_, part in triples) + 1 >= FRACTION * float(
+                    share.abs().flatten().sort(descending=True).values[len(triples)]
+                )
+            for j, feature, part in triples:
+                assert start <= j < at, "from an earlier position of this window"
+                slot = (code.indices[j - start] == feature).nonzero()
+                assert part == pytest.approx(FRACTION * float(share[j - start, slot]), abs=0.51)
+            if triples:
+                assert sum(part for *_, part in triples) + others == pytest.approx(FRACTION, abs=len(triples))
+                assert 0 <= facts["remainder"][at] < 1e-5
+            rebuilt = x_hat[t] - b
+            carried, missed = c[t] @ rebuilt / rebuilt.square().sum(), (acts[t] - x_hat[t]).square().sum()
+            assert facts["c"][at] == pytest.approx(FRACTION * float(carried), abs=0.6)
+            assert facts["missed"][at] == pytest.approx(
+                FRACTION * float(missed / (acts[t] - b).square().sum()), abs=0.6
+            )
+        start += T
+    assert sum(map(len, facts["carried"])) > 100
+    assert any(count for count, _ in facts["others"])
+
+
+@torch.no_grad()
+def test_figures_and_rows(
+    contextual: ContextualSAE, per_token: SAE, windows: list[Window], facts: dict[str, Any]
+) -> None:
+    for sae, figures in ((contextual, facts["figures"]), (per_token, facts["beside"]["figures"])):
+        runs = at_all = fresh = 0
+        mass, errors, kept, beyond = [], [], [], []
+        for window in windows:
+            acts, mask = window.acts, window.mask
+            if isinstance(sae, ContextualSAE):
+                found = attribute(sae, acts, mask)
+                x_hat, code, c = found.output
+                share = torch.zeros(len(acts), D_SAE).index_add_(1, code.indices.flatten(), found.share.flatten(1))
+            else:
+                x_hat, code, c = sae(acts)
+                share = torch.zeros(len(acts), D_SAE)
+            new = torch.zeros(len(acts), D_SAE).scatter_(1, code.indices, code.values) * mask[:, None]
+            carried = share * (share >= CARRIED)
+            present = (new > 0) | (carried > 0)
+            runs += int(present[0].sum() + (present[1:] & ~present[:-1]).sum())
+            at_all += int(present.sum())
+            fresh += int((new > 0).sum())
+            mass.append(new + carried * (c.norm(dim=1) / sae.scale)[:, None])
+            errors.append((acts - x_hat)[mask].square().sum(dim=1))
+            kept.append(acts[mask])
+            beyond.append((torch.arange(len(acts)) >= 10)[mask])
+        assert figures["mean_run"] == pytest.approx(at_all / runs)
+        assert figures["new_in_run"] == pytest.approx(fresh / runs)
+        for name, chosen in (("fvu", torch.ones(len(torch.cat(beyond))) > 0), ("fvu_beyond", torch.cat(beyond))):
+            acts = torch.cat(kept)[chosen]
+            fvu = torch.cat(errors)[chosen].sum() / (acts - acts.mean(dim=0)).square().sum()
+            assert figures[name] == pytest.approx(float(fvu), rel=1e-4)
+        rows = facts["rows"] if sae is contextual else facts["beside"]["rows"]
+        total = torch.cat(mass).sum(dim=0)
+        # Numbers are rounded in the page, so that features which add nearly the same may change places.
+        assert float(total[rows].sum()) == pytest.approx(float(total.topk(ROWS).values.sum()), rel=1e-3)
+        added = torch.cat(mass)[:, rows].cumsum(dim=0)
+        earliest, latest = ((added < share * total[rows]).sum(dim=0) for share in (0.49, 0.51))
+        assert (earliest[:-1] <= latest[1:]).all()
+        assert int(latest[-1]) > int(earliest[0]) + 50
+    assert set(facts["beside"]["rows"]) >= {f for new in facts["beside"]["new"] for f in new[::2]}
+
+
+def test_a_per_token_sae_carries_nothing(per_token: SAE, windows: list[Window], tiny_lm: LanguageModel) -> None:
+    found = view(per_token, windows, tiny_lm)
+    assert found["beside"] is None
+    assert found["figures"]["fvu_beyond"] is None
+    assert found["figures"]["mean_run"] == found["figures"]["new_in_run"]
+    assert not any(found["carried"] + found["parts"])
+    assert set(map(tuple, found["others"])) == {(0, 0)}
+    assert all(set(effect) == {"new"} for effect in found["features"].values())
+
+
+def test_what_does_not_fit(tiny_lm: LanguageModel, contextual: SAE, windows: list[Window]) -> None:
+    with pytest.raises(UserError, match="17 wide; needed 16, as wide as the activations"):
+        view(TopKSAE(17, 40, 3), windows, tiny_lm)
+    with pytest.raises(UserError, match="is a contextual one; needed one per token"):
+        view(contextual, windows, tiny_lm, beside=contextual)
+    for options in ({"n_ctx": 1}, {"max_tokens": 1}):
+        with pytest.raises(UserError, match="given 1; needed 2 or more"):
+            read_windows(tiny_lm, LAYER, TEXT, **{"n_ctx": N_CTX, **options})
+    with pytest.raises(UserError, match="the text is 1 tokens long"):
+        read_windows(tiny_lm, LAYER, "a", N_CTX)
+    with pytest.raises(UserError, match=r"context of .* is 64 tokens at most"):
+        read_windows(tiny_lm, LAYER, TEXT, 100)
+
+
+# ---- the effect on the next token ----
+
+
+def model_with_norm(kind: str) -> tuple[LanguageModel, Tensor]:
+    """A tiny language model whose final norm has random weights, and what they multiply each dimension with."""
+    sizes = {"vocab_size": 50, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 12}
+    wide = sizes | {"intermediate_size": 16, "num_key_value_heads": 1}
+    torch.manual_seed(0)
+    if kind == "llama":
+        model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**wide))
+        norm = model.model.norm
+    elif kind == "gemma":
+        model = transformers.GemmaForCausalLM(transformers.GemmaConfig(**wide, head_dim=6))
+        norm = model.model.norm
+    else:
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_embd=12, n_layer=2, n_head=2))
+        norm = model.transformer.ln_f
+        torch.nn.init.normal_(norm.bias)
+    torch.nn.init.normal_(norm.weight)
+    return LanguageModel(model, None, kind), norm.weight.detach() + (kind == "gemma")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", "gpt2"])
+def test_final_norm_weights(kind: str) -> None:
+    lm, weights = model_with_norm(kind)
+    torch.testing.assert_close(final_norm_weights(lm), weights, rtol=1e-4, atol=1e-4)
+
+
+def test_effects(contextual: ContextualSAE, windows: list[Window], tiny_lm: LanguageModel, facts: dict) -> None:
+    written = torch.zeros(D_SAE, D_IN)
+    for window in windows:
+        features, sums = attribute(contextual, window.acts, window.mask).written()
+        written.index_add_(0, features, sums)
+    W_U = tiny_lm.model.get_output_embeddings().weight.double() * final_norm_weights(tiny_lm).double()
+    mentioned = {feature for new in facts["new"] for feature in new[::2]}
+    assert {int(feature) for feature in facts["features"]} == mentioned
+    vocabulary = [tiny_lm.tokenizer.decode([token]) for token in range(len(W_U))]
+    for feature, effect in facts["features"].items():
+        directions = {"new": contextual.W_dec[int(feature)], "carried": written[int(feature)]}
+        for name in {"new", "carried"} & set(effect):
+            scores = W_U @ directions[name].detach().double()
+            scores = (scores - scores.mean()) / scores.std()
+            order = scores.argsort(descending=True)
+            for end, tokens in (("up", order[:6]), ("down", order.flip(0)[:6])):
+                assert effect[name][end][1::2] == pytest.approx(scores[tokens].tolist(), abs=0.051)
+            assert effect[name]["up"][0] == vocabulary[int(order[0])]
+        if "carried" in effect:
+            cosine = torch.cosine_similarity(directions["new"].detach(), directions["carried"], dim=0)
+            assert effect["cosine"] == pytest.approx(float(cosine), abs=0.006)
+    assert any("carried" in effect for effect in facts["features"].values())
+
+
+# ---- the page ----
+
+ABOUT = {"text": "mill & <b>.txt", "run": "strict", "beside": "topk", "model": "tiny", "layer": LAYER}
+ABOUT |= {"n_ctx": N_CTX, "trained_on": 10, "whole": True}
+
+
+def page(path: Path, facts: dict[str, Any], **about: Any) -> str:
+    write_view(path, ABOUT | about, facts)
+    return path.read_text(encoding="utf-8")
+
+
+def test_one_file_that_fetches_nothing(tmp_path: Path, facts: dict[str, Any]) -> None:
+    text = page(tmp_path / "view.html", facts)
+    names = {"http://www.w3.org/1999/xlink", "http://www.w3.org/2000/svg"}  # namespaces are names
+    assert set(re.findall(r"https?://[^\s\"'<>)]+", text)) <= names
+    assert not re.search(r"\ssrc=|<link|<iframe|@import|url\((?!#)|fetch\(|XMLHttpRequest|WebSocket|import\(", text)
+    assert all(reference.startswith("#") for reference in re.findall(r"href=\"([^\"]*)", text))
+    assert text == page(tmp_path / "again.html", facts), "the same facts should give the same page"
+
+
+def test_text_never_becomes_markup(tmp_path: Path, facts: dict[str, Any]) -> None:
+    nasty = copy.deepcopy(facts)
+    nasty["tokens"][3] = "</script><script>alert(1)</script>\u2028<!--"
+    text = page(tmp_path / "view.html", nasty)
+    assert text.count("<script") == 2
+    assert "alert(1)</" not in text
+    assert "<h1>mill &amp; &lt;b&gt;.txt</h1>" in text
+    data = re.search(r'id="data">(.*?)</script>', text, re.DOTALL)
+    assert data is not None
+    assert json.loads(data[1]) == nasty
+
+
+def test_what_the_page_says(tmp_path: Path, facts: dict[str, Any], per_token: SAE, windows, tiny_lm) -> None:
+    text = " ".join(re.sub(r"<[^>]+>", "", page(tmp_path / "view.html", facts)).split())
+    percent = f"{100 * facts['figures']['fvu']:.1f}&nbsp;%"
+    assert f"Of this text’s variance it leaves {percent} unexplained (FVU); " in text
+    assert "from 10 on, which are beyond those that it was trained on. topk, the per-token SAE beside it" in text
+    assert "a new window: nothing is carried over" in text
+    alone = view(per_token, windows[:1], tiny_lm)
+    text = page(tmp_path / "view.html", alone, beside=None, trained_on=None, whole=False)
+    assert "tokens, where the text was cut" in text
+    assert "a new window: nothing" not in text
+    assert "said again" in text
+
+
+def test_size(tmp_path: Path, tiny_lm: LanguageModel) -> None:
+    """4,000 tokens and k = 32 are under 5 MB."""
+    torch.manual_seed(0)
+    n, times = 500, 8
+    windows = [Window(torch.randint(5, 300, (n,)), torch.randn(n, D_IN), torch.arange(n) > 0)]
+    sae = fitted(ContextualSAE(D_IN, D_SAE, 32, n_heads=2, d_head=4, d_value=6), windows)
+    facts = view(sae, windows, tiny_lm, 256, fitted(TopKSAE(D_IN, D_SAE, 32), windows))
+    # The same text some times over.
+    parts = [
+        [number + at * n * (i % 3 == 0) for i, number in enumerate(p)] for at in range(times) for p in facts["parts"]
+    ]
+    for name in ("tokens", "new", "carried", "others", "remainder", "c", "missed"):
+        facts[name] = facts[name] * times
+    facts["parts"], facts["cuts"] = parts, list(range(n, n * times, n))
+    for name in ("new", "missed"):
+        facts["beside"][name] = facts["beside"][name] * times
+    facts["features"] = {str(f): facts["features"]["0"] for f in range(4000)}
+    assert 1_000_000 < len(page(tmp_path / "view.html", facts).encode()) < 5_000_000
+
+
+def test_running_mean() -> None:
+    assert running_mean([0, 3, 6, 0, 0], 3) == pytest.approx([1.5, 3, 3, 2, 0])
+    assert running_mean([2], 15) == [2]
+
+
+# ---- in a browser ----
+
+STEPS = """
+<script>
+addEventListener("load", async () => {
+  const seen = [];
+  const $ = (selector) => document.querySelector(selector);
+  const note = (name, value) => seen.push([name, value]);
+  const settled = () => new Promise((resolve) => setTimeout(resolve, 50));
+  const press = (key) => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+  try {
+    await settled();
+    note("width", innerWidth);
+    note("wide", document.documentElement.scrollWidth - innerWidth);
+    note("tokens", document.querySelectorAll("#text .t").length);
+    const painted = (canvas) => {
+      const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+      let count = 0;
+      for (let i = 3; i < pixels.length; i += 4) count += pixels[i] > 20;
+      return count;
+    };
+    note("painted", [...document.querySelectorAll("canvas")].map(painted));
+    $("#text .t[tabindex='0']").focus();
+    press("Home");
+    note("home", document.activeElement.dataset.at);
+    note("left out", $("#detail").textContent);
+    for (let i = 0; i < TOKEN; i++) press("ArrowRight");
+    note("at", document.activeElement.dataset.at);
+    note("parts", [...document.querySelectorAll("#detail .source-list")[0].querySelectorAll(".amount")]
+      .map((amount) => amount.textContent));
+    note("sum", [...document.querySelectorAll("#sum > *")].map((line) => line.textContent));
+    note("sources", [...document.querySelectorAll("#text .source")].map((span) => span.dataset.at));
+    press("Enter");
+    const link = document.activeElement.getAttribute("href");
+    note("link", link);
+    press("Escape");
+    note("escaped", document.activeElement.dataset.at);
+    location.hash = link;
+    await settled();
+    note("feature", [$("#reading").hidden, $("#feature").hidden, $("#feature h1").textContent]);
+    note("passages", [...document.querySelectorAll("#feature .passages.new a")].map((a) => a.textContent));
+    note("wide feature", document.documentElement.scrollWidth - innerWidth);
+    press("Escape");
+    await settled();
+    note("back", [$("#reading").hidden, $("#feature").hidden, document.activeElement.dataset.at]);
+    const canvas = $("#timeline canvas");
+    canvas.focus();
+    canvas.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
+    note("readout", $("#timeline .readout").textContent);
+    press("Enter");
+    await settled();
+    note("row", $("#feature h1").textContent);
+    location.hash = "token-3";
+    await settled();
+    note("token", document.activeElement.dataset.at);
+    const from = $("#text .t[data-at='9']");
+    from.dispatchEvent(new PointerEvent("pointerover", { pointerType: "mouse", bubbles: true }));
+    note("hover", $("#detail h3").textContent);
+    note("focusable", [...document.querySelectorAll("a")].every((a) => a.href && a.textContent.trim()));
+  } catch (error) {
+    note("error", String(error));
+  }
+  parent.postMessage(JSON.stringify(seen), "*");
+});
+</script>
+"""
+# A window of chromium is 500 pixels wide at least, a frame in it as wide as is asked for.
+FRAME = """<body><pre id="seen"></pre>
+<script>addEventListener("message", (event) => { document.getElementById("seen").textContent = event.data; });</script>
+<iframe src="view.html" width="WIDTH" height="900"></iframe></body>
+"""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium: apt-get install chromium")
+@pytest.mark.parametrize("width", [1280, 400])
+def test_in_a_browser(tmp_path: Path, facts: dict[str, Any], width: int) -> None:
+    t = facts["cuts"][0] - 1
+    text = page(tmp_path / "view.html", facts)
+    (tmp_path / "view.html").write_text(text.replace("</body>", STEPS.replace("TOKEN", str(t)) + "</body>"))
+    (tmp_path / "frame.html").write_text(FRAME.replace("WIDTH", str(width)))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path / 'chromium'}", "--window-size=1400,1000"]
+    done = subprocess.run(
+        [*command, (tmp_path / "frame.html").as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    found = re.search(r'<pre id="seen">(.+?)</pre>', done.stdout, re.DOTALL)
+    assert found, done.stderr
+    seen = dict(json.loads(html.unescape(found[1])))
+    assert "error" not in seen, seen["error"]
+    assert seen["width"] == width
+    assert seen["wide"] <= 0, "the page scrolls sideways"
+    assert seen["wide feature"] <= 0
+    assert seen["tokens"] == len(facts["tokens"])
+    assert len(seen["painted"]) == 2
+    assert min(seen["painted"]) > 500
+    assert seen["home"] == "0"
+    assert "Left out" in seen["left out"]
+    assert seen["at"] == seen["escaped"] == str(t)
+
+    # The parts that are listed, and the others, are all of c; and the page says what they miss.
+    number = [float(part.replace("−", "-").removesuffix(" %")) for part in seen["parts"]]
+    assert number == [part / 100 for part in facts["parts"][t][2::3]]
+    others, n_others, total, _, remainder, _ = seen["sum"]
+    assert n_others == f"{facts['others'][t][0]} other parts"
+    assert sum(number) + float(others.replace("−", "-").removesuffix(" %")) == pytest.approx(
+        float(total.removesuffix(" %")), abs=0.005
+    )
+    assert float(total.removesuffix(" %")) == pytest.approx(100, abs=0.07)
+    assert float(remainder.replace("−", "-")) == facts["remainder"][t]
+    assert {int(j) for j in seen["sources"]} <= set(facts["parts"][t][0::3])
+
+    feature = facts["new"][t][0]
+    assert seen["link"] == f"#feature-{feature}"
+    assert seen["feature"][:2] == [True, False]
+    assert seen["feature"][2].startswith(f"Feature #{feature} ")
+    where = [i for i, new in enumerate(facts["new"]) if feature in new[::2]]
+    strongest = max(where, key=lambda i: pairs(facts["new"][i])[feature])
+    assert facts["tokens"][strongest].strip() in seen["passages"][0]
+    assert len(seen["passages"]) == min(8, len(where))
+    assert seen["back"] == [False, True, str(t)]
+    assert f"token {t + 2}" in seen["readout"]
+    assert seen["row"].startswith(f"Feature #{facts['rows'][0]} ")
+    assert seen["token"] == "2"
+    assert f"token 10 of {len(facts['tokens'])}" in seen["hover"]
+    assert seen["focusable"]
+
+
+# ---- the command ----
+
+
+@pytest.fixture
+def runs(tmp_path: Path, tiny_model_path: Path, windows: list[Window], per_token: SAE) -> tuple[Path, Path]:
+    torch.manual_seed(0)
+    sae = fitted(ContextualSAE(D_IN, D_SAE, K, n_heads=2, d_head=4, d_value=6), windows)
+    data = {"model": str(tiny_model_path), "layer": LAYER, "n_ctx": 8}
+    for name, one in (("contextual", sae), ("topk", per_token)):
+        one.save_pretrained(tmp_path / name)
+        (tmp_path / name / "run.json").write_text(json.dumps({"data": data, "origin": None}))
+    return tmp_path / "contextual", tmp_path / "topk"
+
+
+def command(*args: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["csae", "view", *map(str, args), "--device", "cpu"])
+    code: Any = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    printed = capsys.readouterr()
+    return code, printed.out + printed.err
+
+
+def test_command(runs: tuple[Path, Path], tmp_path: Path, monkeypatch, capsys) -> None:
+    text = tmp_path / "mill.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    options = {"monkeypatch": monkeypatch, "capsys": capsys}
+    args = ["--text", text, "-o", tmp_path / "view.html"]
+    code, printed = command(runs[0], "--beside", runs[1], *args, **options)
+    assert code == 0, printed
+    written = (tmp_path / "view.html").read_text()
+    assert "topk, the per-token SAE beside it" in written
+    data = re.search(r'id="data">(.*?)</script>', written, re.DOTALL)
+    assert data is not None
+    found = json.loads(data[1])
+    assert len(found["cuts"]) == math.ceil(len(found["tokens"]) / 64) - 1, "8 times the 8 that were trained on"
+    assert command(runs[1], *args, "--max-tokens", 30, "--n-ctx", 10, **options)[0] == 0
+    assert "30 tokens, where the text was cut" in (tmp_path / "view.html").read_text()
+
+    (runs[1] / "run.json").write_text(json.dumps({"data": {"layer": 1}, "origin": None}))
+    code, printed = command(runs[0], "--beside", runs[1], *args, **options)
+    assert code == 2
+    assert f"topk is of layer 1; needed {LAYER}" in printed
+    code, printed = command(runs[1], *args, **options)
+    assert code == 2
+    assert "--model: not given, and" in printed
+    assert command(runs[0], "--text", tmp_path / "none.txt", **options)[0] == 2
