@@ -7,7 +7,7 @@ tensor that they stand for, with its place in autograd's graph, at once and for 
 before.
 
 What they can't do is be dense after the fact: the gradient of a loss by such a tensor is there only where the tensor
-was read before the decoder used it. Where hooks look at tensors between (SAELens), `csae.patches.deferred` has the ones
+was read before the decoder used it. Where hooks look at tensors between (SAELens), `csae.patches.lazy` has the ones
 that are in the graph from the start.
 """
 
