@@ -6,7 +6,8 @@
 A module here for each library knows its files; none of them needs the library. What a library can express and a
 `TopKSAE` can't, or the other way round, is refused with the field that is in the way.
 
-A `ContextualSAE` is written for SAELens only, which loads it as a class of ours: `csae.interop.sae_lens_class`.
+A `ContextualSAE` is written for SAELens only, which loads it as a class of ours (`csae.interop.sae_lens_class`).
+SAEBench takes both kinds as they are: `csae.interop.sae_bench`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from csae.contextual_sae import ContextualSAE
 from csae.sae import SAE
+from csae.topk_sae import TopKSAE
 
 LIBRARIES = ("sae_lens", "sparsify", "dictionary_learning")
 
 
-def load(library: str, name: str | Path) -> SAE:
+def load(library: str, name: str | Path) -> TopKSAE | ContextualSAE:
     """A TopK SAE that another library saved, as `TopKSAE` in evaluation mode, on the CPU.
+
+    A `ContextualSAE` where it was saved for SAELens.
 
     It gives what the library's own forward gives, to float32 rounding, and where nothing had to be folded its
     weights are the file's, to the bit. What only training needs (dead features, AuxK) starts anew.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from csae.activations import sink_mask
+from csae.activations import SINK_NORM
 from csae.contextual_sae import ContextualSAE
 from csae.sae import Code
 from csae.topk_sae import TopKSAE
@@ -16,8 +16,8 @@ class DenseSAE(nn.Module):
 
     A contextual SAE runs in its exact form, on windows. What it carries to each position, c, is not in its feature
     activations; so `decode` adds the c of the last `encode`, and an edit of feature activations between the two is
-    an edit of what is new. As in training, position 0 of a window and attention sinks (`csae.activations.sink_mask`)
-    get an empty code. There is no gradient through `encode` then.
+    an edit of what is new. Positions that `window_mask` leaves out get an empty code. There is no gradient through
+    `encode` then.
 
     sae: with a scale of one, as `csae.interop.weights.unscaled` makes them.
     """
@@ -74,7 +74,7 @@ class DenseSAE(nn.Module):
                 f"sae: in {acts.dtype}; needed torch.float32, which the exact form runs in: load and keep the SAE so "
                 "(activations are converted, whatever they are)"
             )
-        out = sae(acts, sink_mask(acts), exact=True)
+        out = sae(acts, window_mask(acts), exact=True)
         self._c = out.c
         return out.code
 
@@ -94,3 +94,15 @@ class DenseSAE(nn.Module):
     def forward(self, acts: Tensor) -> Tensor:
         """acts -> the reconstruction, of the same shape."""
         return self.decode(self.encode(acts))
+
+
+def window_mask(acts: Tensor) -> Tensor:
+    """Which positions of windows [B, T, d_in] take part in a contextual SAE: [B, T] bool.
+
+    As in training, not position 0 and not attention sinks (`csae.activations.sink_mask`). Neither those whose
+    activations are all zero: so libraries leave out padding and special tokens. They count for no median.
+    """
+    norms = acts.float().norm(dim=-1)
+    norms = norms.masked_fill(norms == 0, torch.nan)
+    norms[:, 0] = torch.nan
+    return norms <= SINK_NORM * norms.nanmedian(dim=1, keepdim=True).values  # no NaN is

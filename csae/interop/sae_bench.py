@@ -41,10 +41,11 @@ class SAEBenchSAE(DenseSAE):
 
     Feature activations are in units of the activations, and the rows of `W_dec` are of unit norm as they were trained.
 
-    A contextual SAE takes windows [B, T, d_in], which the core evaluation, SCR, TPP, absorption and unlearning hand
-    over; evaluations of single positions (RAVEL) are refused with a message. Keep `prepend_bos`, and
-    set exclude_special_tokens_from_reconstruction: position 0 of a window is then no position that counts. See
-    `DenseSAE` for what `decode` adds.
+    A contextual SAE takes windows [B, T, d_in], as core, sparse probing, SCR, TPP, unlearning and autointerp hand
+    them over. Absorption, RAVEL and MDL encode single positions: they are refused with a message. Keep prepend_bos,
+    and set exclude_special_tokens_from_reconstruction, so that position 0 of a window, which no SAE of ours was
+    trained on, does not count. See `DenseSAE` for what `decode` adds. Its exact form runs in float32: evaluate with
+    dtype="float32".
 
     Args:
         sae: a trained one; it is copied.

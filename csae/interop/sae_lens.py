@@ -8,8 +8,8 @@ the norm of the decoder row, and `apply_b_dec_to_input: false` leaves b_dec out 
 the weights, as SAELens itself folds the first. `normalize_activations` other than "none" depends on the token or on
 a file beside, and is refused, as are transcoders and reshaped heads.
 
-A `ContextualSAE` is written under an architecture of its own, "csae_contextual": SAELens loads it when
-`csae.interop.sae_lens_class` has been imported. Its file holds the parameters by their own names, W_enc as above.
+A `ContextualSAE` is written under an architecture of its own, "csae_contextual", which SAELens loads after
+`csae.interop.sae_lens_class.register()`. Its file holds the parameters by their own names, W_enc as above.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from csae.interop.weights import (
     with_tensors,
 )
 from csae.sae import SAE
+from csae.topk_sae import TopKSAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 FORMAT = "6.54.0"  # the version of SAELens whose files these are
@@ -48,7 +49,7 @@ ADVICE = {
 }
 
 
-def load(name: str | Path) -> SAE:
+def load(name: str | Path) -> TopKSAE | ContextualSAE:
     """What `SAE.load_from_disk` or `TrainingSAE.load_from_disk` reads, as an SAE of ours. See `csae.interop.load`."""
     config_file = find(name, CONFIG)
     config = _as_of_version_6(read_json(config_file))

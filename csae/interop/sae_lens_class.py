@@ -1,6 +1,6 @@
-"""Our contextual SAE as a class of SAELens: importing this registers it, and `SAE.load_from_disk` then knows it.
+"""Our contextual SAE as a class of SAELens, whose registry takes it.
 
-    import csae.interop.sae_lens_class
+    csae.interop.sae_lens_class.register()
     sae = sae_lens.SAE.load_from_disk(folder)  # that csae.interop.save("sae_lens", contextual_sae, folder) wrote
 
 It takes windows [B, T, d_in] and runs exactly, as `csae.interop.dense.DenseSAE` says. What SAELens can do with an
@@ -105,5 +105,7 @@ class SAELensContextualSAE(sae_lens.SAE[ContextualSAEConfig]):
         raise NotImplementedError("a contextual SAE takes activations as they are: there is no whitening to fold")
 
 
-if CONTEXTUAL not in SAE_CLASS_REGISTRY:
-    sae_lens.register_sae_class(CONTEXTUAL, SAELensContextualSAE, ContextualSAEConfig)
+def register() -> None:
+    """Make the class known to SAELens. A second call does nothing."""
+    if CONTEXTUAL not in SAE_CLASS_REGISTRY:
+        sae_lens.register_sae_class(CONTEXTUAL, SAELensContextualSAE, ContextualSAEConfig)

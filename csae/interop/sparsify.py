@@ -24,7 +24,7 @@ CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 NAMES = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")  # in the order of `Weights`
 
 # What a TopKSAE does, by sparsify's fields, which have these values where a file is without them.
-NEEDED = {"activation": "topk", "transcode": False, "skip_connection": False}
+NEEDED = {"activation": "topk", "transcode": False, "skip_connection": False, "signed": False}
 
 
 def load(name: str | Path) -> TopKSAE:

@@ -8,6 +8,7 @@ import torch
 from interop_saes import D_IN, D_SAE, activations, contextual, dense, needs, topk
 
 from csae.activations import sink_mask
+from csae.interop.dense import window_mask
 from csae.interop.sae_bench import SAEBenchSAE
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -55,6 +56,20 @@ def test_a_contextual_sae_refuses_what_are_no_windows():
     theirs = SAEBenchSAE(contextual(), "m", hook_layer=3)
     with pytest.raises(ValueError, match=r"given shape \[9, 7\]; needed whole windows \[B, T, d_in\]"):
         theirs.encode(activations(9))
+
+
+def test_padding_with_zeros_changes_no_code_and_is_not_looked_at():
+    theirs, windows = SAEBenchSAE(contextual(), "m", hook_layer=3), activations(2, 9)
+    padded = torch.cat([windows, torch.zeros(2, 12, D_IN)], dim=1)  # more padding than text
+    padded[1, 4] = windows[1, 4] = 0
+    feature_acts = theirs.encode(padded)
+    assert torch.equal(feature_acts[:, :9], theirs.encode(windows))
+    assert feature_acts[:, 1:9].any(dim=-1).sum() == 15
+    assert not feature_acts[:, 9:].any()
+    assert not theirs.encode(torch.zeros(2, 9, D_IN)).any()
+    assert torch.equal(window_mask(windows[:1]), sink_mask(windows[:1]))
+    windows[0, 5] *= 1000
+    assert torch.equal(window_mask(windows[:1]), sink_mask(windows[:1]))
 
 
 @needs("sae_bench")

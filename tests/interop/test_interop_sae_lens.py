@@ -230,8 +230,10 @@ def test_what_its_training_wrote_computes_the_same(rescale, save, tmp_path):
 def load_in_sae_lens(folder):
     import sae_lens
 
-    import csae.interop.sae_lens_class  # noqa: F401
+    from csae.interop.sae_lens_class import register
 
+    register()
+    register()
     return sae_lens.SAE.load_from_disk(folder)
 
 

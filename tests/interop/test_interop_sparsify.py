@@ -69,6 +69,7 @@ def test_their_files_come_back_to_the_bit(tmp_path):
         ({"activation": "groupmax"}, "activation is 'groupmax'; needed 'topk'"),
         ({"transcode": True}, "transcode is True; needed False"),
         ({"skip_connection": True}, "skip_connection is True; needed False"),
+        ({"signed": True}, "signed is True; needed False"),
         ({"k": D_SAE + 1}, "k: given 20; needed 1 <= k <= d_sae = 19"),
         ({"k": "3"}, "k: given a str; needed an int"),
     ],
