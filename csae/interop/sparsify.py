@@ -24,14 +24,15 @@ CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 NAMES = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")  # in the order of `Weights`
 
 # What a TopKSAE does, by sparsify's fields, which have these values where a file is without them.
-NEEDED = {"activation": "topk", "transcode": False, "skip_connection": False, "signed": False}
+FIELDS = {"activation": "topk", "transcode": False, "skip_connection": False}
+OLDER_FIELDS = {"signed": False}  # of versions before 1.3
 
 
 def load(name: str | Path) -> TopKSAE:
     """What `SparseCoder.load_from_disk` reads, as a TopKSAE. See `csae.interop.load`."""
     config_file = find(name, CONFIG)
     config = read_json(config_file)
-    for field, needed in NEEDED.items():
+    for field, needed in (FIELDS | OLDER_FIELDS).items():
         if config.get(field, needed) != needed:
             raise UserError(f"{config_file}: {field} is {config[field]!r}; needed {needed!r}, as in a TopK SAE")
     path = find(name, WEIGHTS)
@@ -49,4 +50,4 @@ def save(sae: SAE, folder: Path, metadata: dict[str, Any]) -> None:
     weights = topk_weights(sae, "sparsify")
     tensors = dict(zip(NAMES, weights, strict=True))
     write_file(folder / WEIGHTS, lambda path: save_file(tensors, path))
-    write_json(folder / CONFIG, NEEDED | {"k": sae.k, "num_latents": sae.d_sae, "d_in": sae.d_in})
+    write_json(folder / CONFIG, FIELDS | {"k": sae.k, "num_latents": sae.d_sae, "d_in": sae.d_in})
