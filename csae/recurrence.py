@@ -50,6 +50,8 @@ class State(NamedTuple):
     """whether L is as far as it looks back; otherwise the memory grows"""
     followed: Tensor
     """[m] int64: features whose share in what is carried is to be known"""
+    encode: Callable[[Tensor], tuple[Tensor, Tensor]]
+    """`topk_encode` by the SAE's weights, for one position after the other"""
 
     def clone(self) -> State:
         """A state of its own, with its own memory."""
@@ -69,6 +71,7 @@ def initial_state(sae: ContextualSAE, B: int, room: int, bounded: bool, followed
         past=like.new_zeros(B, sae.d_in),
         bounded=bounded,
         followed=torch.as_tensor(followed, dtype=torch.int64, device=like.device),
+        encode=kernels("topk_encode", like.device).Encoder(sae.W_enc.detach(), sae.b_enc.detach(), sae.k),
     )
 
 
@@ -142,7 +145,7 @@ def _loop(sae: ContextualSAE, chunk: _Chunk, state: State) -> Tensor:
     for i in range(chunk.mask.shape[1]):
         here = _Chunk(*(None if tensor is None else tensor[:, i] for tensor in chunk))  # type: ignore[arg-type]
         t = state.position + i
-        left, past = _position(sae, here, memory, takes_part, past, state.followed, t)
+        left, past = _position(sae, here, memory, takes_part, past, state, t)
         memory[:, t % memory.shape[1]] = left
         takes_part[:, t % memory.shape[1]] = here.mask
     return past
@@ -154,13 +157,15 @@ def _position(
     memory: Tensor,
     takes_part: Tensor,
     past: Tensor,
-    followed: Tensor,
+    state: State,
     t: int | Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One position, t, of B sequences: `here` without its second dimension. -> what it leaves in the memory, past."""
-    encode, attend, gather = (
-        kernels(op, memory.device) for op in ("topk_encode", "lookback_attention", "sparse_decode")
-    )
+    """One position, t, of B sequences: `here` without its second dimension. -> what it leaves in the memory, past.
+
+    memory, takes_part, past: in place of those of the state, of which it needs only what stays as it is.
+    """
+    attend, gather = (kernels(op, memory.device) for op in ("lookback_attention", "sparse_decode"))
+    followed = state.followed
     query = sae.queries(past) if here.queries is None else here.queries
     read = attend.read_memory(query, memory, takes_part, sae.slope, sae.null, here.starts, here.mask, t)
     if len(followed):
@@ -169,7 +174,7 @@ def _position(
         read = heads[..., : sae.d_value].flatten(-2)
     here.c.copy_(linear(read, sae.W_O))
     if here.x is not None:
-        values, indices = encode.topk_encode(here.x - here.c, sae.W_enc, sae.b_enc, sae.k)
+        values, indices = state.encode(here.x - here.c)
         here.values.copy_(values.masked_fill_(~here.mask[:, None], 0))
         here.indices.copy_(indices)
     values, indices = here.values[:, : sae.k_mem], here.indices[:, : sae.k_mem]
@@ -204,7 +209,7 @@ def replay(sae: ContextualSAE, chunk: _Chunk, state: State, capture: Capture) ->
         for name in given:
             getattr(here, name).copy_(getattr(chunk, name).index_select(1, i).squeeze(1))
         t = i + state.position
-        left, new_past = _position(sae, here, memory[:, :rows], takes_part[:, :rows], past, state.followed, t)
+        left, new_past = _position(sae, here, memory[:, :rows], takes_part[:, :rows], past, state, t)
         past.copy_(new_past)
         memory.index_copy_(1, t % memory.shape[1], left.unsqueeze(1))
         takes_part.index_copy_(1, t % memory.shape[1], here.mask.unsqueeze(1))

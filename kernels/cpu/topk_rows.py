@@ -133,9 +133,7 @@ def topk_settle(
         *(settled.data_ptr(), torch.get_num_threads()),
     )
     if status == BAD_INDEX:
-        raise ValueError(
-            f"best: holds a column of {table.shape[0]} or more; needed columns of table"
-        )
+        raise ValueError(f"best: holds a column of {table.shape[0]} or more; needed columns of table")
     check_status("topk_settle", status)
     return values, indices, settled
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,11 +36,12 @@ def candidates(k: int) -> int:
     return 2 * k + MORE_CANDIDATES
 
 
-def worthwhile(x: Tensor, W_enc: Tensor, k: int) -> bool:
-    """Whether this is a gain for x [n, d_in]. The native library is there."""
-    n, d_in = x.shape
-    large = n >= LEAST_ROWS and d_in >= LEAST_WIDTH
-    return large and W_enc.shape[0] >= LEAST_COLUMNS_PER_CANDIDATE * candidates(k) and has_bfloat16_units()
+def worthwhile(W_enc: Tensor, k: int) -> bool:
+    """Whether this is a gain where W_enc [d_sae, d_in] is rounded already, or for LEAST_ROWS."""
+    d_sae, d_in = W_enc.shape
+    known = W_enc.dtype in (torch.float32, torch.bfloat16) and W_enc.device.type == "cpu" and cpu.available()
+    large = d_in >= LEAST_WIDTH and d_sae >= LEAST_COLUMNS_PER_CANDIDATE * candidates(k)
+    return known and large and has_bfloat16_units()
 
 
 def has_bfloat16_units() -> bool:
@@ -48,28 +50,52 @@ def has_bfloat16_units() -> bool:
     return torch.backends.mkldnn.is_available() and supported()
 
 
-def topk_encode(
-    x: Tensor, W_enc: Tensor, bias: Tensor, k: int, columns: int, values: Tensor, indices: Tensor
-) -> Tensor:
-    """x [rows, d_in] float32, W_enc [d_sae, d_in] float32 or bfloat16, bias [d_sae] float32, into
-    values and indices [rows, k].
+class Table(NamedTuple):
+    """Rows of W_enc, rounded."""
 
-    columns: of a tile. Gives settled [rows] bool, False where values and indices hold nothing.
+    rows: Tensor
+    """bfloat16"""
+    longest: float
+    """the length of the longest"""
+    most_lost: float
+    """the length of what the rounding took, where it took most"""
+
+
+def rounded(W: Tensor, out: Tensor | None = None) -> Table:
+    """W [m, d_in] float32 or bfloat16, rows contiguous -> `Table`, in `out` [m, d_in] if given."""
+    if W.dtype == torch.bfloat16:
+        return Table(W, float(torch.linalg.vector_norm(W, dim=1, dtype=torch.float32).max()), 0.0)
+    rows, lengths, errors = cpu.round_rows(W, out)
+    return Table(rows, float(lengths.max()), float(errors.max()))
+
+
+def topk_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    bias: Tensor,
+    k: int,
+    columns: int,
+    values: Tensor,
+    indices: Tensor,
+    table: Table | None = None,
+) -> Tensor:
+    """x [rows, d_in], bias [d_sae] float32, W_enc [d_sae, d_in] float32 or bfloat16 -> values, indices [rows, k].
+
+    columns: of a tile. table: W_enc rounded; a tile at a time is, if not given.
+    Gives settled [rows] bool, False where values and indices hold nothing.
     """
     d_sae, d_in = W_enc.shape
+    width = min(columns, d_sae)
     best = cpu.topk_start(x.shape[0], d_sae, candidates(k))
     acts = cpu.round_rows(x)
-    tile = torch.empty(x.shape[0] * min(columns, d_sae), dtype=torch.bfloat16)
-    rounded = torch.empty(min(columns, d_sae), d_in, dtype=torch.bfloat16)
-    longest = most_lost = 0.0
+    tile = torch.empty(x.shape[0] * width, dtype=torch.bfloat16)
+    room = torch.empty(width, d_in, dtype=torch.bfloat16) if table is None else None
+    longest, most_lost = (0.0, 0.0) if table is None else table[1:]
     for first in range(0, d_sae, columns):
-        W = W_enc[first : first + columns]
-        if W.dtype == torch.float32:
-            here = cpu.round_rows(W, rounded[: len(W)])
-            longest, most_lost = max(longest, float(here.lengths.max())), max(most_lost, float(here.errors.max()))
-            W = here.rows
-        else:
-            longest = max(longest, float(torch.linalg.vector_norm(W, dim=1, dtype=torch.float32).max()))
+        W = (W_enc if table is None else table.rows)[first : first + columns]
+        if room is not None:
+            W, longest_here, most_lost_here = rounded(W, room[: len(W)])
+            longest, most_lost = max(longest, longest_here), max(most_lost, most_lost_here)
         product = tile[: x.shape[0] * len(W)].view(-1, len(W))
         torch.mm(acts.rows, W.T, out=product)
         cpu.topk_add(best, product, bias[first : first + columns], first)

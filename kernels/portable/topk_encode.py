@@ -36,12 +36,32 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor
     """
     values, indices = _output(x, k)
     bias = b_enc.to(values.dtype)
-    stored = x.dtype == W_enc.dtype and x.dtype in (torch.float32, torch.bfloat16)
-    if stored and on_native(values) and topk_coarse.worthwhile(x, W_enc, k):
-        _encode_coarsely(x, W_enc, bias, k, values, indices)
+    if x.dtype == W_enc.dtype and x.shape[0] >= topk_coarse.LEAST_ROWS and topk_coarse.worthwhile(W_enc, k):
+        _encode_coarsely(x, _rows_contiguous(W_enc), bias, k, values, indices, None)
     else:
         _encode(x, W_enc, bias, k, values, indices)
     return values.to(x.dtype), indices
+
+
+class Encoder:
+    """topk_encode of x [n, d_in] by the same weights again and again: what can be made of them once is made once."""
+
+    def __init__(self, W_enc: Tensor, b_enc: Tensor, k: int) -> None:
+        self._weights, self._k = (W_enc, b_enc), k
+        self._coarsely = topk_coarse.worthwhile(W_enc, k)
+        self._table: topk_coarse.Table | None = None
+        self._version = -1
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        W_enc, b_enc = self._weights
+        if not self._coarsely or x.dtype != W_enc.dtype:
+            return topk_encode(x, W_enc, b_enc, self._k)
+        version = 0 if W_enc.is_inference() else W_enc._version
+        if self._table is None or self._version != version:
+            self._table, self._version = topk_coarse.rounded(_rows_contiguous(W_enc)), version
+        values, indices = _output(x, self._k)
+        _encode_coarsely(x, _rows_contiguous(W_enc), b_enc.float(), self._k, values, indices, self._table)
+        return values.to(x.dtype), indices
 
 
 def _encode(x: Tensor, W_enc: Tensor, bias: Tensor, k: int, values: Tensor, indices: Tensor) -> None:
@@ -53,18 +73,29 @@ def _encode(x: Tensor, W_enc: Tensor, bias: Tensor, k: int, values: Tensor, indi
         _select(tiles, bias, k, values[here], indices[here])
 
 
-def _encode_coarsely(x: Tensor, W_enc: Tensor, bias: Tensor, k: int, values: Tensor, indices: Tensor) -> None:
-    """The same by `topk_coarse`, and for the rows that it leaves unsettled as ever."""
+def _encode_coarsely(
+    x: Tensor,
+    W_enc: Tensor,
+    bias: Tensor,
+    k: int,
+    values: Tensor,
+    indices: Tensor,
+    table: topk_coarse.Table | None,
+) -> None:
+    """The same by `topk_coarse`, and as ever for the rows that it leaves unsettled."""
     rows, columns = _tile(x, W_enc.shape[0], topk_coarse.candidates(k))
-    W_enc = W_enc if W_enc.stride(1) == 1 else W_enc.contiguous()
     for here in _slices(x.shape[0], rows):
         acts = x[here].float().contiguous()
-        settled = topk_coarse.topk_encode(acts, W_enc, bias, k, columns, values[here], indices[here])
+        settled = topk_coarse.topk_encode(acts, W_enc, bias, k, columns, values[here], indices[here], table)
         if not settled.all():
             left = (~settled).nonzero().squeeze(1)
             found = _output(acts[left], k)
             _encode(acts[left], W_enc, bias, k, *found)
             values[here][left], indices[here][left] = found
+
+
+def _rows_contiguous(W: Tensor) -> Tensor:
+    return W if W.stride(1) == 1 else W.contiguous()
 
 
 def encode_and_keep(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -39,6 +39,7 @@ A n=8192, d_in=768, d_sae=32768, k=32; B 8192, 2304, 65536, 64; C 8192, 4096, 13
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -622,6 +623,11 @@ def topk_encode(
         return x.new_empty(0, k), columns.long()
     search(x, W_enc, bias, keys, columns, product or _best_product(x, d_sae))
     return ordered(keys, columns, x.dtype)
+
+
+def Encoder(W_enc: Tensor, b_enc: Tensor, k: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """topk_encode by the same weights again and again, as the portable one has it; here there is nothing to prepare."""
+    return partial(topk_encode, W_enc=W_enc, b_enc=b_enc, k=k)
 
 
 def search(

@@ -170,3 +170,16 @@ def test_settle_refuses() -> None:
         cpu.topk_settle(best, 20, x, W_enc, b_enc, torch.zeros(3))
     with pytest.raises(ValueError, match=r"best: holds a column of 1000 or more"):
         cpu.topk_settle(best, 4, x, W_enc[:1000], b_enc[:1000], torch.zeros(3))
+
+
+@pytest.mark.parametrize("n", [1, 5, 300])
+def test_encoder_sees_new_weights(n: int, settled: list[Tensor]) -> None:
+    x, W_enc, b_enc = given(13, n)
+    encode = topk_encode.Encoder(W_enc, b_enc, K)
+    for _ in range(2):
+        values, indices = encode(x)
+        wanted = reference.topk_encode(x.double(), W_enc.double(), b_enc.double(), K)
+        assert torch.equal(indices, wanted[1])
+        torch.testing.assert_close(values.double(), wanted[0], rtol=1e-5, atol=1e-5)
+        W_enc.neg_()
+    assert len(settled) == 2
