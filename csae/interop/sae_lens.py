@@ -44,9 +44,6 @@ CONTEXTUAL = "csae_contextual"
 
 # What a TopKSAE does, by SAELens's fields; a file that is without them means the same.
 NEEDED = {"normalize_activations": "none", "reshape_activations": "none", "finetuning_scaling_factor": False}
-ADVICE = {
-    "normalize_activations": ": fold it into the weights first, with SAELens's fold_activation_norm_scaling_factor"
-}
 
 
 def load(name: str | Path) -> TopKSAE | ContextualSAE:
@@ -58,7 +55,8 @@ def load(name: str | Path) -> TopKSAE | ContextualSAE:
         raise UserError(f"{config_file}: architecture is {architecture!r}; needed 'topk' or {CONTEXTUAL!r}")
     for field, needed in NEEDED.items():
         if config.get(field, needed) != needed:
-            advice = ADVICE.get(field, "")
+            foldable = config[field] == "expected_average_only_in"
+            advice = ": call fold_activation_norm_scaling_factor in SAELens first" if foldable else ""
             raise UserError(f"{config_file}: {field} is {config[field]!r}; needed {needed!r}{advice}")
     path = find(name, WEIGHTS)
     tensors = _read_as(path, config.get("dtype", "float32"))
@@ -66,23 +64,28 @@ def load(name: str | Path) -> TopKSAE | ContextualSAE:
         return _contextual_sae(path, config, tensors)
     check_names(path, tensors, Weights._fields)
     weights = Weights(**tensors)
-    weights = weights._replace(W_enc=weights.W_enc.mT)
+    weights = weights._replace(W_enc=_transposed(weights.W_enc))
     return topk_sae(path, _folded(weights, config), config.get("k", 100))
 
 
 def save(sae: SAE, folder: Path, metadata: dict[str, Any]) -> None:
     """What `SAE.load_from_disk` loads. See `csae.interop.save`."""
     if isinstance(sae, ContextualSAE):
-        tensors, config = contextual_tensors(unscaled(sae)), {**sae.config, "architecture": CONTEXTUAL}
+        tensors = contextual_tensors(unscaled(sae))
+        config = {**sae.config, "architecture": CONTEXTUAL}
     else:
         weights = topk_weights(sae, "SAELens")
         tensors = weights._replace(W_enc=weights.W_enc.T.contiguous())._asdict()
-        config = {"architecture": "topk", "d_in": sae.d_in, "d_sae": sae.d_sae, "k": sae.k}
-        config["rescale_acts_by_decoder_norm"] = False
-    config.pop("arch", None)
-    config |= {"dtype": str(sae.W_dec.dtype).removeprefix("torch."), "device": "cpu", "apply_b_dec_to_input": True}
-    config |= {"normalize_activations": "none", "reshape_activations": "none"}
-    config["metadata"] = {**metadata, "sae_lens_version": FORMAT, "sae_lens_training_version": None}
+        sizes = {"d_in": sae.d_in, "d_sae": sae.d_sae, "k": sae.k}
+        config = {"architecture": "topk", **sizes, "rescale_acts_by_decoder_norm": False}
+    config |= {
+        "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {**metadata, "sae_lens_version": FORMAT, "sae_lens_training_version": None},
+    }
     write_file(folder / WEIGHTS, lambda path: save_file(tensors, path))
     write_json(folder / CONFIG, config)
 
@@ -94,8 +97,7 @@ def contextual_tensors(sae: SAE) -> dict[str, Tensor]:
 
 
 def _contextual_sae(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> ContextualSAE:
-    if "W_enc" in tensors:
-        tensors = {**tensors, "W_enc": tensors["W_enc"].mT}
+    tensors = {name: _transposed(tensor) if name == "W_enc" else tensor for name, tensor in tensors.items()}
     names = ("d_in", "d_sae", "k", "n_heads", "d_head", "d_value", "d_memory", "k_mem", "query", "sweeps")
     options = {name: config[name] for name in (*names, "k_aux", "aux_coef", "dead_after") if name in config}
     try:
@@ -108,6 +110,10 @@ def _contextual_sae(path: Path, config: dict[str, Any], tensors: dict[str, Tenso
         if tensors[name].shape != parameter.shape:
             raise UserError(f"{path}: {name} has shape {list(tensors[name].shape)}; needed {list(parameter.shape)}")
     return with_tensors(sae, tensors)
+
+
+def _transposed(W_enc: Tensor) -> Tensor:
+    return W_enc.mT if W_enc.dim() == 2 else W_enc  # the check of shapes is to say what is wrong
 
 
 def _as_of_version_6(config: dict[str, Any]) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def test_a_config_of_before_version_6_is_read_as_version_6_reads_it(tmp_path):
     [
         ({"architecture": "jumprelu"}, {}, "architecture is 'jumprelu'; needed 'topk'"),
         ({"normalize_activations": "layer_norm"}, {}, "normalize_activations is 'layer_norm'; needed 'none'"),
-        ({"normalize_activations": True, "metadata": {}}, {}, "'expected_average_only_in'; needed 'none': fold it"),
+        ({"normalize_activations": True, "metadata": {}}, {}, "'expected_average_only_in'; needed 'none': call fold_"),
         ({"reshape_activations": "hook_z"}, {}, "reshape_activations is 'hook_z'; needed 'none'"),
         ({"metadata": {}, "activation_fn": "relu", "architecture": "standard"}, {}, "architecture is 'standard'"),
         ({"dtype": "float8"}, {}, "dtype is 'float8'; needed one of float32, bfloat16"),
@@ -112,6 +112,7 @@ def test_a_config_of_before_version_6_is_read_as_version_6_reads_it(tmp_path):
         ({}, {"threshold": torch.zeros(D_SAE)}, "with threshold; needed"),
         ({}, {"scaling_factor": torch.full((D_SAE,), 2.0)}, "with scaling_factor; needed"),
         ({}, {"W_enc": torch.zeros(D_SAE, D_IN)}, r"b_enc has shape \[19\]; needed \[7\]"),
+        ({}, {"W_enc": torch.zeros(D_IN)}, r"W_enc has shape \[7\]; needed \[d_sae, d_in\]"),
         ({"architecture": "csae_contextual", "query": "next"}, {}, "query: given 'next'; needed one of"),
         ({"architecture": "csae_contextual", "query": "past"}, {}, "without W_K, W_O, W_Q"),
     ],
