@@ -38,6 +38,30 @@ class Code(NamedTuple):
         return self.values.new_zeros(shape).scatter_(-1, self.indices, self.values)
 
 
+class Columns(NamedTuple):
+    """Some features of all tokens: a [..., d_sae] that is zero elsewhere."""
+
+    values: Tensor
+    """[..., m]"""
+    features: Tensor
+    """[m] int64, no two the same"""
+    d_sae: int
+
+    def dense(self) -> Tensor:
+        shape = (*self.values.shape[:-1], self.d_sae)
+        return self.values.new_zeros(shape).index_copy_(-1, self.features, self.values)
+
+
+class Sum(NamedTuple):
+    """Two tensors of one shape and dtype, added."""
+
+    first: Source
+    second: Source
+
+    def dense(self) -> Tensor:
+        return self.first.dense() + self.second.dense()
+
+
 class _Content:
     """The source of a tensor, and then the tensor. Shared by tensors that share memory."""
 
@@ -71,7 +95,7 @@ class Lazy(Tensor):
         super().__init__()
 
     @classmethod
-    def of(cls, code: Code) -> Lazy:
+    def of(cls, code: Code | Columns) -> Lazy:
         return cls(code, (*code.values.shape[:-1], code.d_sae), code.values.dtype, code.values.device)
 
     @property
@@ -143,6 +167,8 @@ def _stays_lazy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ten
         return None
     if func in (aten.detach.default, aten.alias.default):
         return Lazy(lazy.content, tuple(lazy.shape), lazy.dtype, lazy.device)
+    if func is aten.add.Tensor and not kwargs:
+        return _add(lazy, args[1])
     code = lazy.source
     if not isinstance(code, Code):
         return None
@@ -151,6 +177,15 @@ def _stays_lazy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ten
     if func is aten.sum.dim_IntList and len(args) == 2 and not kwargs and lazy.ndim == 2:
         return _sum(code, tuple(dim % 2 for dim in args[1] or ()))
     return None
+
+
+def _add(first: Lazy, second: Any) -> Lazy | None:
+    """The sum of two that are not made yet, as autograd forms it of gradients; None for another."""
+    if not isinstance(second, Lazy) or first.source is None or second.source is None:
+        return None
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return None
+    return Lazy(Sum(first.source, second.source), tuple(first.shape), first.dtype, first.device)
 
 
 def _sum(code: Code, dims: tuple[int, ...]) -> Tensor | None:

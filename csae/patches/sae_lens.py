@@ -1,8 +1,9 @@
 """SAELens: its TopK and BatchTopK SAEs encode with `topk_encode` and decode with `sparse_decode`.
 
-Four functions are replaced: `TopKSAE.encode`, `TopKTrainingSAE.encode_with_hidden_pre`, `act_times_W_dec`, which the
-decoders call, and `BatchTopKTrainingSAE.update_topk_threshold`, which reads the activations. All else is the library's:
-configs, state dicts, files, hooks, the trainer and its dense Adam.
+Five functions are replaced: `TopKSAE.encode`, `TopKTrainingSAE.encode_with_hidden_pre`, `act_times_W_dec`, which the
+decoders call, `calculate_topk_aux_acts`, which chooses among dead neurons, and
+`BatchTopKTrainingSAE.update_topk_threshold`, which reads the activations. All else is the library's: configs, state
+dicts, files, hooks, the trainer and its dense Adam.
 
 What was a dense [n, d_sae] tensor, the activations and hidden_pre, is a `Lazy` one: a torch.Tensor that reads like the
 library's, is part of autograd's graph, and is made only when something reads it. A training step of `SAETrainer` makes
@@ -12,7 +13,7 @@ Which code runs:
 
 - hooks on `hook_sae_acts_pre`: the library's. On `hook_sae_acts_post`: ours, and the hook gets an ordinary dense tensor
   (with use_sparse_activations too: the library makes one there). Other hooks: ours.
-- dead neurons, and so their auxiliary loss: ours, and the library's loss, which makes hidden_pre and reads it whole.
+- dead neurons, and so their auxiliary loss: the library's, on the columns of the dead ones alone.
 - `BatchTopKTrainingSAE`: ours, and exact, where no token has more than 4 k active features; else the library's choice
   from a dense hidden_pre. Its Matryoshka kind likewise, but its inner levels read the dense activations.
 - autocast, torch.compile, torch.func, another activation function, a k above d_sae: the library's.
@@ -43,7 +44,7 @@ from csae.ops import sparse_decode, topk_encode
 
 from . import Replacement
 from .batch_topk import batch_topk
-from .lazy import Code, Lazy, dense, plain
+from .lazy import Code, Columns, Lazy, Sum, dense, plain
 
 PACKAGE = "sae-lens"
 TESTED = "6.54"
@@ -57,6 +58,7 @@ def replacements() -> list[Replacement]:
     encode_theirs = topk_sae.TopKSAE.encode
     encode_with_hidden_pre_theirs = topk_sae.TopKTrainingSAE.encode_with_hidden_pre
     act_times_W_dec_theirs = topk_sae.act_times_W_dec
+    calculate_topk_aux_acts_theirs = topk_sae.calculate_topk_aux_acts
     update_topk_threshold_theirs = BatchTopKTrainingSAE.update_topk_threshold
 
     def encode(self: Any, x: Tensor) -> Tensor:
@@ -66,11 +68,22 @@ def replacements() -> list[Replacement]:
         return _encode(self, x) if _takes(self) else encode_with_hidden_pre_theirs(self, x)
 
     def act_times_W_dec(feature_acts: Tensor, W_dec: Tensor, rescale_acts_by_decoder_norm: bool) -> Tensor:
+        if isinstance(feature_acts, Lazy) and isinstance(feature_acts.source, Columns):
+            values, features, _ = feature_acts.source
+            return act_times_W_dec_theirs(values, W_dec.index_select(0, features), rescale_acts_by_decoder_norm)
         code = _code(feature_acts)
         if code is None or _transformed(W_dec.device):
             return act_times_W_dec_theirs(plain(feature_acts), W_dec, rescale_acts_by_decoder_norm)
         norms = _norms_known_to(feature_acts, W_dec) if rescale_acts_by_decoder_norm else None
         return _Decode.apply(feature_acts, W_dec, norms, code)
+
+    def calculate_topk_aux_acts(k_aux: int, hidden_pre: Tensor, dead_neuron_mask: Tensor) -> Tensor:
+        if not (isinstance(hidden_pre, Lazy) and isinstance(hidden_pre.source, _Product)):
+            return calculate_topk_aux_acts_theirs(k_aux, hidden_pre, dead_neuron_mask)
+        dead = dead_neuron_mask.nonzero().squeeze(1)
+        narrow = _Take.apply(hidden_pre, dead)
+        chosen = calculate_topk_aux_acts_theirs(k_aux, narrow, dead_neuron_mask[dead])
+        return _Put.apply(chosen, dead, hidden_pre.shape[-1])
 
     def update_topk_threshold(self: Any, acts_topk: Tensor) -> None:
         # It takes the least of the positive ones, which are all in the code.
@@ -81,6 +94,7 @@ def replacements() -> list[Replacement]:
         Replacement(topk_sae.TopKSAE, "encode", encode),
         Replacement(topk_sae.TopKTrainingSAE, "encode_with_hidden_pre", encode_with_hidden_pre),
         Replacement(topk_sae, "act_times_W_dec", act_times_W_dec),
+        Replacement(topk_sae, "calculate_topk_aux_acts", calculate_topk_aux_acts),
         Replacement(BatchTopKTrainingSAE, "update_topk_threshold", update_topk_threshold),
     ]
 
@@ -178,6 +192,11 @@ class _Product(NamedTuple):
             )
         return _pre_acts(self.acts, self.W_enc, self.b_enc, self.norms)
 
+    def columns(self, features: Tensor) -> Tensor:
+        """Some columns of it [..., m]."""
+        norms = None if self.norms is None else self.norms[features]
+        return _pre_acts(self.acts, self.W_enc[:, features], self.b_enc[features], norms)
+
 
 def _pre_acts(acts: Tensor, W_enc: Tensor, b_enc: Tensor, norms: Tensor | None) -> Tensor:
     pre_acts = acts @ W_enc + b_enc
@@ -187,9 +206,9 @@ def _pre_acts(acts: Tensor, W_enc: Tensor, b_enc: Tensor, norms: Tensor | None) 
 class _Selected(NamedTuple):
     """The gradient of hidden_pre through what was selected of it."""
 
-    grad: Code
+    grad: Code | Columns
     values: Tensor
-    """[..., k]: hidden_pre where grad is, relu'd"""
+    """hidden_pre where grad is not zero; [..., k] or [..., m] as the gradient's own"""
 
     def dense(self) -> Tensor:
         return self.grad.dense()
@@ -229,34 +248,121 @@ class _PreActs(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        acts, W_enc, b_enc, norms = ctx.saved_tensors
         need_acts, need_b_dec, need_W, need_b, need_norms = ctx.needs_input_grad
-        d_norms = None
-        source = grad.source if isinstance(grad, Lazy) else None
-        if isinstance(source, _Selected):
-            (d_pre, indices, _), values = source
-            if need_norms:
-                d_norms = _per_norm(d_pre * values, indices, norms)
-            scaled = d_pre if norms is None else d_pre * norms[indices]
-            d_acts, d_W, d_b = torch.ops.csae.topk_encode_backward(
-                scaled, values, indices, acts, W_enc.T, need_acts, need_W, need_b or need_b_dec
-            )
-            d_W = d_W.T
-        else:
-            d_pre = dense(grad)
-            if need_norms:
-                d_norms = (d_pre * _pre_acts(acts, W_enc, b_enc, None)).flatten(0, -2).sum(0)
-            d_pre = (d_pre if norms is None else d_pre * norms).flatten(0, -2)
-            d_acts = (d_pre @ W_enc.T).view(acts.shape) if need_acts else None
-            d_W = acts.reshape(-1, acts.shape[-1]).T @ d_pre if need_W else None
-            d_b = d_pre.sum(0)
+        needed = need_acts, need_W, need_b or need_b_dec, need_norms
+        of = _Inputs(*ctx.saved_tensors)
+        code, columns = _parts(grad)
+        total = _dense_gradients(dense(grad), of, needed) if code is None else _code_gradients(code, of, needed)
+        if columns is not None:
+            _add_columns_gradients(columns, of, total)
         return (
-            d_acts if need_acts else None,
-            -(W_enc @ d_b) if need_b_dec else None,
-            d_W if need_W else None,
-            d_b if need_b else None,
-            d_norms,
+            total.acts,
+            -(of.W_enc @ total.b_enc) if need_b_dec and total.b_enc is not None else None,
+            total.W_enc.T if total.W_enc is not None else None,
+            total.b_enc if need_b else None,
+            total.norms,
         )
+
+
+def _parts(grad: Tensor) -> tuple[_Selected | None, _Selected | None]:
+    """The gradient through a code, and that through the dead neurons if any; None, None for another gradient."""
+    source = grad.source if isinstance(grad, Lazy) else None
+    parts = [part for part in (source if isinstance(source, Sum) else (source,)) if isinstance(part, _Selected)]
+    codes = [part for part in parts if isinstance(part.grad, Code)]
+    columns = [part for part in parts if isinstance(part.grad, Columns)]
+    if len(codes) != 1 or len(parts) != (2 if isinstance(source, Sum) else 1):
+        return None, None
+    return codes[0], columns[0] if columns else None
+
+
+class _Inputs(NamedTuple):
+    """What hidden_pre was computed from."""
+
+    acts: Tensor
+    W_enc: Tensor
+    b_enc: Tensor
+    norms: Tensor | None
+
+
+class _Gradients(NamedTuple):
+    """Of what hidden_pre was computed from; None where it is not needed."""
+
+    acts: Tensor | None
+    W_enc: Tensor | None
+    """[d_sae, d_in]: transposed"""
+    b_enc: Tensor | None
+    norms: Tensor | None
+
+
+def _code_gradients(part: _Selected, of: _Inputs, needed: tuple[bool, ...]) -> _Gradients:
+    d_pre, indices, _ = part.grad
+    scaled = d_pre if of.norms is None else d_pre * of.norms[indices]
+    # The op's own mask for the relu lets all pass: it is in the gradient already.
+    found = torch.ops.csae.topk_encode_backward(
+        scaled, torch.ones_like(scaled), indices, of.acts, of.W_enc.T, *needed[:3]
+    )
+    d_acts, d_W, d_b = (d if need else None for d, need in zip(found, needed[:3], strict=True))
+    d_norms = _per_norm(d_pre * part.values, indices, of.norms) if of.norms is not None and needed[3] else None
+    return _Gradients(d_acts, d_W, d_b, d_norms)
+
+
+def _add_columns_gradients(part: _Selected, of: _Inputs, total: _Gradients) -> None:
+    """Add the gradients through some columns to those that there are."""
+    grad, features, _ = part.grad
+    norms = None if of.norms is None else of.norms[features]
+    d_pre = (grad if norms is None else grad * norms).flatten(0, -2)  # [n, m]
+    if total.acts is not None:
+        total.acts.add_((d_pre @ of.W_enc[:, features].T).view(total.acts.shape))
+    if total.W_enc is not None:
+        total.W_enc[features] += d_pre.T @ of.acts.reshape(-1, of.acts.shape[-1])
+    if total.b_enc is not None:
+        total.b_enc[features] += d_pre.sum(0)
+    if total.norms is not None and norms is not None:
+        products = (grad * part.values).flatten(0, -2).sum(0)
+        total.norms[features] += torch.where(norms > 0, products / norms, 0)
+
+
+def _dense_gradients(d_pre: Tensor, of: _Inputs, needed: tuple[bool, ...]) -> _Gradients:
+    need_acts, need_W, need_b, need_norms = needed
+    d_norms = (d_pre * _pre_acts(*of._replace(norms=None))).flatten(0, -2).sum(0) if need_norms else None
+    d_pre = (d_pre if of.norms is None else d_pre * of.norms).flatten(0, -2)
+    d_acts = (d_pre @ of.W_enc.T).view(of.acts.shape) if need_acts else None
+    d_W = d_pre.T @ of.acts.reshape(-1, of.acts.shape[-1]) if need_W else None
+    return _Gradients(d_acts, d_W, d_pre.sum(0) if need_b else None, d_norms)
+
+
+class _Take(Function):
+    """The columns [..., m] of hidden_pre for some features, without the others."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_pre: Lazy, features: Tensor) -> Tensor:
+        product = hidden_pre.source
+        assert isinstance(product, _Product)
+        ctx.shape, ctx.features = hidden_pre.shape, features
+        narrow = product.columns(features)
+        ctx.save_for_backward(narrow)
+        return narrow
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (narrow,) = ctx.saved_tensors
+        through = _Selected(Columns(grad, ctx.features, ctx.shape[-1]), narrow)
+        return Lazy(through, tuple(ctx.shape), grad.dtype, grad.device), None
+
+
+class _Put(Function):
+    """Columns [..., m] in their place in a lazy [..., d_sae], zero elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, features: Tensor, d_sae: int) -> Tensor:
+        ctx.features = features
+        return Lazy.of(Columns(values, features, d_sae))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(-1, ctx.features), None, None
 
 
 class _Select(Function):
