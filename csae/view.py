@@ -10,6 +10,7 @@ Features have no names. What one is about shows in the tokens at which it is new
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Sequence
@@ -96,7 +97,7 @@ def view(
         new: T lists [feature, activity, feature, activity, ...], the most active first, in 1/ACTIVITY of the unit of
             normalised activations.
         carried: T lists [feature, share, ...]: the features with a share of CARRIED or more of c, all their parts
-            together, largest first, in 1/FRACTION.
+            together, largest first, in 1/FRACTION. threshold: CARRIED in the same unit.
         parts: T lists [position, feature, share, ...]: the PARTS_SHOWN single parts of c that are largest in share,
             whatever its sign, in 1/FRACTION.
         others: T pairs [how many parts there are beside those, their share in 1/FRACTION].
@@ -122,38 +123,39 @@ def view(
             )
     if isinstance(beside, ContextualSAE):
         raise UserError("the SAE beside it is a contextual one; needed one per token, that carries nothing")
-    reading = _read(sae, windows, progress)
-    found: dict[str, Any] = {
+    read = _read(sae, windows, progress)
+    found = {
         "tokens": [piece for window in windows for piece in token_pieces(lm.tokenizer, window.tokens.tolist())],
         "cuts": _starts(windows)[1:],
         "left_out": (~torch.cat([window.mask for window in windows])).nonzero().squeeze(1).tolist(),
-        **{name: reading[name] for name in LISTS},
-        "rows": _rows(reading),
-        "features": _effects(sae, lm, reading),
-        "figures": _figures(sae, reading, windows, trained_on),
-        "beside": None,
+        "threshold": _fraction(CARRIED),
+        **read.lists,
+        "rows": _rows(read),
+        "features": _effects(sae, lm, read),
+        "figures": _figures(sae, read, windows, trained_on),
     }
-    if beside is not None:
-        reading = _read(beside, windows, progress)
-        figures = _figures(beside, reading, windows, trained_on)
-        rows = _rows(reading)
-        found["beside"] = {"new": _only(rows, reading["new"]), "rows": rows, "missed": reading["missed"]}
-        found["beside"]["figures"] = figures
-    return found
+    if beside is None:
+        return found | {"beside": None}
+    read = _read(beside, windows, progress)
+    rows, figures = _rows(read), _figures(beside, read, windows, trained_on)
+    new, missed = _only(rows, read.lists["new"]), read.lists["missed"]
+    return found | {"beside": {"new": new, "rows": rows, "missed": missed, "figures": figures}}
 
 
-def _starts(windows: Sequence[Window]) -> list[int]:
-    """The position in the text at which each window begins."""
-    return [0, *itertools.accumulate(len(window.tokens) for window in windows)][:-1]
+class _Reading(NamedTuple):
+    """What an SAE makes of the N tokens of a text."""
+
+    lists: dict[str, list[Any]]  # those of `view` that are named in LISTS, [N] each
+    lengths: list[float]  # [N]: of c, in normalised units
+    errors: Tensor  # [N] float64, squared
+    written: dict[int, Tensor]  # feature -> [d_in], the sum of all that it carried
 
 
-def _read(sae: SAE, windows: Sequence[Window], progress: Progress) -> dict[str, Any]:
-    """What an SAE makes of the windows: the lists of `view` that are named in LISTS, and
-
-    length: the length of c at each token, in normalised units. errors: [N], squared, over the N tokens of the text.
-    written: feature -> [d_in], the sum of all that it carried.
-    """
-    read: dict[str, Any] = {name: [] for name in (*LISTS, "length", "errors")} | {"written": {}}
+def _read(sae: SAE, windows: Sequence[Window], progress: Progress) -> _Reading:
+    lists: dict[str, list[Any]] = {name: [] for name in LISTS}
+    lengths: list[float] = []
+    errors: list[Tensor] = []
+    written: dict[int, Tensor] = {}
     b = sae.b_dec * sae.scale
     for start, window in zip(_starts(windows), windows, strict=True):
         acts, mask = window.acts.to(b), window.mask.to(b.device)
@@ -163,29 +165,33 @@ def _read(sae: SAE, windows: Sequence[Window], progress: Progress) -> dict[str, 
         error = (acts - x_hat).square().sum(dim=-1)
         of_c = (c * (x_hat - b)).sum(dim=-1) / (x_hat - b).square().sum(dim=-1).clamp_min(1e-12)
         missed = error / (acts - b).square().sum(dim=-1).clamp_min(1e-12)
+        lengths += (c.norm(dim=-1) / sae.scale).tolist()
+        errors.append(error.double().cpu())
         for t, counted in enumerate(mask.tolist()):
-            read["new"].append(_pairs(code.indices[t], values[t], 0, ACTIVITY))
-            read["c"].append(_fraction(of_c[t]) if counted else 0)
-            read["missed"].append(_fraction(missed[t]) if counted else 0)
-        read["length"] += (c.norm(dim=-1) / sae.scale).tolist()
-        read["errors"].append(error.double().cpu())
+            lists["new"].append(_pairs(code.indices[t], values[t], 0, ACTIVITY))
+            lists["c"].append(_fraction(of_c[t]) if counted else 0)
+            lists["missed"].append(_fraction(missed[t]) if counted else 0)
         if found is None:
             for name, nothing in (("carried", []), ("parts", []), ("others", [0, 0]), ("remainder", 0)):
-                read[name] += [nothing] * len(acts)
+                lists[name] += [nothing] * len(acts)
             continue
         features, row = code.indices.unique(return_inverse=True)
         for t in progress(range(len(acts)), "attributing"):
             share = found.share_at(t)
             carried = share.new_zeros(len(features)).index_add_(0, row.flatten(), share.flatten())
-            read["carried"].append(_pairs(features, carried, CARRIED, FRACTION))
             listed, others = _parts(share, code.indices, start)
-            read["parts"].append(listed)
-            read["others"].append(others)
-        read["remainder"] += [float(f"{missing:.0e}") for missing in found.remainder().tolist()]
-        for feature, written in zip(features.tolist(), found.written()[1], strict=True):
-            read["written"][feature] = read["written"].get(feature, 0) + written
-    read["errors"] = torch.cat(read["errors"])
-    return read
+            lists["carried"].append(_pairs(features, carried, CARRIED, FRACTION))
+            lists["parts"].append(listed)
+            lists["others"].append(others)
+        lists["remainder"] += [float(f"{missing:.0e}") for missing in found.remainder().tolist()]
+        for feature, wrote in zip(features.tolist(), found.written()[1], strict=True):
+            written[feature] = written.get(feature, 0) + wrote
+    return _Reading(lists, lengths, torch.cat(errors), written)
+
+
+def _starts(windows: Sequence[Window]) -> list[int]:
+    """The position in the text at which each window begins."""
+    return [0, *itertools.accumulate(len(window.tokens) for window in windows)][:-1]
 
 
 def _parts(share: Tensor, indices: Tensor, start: int) -> tuple[list[int], list[int]]:
@@ -199,14 +205,13 @@ def _parts(share: Tensor, indices: Tensor, start: int) -> tuple[list[int], list[
     return listed, [count - len(largest), _fraction(flat.double().sum() - flat[largest].double().sum())]
 
 
-def _rows(read: dict[str, Any]) -> list[int]:
+def _rows(read: _Reading) -> list[int]:
     """The ROWS features that add most, in the order of the position at which half of that is added."""
     added = _added(read)
-    total = {feature: sum(amount for _, amount in at) for feature, at in added.items()}
 
     def middle(feature: int) -> int:
-        sums = itertools.accumulate(amount for _, amount in added[feature])
-        return next(t for (t, _), so_far in zip(added[feature], sums, strict=True) if 2 * so_far >= total[feature])
+        sums = list(itertools.accumulate(amount for _, amount in added[feature]))
+        return added[feature][bisect.bisect_left(sums, sums[-1] / 2)][0]
 
     return sorted(_largest(added, ROWS), key=middle)
 
@@ -217,10 +222,12 @@ def _largest(added: dict[int, list[tuple[int, float]]], n: int) -> list[int]:
     return sorted(total, key=lambda feature: (-total[feature], feature))[:n]
 
 
-def _added(read: dict[str, Any]) -> dict[int, list[tuple[int, float]]]:
+def _added(read: _Reading) -> dict[int, list[tuple[int, float]]]:
     """For each feature [position, length that it adds to the reconstruction], newly or carried, in normalised units."""
     added: dict[int, list[tuple[int, float]]] = {}
-    for t, (new, carried, length) in enumerate(zip(read["new"], read["carried"], read["length"], strict=True)):
+    for t, (new, carried, length) in enumerate(
+        zip(read.lists["new"], read.lists["carried"], read.lengths, strict=True)
+    ):
         for feature, activity in zip(new[::2], new[1::2], strict=True):
             added.setdefault(feature, []).append((t, activity / ACTIVITY))
         for feature, share in zip(carried[::2], carried[1::2], strict=True):
@@ -237,7 +244,7 @@ def _only(rows: list[int], new: list[list[int]]) -> list[list[int]]:
     ]
 
 
-def _figures(sae: SAE, read: dict[str, Any], windows: Sequence[Window], trained_on: int | None) -> dict[str, Any]:
+def _figures(sae: SAE, read: _Reading, windows: Sequence[Window], trained_on: int | None) -> dict[str, Any]:
     """See `view`."""
     mask = torch.cat([window.mask for window in windows]).cpu()
     place = torch.cat([torch.arange(len(window.tokens)) for window in windows])
@@ -247,11 +254,11 @@ def _figures(sae: SAE, read: dict[str, Any], windows: Sequence[Window], trained_
         if int(chosen.sum()) < 2:
             return None
         variance = (acts[chosen] - acts[chosen].mean(dim=0)).square().sum()
-        return float(read["errors"][chosen].sum() / variance)
+        return float(read.errors[chosen].sum() / variance)
 
     runs = present = fresh = 0
     before: set[int] = set()
-    for t, (new, carried) in enumerate(zip(read["new"], read["carried"], strict=True)):
+    for t, (new, carried) in enumerate(zip(read.lists["new"], read.lists["carried"], strict=True)):
         here = {*new[::2], *carried[::2]}
         runs += len(here if place[t] == 0 else here - before)
         present += len(here)
@@ -280,13 +287,13 @@ def _fraction(value: Tensor | float) -> int:
     return round(FRACTION * float(value))
 
 
-def _effects(sae: SAE, lm: LanguageModel, read: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _effects(sae: SAE, lm: LanguageModel, read: _Reading) -> dict[str, dict[str, Any]]:
     """What features do to the next token; see `view`."""
     features = sorted(_largest(_added(read), EFFECTS_SHOWN))
     found = {str(feature): {"new": new} for feature, new in zip(features, logits(lm, sae.W_dec[features]), strict=True)}
-    wrote = [feature for feature in features if feature in read["written"] and read["written"][feature].any()]
+    wrote = [feature for feature in features if feature in read.written and read.written[feature].any()]
     if wrote:
-        written = torch.stack([read["written"][feature] for feature in wrote])
+        written = torch.stack([read.written[feature] for feature in wrote])
         cosine = nn.functional.cosine_similarity(written, sae.W_dec[wrote], dim=-1).tolist()
         for feature, carried, own in zip(wrote, logits(lm, written), cosine, strict=True):
             found[str(feature)] |= {"carried": carried, "cosine": round(own, 2)}

@@ -298,7 +298,7 @@ def test_what_the_page_says(tmp_path: Path, facts: dict[str, Any], per_token: SA
     text = " ".join(re.sub(r"<[^>]+>", "", page(tmp_path / "view.html", facts)).split())
     percent = f"{100 * facts['figures']['fvu']:.1f}&nbsp;%"
     assert f"Of this text’s variance it leaves {percent} unexplained (FVU); " in text
-    assert "from 10 on, which are beyond those that it was trained on. topk, the per-token SAE beside it" in text
+    assert "goes on beyond the 10 tokens of those that it was trained on. topk, the per-token SAE beside it" in text
     assert "a new window: nothing is carried over" in text
     alone = view(per_token, windows[:1], tiny_lm)
     text = page(tmp_path / "view.html", alone, beside=None, trained_on=None, whole=False)
@@ -353,6 +353,7 @@ addEventListener("load", async () => {
       for (let i = 3; i < pixels.length; i += 4) count += pixels[i] > 20;
       return count;
     };
+    note("lines", [...document.querySelectorAll(".here")].map((line) => line.hidden));
     note("painted", [...document.querySelectorAll("canvas")].map(painted));
     $("#text .t[tabindex='0']").focus();
     press("Home");
@@ -425,6 +426,7 @@ def test_in_a_browser(tmp_path: Path, facts: dict[str, Any], width: int) -> None
     assert seen["wide"] <= 0, "the page scrolls sideways"
     assert seen["wide feature"] <= 0
     assert seen["tokens"] == len(facts["tokens"])
+    assert seen["lines"] == [True, True], "a line could be taken for something in the text"
     assert len(seen["painted"]) == 2
     assert min(seen["painted"]) > 500
     assert seen["home"] == "0"

@@ -9,11 +9,12 @@
   const leftOut = new Set(data.left_out), cuts = new Set(data.cuts);
 
   // [[a, b, ...], ...] -> the list cut in pieces of `size` numbers.
-  const grouped = (flat, size) => Array.from({ length: flat.length / size }, (_, i) => flat.slice(i * size, (i + 1) * size));
+  const grouped = (flat, size) =>
+    Array.from({ length: flat.length / size }, (_, i) => flat.slice(i * size, (i + 1) * size));
   const share = (number, digits = 1) => `${(100 * number / UNIT.share).toFixed(digits)} %`.replace("-", "−");
   const piece = (t) => data.tokens[t] || "…";
 
-  // What is known of each feature: where it is new, and where it is carried, [position, amount] in the order of the text.
+  // Feature -> [position, amount], in the order of the text.
   function byFeature(lists) {
     const found = new Map();
     lists.forEach((flat, t) => {
@@ -66,6 +67,7 @@
     canvas.setAttribute("role", "application");
     canvas.setAttribute("aria-label", `${label}: arrow keys move, Enter opens the ${paged ? "feature" : "token"}`);
     ticks.setAttribute("aria-hidden", "true");
+    here.hidden = true;  // until someone points: a line could be taken for something in the text
     readout.setAttribute("role", "status");
     const chart = element("div", "chart", element("div", "plot", canvas, here), ticks, readout);
     container.replaceChildren(...(named ? [names] : []), chart);
@@ -80,24 +82,25 @@
       pen.scale(ratio, ratio);
       // Where there are more tokens than pixels, a column stands for several, and is as deep as their mean.
       const columns = Math.min(n, Math.floor(width)), wide = width / columns;
-      const paint = (pairs, top, tall, colours, depth) => {
-        const sums = new Float32Array(columns);
-        for (const [t, amount] of pairs) sums[Math.floor(t * columns / n)] += depth(amount);
-        for (let column = 0; column < columns; column++) {
-          if (!sums[column]) continue;
-          const from = Math.ceil(column * n / columns), to = Math.ceil((column + 1) * n / columns);
-          const mean = Math.min(1, Math.max(0.15, sums[column] / (to - from)));
-          pen.fillStyle = `rgb(${colours} / ${mean.toFixed(3)})`;
-          pen.fillRect(column * wide, top, wide + 0.3, tall);
-        }
+      const depths = (pairs, depth) => {
+        const sums = new Float32Array(columns), counts = new Float32Array(columns);
+        for (let t = 0; t < n; t++) counts[Math.floor(t * columns / n)]++;
+        for (const [t, amount] of pairs || []) sums[Math.floor(t * columns / n)] += depth(amount);
+        return sums.map((sum, column) => sum && Math.min(1, Math.max(0.15, sum / counts[column])));
       };
       const [blue, orange, soft, line] = ["--carried", "--new", "--soft", "--line"].map(colour);
-      const half = carried.size ? ROW / 2 - 1 : 0;  // where it is both, new is the lower half
       rows.forEach((feature, number) => {
-        const top = number * ROW + 1;
-        paint(carried.get(feature) || [], top, ROW - 2, blue, (amount) => 0.2 + 10 * amount / UNIT.share);
-        paint(fresh.get(feature) || [], top + half, ROW - 2 - half, orange,
-          (amount) => Math.min(1, 0.55 + 0.1 * amount / UNIT.activity));
+        const top = number * ROW + 1, tall = ROW - 2;
+        const isCarried = depths(carried.get(feature), (amount) => 0.2 + 10 * amount / UNIT.share);
+        const isNew = depths(fresh.get(feature), (amount) => Math.min(1, 0.55 + 0.1 * amount / UNIT.activity));
+        const fill = (colours, depth, column, half) => {
+          pen.fillStyle = `rgb(${colours} / ${depth.toFixed(3)})`;
+          pen.fillRect(column * wide, top + (half ? tall / 2 : 0), wide + 0.3, half ? tall / 2 : tall);
+        };
+        for (let column = 0; column < columns; column++) {
+          if (isCarried[column]) fill(blue, isCarried[column], column, false);
+          if (isNew[column]) fill(orange, isNew[column], column, isCarried[column] > 0);
+        }
         pen.fillStyle = line;
         pen.fillRect(0, top + ROW - 1.5, width, 0.5);
       });
@@ -119,11 +122,11 @@
         tick.style.maxWidth = `${100 * step / n}%`;
         ticks.append(tick);
       }
-      point(at);
     }
 
     function point(t) {
       at = t;
+      here.hidden = false;
       here.style.left = `${100 * (t + 0.5) / n}%`;
     }
 
@@ -135,12 +138,13 @@
       const feature = rows[row];
       const amount = (map) => ((map.get(feature) || []).find(([position]) => position === t) || [0, 0])[1];
       const state = [];
-      if (amount(fresh)) state.push(`${carried.size ? "new" : "active"}, ${(amount(fresh) / UNIT.activity).toFixed(1)}`);
+      const activity = (amount(fresh) / UNIT.activity).toFixed(1);
+      if (amount(fresh)) state.push(`${carried.size ? "new" : "active"}, ${activity}`);
       if (amount(carried)) state.push(`carried, ${share(amount(carried))} of c`);
       const goTo = element("a", "", `token ${t + 1}`);
       goTo.href = `#token-${t + 1}`;
-      readout.replaceChildren(goTo, ` …${visible(data.tokens.slice(Math.max(0, t - 6), t).join(""))}`, token(piece(t)),
-        `${visible(data.tokens.slice(t + 1, t + 6).join(""))}…`, element("br", ""),
+      const [before, after] = [[Math.max(0, t - 6), t], [t + 1, t + 6]].map((ends) => data.tokens.slice(...ends).join(""));
+      readout.replaceChildren(goTo, ` …${visible(before)}`, token(piece(t)), `${visible(after)}…`, element("br", ""),
         paged ? link(feature) : `#${feature} ${words(fresh.get(feature) || []).join(" ")}`,
         `: ${state.join("; ") || "not present"}`);
     }
@@ -245,7 +249,7 @@
     made.push(sum, element("h4", "", "The same by feature"), list("source-list",
       isCarried.map(([feature, part]) => row(share(part, 1), part / isCarried[0][1], link(feature)))));
     const named = isCarried.reduce((total, [, part]) => total + part, 0);
-    made.push(element("p", "small", `${share(UNIT.share - named)} in features with less than 1 % each`));
+    made.push(element("p", "small", `${share(UNIT.share - named)} in features with less than ${share(data.threshold, 0)} each`));
     return made;
   }
 
@@ -362,13 +366,15 @@
     const made = [element("p", "back", back, element("span", "small", " (Escape)")),
       element("h1", "", `Feature #${feature} `, ...words(isNew).flatMap((word) => [token(word), " "])),
       element("p", "", element("span", "is-new", `New at ${isNew.length}`), ` of ${counted} tokens; `,
-        element("span", "is-carried", `only carried at ${only.length}`), " others, with 1 % or more of c each."), chart];
+        element("span", "is-carried", `only carried at ${only.length}`), " others, with ",
+        `${share(data.threshold, 0)} or more of c each.`), chart];
     const columns = element("div", "columns");
     columns.append(
       element("div", "", element("h2", "", "Most active"), passages("new", strongest(isNew),
         (value) => (value / UNIT.activity).toFixed(1))),
       element("div", "", element("h2", "", "Only carried"), only.length
-        ? passages("carried", strongest(only), (value) => share(value)) : element("p", "small", "nowhere in this text")));
+        ? passages("carried", strongest(only), (value) => share(value))
+        : element("p", "small", "nowhere in this text")));
     made.push(columns, element("h2", "", "Effect on the next token"));
     const effect = data.features[feature];
     if (effect) {
@@ -380,8 +386,8 @@
         made.push(element("p", "small", "The cosine between what it writes where it is new and what it carried is " +
           `${effect.cosine.toFixed(2).replace("-", "−")}.`));
       }
-      made.push(element("p", "small", "The direct path only: its direction through the unembedding, with the weights of " +
-        "the final norm folded in and its division by the length of the stream left out. The numbers are standard " +
+      made.push(element("p", "small", "The direct path only: its direction through the unembedding, with the weights " +
+        "of the final norm folded in and its division by the length of the stream left out. The numbers are standard " +
         "deviations from the mean of all tokens; the blocks in between do more."));
     } else {
       made.push(element("p", "small", "Not worked out: it is not among the features that add most to this text."));
@@ -424,17 +430,17 @@
     if (event.key === "Escape") location.hash = `token-${kept + 1}`;
   });
 
-  timelines.push(timeline($("timeline"), "Features along the text", data.rows, fresh, carried, true, true));
-  if (data.beside) {
-    const other = byFeature(data.beside.new);
-    timelines.push(timeline($("beside"), "Features of the per-token SAE", data.beside.rows, other, new Map(), true, false));
-  }
-
   // Begin where there is much to see: in the middle, at the token to which most was carried.
   let best = Math.floor(n / 2);
   data.c.forEach((of, t) => {
     if (t > n / 3 && t < n / 1.5 && of > data.c[best]) best = t;
   });
   keep(best);
+  timelines.push(timeline($("timeline"), "Features along the text", data.rows, fresh, carried, true, true));
+  if (data.beside) {
+    const other = byFeature(data.beside.new);
+    const label = "Features of the per-token SAE";
+    timelines.push(timeline($("beside"), label, data.beside.rows, other, new Map(), true, false));
+  }
   route();
 })();
