@@ -11,7 +11,7 @@ BatchTopKTrainer's step, where the largest of each token prove to hold the large
 
 The library's own code runs where that proof fails, at the cost of having tried, and for encoding by a threshold
 (BatchTopKSAE's inference, use_threshold), output_features where a gradient is recorded (one by them may be wanted),
-layers with hooks or of another class, torch.compile, float64 on CUDA, and MatryoshkaBatchTopKSAE.
+layers with hooks or of another class, torch.compile, torch.func, float64 on CUDA, and MatryoshkaBatchTopKSAE.
 
 What differs: codes come in descending order, where the library's have none. Between equal activations the lower index
 wins, where torch.topk takes any: so where fewer than k features of a token are positive, those that fill up its code at
@@ -90,10 +90,11 @@ def replacements() -> list[Replacement]:
 
 
 def _can_encode(ae: Any) -> bool:
-    """Whether nothing sees or changes what goes through its layers, and our ops can take them."""
-    if torch.compiler.is_compiling() or (ae.encoder.weight.is_cuda and ae.encoder.weight.dtype == torch.float64):
-        return False
-    return _is_plain(ae.encoder) and _is_plain(ae.decoder)
+    """Whether our ops can take its weights, and nothing sees or changes what goes through its layers."""
+    weight = ae.encoder.weight
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    too_wide = weight.is_cuda and weight.dtype == torch.float64
+    return not traced and not too_wide and _is_plain(ae.encoder) and _is_plain(ae.decoder)
 
 
 def _is_plain(layer: nn.Module) -> bool:

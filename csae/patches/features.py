@@ -92,8 +92,8 @@ class PreActs(StandIn):
     only: Tensor | None
 
     def __new__(cls, x: Tensor, W_enc: Tensor, b_enc: Tensor, only: Tensor | None = None) -> Self:
-        x, W_enc, b_enc = autocast_to(x, W_enc, b_enc)
-        self = super().__new__(cls, (*x.shape[:-1], W_enc.shape[0]), like=x)
+        (like,) = autocast_to(x[..., :0])
+        self = super().__new__(cls, (*x.shape[:-1], W_enc.shape[0]), like=like)
         self.weights, self.only = (x, W_enc, b_enc), only
         self.versions = _versions(self.weights)
         return self
@@ -103,13 +103,14 @@ class PreActs(StandIn):
         return pre_acts if self.only is None else torch.where(self.only, pre_acts, -math.inf)
 
     def unchanged(self) -> tuple[Tensor, Tensor, Tensor]:
-        """x, W_enc and b_enc."""
+        """x, W_enc and b_enc, which autocast may have left in another dtype."""
         if _versions(self.weights) != self.versions:
             raise RuntimeError(
                 "pre-activations: given weights that were changed since they encoded; needed as they were: "
                 "read the pre-activations before the optimizer's step, or encode again"
             )
-        return self.weights
+        x, W_enc, b_enc = self.weights
+        return x.to(self.dtype), W_enc.to(self.dtype), b_enc.to(self.dtype)
 
 
 class Features(StandIn):

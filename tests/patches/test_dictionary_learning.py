@@ -348,6 +348,13 @@ def test_compiled_it_gives_the_same():
         close(torch.compile(ae, backend="aot_eager")(activations()), wanted)
 
 
+def test_torch_func_gives_the_same():
+    ae = sae()
+    wanted = torch.func.jacrev(ae)(activations()[0])
+    with csae.patch("dictionary_learning"):
+        close(torch.func.jacrev(ae)(activations()[0]), wanted)
+
+
 def test_files_of_it_load_and_k_is_checked(tmp_path):
     ae = sae()
     torch.save(ae.state_dict(), tmp_path / "ae.pt")

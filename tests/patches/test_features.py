@@ -191,7 +191,13 @@ def test_autocast_holds_where_it_was_on_when_they_were_made(weights):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         pre_acts, wanted = PreActs(*weights), linear(*weights).relu()
     assert pre_acts.dtype == pre_acts.sum().dtype == torch.bfloat16
+    torch.testing.assert_close(pre_acts.topk(2).values, wanted.topk(2).values, rtol=0, atol=0)
     torch.testing.assert_close(pre_acts + 0, wanted, rtol=0, atol=0)
+    with torch.no_grad():
+        stale = PreActs(*weights)
+        weights[1].mul_(2)
+    with pytest.raises(RuntimeError, match="changed since they encoded"):
+        stale.sum()
 
 
 def test_inference_mode(weights):
