@@ -65,14 +65,16 @@ class Sum(NamedTuple):
 class _Content:
     """The source of a tensor, and then the tensor. Shared by tensors that share memory."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, device_type: str) -> None:
         self.source: Source | None = source
+        self.device_type = device_type
         self.made: Tensor | None = None
 
     def dense(self) -> Tensor:
         if self.made is None:
             assert self.source is not None
-            self.made, self.source = self.source.dense(), None
+            with torch.no_grad(), torch.autocast(self.device_type, enabled=False):
+                self.made, self.source = self.source.dense(), None
         return self.made
 
 
@@ -88,7 +90,7 @@ class Lazy(Tensor):
         cls, source: Source | _Content, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> Lazy:
         lazy = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
-        lazy.content = source if isinstance(source, _Content) else _Content(source)
+        lazy.content = source if isinstance(source, _Content) else _Content(source, device.type)
         return lazy
 
     def __init__(self, *args: object) -> None:

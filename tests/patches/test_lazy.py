@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd import Function
 
-from csae.patches.lazy import Code, Lazy, plain
+from csae.patches.lazy import Code, Columns, Lazy, Sum, plain
 
 D_SAE = 11
 
@@ -154,3 +154,30 @@ def test_plain_is_in_the_graph_and_a_tensor_with_a_gradient_is_no_array():
     torch.testing.assert_close(code.values.grad, 2 * code.values.detach())
     with pytest.raises(RuntimeError, match="requires grad"):
         FromCode.apply(code.values, code.indices).numpy()
+
+
+def test_columns_and_sums():
+    code, values, features = make_code(2, 5), torch.rand(2, 5, 3), torch.tensor([7, 0, 4])
+    columns = Columns(values, features, D_SAE)
+    wanted = torch.zeros(2, 5, D_SAE)
+    wanted[..., features] = values
+    assert torch.equal(plain(Lazy.of(columns)), wanted)
+    both = Lazy.of(code) + Lazy.of(columns)
+    assert isinstance(both.source, Sum)  # not made yet
+    torch.testing.assert_close(plain(both), code.dense() + wanted)
+    changed = Lazy.of(code)
+    both = changed + Lazy.of(columns)
+    changed.zero_()
+    torch.testing.assert_close(plain(both), code.dense() + wanted)
+    torch.testing.assert_close(plain(Lazy.of(code) + 1), code.dense() + 1)
+    torch.testing.assert_close(plain(torch.add(Lazy.of(code), Lazy.of(columns), alpha=2)), code.dense() + 2 * wanted)
+
+
+def test_it_is_made_in_its_own_precision():
+    class Product:
+        def dense(self):
+            return torch.full((4, 4), 1.001) @ torch.eye(4)
+
+    lazy = Lazy(Product(), (4, 4), torch.float32, torch.device("cpu"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(plain(lazy), torch.full((4, 4), 1.001))

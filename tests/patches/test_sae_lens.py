@@ -15,7 +15,7 @@ from sae_lens.training.sae_trainer import SAETrainer  # noqa: E402
 
 import csae  # noqa: E402
 from csae.patches.lazy import Code, Lazy, plain  # noqa: E402
-from csae.patches.sae_lens import _Product  # noqa: E402
+from csae.patches.topk_graph import Product  # noqa: E402
 
 D_IN, D_SAE, K, N = 24, 67, 5, 33
 
@@ -128,7 +128,7 @@ def test_the_trainer(sparse):
 @pytest.mark.parametrize("rescale", [False, True])
 def test_a_step_makes_no_dense_tensor(rescale, monkeypatch):
     trainer = trainer_of(make_sae(rescale_acts_by_decoder_norm=rescale))
-    for source in (Code, _Product):
+    for source in (Code, Product):
         monkeypatch.setattr(source, "dense", lambda self: pytest.fail("a dense tensor was made"))
     with csae.patch("sae_lens"):
         out = trainer.step(acts())
@@ -192,6 +192,22 @@ def test_the_gradient_of_activations_and_inputs():
         (by_one,) = torch.autograd.grad(out[3].sum(), code, retain_graph=True)
         loss.backward()
         return [by_code, by_x, by_one, code.grad, x.grad, *gradients(sae).values()]
+
+    for ours, theirs in zip(*both(run), strict=True):
+        close(ours, theirs)
+
+
+def test_a_sparse_tensor_of_a_users_own():
+    """Entries in any order, in two parts, and not as many for each token: the library's code takes those."""
+
+    def run():
+        sae, found = make_sae(rescale_acts_by_decoder_norm=False), []
+        for places in ([[0, 0, 1, 1], [3, 5, 2, 9]], [[1, 0, 1, 0], [3, 5, 2, 9]], [[0, 0, 1, 1], [3, 3, 2, 9]]):
+            values = torch.arange(1.0, 5).requires_grad_()
+            out = sae.decode(torch.sparse_coo_tensor(places, values, (2, D_SAE)))
+            out.square().sum().backward()
+            found += [out, values.grad]
+        return [*found, sae.decode(torch.sparse_coo_tensor(([0], [4]), [2.0], (3, D_SAE))), *gradients(sae).values()]
 
     for ours, theirs in zip(*both(run), strict=True):
         close(ours, theirs)
@@ -315,7 +331,7 @@ def test_what_chooses_over_the_batch(name, k, spread):
 
 def test_a_step_over_the_batch_makes_no_dense_tensor(monkeypatch):
     sae, x = batch_sae("BatchTopKTrainingSAE")
-    for source in (Code, _Product):
+    for source in (Code, Product):
         monkeypatch.setattr(source, "dense", lambda self: pytest.fail("a dense tensor was made"))
     with csae.patch("sae_lens"):
         out = trainer_of(sae).step(x)
