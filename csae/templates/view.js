@@ -143,7 +143,8 @@
       if (amount(carried)) state.push(`carried, ${share(amount(carried))} of c`);
       const goTo = element("a", "", `token ${t + 1}`);
       goTo.href = `#token-${t + 1}`;
-      const [before, after] = [[Math.max(0, t - 6), t], [t + 1, t + 6]].map((ends) => data.tokens.slice(...ends).join(""));
+      const passage = (from, to) => data.tokens.slice(Math.max(0, from), to).join("");
+      const before = passage(t - 6, t), after = passage(t + 1, t + 6);
       readout.replaceChildren(goTo, ` …${visible(before)}`, token(piece(t)), `${visible(after)}…`, element("br", ""),
         paged ? link(feature) : `#${feature} ${words(fresh.get(feature) || []).join(" ")}`,
         `: ${state.join("; ") || "not present"}`);
@@ -249,7 +250,8 @@
     made.push(sum, element("h4", "", "The same by feature"), list("source-list",
       isCarried.map(([feature, part]) => row(share(part, 1), part / isCarried[0][1], link(feature)))));
     const named = isCarried.reduce((total, [, part]) => total + part, 0);
-    made.push(element("p", "small", `${share(UNIT.share - named)} in features with less than ${share(data.threshold, 0)} each`));
+    const less = `in features with less than ${share(data.threshold, 0)} each`;
+    made.push(element("p", "small", `${share(UNIT.share - named)} ${less}`));
     return made;
   }
 
