@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from csae.activations import SINK_NORM
 from csae.contextual_sae import ContextualSAE
+from csae.ops import topk_encode
 from csae.sae import Code
 from csae.topk_sae import TopKSAE
 
@@ -16,8 +17,9 @@ class DenseSAE(nn.Module):
 
     A contextual SAE runs in its exact form, on windows. What it carries to each position, c, is not in its feature
     activations; so `decode` adds the c of the last `encode`, and an edit of feature activations between the two is
-    an edit of what is new. Positions that `window_mask` leaves out get an empty code. There is no gradient through
-    `encode` then.
+    an edit of what is new. Positions that `window_mask` leaves out look at none and are looked at by none, as in
+    training; since other libraries may count them, they are encoded by themselves, as a per-token SAE encodes them.
+    There is no gradient through `encode` then.
 
     sae: with a scale of one, as `csae.interop.weights.unscaled` makes them.
     """
@@ -63,6 +65,7 @@ class DenseSAE(nn.Module):
         dense = code.values.new_zeros(*code.values.shape[:-1], self.sae.d_sae)
         return dense.scatter_add(-1, code.indices, code.values)
 
+    @torch.no_grad()
     def _look_back(self, sae: ContextualSAE, acts: Tensor) -> Code:
         if acts.dim() != 3 or acts.shape[1] < 2:
             raise ValueError(
@@ -74,7 +77,10 @@ class DenseSAE(nn.Module):
                 f"sae: in {acts.dtype}; needed torch.float32, which the exact form runs in: load and keep the SAE so "
                 "(activations are converted, whatever they are)"
             )
-        out = sae(acts, window_mask(acts), exact=True)
+        mask = window_mask(acts)
+        out = sae(acts, mask, exact=True)
+        values, indices = topk_encode(acts[~mask] - sae.b_dec, sae.W_enc, sae.b_enc, sae.k)
+        out.code.values[~mask], out.code.indices[~mask] = values, indices
         self._c = out.c
         return out.code
 
@@ -99,8 +105,8 @@ class DenseSAE(nn.Module):
 def window_mask(acts: Tensor) -> Tensor:
     """Which positions of windows [B, T, d_in] take part in a contextual SAE: [B, T] bool.
 
-    As in training, not position 0 and not attention sinks (`csae.activations.sink_mask`). Neither those whose
-    activations are all zero: so libraries leave out padding and special tokens. They count for no median.
+    As in training, not position 0 and not attention sinks (`csae.activations.sink_mask`). Neither do those whose
+    activations are all zero, which is how SAEBench hands over padding and special tokens; no median counts them.
     """
     norms = acts.float().norm(dim=-1)
     norms = norms.masked_fill(norms == 0, torch.nan)

@@ -44,8 +44,8 @@ class SAEBenchSAE(DenseSAE):
     A contextual SAE takes windows [B, T, d_in], as core, sparse probing, SCR, TPP, unlearning and autointerp hand
     them over. Absorption, RAVEL and MDL encode single positions: they are refused with a message. Keep prepend_bos,
     and set exclude_special_tokens_from_reconstruction, so that position 0 of a window, which no SAE of ours was
-    trained on, does not count. See `DenseSAE` for what `decode` adds. Its exact form runs in float32: evaluate with
-    dtype="float32".
+    trained on, does not count. `DenseSAE` says what `decode` adds, and what happens to other attention sinks. The
+    exact form runs in float32: evaluate with dtype="float32".
 
     Args:
         sae: a trained one; it is copied.

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from csae import SAE, ContextualSAE, TopKSAE
+from csae import SAE, ContextualSAE, TopKSAE, reference
+from csae.activations import sink_mask
 
 D_IN, D_SAE, K = 7, 19, 3  # no two alike, no multiple of a block
 
@@ -68,3 +69,20 @@ def dense(sae: SAE, acts: Tensor) -> Tensor:
     """The code of a TopKSAE as other libraries give it: [..., d_sae], in units of the activations."""
     code = sae.encode(acts)  # type: ignore[operator]
     return torch.zeros(*acts.shape[:-1], sae.d_sae).scatter(-1, code.indices, code.values * sae.scale)
+
+
+def dense_windows(sae: ContextualSAE, windows: Tensor) -> tuple[Tensor, Tensor]:
+    """What other libraries are to get of a contextual SAE: feature activations [B, T, d_sae], reconstruction.
+
+    Positions that the mask leaves out are those of a per-token SAE.
+    """
+    mask = sink_mask(windows)
+    out = sae(windows, mask)
+    assert not out.c[~mask].any()
+    assert out.c[mask].abs().max() > 0.5
+    weights = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
+    alone = reference.topk_sae(windows[~mask] / sae.scale, *weights, sae.k)
+    values, indices, x_hat = out.code.values.clone(), out.code.indices.clone(), out.x_hat.clone()
+    values[~mask], indices[~mask], x_hat[~mask] = alone.values, alone.indices, alone.x_hat * sae.scale
+    dense = torch.zeros(*windows.shape[:-1], sae.d_sae)
+    return dense.scatter(-1, indices, values * sae.scale), x_hat
