@@ -205,10 +205,12 @@ def view(run: Path, text: Path, out: Path, beside: Path | None, max_tokens: int,
     for name in ("model", "layer"):
         if name not in origin:
             raise UserError(f"--{name}: not given, and {run} does not say what it was trained on")
-    if beside is not None:
-        for name, other in read_trained_on(beside).items():
-            if name != "n_ctx" and other != origin[name]:
-                raise UserError(f"--beside: {beside} is of {name} {other}; needed {origin[name]}, as {run}")
+    trained_beside = {} if beside is None else read_trained_on(beside)
+    for name in ("model", "layer"):
+        if name in trained_on and trained_beside.get(name, trained_on[name]) != trained_on[name]:
+            raise UserError(
+                f"--beside: {beside} is of {name} {trained_beside[name]}; needed {trained_on[name]}, as {run}"
+            )
     sae = load_sae(run, device)
     other_sae = None if beside is None else load_sae(beside, device)
     lm = LanguageModel.load(origin["model"], device=device)

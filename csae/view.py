@@ -3,7 +3,7 @@
 The text is followed in windows of up to `n_ctx` tokens, cut evenly where it is longer. `csae view` takes windows LONGER
 times as long as those trained on: a cut makes everything that holds begin anew, which looks like news and is none. On
 windows that long the exact form has held so far (csae.bench.evidence.long_windows), and whether it does on this
-text is among the facts: `fvu_beyond`.
+text is among the facts: `fvu_beyond`. What a window costs is the attention in it, [n_heads, T, T].
 
 Features have no names. What one is about shows in the tokens at which it is new.
 """

@@ -509,4 +509,6 @@ def test_command(runs: tuple[Path, Path], tmp_path: Path, monkeypatch, capsys) -
     code, printed = command(runs[1], *args, **options)
     assert code == 2
     assert "--model: not given, and" in printed
+    (runs[1] / "run.json").unlink()  # what says nothing may stand beside anything
+    assert command(runs[0], "--beside", runs[1], *args, **options)[0] == 0
     assert command(runs[0], "--text", tmp_path / "none.txt", **options)[0] == 2
