@@ -5,7 +5,8 @@ their losses, AuxK, thresholds and counts are the library's own code, to which `
 that are made when they are read (`csae.patches.features`). The projection of the decoder's gradient is the library's
 formula without its einsum, which takes longer than the rest of a step.
 
-On our ops: AutoEncoderTopK.encode, of which a user gets an ordinary dense tensor; its forward; TopKTrainer's step;
+On our ops: AutoEncoderTopK.encode, of which a user gets an ordinary dense tensor, but with return_topk one that is
+made when it is read; its forward (of fewer than 128 tokens with the library's decoder); TopKTrainer's step;
 BatchTopKTrainer's step, where the largest of each token prove to hold the largest of the batch
 (`csae.patches.batch_topk`: no token has more than 8 times k).
 
@@ -16,7 +17,8 @@ layers with hooks or of another class, torch.compile, torch.func, float64 on CUD
 What differs: codes come in descending order, where the library's have none. Between equal activations the lower index
 wins, where torch.topk takes any: so where fewer than k features of a token are positive, those that fill up its code at
 zero, and count as fired, are the largest before the relu. In half precision the selection is made before rounding.
-Second derivatives raise an error.
+Activations before the top-k (return_topk's last) can't be read once the weights have changed. Second derivatives raise
+an error.
 """
 
 from __future__ import annotations

@@ -24,6 +24,9 @@ from torch.utils._pytree import tree_map
 from csae.ops import sparse_decode, topk_encode
 from csae.ops.checks import autocast_to
 
+# A code of fewer tokens is decoded as the dense tensor: to bring W_dec into rows takes longer than the product.
+FEW_TOKENS = 128
+
 # What can be told of a tensor without its numbers.
 METADATA = {
     Tensor.__hash__,
@@ -185,6 +188,8 @@ def _scatter_(input: Any, dim: int, index: Any, src: Any) -> Any:
 def _linear(input: Any, weight: Tensor, bias: Tensor | None = None) -> Any:
     """The decoder's product, weight [d_in, d_sae]."""
     if not isinstance(input, Features) or input.known is not None or bias is not None:
+        return NotImplemented
+    if input.shape[:-1].numel() < FEW_TOKENS:
         return NotImplemented
     # Rows of features once, for both passes: the op would make them contiguous in each.
     return sparse_decode(*input.code, weight.T.contiguous())

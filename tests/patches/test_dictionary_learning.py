@@ -59,6 +59,12 @@ def close(found, wanted):
     torch.testing.assert_close(found, wanted, **ROUNDING)
 
 
+@pytest.fixture(autouse=True)
+def sparse_decoder(monkeypatch):
+    """So few tokens as are here are decoded sparsely, too."""
+    monkeypatch.setattr("csae.patches.features.FEW_TOKENS", 0)
+
+
 @pytest.fixture
 def never_dense(monkeypatch):
     """A test in which nothing [n, d_sae] is read."""
@@ -189,12 +195,16 @@ def test_train_sae_leaves_the_same_files(tmp_path, float64):
 
 @pytest.mark.parametrize("shape", [(N,), (2, 5), (0,), ()])
 def test_encode_gives_an_ordinary_dense_tensor_and_forward_needs_none(shape, monkeypatch):
+    """But where there are too few tokens."""
     x = activations(3, *shape) if shape else activations()[0]
     ae = sae()
     features, x_hat = ae.encode(x), ae(x)
     with csae.patch("dictionary_learning"):
         assert type(ae.encode(x)) is torch.Tensor
         close(ae.encode(x), features)
+        with monkeypatch.context() as patch:
+            patch.setattr("csae.patches.features.FEW_TOKENS", N + 1)
+            close(ae(x), x_hat)
         monkeypatch.setattr(StandIn, "dense", lambda self: pytest.fail("became dense"))
         close(ae(x), x_hat)
 

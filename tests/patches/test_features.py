@@ -41,6 +41,7 @@ def never_dense(monkeypatch):
     def refuse(self):
         raise AssertionError(f"{type(self).__name__} became dense")
 
+    monkeypatch.setattr("csae.patches.features.FEW_TOKENS", 0)
     monkeypatch.setattr(StandIn, "dense", refuse)
 
 
