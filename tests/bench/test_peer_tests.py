@@ -56,16 +56,18 @@ def test_what_the_patch_breaks_is_named():
         "now skipped": Result("passed", ""),
         "network": Result("failed", "needs the network"),
         "skip": Result("skipped", "no CUDA"),
+        "skip, then wrong": Result("skipped", "no CUDA"),
     }
     patched = without | {"broken": Result("failed", "1 != 2"), "now skipped": Result("skipped", "why")}
+    patched["skip, then wrong"] = Result("failed", "2 != 3")
     del patched["gone"]
     text, failures = peer_tests.table(without, patched)
-    assert failures == ["broken", "gone", "now skipped"]
+    assert failures == ["broken", "gone", "now skipped", "skip, then wrong"]
     assert "broken: failed: 1 != 2" in text
     assert "network: needs the network" in text
     assert "skip: no CUDA" in text
     assert "1 of 4 tests" in text
-    assert [line.split()[-3:] for line in text.splitlines()[1:3]] == [["4", "1", "1"], ["1", "2", "2"]]
+    assert [line.split()[-4:] for line in text.splitlines()[1:3]] == [["4", "2", "1", "0"], ["1", "1", "1", "4"]]
 
 
 def test_the_exit_code(monkeypatch, tmp_path, capsys):
