@@ -381,10 +381,10 @@ class _Scaled(torch.autograd.Function):
         scale = _scale(heads, least, weight)
         ctx.save_for_backward(heads, scale)
         ctx.weight = weight
-        return heads * scale
+        return (heads * scale).to(heads.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         heads, scale = ctx.saved_tensors
         along = (grad * heads).sum(dim=-1, keepdim=True) * (scale.pow(3) * (-ctx.weight / heads.shape[-1]))
-        return torch.addcmul(grad * scale, heads, along), None, None
+        return torch.addcmul(grad * scale, heads, along).to(heads.dtype), None, None

@@ -201,7 +201,7 @@ class Trace:
         own = [part.weights * (0 if self.coded[part.code].aux else 1) for part in terms]
         weights = torch.cat([_wide(part.reshape(-1)) for part in own])
         totals = feature_sums(encoder.pairs, [weights], [ones])[0].squeeze(1)
-        return so_far - totals @ W_enc
+        return so_far - totals.to(W_enc.dtype) @ W_enc
 
 
 def _constant_beside(x: Tensor, b_enc: Tensor) -> Tensor:

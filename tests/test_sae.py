@@ -391,3 +391,27 @@ def test_narrow_sweeps_are_the_same_sweeps(query, windows_kept, monkeypatch):
         assert narrow[way].keys() == wide[way].keys() >= {"W_enc", "W_mem", "W_O", "b_dec"}
         for name, gradient in wide[way].items():
             torch.testing.assert_close(narrow[way][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("query", ["current", "past"])
+def test_a_model_in_another_dtype(query, dtype):
+    torch.manual_seed(0)
+    sae = ContextualSAE(24, 96, 4, n_heads=2, query=query)
+    acts = torch.randn(2, 12, 24).to(dtype)
+    wanted = {exact: sae(acts.float(), exact=exact).x_hat for exact in (False, True)}
+    sae = sae.to(dtype)
+    for exact, x_hat in wanted.items():
+        found = sae(acts, exact=exact)
+        assert found.x_hat.dtype == found.code.values.dtype == found.c.dtype == dtype
+        # In half precision another feature may be chosen here and there.
+        assert (found.x_hat - x_hat).norm() < 0.1 * x_hat.norm()
+    losses, gradients = sae.gradients(acts)
+    sae.loss(acts).loss.backward()
+    assert losses.loss.isfinite()
+    for name, parameter in sae.named_parameters():
+        gradient = gradients[name]
+        gradient = gradient if isinstance(gradient, torch.Tensor) else gradient.dense().view(parameter.shape)
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == dtype
+        assert (gradient - parameter.grad).norm() <= 0.05 * parameter.grad.norm()
