@@ -16,7 +16,7 @@ Which code runs:
 - dead neurons, and so their auxiliary loss: the library's, on the columns of the dead ones alone.
 - `BatchTopKTrainingSAE`: ours, and exact, where no token has more than 4 k active features; else the library's choice
   from a dense hidden_pre. Its Matryoshka kind likewise, but its inner levels read the dense activations.
-- autocast, torch.compile, torch.func, another activation function, a k above d_sae: the library's.
+- autocast, torch.compile, torch.func, another activation function, a k above d_sae, float64 on CUDA: the library's.
 
 Results are the library's to the rounding of the dtype, but where it is arbitrary or broken:
 
@@ -70,7 +70,7 @@ def replacements() -> list[Replacement]:
             values, features, _ = feature_acts.source
             return act_times_W_dec_theirs(values, W_dec.index_select(0, features), rescale_acts_by_decoder_norm)
         code = code_of(feature_acts)
-        if code is None or _transformed(W_dec.device):
+        if code is None or _left_alone(W_dec):
             return act_times_W_dec_theirs(plain(feature_acts), W_dec, rescale_acts_by_decoder_norm)
         norms = _norms_known_to(feature_acts, W_dec) if rescale_acts_by_decoder_norm else None
         return Decode.apply(feature_acts, W_dec, norms, code)
@@ -108,7 +108,7 @@ def _takes(sae: Any) -> bool:
         and 0 < chooses.k <= sae.W_enc.shape[1]
         and sae.W_enc.dtype == sae.W_dec.dtype == sae.b_enc.dtype == sae.dtype
         and not _hooked(sae.hook_sae_acts_pre)
-        and not _transformed(sae.W_enc.device)
+        and not _left_alone(sae.W_enc)
     )
 
 
@@ -117,12 +117,13 @@ def _hooked(point: torch.nn.Module) -> bool:
     return bool(point._forward_hooks or point._forward_pre_hooks or point._backward_hooks or point._backward_pre_hooks)
 
 
-def _transformed(device: torch.device) -> bool:
-    """Whether what runs now is autocast, traced, or under a transform of torch.func."""
+def _left_alone(weight: Tensor) -> bool:
+    """Whether what runs now is autocast, traced, under a transform of torch.func, or of a dtype that our ops lack."""
     return (
-        torch.is_autocast_enabled(device.type)
+        torch.is_autocast_enabled(weight.device.type)
         or torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
+        or (weight.is_cuda and weight.dtype == torch.float64)
     )
 
 
