@@ -47,7 +47,7 @@ bench-peers: $(peers_ready)
 
 # What works with those libraries, tested with them.
 test-peers: $(peers_ready)
-	$(peers_bin)/python -m pytest tests/patches tests/interop
+	$(peers_bin)/python -m pytest tests/patches tests/interop tests/test_readme.py -k 'not make'
 
 $(ready): pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/cpu/src/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -59,13 +59,14 @@ $(ready): pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/cpu/src/*)
 	touch $@
 
 # torch is named again beside the peers, or torchvision, which they ask for, would bring another one. It goes at the
-# end: where it doesn't fit this torch, `import transformers` fails.
+# end: where it doesn't fit this torch, `import transformers` fails. SAEBench asks for older versions than work with it.
 $(peers_ready): pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/cpu/src/*)
 	$(PYTHON) -m venv .venv-peers
 	$(peers_bin)/python -m pip install --quiet "$(TORCH)"
 	$(peers_bin)/python -c 'import triton' 2>/dev/null || $(peers_bin)/python -m pip install --quiet "$(TRITON)"
 	$(peers_bin)/python -m pip install --quiet "$(TORCH)" --editable '.[cli]' \
 		'sae-lens==6.54.*' 'eai-sparsify==1.3.*' 'dictionary-learning==0.1.*' 'pytest>=8'
+	$(peers_bin)/python -m pip install --quiet --no-deps 'sae-bench==0.6.*' tabulate
 	$(peers_bin)/python -m pip uninstall --quiet --yes torchvision
 	touch $@
 

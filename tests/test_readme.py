@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+OTHERS = ("sae_lens", "sparsify", "dictionary_learning", "sae_bench")
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -30,6 +31,9 @@ def test_every_line_of_shell_is_run_by_a_test_here():
 
 @pytest.mark.parametrize("block", range(len(blocks("python"))))
 def test_snippets_run(block, tmp_path, monkeypatch):
+    for library in OTHERS:
+        if re.search(rf"^\s*(import|from) {library}\b", blocks("python")[block], flags=re.MULTILINE):
+            pytest.importorskip(library, reason=f"{library} is not installed: `make test-peers` runs this")
     monkeypatch.chdir(tmp_path)
     exec(compile(blocks("python")[block], f"README.md, snippet {block}", "exec"), {})
 
@@ -53,6 +57,7 @@ def test_every_make_target_it_names_is_there(target):
 def test_commands_run_in_their_order(tiny_model_path, tmp_path):
     (tmp_path / "books").mkdir()
     (tmp_path / "books" / "one.txt").write_text("It was the best of times, it was the worst of times. " * 300)
+    (tmp_path / "letter.txt").write_text("It was the age of wisdom, it was the age of foolishness. " * 5)
     for command in commands("csae "):
         args = shlex.split(command.replace("HuggingFaceTB/SmolLM2-135M", str(tiny_model_path)))[1:]
         if "--layer" in args:
