@@ -26,8 +26,8 @@ from .. import cpu
 
 # Below, rounding W_enc costs more than the product saves.
 LEAST_ROWS, LEAST_WIDTH = 256, 128
-# Lists this long settle 999 rows of 1000 of trained SAEs; a row costs a comparison of each with each.
-MORE_CANDIDATES = 32
+# Lists this long settle all but a few rows in 10,000 while an SAE trains; one row left costs all of W_enc once more.
+MORE_CANDIDATES = 64
 LEAST_COLUMNS_PER_CANDIDATE = 16
 
 

@@ -17,7 +17,7 @@ from . import on_native, topk_coarse
 
 # Pre-activations of one tile, and the candidates of its rows.
 TILE_BYTES = 12 << 20
-CANDIDATES_BYTES = 4 << 20
+CANDIDATES_BYTES = 8 << 20
 TILE_ROWS = 2048
 # Half precision is widened so much of W_enc at a time: W_enc is never copied whole.
 WIDE_BYTES = 4 << 20
