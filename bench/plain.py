@@ -21,7 +21,7 @@ Autoencoder = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 
 def product(data: Data) -> Built:
-    """The encoder's product alone: what nothing makes smaller."""
+    """The encoder's product alone, in the dtype of the case."""
     out = torch.empty(data.shape.n, data.shape.d_sae, dtype=data.dtype, device=data.device)
     x, W_enc = data.x, data.W_enc
     return Built(lambda: torch.mm(x, W_enc.T, out=out), dict)
