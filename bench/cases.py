@@ -133,7 +133,7 @@ def _first_step(
 
 
 def _encode_floor(shape: Shape, itemsize: int) -> list[Work]:
-    """The product in the dtype of the case. A CPU with bfloat16 units goes below it in float32, with the same result."""
+    """The product in the dtype of the case. In float32, a CPU with bfloat16 units goes below it, to the same result."""
     n, d, F = shape.n, shape.d_in, shape.d_sae
     return [Work(2 * n * d * F, (n * d + F * d) * itemsize + n * shape.k * (itemsize + 8))]
 
