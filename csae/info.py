@@ -11,6 +11,7 @@ import torch
 
 import csae
 from csae.kernels import cpu, triton
+from csae.kernels.portable import topk_coarse
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "huggingface-hub", "transformers", "datasets")
 
@@ -53,6 +54,8 @@ def facts() -> list[Fact]:
         found.append(Fact("no Triton", triton.why_not() or ""))
     if cpu.available():
         found.append(Fact("native library", str(cpu.describe()["isa"]), str(cpu.describe()["library"])))
+        units = "bfloat16 (AMX): topk_encode's large products, settled in float32"
+        found.append(Fact("matrix units", units if topk_coarse.has_bfloat16_units() else "none that torch uses"))
     else:
         found.append(Fact("no native library", cpu.why_not() or ""))
     return found
