@@ -176,7 +176,8 @@ def _stays_lazy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ten
         return None
     if func is aten._to_copy.default and kwargs.keys() == {"dtype"}:
         return Lazy.of(code._replace(values=code.values.to(kwargs["dtype"])))
-    if func is aten.sum.dim_IntList and len(args) == 2 and not kwargs and lazy.ndim == 2:
+    # Autocast on CUDA asks for a sum in float32.
+    if func is aten.sum.dim_IntList and len(args) == 2 and lazy.ndim == 2 and kwargs in ({}, {"dtype": lazy.dtype}):
         return _sum(code, tuple(dim % 2 for dim in args[1] or ()))
     return None
 

@@ -16,12 +16,16 @@ Which code runs:
 - dead neurons, and so their auxiliary loss: the library's, on the columns of the dead ones alone.
 - `BatchTopKTrainingSAE`: ours, and exact, where no token has more than 4 k active features; else the library's choice
   from a dense hidden_pre. Its Matryoshka kind likewise, but its inner levels read the dense activations.
-- autocast, torch.compile, torch.func, another activation function, a k above d_sae, float64 on CUDA: the library's.
+- autocast: ours, for an SAE in float32, with the library's dtypes. Products are in autocast's, but that of a sparse
+  tensor with W_dec; the activations, hidden_pre and the reconstruction are float32. An SAE in another dtype: the
+  library's.
+- torch.compile, torch.func, another activation function, a k above d_sae, float64 on CUDA: the library's.
 
-Results are the library's to the rounding of the dtype, but where it is arbitrary or broken:
+Results are the library's to the rounding of the dtype (under autocast, of its), but where it is arbitrary or broken:
 
 - of equal pre-activations at the edge of the k, the lower index is chosen, and of a batch any: the library's choice is
-  torch.topk's;
+  torch.topk's. Under autocast this holds of pre-activations that are equal to the rounding of its dtype: the library
+  chooses from rounded products, we from float32 accumulators;
 - a token with a NaN among its pre-activations becomes k NaNs;
 - with rescale_acts_by_decoder_norm, a decoder row of norm 0 that isn't active is harmless, not NaN for all; and
   use_sparse_activations has a backward pass;
@@ -118,9 +122,9 @@ def _hooked(point: torch.nn.Module) -> bool:
 
 
 def _left_alone(weight: Tensor) -> bool:
-    """Whether what runs now is autocast, traced, under a transform of torch.func, or of a dtype that our ops lack."""
+    """Whether what runs now is traced, under a transform of torch.func, or of dtypes that we don't do."""
     return (
-        torch.is_autocast_enabled(weight.device.type)
+        (torch.is_autocast_enabled(weight.device.type) and weight.dtype != torch.float32)
         or torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or (weight.is_cuda and weight.dtype == torch.float64)
@@ -164,9 +168,11 @@ def _select(product: Product, activation_fn: Any) -> Code | None:
     acts, W_enc, b_enc, norms, _ = product
     if norms is not None:
         W_enc, b_enc = W_enc * norms, b_enc * norms
-    if type(activation_fn) is not TopK:
-        return batch_topk(acts, W_enc.T, b_enc, activation_fn.k)
-    return Code(*topk_encode(acts, W_enc.T, b_enc, activation_fn.k), W_enc.shape[1])
+    if type(activation_fn) is TopK:
+        code: Code | None = Code(*topk_encode(acts, W_enc.T, b_enc, activation_fn.k), W_enc.shape[1])
+    else:
+        code = batch_topk(acts, W_enc.T, b_enc, activation_fn.k)
+    return None if code is None else code._replace(values=code.values.to(b_enc.dtype))
 
 
 def _norms_known_to(feature_acts: Tensor, W_dec: Tensor) -> Tensor:

@@ -7,6 +7,9 @@
 in SAELens' layout and names: W_enc [d_in, d_sae], W_dec [d_sae, d_in], norms those of W_dec's rows. The gradients that
 go from node to node are lazy too, each with what the next node asks of it: the decoder's its entries at the code, the
 code's its entries. Whoever asks for one of them, or adds to it, gets all of it. There is no second derivative.
+
+Under autocast the two products are in its dtype, forward and backward, and all else is in the weights': hidden_pre, the
+code, norms, gradients. What is multiplied is cast where it is: no second copy of a weight is kept.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from csae.ops import sparse_decode
+from csae.ops.checks import autocast_to
 
 from .lazy import Code, Columns, Lazy, Sum, dense
 
@@ -30,7 +34,7 @@ def versions_of(*weights: Tensor) -> tuple[int, ...]:
 
 
 class Product(NamedTuple):
-    """hidden_pre, not yet computed: ((acts W_enc) + b_enc) norms."""
+    """hidden_pre, not yet computed: ((acts W_enc) + b_enc) norms, of which the product is in acts' dtype."""
 
     acts: Tensor
     W_enc: Tensor
@@ -57,7 +61,7 @@ class Product(NamedTuple):
 
 
 def _pre_acts(acts: Tensor, W_enc: Tensor, b_enc: Tensor, norms: Tensor | None) -> Tensor:
-    pre_acts = acts @ W_enc + b_enc
+    pre_acts = acts @ W_enc.to(acts.dtype) + b_enc
     return pre_acts if norms is None else pre_acts.mul_(norms)
 
 
@@ -85,7 +89,7 @@ class _Decoded(NamedTuple):
     def dense(self) -> Tensor:
         if self.versions != versions_of(self.W_dec):
             raise RuntimeError("the gradient of feature_acts: W_dec has changed since; read it before the step")
-        grad = self.grad @ self.W_dec.T
+        grad = (self.grad @ self.W_dec.T.to(self.grad.dtype)).to(self.code.values.dtype)
         return grad if self.norms is None else grad.div_(self.norms)
 
 
@@ -99,9 +103,10 @@ class PreActs(Function):
     def forward(
         ctx: Any, acts: Tensor, b_dec: Tensor | None, W_enc: Tensor, b_enc: Tensor, norms: Tensor | None
     ) -> Tensor:
+        (acts,) = autocast_to(acts)
         ctx.save_for_backward(acts, W_enc, b_enc, norms)
         product = Product(acts, W_enc.detach(), b_enc.detach(), norms, versions_of(W_enc, b_enc))
-        return Lazy(product, (*acts.shape[:-1], W_enc.shape[1]), acts.dtype, acts.device)
+        return Lazy(product, (*acts.shape[:-1], W_enc.shape[1]), b_enc.dtype, acts.device)
 
     @staticmethod
     @once_differentiable
@@ -154,12 +159,11 @@ class _Gradients(NamedTuple):
 
 def _code_gradients(part: _Selected, of: _Inputs, needed: tuple[bool, ...]) -> _Gradients:
     d_pre, indices, _ = part.grad
-    scaled = d_pre if of.norms is None else d_pre * of.norms[indices]
+    scaled = (d_pre if of.norms is None else d_pre * of.norms[indices]).to(of.acts.dtype)
+    W_enc = of.W_enc.to(of.acts.dtype) if needed[0] else of.W_enc  # read for the gradient of acts alone
     # The op's own mask for the relu lets all pass: it is in the gradient already.
-    found = torch.ops.csae.topk_encode_backward(
-        scaled, torch.ones_like(scaled), indices, of.acts, of.W_enc.T, *needed[:3]
-    )
-    d_acts, d_W, d_b = (d if need else None for d, need in zip(found, needed[:3], strict=True))
+    found = torch.ops.csae.topk_encode_backward(scaled, torch.ones_like(scaled), indices, of.acts, W_enc.T, *needed[:3])
+    d_acts, d_W, d_b = (d.to(of.W_enc.dtype) if need else None for d, need in zip(found, needed[:3], strict=True))
     d_norms = _per_norm(d_pre * part.values, indices, of.norms) if of.norms is not None and needed[3] else None
     return _Gradients(d_acts, d_W, d_b, d_norms)
 
@@ -169,10 +173,12 @@ def _add_columns_gradients(part: _Selected, of: _Inputs, total: _Gradients) -> N
     grad, features, _ = part.grad
     norms = None if of.norms is None else of.norms[features]
     d_pre = (grad if norms is None else grad * norms).flatten(0, -2)  # [n, m]
-    if total.acts is not None:
-        total.acts.add_((d_pre @ of.W_enc[:, features].T).view(total.acts.shape))
-    if total.W_enc is not None:
-        total.W_enc[features] += d_pre.T @ of.acts.reshape(-1, of.acts.shape[-1])
+    needed = total.acts is not None, total.W_enc is not None
+    d_acts, d_W = _product_gradients(d_pre, of.acts, of.W_enc[:, features], *needed)
+    if total.acts is not None and d_acts is not None:
+        total.acts.add_(d_acts)
+    if total.W_enc is not None and d_W is not None:
+        total.W_enc[features] += d_W
     if total.b_enc is not None:
         total.b_enc[features] += d_pre.sum(0)
     if total.norms is not None and norms is not None:
@@ -184,9 +190,18 @@ def _dense_gradients(d_pre: Tensor, of: _Inputs, needed: tuple[bool, ...]) -> _G
     need_acts, need_W, need_b, need_norms = needed
     d_norms = (d_pre * _pre_acts(*of._replace(norms=None))).flatten(0, -2).sum(0) if need_norms else None
     d_pre = (d_pre if of.norms is None else d_pre * of.norms).flatten(0, -2)
-    d_acts = (d_pre @ of.W_enc.T).view(of.acts.shape) if need_acts else None
-    d_W = d_pre.T @ of.acts.reshape(-1, of.acts.shape[-1]) if need_W else None
+    d_acts, d_W = _product_gradients(d_pre, of.acts, of.W_enc, need_acts, need_W)
     return _Gradients(d_acts, d_W, d_pre.sum(0) if need_b else None, d_norms)
+
+
+def _product_gradients(
+    d_pre: Tensor, acts: Tensor, W_enc: Tensor, need_acts: bool, need_W: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of acts [..., d_in], and of W_enc [d_in, m] transposed, through d_pre [n, m]: products in acts' dtype."""
+    d_pre = d_pre.to(acts.dtype)
+    d_acts = (d_pre @ W_enc.T.to(acts.dtype)).view(acts.shape).to(W_enc.dtype) if need_acts else None
+    d_W = (d_pre.T @ acts.reshape(-1, acts.shape[-1])).to(W_enc.dtype) if need_W else None
+    return d_acts, d_W
 
 
 class Take(Function):
@@ -255,6 +270,9 @@ class Decode(Function):
         values = code.values if norms is None else code.values / norms[code.indices]
         ctx.save_for_backward(W_dec, norms)
         ctx.code, ctx.sparse = code._replace(values=values), feature_acts.is_sparse
+        if feature_acts.is_sparse:  # SAELens multiplies these in their own dtype
+            with torch.autocast(W_dec.device.type, enabled=False):
+                return sparse_decode(values, code.indices, W_dec)
         return sparse_decode(values, code.indices, W_dec)
 
     @staticmethod
@@ -263,16 +281,17 @@ class Decode(Function):
         W_dec, norms = ctx.saved_tensors
         values, indices, d_sae = ctx.code
         need_acts, need_W, need_norms, _ = ctx.needs_input_grad
-        d_values, d_W = torch.ops.csae.sparse_decode_backward(
-            grad, values, indices, W_dec, need_acts or need_norms, need_W
+        found = torch.ops.csae.sparse_decode_backward(
+            grad, values.to(grad.dtype), indices, W_dec.to(grad.dtype), need_acts or need_norms, need_W
         )
+        d_values, d_W = (d.to(values.dtype) for d in found)
         d_norms = _per_norm(-d_values * values, indices, norms) if need_norms else None
         d_acts = None
         if need_acts:
             d_code = Code(d_values if norms is None else d_values / norms[indices], indices, d_sae)
             through = _Decoded(grad, W_dec, norms, versions_of(W_dec), d_code)
             shape = (*grad.shape[:-1], d_sae)
-            d_acts = _sparse(d_code) if ctx.sparse else Lazy(through, shape, grad.dtype, grad.device)
+            d_acts = _sparse(d_code) if ctx.sparse else Lazy(through, shape, values.dtype, grad.device)
         return d_acts, d_W if need_W else None, d_norms, None
 
 

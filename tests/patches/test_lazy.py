@@ -47,6 +47,7 @@ READINGS = {
     "sum over tokens from the end": lambda acts: acts.sum(-2),
     "sum over features": lambda acts: acts.sum(-1),
     "sum over both": lambda acts: acts.sum((0, 1)),
+    "sum in another dtype": lambda acts: acts.sum(0, dtype=torch.float64),
     "sum kept": lambda acts: acts.sum(1, keepdim=True),
     "bool": lambda acts: acts.bool(),
     "count": lambda acts: acts.bool().sum(0),
@@ -91,6 +92,7 @@ def test_counts_of_features_make_no_dense_tensor(monkeypatch):
     fired = Lazy.of(make_code(5)).bool().float()
     assert fired.sum(-2).bool().shape == (D_SAE,)
     assert fired.sum(0).sum() == 15
+    assert fired.sum(0, dtype=torch.float32).sum() == 15  # as autocast on CUDA has it
     assert fired.sum(-1).to_dense().mean() == 3
 
 
