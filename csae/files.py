@@ -45,7 +45,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError where it holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}): copy the folder again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: given a JSON {type(content).__name__}; needed an object")
@@ -69,4 +69,6 @@ def _disk_problem(error: BaseException) -> str | None:
         return "no permission to write there: choose another folder"
     if isinstance(error, NotADirectoryError | FileExistsError):
         return "a part of that path is a file, not a folder: choose another folder"
+    if isinstance(error, IsADirectoryError):
+        return "it is a folder: give the name of a file"
     return None

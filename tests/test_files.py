@@ -5,7 +5,7 @@ import stat
 import pytest
 
 from csae.errors import UserError
-from csae.files import write_file, write_json
+from csae.files import read_json, write_file, write_json
 
 
 def test_a_file_is_whole_and_readable_as_others_are(tmp_path):
@@ -47,3 +47,17 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(UserError, match="a part of that path is a file, not a folder"):
         write_json(tmp_path / "taken" / "a.json", {})
+
+
+def test_a_folder_in_place_of_the_file_is_refused(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(UserError, match="taken: not written: it is a folder: give the name of a file"):
+        write_json(tmp_path / "taken", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe{}", b"[" * 100_000])
+def test_what_is_not_json_is_refused(content, tmp_path):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.json: not JSON"):
+        read_json(tmp_path / "a.json")
