@@ -12,7 +12,6 @@ containers and runs nothing that the file names.
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ import torch
 from torch import Tensor
 
 from csae.errors import UserError
-from csae.files import read_json, write_file, write_json
-from csae.interop.source import find
+from csae.files import read_json
+from csae.interop.source import find, write
 from csae.interop.weights import Weights, check_names, topk_sae, topk_weights
 from csae.sae import SAE
 from csae.topk_sae import TopKSAE
@@ -41,7 +40,7 @@ def load(name: str | Path) -> TopKSAE:
     path = find(name, WEIGHTS)
     tensors = _read_pickle(path)
     tensors.pop("threshold", None)
-    k = int(tensors.pop("k")) if "k" in tensors else config.get("k")
+    k = _whole_number(path, tensors.pop("k")) if "k" in tensors else config.get("k")
     if config.get("k") not in (k, None):
         raise UserError(f"{path}: k is {k}, and {config['k']} in {config_file.name}: copy the folder again")
     if k is None:
@@ -56,19 +55,35 @@ def save(sae: SAE, folder: Path, metadata: dict[str, Any]) -> None:
     W_enc, b_enc, W_dec, b_dec = topk_weights(sae, "dictionary_learning")
     tensors = dict(zip(NAMES, (W_enc, b_enc, W_dec.T.contiguous(), b_dec), strict=True))
     tensors |= {"k": torch.tensor(sae.k, dtype=torch.int32), "threshold": torch.tensor(-1.0)}
-    write_file(folder / WEIGHTS, lambda path: torch.save(tensors, path))
     sizes = {"activation_dim": sae.d_in, "dict_size": sae.d_sae, "k": sae.k}
-    write_json(folder / CONFIG, {"trainer": {**metadata, "trainer_class": "TopKTrainer", "dict_class": CLASS, **sizes}})
+    config = {"trainer": {**metadata, "trainer_class": "TopKTrainer", "dict_class": CLASS, **sizes}}
+    write(folder, WEIGHTS, lambda path: torch.save(tensors, path), CONFIG, config)
+
+
+def _whole_number(path: Path, k: Tensor) -> int:
+    if k.numel() != 1 or k.dtype not in (torch.int32, torch.int64):
+        raise UserError(f"{path}: k is a {k.dtype} of shape {list(k.shape)}; needed one whole number")
+    return int(k)
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # what is no pickle makes the loader stumble anywhere
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path}: not a whole file of tensors ({reason}): copy it again") from error
-    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UserError(
             f"{path}: something else than a state dict; needed tensors by name, as `torch.save` writes them"
         )
+    for name, tensor in content.items():
+        if not _is_ordinary(tensor):
+            raise UserError(f"{path}: {name} is no ordinary tensor; needed a dense one with its numbers")
     return content
+
+
+def _is_ordinary(tensor: object) -> bool:
+    """Whether it is a tensor as safetensors could hold: a pickle may also hold sparse, nested and empty ones."""
+    if not isinstance(tensor, Tensor) or tensor.is_nested:
+        return False
+    return tensor.layout == torch.strided and tensor.device.type == "cpu"

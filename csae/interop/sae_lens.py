@@ -23,8 +23,8 @@ from torch import Tensor
 
 from csae.contextual_sae import ContextualSAE
 from csae.errors import UserError
-from csae.files import read_json, write_file, write_json
-from csae.interop.source import find, read_tensors
+from csae.files import read_json
+from csae.interop.source import find, read_tensors, write
 from csae.interop.weights import (
     DTYPES,
     Weights,
@@ -49,7 +49,7 @@ NEEDED = {"normalize_activations": "none", "reshape_activations": "none", "finet
 def load(name: str | Path) -> TopKSAE | ContextualSAE:
     """What `SAE.load_from_disk` or `TrainingSAE.load_from_disk` reads, as an SAE of ours. See `csae.interop.load`."""
     config_file = find(name, CONFIG)
-    config = _as_of_version_6(read_json(config_file))
+    config = _as_of_version_6(config_file, read_json(config_file))
     architecture = config.get("architecture")
     if architecture not in ("topk", CONTEXTUAL):
         raise UserError(f"{config_file}: architecture is {architecture!r}; needed 'topk' or {CONTEXTUAL!r}")
@@ -86,8 +86,7 @@ def save(sae: SAE, folder: Path, metadata: dict[str, Any]) -> None:
         "reshape_activations": "none",
         "metadata": {**metadata, "sae_lens_version": FORMAT, "sae_lens_training_version": None},
     }
-    write_file(folder / WEIGHTS, lambda path: save_file(tensors, path))
-    write_json(folder / CONFIG, config)
+    write(folder, WEIGHTS, lambda path: save_file(tensors, path), CONFIG, config)
 
 
 def contextual_tensors(sae: SAE) -> dict[str, Tensor]:
@@ -116,16 +115,16 @@ def _transposed(W_enc: Tensor) -> Tensor:
     return W_enc.mT if W_enc.dim() == 2 else W_enc  # the check of shapes is to say what is wrong
 
 
-def _as_of_version_6(config: dict[str, Any]) -> dict[str, Any]:
+def _as_of_version_6(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """A config of SAELens before 6.0, where top-k was an activation function, as SAELens 6 takes it."""
-    version = (config.get("metadata") or {}).get("sae_lens_version") or config.get("sae_lens_version")
+    version = _object(path, config, "metadata").get("sae_lens_version") or config.get("sae_lens_version")
     major = str(version).partition(".")[0]
     if major.isdigit() and int(major) >= 6:
         return config
     config = dict(config)
     if config.get("activation_fn", config.get("activation_fn_str")) == "topk":
         config["architecture"] = "topk"
-        config["k"] = (config.get("activation_fn_kwargs") or {}).get("k")
+        config["k"] = _object(path, config, "activation_fn_kwargs").get("k")
     normalize = config.get("normalize_activations")
     if normalize is None or isinstance(normalize, bool):
         config["normalize_activations"] = "expected_average_only_in" if normalize else "none"
@@ -134,17 +133,25 @@ def _as_of_version_6(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _read_as(path: Path, dtype: str) -> dict[str, Tensor]:
+def _object(path: Path, config: dict[str, Any], field: str) -> dict[str, Any]:
+    content = config.get(field) or {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: {field} is {content!r}; needed an object, or nothing")
+    return content
+
+
+def _read_as(path: Path, dtype: object) -> dict[str, Tensor]:
     """The tensors of a file in the dtype that the config names, as SAELens converts them."""
     known = {str(kind).removeprefix("torch."): kind for kind in DTYPES}
-    if dtype.removeprefix("torch.") not in known:
+    name = str(dtype).removeprefix("torch.")
+    if name not in known:
         raise UserError(f"{path.parent / CONFIG}: dtype is {dtype!r}; needed one of {', '.join(known)}")
     tensors = read_tensors(path)
     # Of the time when a finetuned scale was saved: ones where there was none.
     if "scaling_factor" in tensors and bool((tensors["scaling_factor"] == 1).all()):
         del tensors["scaling_factor"]
     check_dtypes(path, tensors.values())
-    return {name: tensor.to(known[dtype.removeprefix("torch.")]) for name, tensor in tensors.items()}
+    return {key: tensor.to(known[name]) for key, tensor in tensors.items()}
 
 
 def _folded(weights: Weights, config: dict[str, Any]) -> Weights:

@@ -1,8 +1,11 @@
-"""Where another library's files are: in a local folder, or in a folder of a hub repository."""
+"""Another library's files: found in a local folder or in a folder of a hub repository, and written."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import safetensors
 from huggingface_hub import hf_hub_download
@@ -11,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from csae.errors import UserError
+from csae.files import write_file
 
 
 def find(name: str | Path, filename: str) -> Path:
@@ -39,3 +43,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error}): copy it again") from error
+
+
+def write(folder: Path, weights: str, save: Callable[[Path], object], config: str, content: dict[str, Any]) -> None:
+    """`save` fills the file `weights` of the folder, `content` goes to the file `config`: both, or neither.
+
+    Raises UserError where content is not JSON, or the folder can't be written; what was there is still there then.
+    """
+    try:
+        text = json.dumps(content, indent=2) + "\n"
+    except (TypeError, ValueError) as error:
+        raise UserError(f"metadata: {error}; needed what JSON can say") from error
+
+    def write_both(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+        # Beside the config of another SAE, weights can mean something else: they take their name when it is ready.
+        write_file(folder / weights, save)
+
+    write_file(folder / config, write_both)

@@ -14,8 +14,8 @@ from typing import Any
 from safetensors.torch import save_file
 
 from csae.errors import UserError
-from csae.files import read_json, write_file, write_json
-from csae.interop.source import find, read_tensors
+from csae.files import read_json
+from csae.interop.source import find, read_tensors, write
 from csae.interop.weights import Weights, check_names, topk_sae, topk_weights
 from csae.sae import SAE
 from csae.topk_sae import TopKSAE
@@ -49,5 +49,5 @@ def save(sae: SAE, folder: Path, metadata: dict[str, Any]) -> None:
         )
     weights = topk_weights(sae, "sparsify")
     tensors = dict(zip(NAMES, weights, strict=True))
-    write_file(folder / WEIGHTS, lambda path: save_file(tensors, path))
-    write_json(folder / CONFIG, FIELDS | {"k": sae.k, "num_latents": sae.d_sae, "d_in": sae.d_in})
+    config = FIELDS | {"k": sae.k, "num_latents": sae.d_sae, "d_in": sae.d_in}
+    write(folder, WEIGHTS, lambda path: save_file(tensors, path), CONFIG, config)

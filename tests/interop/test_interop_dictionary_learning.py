@@ -64,7 +64,11 @@ def test_their_files_come_back_to_the_bit_but_for_the_threshold(tmp_path):
         ({}, {"encoder.bias": None}, "without encoder.bias; needed"),
         ({}, {"r_mag": torch.zeros(D_SAE)}, "with r_mag; needed"),
         ({}, {"decoder.weight": torch.zeros(D_SAE, D_IN)}, r"W_dec has shape \[7, 19\]; needed \[19, 7\]"),
-        ({}, {"encoder.bias": 3}, "something else than a state dict"),
+        ({}, {"encoder.bias": 3}, "encoder.bias is no ordinary tensor"),
+        ({}, {"encoder.bias": torch.zeros(D_SAE).to_sparse()}, "encoder.bias is no ordinary tensor"),
+        ({}, {"encoder.bias": torch.zeros(D_SAE, device="meta")}, "encoder.bias is no ordinary tensor"),
+        ({}, {"k": torch.tensor([3, 3])}, r"k is a torch.int64 of shape \[2\]; needed one whole number"),
+        ({}, {"k": torch.tensor(3.5)}, r"k is a torch.float32 of shape \[\]; needed one whole number"),
     ],
 )
 def test_what_a_topk_sae_is_not_is_refused_by_its_field(trainer, tensors, message, tmp_path):
@@ -91,13 +95,32 @@ def test_nothing_that_a_pickle_names_is_run(tmp_path):
     assert not (tmp_path / "planted").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"no pickle", b"\x80\x02}q\x00."])
+@pytest.mark.parametrize("content", [b"", b"no pickle", b"\x80\x02}q\x00.", b"\x80\x02t.", b"\x80\x02M\x00"])
 def test_a_file_that_is_no_state_dict_is_refused_in_one_line(content, tmp_path):
     write(tmp_path)
     (tmp_path / "ae.pt").write_bytes(content)
     with pytest.raises(UserError, match=r"ae\.pt: ") as error:
         interop.load(LIBRARY, tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_names_that_are_no_text_are_refused(tmp_path):
+    write(tmp_path)
+    torch.save({5: torch.zeros(3)}, tmp_path / "ae.pt")
+    with pytest.raises(UserError, match="something else than a state dict"):
+        interop.load(LIBRARY, tmp_path)
+
+
+@pytest.mark.parametrize("size", range(0, 3000, 97))
+def test_a_truncated_file_is_refused(size, tmp_path):
+    write(tmp_path)
+    for zipped in (True, False):
+        torch.save(torch.load(tmp_path / "ae.pt"), tmp_path / "ae.pt", _use_new_zipfile_serialization=zipped)
+        whole = (tmp_path / "ae.pt").read_bytes()
+        (tmp_path / "ae.pt").write_bytes(whole[: min(size, len(whole) - 1)])
+        with pytest.raises(UserError, match=r"ae\.pt: "):
+            interop.load(LIBRARY, tmp_path)
+        (tmp_path / "ae.pt").write_bytes(whole)
 
 
 def test_a_contextual_sae_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """SAELens's files: written by hand as documented, and by and for the library itself; a contextual SAE in SAELens."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from safetensors.torch import load_file, save_file
 import csae
 from csae import interop
 from csae.errors import UserError
+from csae.interop import sae_lens as sae_lens_files
 from csae.interop.weights import unscaled
 
 LIBRARY = "sae_lens"
@@ -108,6 +110,9 @@ def test_a_config_of_before_version_6_is_read_as_version_6_reads_it(tmp_path):
         ({"reshape_activations": "hook_z"}, {}, "reshape_activations is 'hook_z'; needed 'none'"),
         ({"metadata": {}, "activation_fn": "relu", "architecture": "standard"}, {}, "architecture is 'standard'"),
         ({"dtype": "float8"}, {}, "dtype is 'float8'; needed one of float32, bfloat16"),
+        ({"dtype": None}, {}, "dtype is None; needed one of float32, bfloat16"),
+        ({"metadata": [6]}, {}, r"metadata is \[6\]; needed an object, or nothing"),
+        ({"metadata": {}, "activation_fn": "topk", "activation_fn_kwargs": [3]}, {}, r"activation_fn_kwargs is \[3\]"),
         ({"k": 20}, {}, "k: given 20; needed 1 <= k <= d_sae = 19"),
         ({}, {"threshold": torch.zeros(D_SAE)}, "with threshold; needed"),
         ({}, {"scaling_factor": torch.full((D_SAE,), 2.0)}, "with scaling_factor; needed"),
@@ -313,6 +318,24 @@ def test_formats_need_no_library(tmp_path):
     code = f"import sys; from csae import interop; interop.load('sae_lens', {str(tmp_path)!r})"
     code += "; assert not {'sae_lens', 'sparsify', 'dictionary_learning', 'sae_bench'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("library", ["sae_lens", "dictionary_learning"])
+def test_a_save_that_fails_leaves_the_sae_that_was_there(library, tmp_path, monkeypatch):
+    first = topk(k=3)
+    interop.save(library, first, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="metadata: Object of type Tensor is not JSON serializable; needed what JSON"):
+        interop.save(library, topk(4.0, k=5), tmp_path, {"layer": torch.tensor(3)})
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for module, name in ((sae_lens_files, "save_file"), (torch, "save")):
+        monkeypatch.setattr(module, name, full)
+    with pytest.raises(UserError, match="not written: the disk is full"):
+        interop.save(library, topk(4.0, k=5), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_saved_folder_of_ours_is_not_touched(tmp_path):
