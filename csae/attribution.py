@@ -59,10 +59,13 @@ class Attribution:
         length = output.c.norm(dim=-1)  # [T]
         direction = output.c / torch.where(length > 0, length, 1)[:, None].square()
         self._onto_c = torch.einsum("td,dhv->thv", direction, self._W_O)
+
+    @cached_property
+    def _gram(self) -> Tensor:
+        """The scalar products of what a slot's heads write: [T, k, H, H], made a head at a time to save memory."""
         overlap = torch.einsum("dhv,dgw->hvgw", self._W_O, self._W_O)
-        # The scalar products of what a slot's heads write: [T, k, H, H], made a head at a time to save memory.
         heads = zip(self._written.unbind(2), overlap, strict=True)
-        self._gram = torch.stack([torch.einsum("jiv,vgw,jigw->jig", u, o, self._written) for u, o in heads], dim=2)
+        return torch.stack([torch.einsum("jiv,vgw,jigw->jig", u, o, self._written) for u, o in heads], dim=2)
 
     @cached_property
     def norm(self) -> Tensor:
@@ -105,13 +108,13 @@ class Attribution:
 
     def top(self, t: int, n: int) -> list[Part]:
         """The n parts with the largest share in c[t], largest first; fewer where there are no more."""
-        share, k = self.share[t].flatten(), self.share.shape[-1]
+        share, norm, k = self.share_at(t).flatten(), self.norm_at(t), self.output.code.indices.shape[-1]
         largest = share.topk(min(n, t * k))
         found = []
         for value, at in zip(largest.values.tolist(), largest.indices.tolist(), strict=True):
             j, i = divmod(at, k)
             if value > 0:
-                found.append(Part(j, int(self.output.code.indices[j, i]), float(self.norm[t, j, i]), value))
+                found.append(Part(j, int(self.output.code.indices[j, i]), float(norm[j, i]), value))
         return found
 
 

@@ -215,7 +215,7 @@ def view(run: Path, text: Path, out: Path, beside: Path | None, max_tokens: int,
     other_sae = None if beside is None else load_sae(beside, device)
     lm = LanguageModel.load(origin["model"], device=device)
     longest = LONGER * trained_on.get("n_ctx", 256)
-    n_ctx = options["n_ctx"] or min(longest, lm.max_ctx or longest)
+    n_ctx = min(longest, lm.max_ctx or longest) if options["n_ctx"] is None else options["n_ctx"]
     windows, whole = read_windows(lm, origin["layer"], read_documents(text)[0], n_ctx, max_tokens)
     about = {
         "text": text.name,

@@ -35,6 +35,7 @@ PARTS_SHOWN = 12  # of c, at a token
 ROWS = 40  # of a timeline
 LOGITS_SHOWN = 6  # tokens at either end
 EFFECTS_SHOWN = 4000  # features, those that add most
+VARIES = 1e-10  # variance over mean square: where it is less, activations differ by rounding, and FVU says nothing
 LISTS = ("new", "carried", "parts", "others", "remainder", "c", "missed")  # with an entry for each token
 # Fractions are written as whole numbers of ten thousandths, and activities of hundredths: half the size of decimals.
 FRACTION, ACTIVITY = 10_000, 100
@@ -108,12 +109,13 @@ def view(
         features: feature -> {"new", "carried", "cosine"}, for the EFFECTS_SHOWN that add most. new: what it does to
             the next token where it is new, carried: what all that it carried in this text does (`logits`); cosine: of
             the two directions. Only "new" where it carried nothing.
-        figures: arch, k, d_sae; fvu: squared error over variance, both on this text; fvu_beyond: the same where a
-            window goes on beyond the positions that were trained on, None where none does; mean_run: for how many
-            positions in a row a feature is present, that is new or carried; new_in_run: at how many of them it is new.
+        figures: arch, k, d_sae; fvu: squared error over variance, both on this text, None where nothing varies;
+            fvu_beyond: the same where a window goes on beyond the positions that were trained on, None where none
+            does; mean_run: for how many positions in a row a feature is present, that is new or carried; new_in_run:
+            at how many of them it is new.
         beside: None, or {"new", "rows", "missed", "figures"} as above, `new` with the features in `rows` only.
 
-    Raises UserError where the SAE does not fit the activations.
+    Raises UserError where an SAE does not fit the activations, or gives NaN or Inf.
     """
     for name, one in (("the SAE", sae), ("the SAE beside it", beside)):
         if one is not None and one.d_in != windows[0].acts.shape[1]:
@@ -161,6 +163,8 @@ def _read(sae: SAE, windows: Sequence[Window], progress: Progress) -> _Reading:
         acts, mask = window.acts.to(b), window.mask.to(b.device)
         found = attribute(sae, acts, mask) if isinstance(sae, ContextualSAE) else None
         x_hat, code, c = found.output if found else sae(acts, mask)
+        if not x_hat.isfinite().all():
+            raise UserError(f"the {sae.arch} SAE gives NaN or Inf on this text: its weights are broken")
         values = code.values.masked_fill(~mask[:, None], 0)
         error = (acts - x_hat).square().sum(dim=-1)
         of_c = (c * (x_hat - b)).sum(dim=-1) / (x_hat - b).square().sum(dim=-1).clamp_min(1e-12)
@@ -251,10 +255,9 @@ def _figures(sae: SAE, read: _Reading, windows: Sequence[Window], trained_on: in
     acts = torch.cat([window.acts for window in windows]).double().cpu()
 
     def fvu(chosen: Tensor) -> float | None:
-        if int(chosen.sum()) < 2:
-            return None
-        variance = (acts[chosen] - acts[chosen].mean(dim=0)).square().sum()
-        return float(read.errors[chosen].sum() / variance)
+        there = acts[chosen]
+        variance = (there - there.mean(dim=0)).square().sum()
+        return float(read.errors[chosen].sum() / variance) if variance > VARIES * there.square().sum() else None
 
     runs = present = fresh = 0
     before: set[int] = set()

@@ -210,6 +210,27 @@ def test_what_does_not_fit(tiny_lm: LanguageModel, contextual: SAE, windows: lis
         read_windows(tiny_lm, LAYER, TEXT, 100)
 
 
+def test_weights_that_are_broken(per_token: SAE, windows: list[Window], tiny_lm: LanguageModel) -> None:
+    broken = copy.deepcopy(per_token)
+    with torch.no_grad():
+        broken.b_dec[0] = torch.nan
+    with pytest.raises(UserError, match="the topk SAE gives NaN or Inf on this text"):
+        view(broken, windows, tiny_lm)
+
+
+@pytest.mark.parametrize("text", ["ab", "abc", "a" * 50, "<|endoftext|>" * 30, "\0\x01\x02" * 20])
+def test_texts_in_which_little_happens(
+    text: str, contextual: SAE, per_token: SAE, tiny_lm: LanguageModel, tmp_path: Path
+) -> None:
+    windows, _ = read_windows(tiny_lm, LAYER, text, N_CTX)
+    for sae in (contextual, per_token):
+        facts = view(sae, windows, tiny_lm, trained_on=10, beside=per_token)
+        says = page(tmp_path / "view.html", facts)
+        varies = text not in ("ab", "a" * 50, "<|endoftext|>" * 30)
+        assert (facts["figures"]["fvu"] is not None) == (facts["beside"]["figures"]["fvu"] is not None) == varies
+        assert ("Nothing varies along this text" in says) == ("unexplained (FVU)" not in says) == (not varies)
+
+
 # ---- the effect on the next token ----
 
 
@@ -501,6 +522,8 @@ def test_command(runs: tuple[Path, Path], tmp_path: Path, monkeypatch, capsys) -
     assert len(found["cuts"]) == math.ceil(len(found["tokens"]) / 64) - 1, "8 times the 8 that were trained on"
     assert command(runs[1], *args, "--max-tokens", 30, "--n-ctx", 10, **options)[0] == 0
     assert "30 tokens, where the text was cut" in (tmp_path / "view.html").read_text()
+    assert command(runs[1], *args, "--n-ctx", 0, **options) == (2, "csae: n_ctx: given 0; needed 2 or more\n")
+    assert command(runs[1], *args[:2], "-o", tmp_path, "--max-tokens", 5, **options)[0] == 2
 
     (runs[1] / "run.json").write_text(json.dumps({"data": {"layer": 1}, "origin": None}))
     code, printed = command(runs[0], "--beside", runs[1], *args, **options)
