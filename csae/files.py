@@ -71,4 +71,6 @@ def _disk_problem(error: BaseException) -> str | None:
         return "a part of that path is a file, not a folder: choose another folder"
     if isinstance(error, IsADirectoryError):
         return "it is a folder: give the name of a file"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: choose another folder"
     return None

@@ -24,6 +24,7 @@ def test_a_file_is_whole_and_readable_as_others_are(tmp_path):
         (RuntimeError("IoError: No space left on device (os error 28)"), UserError, "the disk is full"),
         (OSError(errno.EFBIG, "File too large"), UserError, "larger than this file system"),
         (PermissionError(errno.EACCES, "denied"), UserError, "no permission to write there"),
+        (OSError(errno.EROFS, "Read-only file system"), UserError, "Read-only file system: choose another folder"),
         (ValueError("a bug"), ValueError, "a bug"),
         (KeyboardInterrupt(), KeyboardInterrupt, ""),
     ],
