@@ -17,8 +17,8 @@ layers with hooks or of another class, torch.compile, torch.func, float64 on CUD
 What differs: codes come in descending order, where the library's have none. Between equal activations the lower index
 wins, where torch.topk takes any: so where fewer than k features of a token are positive, those that fill up its code at
 zero, and count as fired, are the largest before the relu. In half precision the selection is made before rounding.
-Activations before the top-k (return_topk's last) can't be read once the weights have changed. Second derivatives raise
-an error.
+Activations before the top-k (return_topk's last) can't be read once the weights have changed, nor those after it once
+the values or indices that came with them have. Second derivatives raise an error.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def replacements() -> list[Replacement]:
 
     def update_threshold(self: Any, f: Tensor) -> None:
         # It takes the least of the positive entries, which are all in the code.
-        own_update_threshold(self, f.code[0] if isinstance(f, Features) and f.known is None else f)
+        own_update_threshold(self, f.unchanged()[0] if isinstance(f, Features) and f.known is None else f)
 
     return [
         Replacement(TopK, "encode", encode),

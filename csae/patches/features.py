@@ -120,15 +120,29 @@ class Features(StandIn):
     """The dense tensor [..., d_sae] of a code: values, indices [..., k], no feature twice in a token."""
 
     code: tuple[Tensor, Tensor]
+    versions: list[int]
 
     def __new__(cls, values: Tensor, indices: Tensor, d_sae: int) -> Self:
         self = super().__new__(cls, (*values.shape[:-1], d_sae), like=values)
-        self.code = values, indices
+        self.hold(values, indices)
         return self
 
+    def hold(self, values: Tensor, indices: Tensor) -> None:
+        self.code = values, indices
+        self.versions = _versions(self.code)
+
     def make_dense(self) -> Tensor:
-        values, indices = self.code
+        values, indices = self.unchanged()
         return values.new_zeros(self.shape).scatter_(-1, indices, values)
+
+    def unchanged(self) -> tuple[Tensor, Tensor]:
+        """The code, which others hold too: a dense tensor would not change with it."""
+        if _versions(self.code) != self.versions:
+            raise RuntimeError(
+                "features: given a code whose values or indices were changed in place since; needed as they were: "
+                "read or decode the features before that, or change a copy"
+            )
+        return self.code
 
 
 def _versions(tensors: tuple[Tensor, ...]) -> list[int]:
@@ -181,7 +195,7 @@ def _scatter_(input: Any, dim: int, index: Any, src: Any) -> Any:
     # Written to the dense tensor, a feature that comes twice keeps one of its values; decoded, it would have both.
     if bool((index.sort(dim=-1).values.diff(dim=-1) == 0).any()):
         return NotImplemented
-    input.code = src, index
+    input.hold(src, index)
     return input
 
 
@@ -192,7 +206,7 @@ def _linear(input: Any, weight: Tensor, bias: Tensor | None = None) -> Any:
     if input.shape[:-1].numel() < FEW_TOKENS:
         return NotImplemented
     # Rows of features once, for both passes: the op would make them contiguous in each.
-    return sparse_decode(*input.code, weight.T.contiguous())
+    return sparse_decode(*input.unchanged(), weight.T.contiguous())
 
 
 ANSWERS: dict[Callable[..., Any], Callable[..., Any]] = {

@@ -187,6 +187,27 @@ def test_pre_activations_of_weights_that_changed_are_an_error(weights):
             read()
 
 
+def test_features_of_a_code_that_changed_are_an_error(monkeypatch):
+    monkeypatch.setattr("csae.patches.features.FEW_TOKENS", 0)
+    for changed in (0, 1):
+        held = code()
+        made, scattered = (
+            Features(*held, D_SAE),
+            torch.zeros_like(Features(*code(), D_SAE)).scatter_(-1, *reversed(held)),
+        )
+        with torch.no_grad():
+            held[changed].zero_()
+        for features in (made, scattered):
+            for read in (torch.sum, lambda of: linear(of, torch.ones(2, D_SAE).double())):
+                with pytest.raises(RuntimeError, match="values or indices were changed in place"):
+                    read(features)
+    values, indices = code()
+    features = Features(values.detach(), indices, D_SAE)
+    wanted = features.sum()
+    values.detach().zero_()
+    assert features.sum() == wanted, "what was read before stays"
+
+
 def test_autocast_holds_where_it_was_on_when_they_were_made(weights):
     weights = [tensor.detach().float() for tensor in weights]
     with torch.autocast("cpu", dtype=torch.bfloat16):
