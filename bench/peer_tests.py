@@ -126,7 +126,7 @@ def read_report(report: Path) -> dict[str, Result]:
             message = (wrong[0].get("message") or "").strip() + "\n" + (wrong[0].text or "")
             results[name] = Result("failed", _why(message))
         elif left_out is not None:
-            results[name] = Result("skipped", (left_out.get("message") or "").splitlines()[0])
+            results[name] = Result("skipped", (left_out.get("message") or "no reason given").splitlines()[0])
         else:
             results.setdefault(name, Result(PASSED, ""))
     return results

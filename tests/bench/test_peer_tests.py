@@ -14,6 +14,8 @@ import pytest, helper
 def test_passes(): assert helper.two == 2
 @pytest.mark.skipif(True, reason="no such machine")
 def test_skipped(): pass
+@pytest.mark.xfail
+def test_expected(): assert False
 def test_network(): raise OSError("We couldn't connect to 'https://huggingface.co'")
 @pytest.mark.parametrize("n", [1, 2])
 def test_version(n): assert n == 1
@@ -40,6 +42,7 @@ def test_results_are_read_from_a_run_of_their_own(checkout):
     short = {name.rpartition("::")[2]: result for name, result in results.items()}
     assert short["test_passes"] == Result("passed", "")
     assert short["test_skipped"] == Result("skipped", "no such machine")
+    assert short["test_expected"] == Result("skipped", "no reason given")
     assert short["test_network"].outcome == "failed"
     assert short["test_network"].reason.startswith("needs the network (OSError: We couldn't connect")
     assert short["test_version[1]"] == Result("passed", "")
