@@ -30,16 +30,8 @@ def write_report(path: Path | str, results: dict[str, Any], runs: dict[str, Path
     results: what demo puts in results.json. runs: the folder of each run, by its name, which is the arch in
     results. explained: what csae.passages.explain gives for the contextual one.
     """
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("csae", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html").render(
+    page = render(
+        "report.html",
         results=results,
         saes=results["saes"],
         contextual=next(sae for sae in results["saes"] if "fvu_exact" in sae),
@@ -50,6 +42,20 @@ def write_report(path: Path | str, results: dict[str, Any], runs: dict[str, Path
         data=script_json(explained),
     )
     write_file(Path(path), lambda temporary: temporary.write_text(page, encoding="utf-8"))
+
+
+def render(template: str, **content: Any) -> str:
+    """A page from one of our templates. Text stays text, and a name that the template misses is an error."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("csae", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**content)
 
 
 def read_curve(metrics: Path) -> tuple[list[int], list[float]]:

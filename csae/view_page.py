@@ -1,8 +1,8 @@
 """The page of `csae view`: a text under an SAE, one HTML file that needs nothing else and fetches nothing.
 
-Templates are jinja2's. The curve along the text is matplotlib's, as SVG. The timelines are drawn by the page's own
-script: a feature's row has as many cells as the text has tokens, which is too much for SVG, and a canvas takes the
-colours of the reader's light or dark scheme.
+The curve along the text is matplotlib's, as SVG. The timelines are drawn by the page's own script: a feature's row has
+as many cells as the text has tokens, which is too much for SVG, and a canvas takes the colours of the reader's light or
+dark scheme.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from csae.files import write_file
-from csae.report import INK, SERIES, SOFT, figure_style, inline_svg, script_json
+from csae.report import INK, SERIES, SOFT, figure_style, inline_svg, render, script_json
 from csae.view import CARRIED, FRACTION
 
 SMOOTHED = 15  # tokens that a point of the curve is the mean of
@@ -27,16 +27,8 @@ def write_view(path: Path | str, about: dict[str, Any], facts: dict[str, Any]) -
     "trained_on": the positions of a window here and in training (None where not known); "whole": whether that is all of
     the text. facts: what csae.view.view gives.
     """
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("csae", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("view.html").render(
+    page = render(
+        "view.html",
         about=about,
         figures=facts["figures"],
         beside=facts["beside"] and facts["beside"]["figures"],

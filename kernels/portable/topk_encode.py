@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import cpu
-from . import on_native, topk_coarse
+from . import on_native, topk_coarse, with_rows
 
 # Pre-activations of one tile, and the candidates of its rows.
 TILE_BYTES = 12 << 20
@@ -37,14 +37,17 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor
     values, indices = _output(x, k)
     bias = b_enc.to(values.dtype)
     if x.dtype == W_enc.dtype and x.shape[0] >= topk_coarse.LEAST_ROWS and topk_coarse.worthwhile(W_enc, k):
-        _encode_coarsely(x, _rows_contiguous(W_enc), bias, k, values, indices, None)
+        _encode_coarsely(x, with_rows(W_enc), bias, k, values, indices, None)
     else:
         _encode(x, W_enc, bias, k, values, indices)
     return values.to(x.dtype), indices
 
 
 class Encoder:
-    """topk_encode of x [n, d_in] by the same weights again and again: what can be made of them once is made once."""
+    """topk_encode of x [n, d_in] by the same weights again and again: what can be made of them once is made once.
+
+    It sees what is written into them, as far as torch counts it: not through `.data`, nor in inference mode.
+    """
 
     def __init__(self, W_enc: Tensor, b_enc: Tensor, k: int) -> None:
         self._weights, self._k = (W_enc, b_enc), k
@@ -58,9 +61,9 @@ class Encoder:
             return topk_encode(x, W_enc, b_enc, self._k)
         version = 0 if W_enc.is_inference() else W_enc._version
         if self._table is None or self._version != version:
-            self._table, self._version = topk_coarse.rounded(_rows_contiguous(W_enc)), version
+            self._table, self._version = topk_coarse.rounded(with_rows(W_enc)), version
         values, indices = _output(x, self._k)
-        _encode_coarsely(x, _rows_contiguous(W_enc), b_enc.float(), self._k, values, indices, self._table)
+        _encode_coarsely(x, with_rows(W_enc), b_enc.float(), self._k, values, indices, self._table)
         return values.to(x.dtype), indices
 
 
@@ -92,10 +95,6 @@ def _encode_coarsely(
             found = _output(acts[left], k)
             _encode(acts[left], W_enc, bias, k, *found)
             values[here][left], indices[here][left] = found
-
-
-def _rows_contiguous(W: Tensor) -> Tensor:
-    return W if W.stride(1) == 1 else W.contiguous()
 
 
 def encode_and_keep(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
