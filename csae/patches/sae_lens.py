@@ -14,7 +14,7 @@ Which code runs:
 - hooks on `hook_sae_acts_pre`: the library's. On `hook_sae_acts_post`: ours, and the hook gets an ordinary dense tensor
   (with use_sparse_activations too: the library makes one there). Other hooks: ours.
 - dead neurons, and so their auxiliary loss: the library's, on the columns of the dead ones alone.
-- `BatchTopKTrainingSAE`: ours, and exact, where no token has more than 4 k active features; else the library's choice
+- `BatchTopKTrainingSAE`: ours, and exact, where no token has more than 8 k active features; else the library's choice
   from a dense hidden_pre. Its Matryoshka kind likewise, but its inner levels read the dense activations.
 - autocast: ours, for an SAE in float32, with the library's dtypes. Products are in autocast's, but that of a sparse
   tensor with W_dec; the activations, hidden_pre and the reconstruction are float32. An SAE in another dtype: the
@@ -25,7 +25,7 @@ Results are the library's to the rounding of the dtype (under autocast, of its),
 
 - of equal pre-activations at the edge of the k, the lower index is chosen, and of a batch any: the library's choice is
   torch.topk's. Under autocast this holds of pre-activations that are equal to the rounding of its dtype: the library
-  chooses from rounded products, we from float32 accumulators;
+  rounds the product and then adds b_enc, we round b_enc, choose from the float32 sum, and then round the activations;
 - a token with a NaN among its pre-activations becomes k NaNs;
 - with rescale_acts_by_decoder_norm, a decoder row of norm 0 that isn't active is harmless, not NaN for all; and
   use_sparse_activations has a backward pass;

@@ -461,7 +461,7 @@ def test_a_step_over_the_batch_makes_no_dense_tensor(monkeypatch):
 def test_a_token_with_too_many_of_the_batch_is_left_to_the_library():
     sae, x = batch_sae("BatchTopKTrainingSAE", k=2, spread=0.3)
     ours, theirs = both(lambda: forward_pass(sae, x))
-    assert (theirs.feature_acts > 0).sum(-1).max() > 8
+    assert (theirs.feature_acts > 0).sum(-1).max() > 16
     assert type(ours.feature_acts) is torch.Tensor
     close(ours.feature_acts, theirs.feature_acts)
 
