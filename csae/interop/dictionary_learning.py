@@ -83,7 +83,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _is_ordinary(tensor: object) -> bool:
-    """Whether it is a tensor as safetensors could hold: a pickle may also hold sparse, nested and empty ones."""
-    if not isinstance(tensor, Tensor) or tensor.is_nested:
+    """Whether it is a tensor as safetensors could hold: a pickle may also hold sparse and nested ones, some without
+    numbers, and a few numbers that stand for more than fit in memory."""
+    if not isinstance(tensor, Tensor) or tensor.is_nested or tensor.layout != torch.strided:
         return False
-    return tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() >= tensor.nbytes

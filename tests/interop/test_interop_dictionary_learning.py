@@ -67,6 +67,7 @@ def test_their_files_come_back_to_the_bit_but_for_the_threshold(tmp_path):
         ({}, {"encoder.bias": 3}, "encoder.bias is no ordinary tensor"),
         ({}, {"encoder.bias": torch.zeros(D_SAE).to_sparse()}, "encoder.bias is no ordinary tensor"),
         ({}, {"encoder.bias": torch.zeros(D_SAE, device="meta")}, "encoder.bias is no ordinary tensor"),
+        ({}, {"encoder.weight": torch.zeros(1).expand(10**6, 10**7)}, "encoder.weight is no ordinary tensor"),
         ({}, {"k": torch.tensor([3, 3])}, r"k is a torch.int64 of shape \[2\]; needed one whole number"),
         ({}, {"k": torch.tensor(3.5)}, r"k is a torch.float32 of shape \[\]; needed one whole number"),
     ],
