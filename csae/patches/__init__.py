@@ -79,7 +79,7 @@ def patch(library: str) -> Patch:
         raise UserError(
             f"{module.PACKAGE} is not installed: pip install '{module.PACKAGE}=={module.TESTED}.*'"
         ) from error
-    if not version.startswith(module.TESTED + "."):
+    if not f"{version}.".startswith(f"{module.TESTED}."):
         raise UserError(
             f"{module.PACKAGE}: version {version} is installed, and the patch was tested with {module.TESTED}.*: "
             f"pip install '{module.PACKAGE}=={module.TESTED}.*', or go on without the patch"

@@ -108,6 +108,12 @@ def test_another_version_is_refused_before_anything_is_replaced(library, version
     assert library.results() == {"theirs"}
 
 
+def test_a_version_without_a_last_number_is_the_first_of_its_kind(library):
+    library.versions["a-package"] = "1.3"
+    with csae.patch("sparsify"):
+        assert library.results() == {"ours"}
+
+
 @pytest.mark.parametrize("library_name", LIBRARIES)
 def test_each_patch_can_be_imported_without_its_library(library_name):
     module = importlib.import_module(f"csae.patches.{library_name}")
