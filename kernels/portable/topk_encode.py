@@ -46,12 +46,13 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor
 class Encoder:
     """topk_encode of x [n, d_in] by the same weights again and again: what can be made of them once is made once.
 
-    It sees what is written into them, as far as torch counts it: not through `.data`, nor in inference mode.
+    It sees what is written into them as torch counts that: not what goes through `.data`.
     """
 
     def __init__(self, W_enc: Tensor, b_enc: Tensor, k: int) -> None:
         self._weights, self._k = (W_enc, b_enc), k
-        self._coarsely = topk_coarse.worthwhile(W_enc, k)
+        # Of what was made in inference mode torch doesn't count the writes.
+        self._coarsely = topk_coarse.worthwhile(W_enc, k) and not W_enc.is_inference()
         self._table: topk_coarse.Table | None = None
         self._version = -1
 
@@ -59,9 +60,8 @@ class Encoder:
         W_enc, b_enc = self._weights
         if not self._coarsely or x.dtype != W_enc.dtype:
             return topk_encode(x, W_enc, b_enc, self._k)
-        version = 0 if W_enc.is_inference() else W_enc._version
-        if self._table is None or self._version != version:
-            self._table, self._version = topk_coarse.rounded(with_rows(W_enc)), version
+        if self._table is None or self._version != W_enc._version:
+            self._table, self._version = topk_coarse.rounded(with_rows(W_enc)), W_enc._version
         values, indices = _output(x, self._k)
         _encode_coarsely(x, with_rows(W_enc), b_enc.float(), self._k, values, indices, self._table)
         return values.to(x.dtype), indices

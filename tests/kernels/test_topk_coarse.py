@@ -172,14 +172,24 @@ def test_settle_refuses() -> None:
         cpu.topk_settle(best, 4, x, W_enc[:1000], b_enc[:1000], torch.zeros(3))
 
 
+@pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("n", [1, 5, 300])
-def test_encoder_sees_new_weights(n: int, settled: list[Tensor]) -> None:
-    x, W_enc, b_enc = given(13, n)
-    encode = topk_encode.Encoder(W_enc, b_enc, K)
-    for _ in range(2):
-        values, indices = encode(x)
-        wanted = reference.topk_encode(x.double(), W_enc.double(), b_enc.double(), K)
-        assert torch.equal(indices, wanted[1])
-        torch.testing.assert_close(values.double(), wanted[0], rtol=1e-5, atol=1e-5)
-        W_enc.neg_()
-    assert len(settled) == 2
+def test_encoder_sees_new_weights(n: int, inference: bool, settled: list[Tensor]) -> None:
+    with torch.inference_mode(inference):
+        x, W_enc, b_enc = given(13, n)
+        encode = topk_encode.Encoder(W_enc, b_enc, K)
+        for changed in (5, 77, 900):
+            values, indices = encode(x)
+            wanted = reference.topk_encode(x.double(), W_enc.double(), b_enc.double(), K)
+            assert torch.equal(indices, wanted[1])
+            torch.testing.assert_close(values.double(), wanted[0], rtol=1e-5, atol=1e-5)
+            W_enc[changed] = x[0]  # now the largest, which no old candidate shows
+    if not inference:
+        assert len(settled) == 3
+
+
+def test_encoder_is_coarse_in_inference_mode_too(settled: list[Tensor]) -> None:
+    x, W_enc, b_enc = given(13, 5)
+    with torch.inference_mode():
+        topk_encode.Encoder(W_enc.detach(), b_enc, K)(x)
+    assert len(settled) == 1
