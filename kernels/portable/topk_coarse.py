@@ -47,7 +47,7 @@ def worthwhile(W_enc: Tensor, k: int) -> bool:
 def has_bfloat16_units() -> bool:
     """Whether torch multiplies bfloat16 matrices by AMX here."""
     supported: Callable[[], bool] = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return torch.backends.mkldnn.is_available() and supported()
+    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and supported()
 
 
 class Table(NamedTuple):

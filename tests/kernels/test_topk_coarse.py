@@ -150,6 +150,12 @@ def test_the_bound_holds(settled: list[Tensor]) -> None:
     assert topk_coarse.error_bound(cpu.round_rows(one * torch.inf), 1.0, 1.0, b_enc).isfinite().sum() == 0
 
 
+def test_without_onednn_there_are_no_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=False):
+        assert not topk_coarse.has_bfloat16_units()
+
+
 def test_round_rows() -> None:
     rows = torch.randn(5, 37)
     found = cpu.round_rows(rows)
