@@ -48,7 +48,7 @@ def replacements() -> list[Replacement]:
         if _too_wide(W_dec):
             return own_decoder(top_indices, top_acts, W_dec)
         with torch.autocast(W_dec.device.type, enabled=False):  # which leaves the library's decoder alone too
-            return sparse_decode(top_acts, top_indices, W_dec.mT)
+            return sparse_decode(top_acts, top_indices.long(), W_dec.mT)  # stored latents often are int32
 
     own_encoder, own_decoder = encoder.fused_encoder, utils.decoder_impl
     return [
