@@ -55,7 +55,8 @@ def save(library: str, sae: SAE, folder: str | Path, metadata: dict[str, Any] | 
             SAELens: model_name, hook_name, context_size, prepend_bos and the like. dictionary_learning: lm_name,
             layer, submodule_name. sparsify has no place for it.
 
-    Raises ValueError for another library, UserError where it can't express the SAE or the folder can't be written.
+    Raises ValueError for another library, UserError where it can't express the SAE, metadata is not JSON or the folder
+    can't be written; what was there is still there then.
     """
     _module(library).save(sae, Path(folder), metadata or {})
 
