@@ -47,7 +47,7 @@ def cli() -> None:
 @click.option("--layer", type=int, help="Read the residual stream after this many blocks.")
 @click.option("--k", type=int, help="Active features a token.")
 @click.option("--d-sae", type=int, help="Number of features.")
-@click.option("--tokens", type=int, help="Tokens of text to train on.")
+@click.option("--tokens", type=click.IntRange(min=1), help="Tokens of text to train on.")
 @click.option("--epochs", type=int, help="How often each is seen.")
 @click.option("--n-ctx", type=int, help="Positions a window.")
 @click.option("--seed", type=int, help="Of initialisation and order.")
@@ -83,7 +83,7 @@ def demo(**options: Any) -> None:
 @click.option("--early-sweeps", type=int, default=1, show_default=True, help="How often before the decay.")
 @click.option("--gap-every", type=int, default=100, show_default=True, help="Steps; compares exact form and sweeps.")
 @click.option("--dead-after", type=int, default=10_000_000, show_default=True, help="Tokens without firing.")
-@click.option("--tokens", type=int, help="Tokens to train on; all of the data once if not given.")
+@click.option("--tokens", type=click.IntRange(min=1), help="Tokens to train on; all of the data once if not given.")
 @click.option("--batch-windows", type=int, default=8, show_default=True, help="Windows a step.")
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak learning rate of Adam.")
 @click.option("--look-back-lr", type=float, default=0.5, show_default=True, help="The look-back's share of --lr.")
@@ -114,10 +114,10 @@ def train(**options: Any) -> None:
     source, _ = open_source(origin, device, track)
     train_windows, _ = held_out(source.n_windows, options["held_out"])
     per_step = options["batch_windows"] * source.n_ctx
-    tokens = options["tokens"] or len(train_windows) * source.n_ctx
+    tokens = len(train_windows) * source.n_ctx if options["tokens"] is None else options["tokens"]
     how = {field.name: options[field.name] for field in dataclasses.fields(TrainConfig) if field.name in options}
     config = TrainConfig(steps=max(1, tokens // max(1, per_step)), **how)
-    d_sae = options["d_sae"] or 8 * source.d_in
+    d_sae = 8 * source.d_in if options["d_sae"] is None else options["d_sae"]
     torch.manual_seed(options["seed"])
     sizes = {"d_in": source.d_in, "d_sae": d_sae, "k": options["k"], "dead_after": options["dead_after"]}
     try:
@@ -316,7 +316,7 @@ def compare(before: Path, after: Path) -> None:
 @click.option("--layer", "layers", type=int, multiple=True, help="May be repeated. [6 12 20]")
 @click.option("--corpus", "corpora", multiple=True, help="english or multilingual; may be repeated. [both]")
 @click.option("--seeds", type=int, help="How many. [3]")
-@click.option("--tokens", type=int, help="Each SAE is trained on. [840000, in two passes]")
+@click.option("--tokens", type=click.IntRange(min=1), help="Each SAE is trained on. [840000, in two passes]")
 @click.option("--d-sae", type=int, help="Number of features. [2304]")
 @click.option("--n-ctx", type=int, help="Positions a window. [256]")
 @click.option("--texts", "languages", type=click.Path(path_type=Path), help="A folder of *.txt for each language.")

@@ -36,6 +36,23 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
+def write_with_config(
+    folder: Path, weights: str, save: Callable[[Path], object], config: str, content: dict[str, Any]
+) -> None:
+    """`save` fills the file `weights` of the folder, `content` goes to the file `config` as JSON: both, or neither.
+
+    Beside the config of another SAE, weights can mean something else. Raises as `write_file` does; what was there is
+    still there then.
+    """
+    text = json.dumps(content, indent=2) + "\n"
+
+    def write_both(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+        write_file(folder / weights, save)  # it takes its name when the config is ready to
+
+    write_file(folder / config, write_both)
+
+
 def write_json(path: Path, content: object) -> None:
     text = json.dumps(content, indent=2) + "\n"
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

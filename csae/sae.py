@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from csae.errors import UserError
 from csae.factors import Gradients, Trace
-from csae.files import write_file, write_json
+from csae.files import write_file, write_with_config
 from csae.ops import sparse_decode, topk_encode
 from csae.ops.checks import check_k
 
@@ -263,9 +263,8 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
         card = f"---\nlibrary_name: csae\ntags:\n- sparse-autoencoder\n- {self.arch}\n---\n"
-        write_file(save_directory / WEIGHTS, lambda path: save_file(tensors, path))
         write_file(save_directory / CARD, lambda path: path.write_text(card))
-        write_json(save_directory / CONFIG, self.config)
+        write_with_config(save_directory, WEIGHTS, lambda path: save_file(tensors, path), CONFIG, self.config)
 
     @classmethod
     def _from_pretrained(

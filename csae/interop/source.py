@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from csae.errors import UserError
-from csae.files import write_file
+from csae.files import write_with_config
 
 
 def find(name: str | Path, filename: str) -> Path:
@@ -46,18 +45,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write(folder: Path, weights: str, save: Callable[[Path], object], config: str, content: dict[str, Any]) -> None:
-    """`save` fills the file `weights` of the folder, `content` goes to the file `config`: both, or neither.
-
-    Raises UserError where content is not JSON, or the folder can't be written; what was there is still there then.
-    """
+    """`csae.files.write_with_config`. Raises UserError where content, which a user may add to, is not JSON."""
     try:
-        text = json.dumps(content, indent=2) + "\n"
+        write_with_config(folder, weights, save, config, content)
     except (TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"metadata: {error}; needed what JSON can say") from error
-
-    def write_both(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-        # Beside the config of another SAE, weights can mean something else: they take their name when it is ready.
-        write_file(folder / weights, save)
-
-    write_file(folder / config, write_both)

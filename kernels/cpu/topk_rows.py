@@ -128,7 +128,7 @@ def topk_settle(
     status = native().csae_topk_settle(
         *(byref(_argument(best)), k, x.data_ptr(), x.stride(0)),
         *(table.data_ptr(), table.stride(0), *table.shape, TYPES[table.dtype]),
-        *(bias.data_ptr(), float(bias.abs().max()), errors.data_ptr()),
+        *(bias.data_ptr(), largest_finite(bias), errors.data_ptr()),
         *(values.data_ptr(), values.stride(0), indices.data_ptr(), indices.stride(0)),
         *(settled.data_ptr(), torch.get_num_threads()),
     )
@@ -136,6 +136,11 @@ def topk_settle(
         raise ValueError(f"best: holds a column of {table.shape[0]} or more; needed columns of table")
     check_status("topk_settle", status)
     return values, indices, settled
+
+
+def largest_finite(bias: Tensor) -> float:
+    """The largest absolute value in bias [d_sae]. Infinite ones make entries that need no bound, NaN breaks its row."""
+    return float(torch.where(bias.isfinite(), bias, 0).abs().max())
 
 
 def _argument(best: Best) -> Topk:

@@ -26,6 +26,8 @@ from .. import cpu
 
 # Below, rounding W_enc costs more than the product saves.
 LEAST_ROWS, LEAST_WIDTH = 256, 128
+# Above, lengths that are added up in four lanes of float32 may be off by more than the bound has room for.
+MOST_WIDTH = 1 << 16
 # Lists this long settle all but a few rows in 10,000 while an SAE trains; one row left costs all of W_enc once more.
 MORE_CANDIDATES = 64
 LEAST_COLUMNS_PER_CANDIDATE = 16
@@ -40,7 +42,7 @@ def worthwhile(W_enc: Tensor, k: int) -> bool:
     """Whether this is a gain where W_enc [d_sae, d_in] is rounded already, or for LEAST_ROWS."""
     d_sae, d_in = W_enc.shape
     known = W_enc.dtype in (torch.float32, torch.bfloat16) and W_enc.device.type == "cpu" and cpu.available()
-    large = d_in >= LEAST_WIDTH and d_sae >= LEAST_COLUMNS_PER_CANDIDATE * candidates(k)
+    large = LEAST_WIDTH <= d_in <= MOST_WIDTH and d_sae >= LEAST_COLUMNS_PER_CANDIDATE * candidates(k)
     return known and large and has_bfloat16_units()
 
 
@@ -110,5 +112,5 @@ def error_bound(acts: cpu.Rounded, longest: float, most_lost: float, bias: Tenso
     longest, most_lost = longest + lost_squares, most_lost + lost_squares
     sums = 2.0**-22 * d_in * longest
     # NaN, if one is there, stays one.
-    off = errors * longest + (lengths + errors) * most_lost + sums * lengths + 2.0**-22 * bias.abs().max()
+    off = errors * longest + (lengths + errors) * most_lost + sums * lengths + 2.0**-22 * cpu.largest_finite(bias)
     return off * (1 + 2.0**-8)

@@ -53,6 +53,7 @@ class Encoder:
         self._weights, self._k = (W_enc, b_enc), k
         # Of what was made in inference mode torch doesn't count the writes.
         self._coarsely = topk_coarse.worthwhile(W_enc, k) and not W_enc.is_inference()
+        self._rows = W_enc
         self._table: topk_coarse.Table | None = None
         self._version = -1
 
@@ -61,9 +62,10 @@ class Encoder:
         if not self._coarsely or x.dtype != W_enc.dtype:
             return topk_encode(x, W_enc, b_enc, self._k)
         if self._table is None or self._version != W_enc._version:
-            self._table, self._version = topk_coarse.rounded(with_rows(W_enc)), W_enc._version
+            self._rows, self._version = with_rows(W_enc), W_enc._version
+            self._table = topk_coarse.rounded(self._rows)
         values, indices = _output(x, self._k)
-        _encode_coarsely(x, with_rows(W_enc), b_enc.float(), self._k, values, indices, self._table)
+        _encode_coarsely(x, self._rows, b_enc.float(), self._k, values, indices, self._table)
         return values.to(x.dtype), indices
 
 

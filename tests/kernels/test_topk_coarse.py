@@ -115,6 +115,17 @@ def test_numbers_that_are_none_or_far_off(value: float, where: str, monkeypatch:
     assert torch.equal(indices, wanted[1])
 
 
+@pytest.mark.parametrize("value", [-torch.inf, torch.inf])
+def test_features_that_are_switched_off_or_on_by_their_bias(value: float, settled: list[Tensor]) -> None:
+    x, W_enc, b_enc = given(14)
+    b_enc[::100] = value
+    values, indices = topk_encode.topk_encode(x, W_enc, b_enc, 18)
+    wanted = reference.topk_encode(x.double(), W_enc.double(), b_enc.double(), 18)
+    assert torch.equal(indices, wanted[1])
+    torch.testing.assert_close(values.double(), wanted[0], rtol=1e-5, atol=1e-5)
+    assert torch.cat(settled).float().mean() > 0.99
+
+
 @pytest.mark.parametrize("scale", [1e-36, 1e-18, 1e15])
 def test_any_unit(scale: float) -> None:
     x, W_enc, b_enc = given(8)

@@ -59,7 +59,7 @@ CSAE_EXPORT int csae_topk_finish(const csae_topk* best, float* values, int64_t v
 
 // Another end, where the tiles were products of bfloat16 numbers: the k largest of each row of x table^T + bias in
 // float32, k < best->k, as csae_topk_finish has them, from the best->k candidates. x [n, d], table [d_sae, d] of that
-// type, bias [d_sae], its largest absolute value. errors [n]: no pre-activation of the row was off by more than that,
+// type, bias [d_sae], its largest finite absolute value. errors [n]: no pre-activation of the row was off by more than that,
 // beside the rounding of the product to bfloat16; what is added up in another order may be too. settled [n]: 1 where
 // this is proven; where it is 0, the row's values and indices hold nothing.
 CSAE_EXPORT int csae_topk_settle(const csae_topk* best, int64_t k, const float* x, int64_t x_stride, const void* table,
