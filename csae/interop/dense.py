@@ -16,10 +16,10 @@ class DenseSAE(nn.Module):
     """`encode` and `decode` with one dense tensor between them, and the weights as the field lays them out.
 
     A contextual SAE runs in its exact form, on windows. What it carries to each position, c, is not in its feature
-    activations; so `decode` adds the c of the last `encode`, and an edit of feature activations between the two is
-    an edit of what is new. Positions that `window_mask` leaves out look at none and are looked at by none, as in
-    training; since other libraries may count them, they are encoded by themselves, as a per-token SAE encodes them.
-    There is no gradient through `encode` then.
+    activations; so `encode` leaves it with the tensor that it gives, and `decode` adds it. An edited copy is decoded
+    with the c of the last `encode`: an edit of feature activations is an edit of what is new. Positions that
+    `window_mask` leaves out look at none and are looked at by none, as in training; since other libraries may count
+    them, they are encoded by themselves, as a per-token SAE encodes them. There is no gradient through `encode` then.
 
     sae: with a scale of one, as `csae.interop.weights.unscaled` makes them.
     """
@@ -63,7 +63,9 @@ class DenseSAE(nn.Module):
         code = self._look_back(self.sae, acts) if isinstance(self.sae, ContextualSAE) else self.sae.encode(acts)
         # Where fewer than k are active the rest are zeros, whatever their indices: they add nothing.
         dense = code.values.new_zeros(*code.values.shape[:-1], self.sae.d_sae)
-        return dense.scatter_add(-1, code.indices, code.values)
+        dense = dense.scatter_add(-1, code.indices, code.values)
+        dense.carried = self._c  # type: ignore[attr-defined]
+        return dense
 
     @torch.no_grad()
     def _look_back(self, sae: ContextualSAE, acts: Tensor) -> Code:
@@ -89,13 +91,14 @@ class DenseSAE(nn.Module):
         x_hat = feature_acts @ self.W_dec + self.b_dec
         if not isinstance(self.sae, ContextualSAE):
             return x_hat
-        if self._c is None or self._c.shape[:-1] != feature_acts.shape[:-1]:
-            last = "nothing" if self._c is None else f"windows of {list(self._c.shape[:-1])} positions"
+        c: Tensor | None = getattr(feature_acts, "carried", self._c)
+        if c is None or c.shape[:-1] != feature_acts.shape[:-1]:
+            last = "nothing" if c is None else f"windows of {list(c.shape[:-1])} positions"
             raise ValueError(
                 f"feature_acts: given shape {list(feature_acts.shape)}, and {last} was encoded last; needed those of "
                 "the last encode(): a contextual SAE adds what it carried there"
             )
-        return x_hat + self._c
+        return x_hat + c
 
     def forward(self, acts: Tensor) -> Tensor:
         """acts -> the reconstruction, of the same shape."""

@@ -24,6 +24,8 @@ from torch.utils._pytree import tree_map
 from csae.ops import sparse_decode, topk_encode
 from csae.ops.checks import autocast_to
 
+from .lazy import versions_of
+
 # A code of fewer tokens is decoded as the dense tensor: to bring W_dec into rows takes longer than the product.
 FEW_TOKENS = 128
 
@@ -91,14 +93,14 @@ class PreActs(StandIn):
     """
 
     weights: tuple[Tensor, Tensor, Tensor]
-    versions: list[int]
+    versions: tuple[int, ...]
     only: Tensor | None
 
     def __new__(cls, x: Tensor, W_enc: Tensor, b_enc: Tensor, only: Tensor | None = None) -> Self:
         (like,) = autocast_to(x[..., :0])
         self = super().__new__(cls, (*x.shape[:-1], W_enc.shape[0]), like=like)
         self.weights, self.only = (x, W_enc, b_enc), only
-        self.versions = _versions(self.weights)
+        self.versions = versions_of(*self.weights)
         return self
 
     def make_dense(self) -> Tensor:
@@ -107,7 +109,7 @@ class PreActs(StandIn):
 
     def unchanged(self) -> tuple[Tensor, Tensor, Tensor]:
         """x, W_enc and b_enc, which autocast may have left in another dtype."""
-        if _versions(self.weights) != self.versions:
+        if versions_of(*self.weights) != self.versions:
             raise RuntimeError(
                 "pre-activations: given weights that were changed since they encoded; needed as they were: "
                 "read the pre-activations before the optimizer's step, or encode again"
@@ -120,7 +122,7 @@ class Features(StandIn):
     """The dense tensor [..., d_sae] of a code: values, indices [..., k], no feature twice in a token."""
 
     code: tuple[Tensor, Tensor]
-    versions: list[int]
+    versions: tuple[int, ...]
 
     def __new__(cls, values: Tensor, indices: Tensor, d_sae: int) -> Self:
         self = super().__new__(cls, (*values.shape[:-1], d_sae), like=values)
@@ -129,7 +131,7 @@ class Features(StandIn):
 
     def hold(self, values: Tensor, indices: Tensor) -> None:
         self.code = values, indices
-        self.versions = _versions(self.code)
+        self.versions = versions_of(*self.code)
 
     def make_dense(self) -> Tensor:
         values, indices = self.unchanged()
@@ -137,17 +139,12 @@ class Features(StandIn):
 
     def unchanged(self) -> tuple[Tensor, Tensor]:
         """The code, which others hold too: a dense tensor would not change with it."""
-        if _versions(self.code) != self.versions:
+        if versions_of(*self.code) != self.versions:
             raise RuntimeError(
                 "features: given a code whose values or indices were changed in place since; needed as they were: "
                 "read or decode the features before that, or change a copy"
             )
         return self.code
-
-
-def _versions(tensors: tuple[Tensor, ...]) -> list[int]:
-    """How often each was changed in place; a tensor of inference mode doesn't count."""
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 # --- the answers: each with the arguments of the function that it answers, or NotImplemented ---------------------

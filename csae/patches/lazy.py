@@ -201,6 +201,11 @@ def _sum(code: Code, dims: tuple[int, ...]) -> Tensor | None:
     return None
 
 
+def versions_of(*tensors: Tensor) -> tuple[int, ...]:
+    """How often each has been changed in place; what was made in inference mode doesn't say."""
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+
+
 # What reads the memory of a tensor past `__torch_dispatch__`.
 _READ_MEMORY = {
     Tensor.__array__,

@@ -45,8 +45,8 @@ from csae.ops import topk_encode
 
 from . import Replacement
 from .batch_topk import batch_topk
-from .lazy import Code, Columns, Lazy, plain
-from .topk_graph import Decode, PreActs, Product, Put, Select, Take, code_of, row_norms, versions_of
+from .lazy import Code, Columns, Lazy, plain, versions_of
+from .topk_graph import Decode, PreActs, Product, Put, Select, Take, code_of, row_norms
 
 PACKAGE = "sae-lens"
 TESTED = "6.54"

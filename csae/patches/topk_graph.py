@@ -25,12 +25,7 @@ from torch.autograd.function import once_differentiable
 from csae.ops import sparse_decode
 from csae.ops.checks import autocast_to
 
-from .lazy import Code, Columns, Lazy, Sum, dense
-
-
-def versions_of(*weights: Tensor) -> tuple[int, ...]:
-    """How often each has been changed in place; what was made in inference mode doesn't say."""
-    return tuple(0 if weight.is_inference() else weight._version for weight in weights)
+from .lazy import Code, Columns, Lazy, Sum, dense, versions_of
 
 
 class Product(NamedTuple):

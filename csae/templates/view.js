@@ -165,7 +165,7 @@
       const far = event.shiftKey ? 10 : 1;
       const move = { ArrowRight: [far, 0], ArrowLeft: [-far, 0], ArrowDown: [0, 1], ArrowUp: [0, -1], Home: [-n, 0],
         End: [n, 0] }[event.key];
-      if (event.key === "Enter") location.hash = paged ? `feature-${rows[row]}` : `token-${at + 1}`;
+      if (event.key === "Enter") location.hash = paged && rows.length ? `feature-${rows[row]}` : `token-${at + 1}`;
       else if (move) say(Math.min(n - 1, Math.max(0, at + move[0])), row + move[1]);
       else return;
       event.preventDefault();
@@ -229,7 +229,7 @@
 
     made.push(element("h4", "", "Carried here: the exact parts of c"));
     if (!parts.length) {
-      made.push(element("p", "small", "nothing: there is no earlier token in this window to look back at"));
+      made.push(element("p", "small", "nothing: no earlier token of this window has anything to carry here"));
       return made;
     }
     made.push(list("source-list", parts.map(([from, feature, part]) => {

@@ -72,6 +72,15 @@ def test_padding_with_zeros_changes_no_code_and_is_not_looked_at():
         assert torch.equal(window_mask(windows), sink_mask(windows))
 
 
+def test_windows_are_decoded_with_what_was_carried_there():
+    theirs, first, second = SAEBenchSAE(contextual(), "m", hook_layer=3), activations(2, 9), activations(2, 9) + 1
+    wanted = theirs(first)
+    acts = theirs.encode(first)
+    other = theirs.encode(second)
+    torch.testing.assert_close(theirs.decode(acts), wanted)
+    torch.testing.assert_close(theirs.decode(other.clone()), theirs(second))
+
+
 @needs("sae_bench")
 @pytest.mark.filterwarnings("ignore")
 def test_core_evaluation_gives_what_we_measure_ourselves(tmp_path, monkeypatch, caplog):
