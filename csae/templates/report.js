@@ -119,18 +119,7 @@
     kept = 0;
     text.replaceChildren();
     tokens.forEach((here, at) => {
-      const span = element("span", here.counted ? "t" : "t out");
-      span.style.setProperty("--carried-share", clamp(here.carried).toFixed(3));
-      span.setAttribute("role", "option");
-      span.setAttribute("aria-selected", "false");
-      span.tabIndex = -1;
-      span.dataset.at = at;
-      // A line break is marked, so that there is something to point at.
-      for (const part of here.text.split(/(\n)/)) {
-        if (part === "\n") span.append(element("span", "mark", "↵"));
-        span.append(part);
-      }
-      if (!here.text) span.append(element("span", "mark", "·"));
+      const span = textToken(here.text, at, clamp(here.carried), !here.counted);
       if (here.starts) text.append(element("hr", "boundary"));
       text.append(span);
       spans.push(span);
@@ -144,29 +133,7 @@
     keep(best);
   }
 
-  const at = (event) => {
-    const span = event.target.closest(".t");
-    return span ? Number(span.dataset.at) : -1;
-  };
-  text.addEventListener("pointerover", (event) => {
-    if (event.pointerType === "mouse" && at(event) >= 0) show(at(event));
-  });
-  text.addEventListener("pointerleave", (event) => {
-    if (event.pointerType === "mouse") show(kept);
-  });
-  text.addEventListener("click", (event) => {
-    if (at(event) >= 0) keep(at(event));
-  });
-  text.addEventListener("focusin", (event) => {
-    if (at(event) >= 0) keep(at(event));
-  });
-  text.addEventListener("keydown", (event) => {
-    const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
-    let next = step ? kept + step : event.key === "Home" ? 0 : event.key === "End" ? spans.length - 1 : -1;
-    if (next < 0 || next >= spans.length) return;
-    event.preventDefault();
-    spans[next].focus();
-  });
+  readAlong(text, { spans: () => spans, kept: () => kept, show, keep });
 
   if (data.passages.length > 1) {
     data.passages.forEach((passage, number) => {

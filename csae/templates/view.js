@@ -283,47 +283,14 @@
   }
 
   data.tokens.forEach((here, t) => {
-    const span = element("span", leftOut.has(t) ? "t out" : "t");
-    span.style.setProperty("--carried-share", clamp(2 * data.c[t] / UNIT.share).toFixed(2));
-    span.setAttribute("role", "option");
-    span.setAttribute("aria-selected", "false");
-    span.tabIndex = -1;
-    span.dataset.at = t;
-    // A line break is marked, so that there is something to point at.
-    for (const part of here.split(/(\n)/)) {
-      if (part === "\n") span.append(element("span", "mark", "↵"));
-      span.append(part);
-    }
-    if (!here) span.append(element("span", "mark", "·"));
+    const span = textToken(here, t, clamp(2 * data.c[t] / UNIT.share), leftOut.has(t));
     if (cuts.has(t)) text.append(element("hr", "boundary"));
     text.append(span);
     spans.push(span);
   });
 
-  const at = (event) => {
-    const span = event.target.closest(".t");
-    return span ? Number(span.dataset.at) : -1;
-  };
-  text.addEventListener("pointerover", (event) => {
-    if (event.pointerType === "mouse" && at(event) >= 0) show(at(event));
-  });
-  text.addEventListener("pointerleave", (event) => {
-    if (event.pointerType === "mouse") show(kept);
-  });
-  text.addEventListener("click", (event) => {
-    if (at(event) >= 0) keep(at(event));
-  });
-  text.addEventListener("focusin", (event) => {
-    if (at(event) >= 0) keep(at(event));
-  });
-  text.addEventListener("keydown", (event) => {
-    const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
-    const next = step ? kept + step : event.key === "Home" ? 0 : event.key === "End" ? n - 1 : -1;
-    if (event.key === "Enter") detail.querySelector("a.feature")?.focus();
-    else if (next >= 0 && next < n) spans[next].focus();
-    else return;
-    event.preventDefault();
-  });
+  readAlong(text, { spans: () => spans, kept: () => kept, show, keep,
+    enter: () => detail.querySelector("a.feature")?.focus() });
   detail.addEventListener("keydown", (event) => {
     const links = [...detail.querySelectorAll("a")];
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
