@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -90,10 +91,17 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
 
     def __init__(self, d_in: int, d_sae: int, k: int, k_aux: int | None, aux_coef: float, dead_after: int) -> None:
         super().__init__()
-        for name, size in (("d_in", d_in), ("d_sae", d_sae)):
-            if size < 1:
-                raise ValueError(f"{name}: given {size}; needed at least 1")
+        counts = {"d_in": d_in, "d_sae": d_sae, "k_aux": 1 if k_aux is None else k_aux, "dead_after": dead_after}
+        for name, count in counts.items():
+            if isinstance(count, bool) or not isinstance(count, int):
+                raise TypeError(f"{name}: given {count!r}; needed a whole number")
+            if count < 1:
+                raise ValueError(f"{name}: given {count}; needed at least 1")
         check_k(k, d_sae)
+        if isinstance(aux_coef, bool) or not isinstance(aux_coef, int | float):
+            raise TypeError(f"aux_coef: given {aux_coef!r}; needed a number")
+        if not 0 <= aux_coef < math.inf:
+            raise ValueError(f"aux_coef: given {aux_coef}; needed a number of zero or more")
         self.d_in, self.d_sae, self.k = d_in, d_sae, k
         self.k_aux = max(1, d_in // 2) if k_aux is None else k_aux
         self.aux_coef, self.dead_after = aux_coef, dead_after

@@ -316,6 +316,11 @@ def test_nothing_is_unpickled(tmp_path):
     ("make", "kind", "message"),
     [
         (lambda: TopKSAE(0, 5, 1), ValueError, "d_in: given 0; needed at least 1"),
+        (lambda: TopKSAE(4, 5.0, 1), TypeError, "d_sae: given 5.0; needed a whole number"),
+        (lambda: TopKSAE(4, 5, 1, dead_after=0), ValueError, "dead_after: given 0; needed at least 1"),
+        (lambda: TopKSAE(4, 5, 1, k_aux="3"), TypeError, "k_aux: given '3'; needed a whole number"),
+        (lambda: TopKSAE(4, 5, 1, aux_coef=float("nan")), ValueError, "aux_coef: given nan; needed a number of zero"),
+        (lambda: TopKSAE(4, 5, 1, aux_coef="1"), TypeError, "aux_coef: given '1'; needed a number"),
         (lambda: TopKSAE(4, 5, 6), ValueError, "k: given 6; needed 1 <= k <= d_sae = 5"),
         (
             lambda: ContextualSAE(4, 5, 2, query="both"),
