@@ -13,6 +13,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include "csae_cpu.h"
 #include "parallel.h"
