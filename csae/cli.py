@@ -190,6 +190,7 @@ def evaluate(runs: tuple[str, ...], windows: int, ce_windows: int, **options: An
 def view(run: Path, text: Path, out: Path, beside: Path | None, max_tokens: int, **options: Any) -> None:
     """Show a text as an SAE sees it: a page with what is new at each token, and what is carried from where."""
     from csae.checkpoint import load_sae
+    from csae.files import check_writable
     from csae.language_model import LanguageModel
     from csae.progress import track
     from csae.text import read_documents
@@ -198,6 +199,7 @@ def view(run: Path, text: Path, out: Path, beside: Path | None, max_tokens: int,
     from csae.view import view as view_text
     from csae.view_page import write_view
 
+    check_writable(out)
     device = _device(options["device"])
     trained_on = read_trained_on(run)
     given = {name: options[name] for name in ("model", "layer") if options[name] is not None}

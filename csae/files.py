@@ -36,6 +36,20 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
+def check_writable(path: Path) -> None:
+    """Raises UserError now where `write_file` would after the work; a folder that it makes on the way stays."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: it is a folder: give the name of a file")
+    trial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise UserError(f"{path}: can't be written: {_disk_problem(error) or error}") from error
+
+
 def write_with_config(
     folder: Path, weights: str, save: Callable[[Path], object], config: str, content: dict[str, Any]
 ) -> None:

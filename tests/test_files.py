@@ -5,7 +5,7 @@ import stat
 import pytest
 
 from csae.errors import UserError
-from csae.files import read_json, write_file, write_json
+from csae.files import check_writable, read_json, write_file, write_json
 
 
 def test_a_file_is_whole_and_readable_as_others_are(tmp_path):
@@ -62,3 +62,13 @@ def test_what_is_not_json_is_refused(content, tmp_path):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.json: not JSON"):
         read_json(tmp_path / "a.json")
+
+
+def test_what_can_not_be_written_is_told_before_the_work(tmp_path):
+    check_writable(tmp_path / "new" / "page.html")
+    assert list((tmp_path / "new").iterdir()) == []
+    with pytest.raises(UserError, match="it is a folder: give the name of a file"):
+        check_writable(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"page.html: can't be written: a part of that path is a file"):
+        check_writable(tmp_path / "file" / "page.html")
