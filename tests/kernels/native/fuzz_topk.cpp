@@ -1,0 +1,181 @@
+// Cases of the row-wise top-k, and of the one that is settled after a product in bfloat16.
+#include "fuzz.h"
+
+namespace fuzz {
+namespace {
+
+// --- csae_topk_add, csae_topk_finish ---------------------------------------------------------------------------
+
+void add_tile(const csae_topk& best, const Stored& pre_acts, const Matrix<float>& bias, int64_t first, int64_t width) {
+    const int64_t n = best.n;
+    Stored tile(pre_acts.type, n, width, one_in(2) ? width : width + below(9));
+    const auto of_tile = allocate<float>(width);
+    std::copy_n(bias.data() + first, width, of_tile.get());
+    for (int64_t i = 0; i < n * width; ++i) tile.set(i / width, i % width, pre_acts(i / width, first + i % width));
+    check_status(
+        csae_topk_add(&best, tile.data(), tile.stride(), tile.type, of_tile.get(), width, first, some_threads()),
+        csae_ok);
+}
+
+}  // namespace
+
+void topk_rows() {
+    function = "csae_topk_add";
+    const bool large = one_in(16);  // enough for two threads
+    const int64_t n = large ? 24 + below(24) : below(7), d_sae = 1 + below(large ? 3000 : 300);
+    const int64_t k = 1 + below(one_in(2) ? d_sae : std::min<int64_t>(d_sae, 40));
+    const auto kind = static_cast<Kind>(below(3));
+    const Stored pre_acts = stored_of(some_type(), n, d_sae, kind);
+    const auto bias = input_of(1, d_sae, one_in(2) ? kind : plain);
+    const auto values = output<float>(n, k);
+    const auto indices = output<int64_t>(n, k);
+    const int64_t capacity = k + 64 + below(one_in(2) ? 64 : 2 * d_sae);
+    const Matrix<int32_t> orders(n, capacity, capacity), columns(n, capacity, capacity), count(1, n, n);
+    const Matrix<float> threshold(1, n, n);
+    std::fill_n(count.data(), n, 0);
+    std::fill_n(threshold.data(), n, -INFINITY);
+    const csae_topk best = {orders.data(), columns.data(), threshold.data(), count.data(), n, k, capacity};
+    for (int64_t first = 0, width; first < d_sae; first += width) {
+        width = std::min(d_sae - first, one_in(2) ? d_sae : 1 + below(200));
+        add_tile(best, pre_acts, bias, first, width);
+    }
+    function = "csae_topk_finish";
+    check_status(csae_topk_finish(&best, values.data(), values.stride, indices.data(), indices.stride, some_threads()),
+                 csae_ok);
+    std::vector<float> row(static_cast<size_t>(d_sae));
+    std::vector<int64_t> order(static_cast<size_t>(d_sae));
+    for (int64_t i = 0; i < n; ++i) {
+        for (int64_t c = 0; c < d_sae; ++c) row[c] = pre_acts(i, c) + bias(0, c);
+        const bool nan = std::any_of(row.begin(), row.end(), [](float x) { return std::isnan(x); });
+        for (int64_t c = 0; c < d_sae; ++c) order[c] = c;
+        const auto before = [&](int64_t a, int64_t b) { return row[a] > row[b] || (row[a] == row[b] && a < b); };
+        if (!nan) std::partial_sort(order.begin(), order.begin() + k, order.end(), before);
+        for (int64_t j = 0; j < k; ++j) {
+            check(indices(i, j) == order[j], "wrong index");
+            check(nan ? std::isnan(values(i, j)) : values(i, j) == std::max(row[order[j]], 0.0f), "wrong value");
+        }
+    }
+    values.check_between_rows();
+    indices.check_between_rows();
+}
+namespace {
+
+// --- csae_round_rows, csae_topk_settle -------------------------------------------------------------------------
+
+struct Rounded {
+    Stored rows;
+    std::unique_ptr<float[]> lengths, errors;
+};
+
+Rounded round_rows(const Matrix<float>& rows) {
+    function = "csae_round_rows";
+    const int64_t n = rows.rows, d = rows.columns;
+    Rounded found{stored_output(csae_bfloat16, n, d), allocate<float>(n), allocate<float>(n)};
+    check_status(csae_round_rows(rows.data(), rows.stride, n, d, found.rows.data(), found.rows.stride(),
+                                 found.lengths.get(), found.errors.get(), some_threads()),
+                 csae_ok);
+    found.rows.check_between_rows();
+    for (int64_t i = 0; i < n; ++i) {
+        double square = 0, lost = 0;
+        for (int64_t c = 0; c < d; ++c) {
+            const double x = rows(i, c), rounded = found.rows(i, c);
+            const bool same = std::isnan(x) ? std::isnan(rounded) : x == rounded;
+            check(same || std::abs(x - rounded) <= std::abs(x) / 256 + 1e-40, "rounded too far");
+            square += x * x;
+            lost += (x - rounded) * (x - rounded);
+        }
+        if (!std::isfinite(square)) continue;
+        check(std::abs(found.lengths[i] - std::sqrt(square)) <= std::sqrt(square) / 1024 + 1e-18, "wrong length");
+        check(std::abs(found.errors[i] - std::sqrt(lost)) <= std::sqrt(lost) / 1024 + 1e-18, "wrong error");
+    }
+    return found;
+}
+
+}  // namespace
+
+void topk_settle() {
+    const int64_t n = below(12), d = 1 + below(60), d_sae = 70 + below(300), k = 1 + below(12);
+    const auto kind = static_cast<Kind>(below(3));
+    const auto x = input_of(n, d, kind), bias = input_of(1, d_sae, one_in(2) ? kind : plain);
+    const auto wide = input_of(d_sae, d, kind);
+    Stored table(some_type(), d_sae, d, input_stride(d));
+    for (int64_t i = 0; i < d_sae * d; ++i) table.set(i / d, i % d, wide(i / d, i % d));
+    const Rounded acts = round_rows(x), weights = round_rows(wide);
+    const bool as_stored = table.type == csae_bfloat16;
+    // The product of what was rounded, itself rounded.
+    Matrix<float> product(n, d_sae, d_sae), dots(n, d_sae, d_sae);
+    double longest = 0, most_lost = 0;
+    float largest_bias = 0;
+    for (int64_t f = 0; f < d_sae; ++f) {
+        double square = 0, lost = 0;
+        for (int64_t c = 0; c < d; ++c) {
+            const double w = table(f, c), rounded = as_stored ? w : weights.rows(f, c);
+            square += w * w;
+            lost += (w - rounded) * (w - rounded);
+        }
+        // What is not finite stays: such rows can't be settled.
+        longest = square <= longest * longest ? longest : std::sqrt(square);
+        most_lost = lost <= most_lost * most_lost ? most_lost : std::sqrt(lost);
+        largest_bias = std::abs(bias(0, f)) <= largest_bias ? largest_bias : std::abs(bias(0, f));
+        for (int64_t i = 0; i < n; ++i) {
+            double coarse = 0, fine = 0;
+            for (int64_t c = 0; c < d; ++c) {
+                coarse += double{acts.rows(i, c)} * (as_stored ? table(f, c) : weights.rows(f, c));
+                fine += double{x(i, c)} * table(f, c);
+            }
+            product(i, f) = static_cast<float>(coarse);
+            dots(i, f) = static_cast<float>(fine);
+        }
+    }
+    const Rounded tiles = round_rows(product);
+    const int64_t candidates = k + 1 + below(56), capacity = candidates + 64 + below(100);
+    const Matrix<int32_t> orders(n, capacity, capacity), columns(n, capacity, capacity), count(1, n, n);
+    const Matrix<float> threshold(1, n, n), errors(1, n, n);
+    std::fill_n(count.data(), n, 0);
+    std::fill_n(threshold.data(), n, -INFINITY);
+    std::vector<bool> hopeless(static_cast<size_t>(n));
+    for (int64_t i = 0; i < n; ++i) {
+        const double length = acts.lengths[i] * 1.002, lost = acts.errors[i] * 1.002;
+        errors(0, i) = static_cast<float>(lost * longest + (length + lost) * most_lost + 1e-4 * length * longest +
+                                          1e-5 * largest_bias + 1e-16);
+        if (one_in(8)) errors(0, i) = one_in(2) ? INFINITY : NAN;
+        hopeless[i] = !std::isfinite(errors(0, i));
+    }
+    const csae_topk best = {orders.data(), columns.data(), threshold.data(), count.data(), n, candidates, capacity};
+    function = "csae_topk_add";
+    for (int64_t first = 0, width; first < d_sae; first += width) {
+        width = std::min(d_sae - first, 1 + below(200));
+        add_tile(best, tiles.rows, bias, first, width);
+    }
+    function = "csae_topk_settle";
+    const auto values = output<float>(n, k);
+    const auto indices = output<int64_t>(n, k);
+    const auto settled = allocate<uint8_t>(n);
+    check_status(csae_topk_settle(&best, k, x.data(), x.stride, table.data(), table.stride(), d_sae, d, table.type,
+                                  bias.data(), largest_bias, errors.data(), values.data(), values.stride,
+                                  indices.data(), indices.stride, settled.get(), some_threads()),
+                 csae_ok);
+    values.check_between_rows();
+    indices.check_between_rows();
+    for (int64_t i = 0; i < n; ++i) {
+        check(!(hopeless[i] && settled[i]), "settled without a bound");
+        if (!settled[i]) continue;
+        std::vector<bool> chosen(static_cast<size_t>(d_sae));
+        const double slack = 1e-5 * (acts.lengths[i] * longest + largest_bias + 1);
+        double lowest = INFINITY;
+        for (int64_t j = 0; j < k; ++j) {
+            const int64_t f = indices(i, j);
+            const double wanted = double{dots(i, f)} + bias(0, f);
+            check(!chosen[f], "a column twice");
+            chosen[f] = true;
+            check(std::abs(values(i, j) - std::max(wanted, 0.0)) <= slack, "wrong value");
+            check(j == 0 || values(i, j) <= values(i, j - 1), "not in order");
+            lowest = std::min(lowest, wanted);
+        }
+        for (int64_t f = 0; f < d_sae; ++f) {
+            check(chosen[f] || !(double{dots(i, f)} + bias(0, f) > lowest + slack), "a larger one was missed");
+        }
+    }
+}
+
+}  // namespace fuzz
