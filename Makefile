@@ -39,7 +39,8 @@ gpu:
 bench: $(ready)
 	$(bin)/csae bench
 
-# Other SAE libraries, which the benchmark compares with and csae works with, are kept apart: they ask for much, and some of it clashes.
+# Other SAE libraries, which the benchmark compares with and csae works with, are kept apart: they ask for much, and
+# some of it clashes.
 peers: $(peers_ready)
 
 bench-peers: $(peers_ready)

@@ -96,13 +96,13 @@ class SAELensContextualSAE(sae_lens.SAE[ContextualSAEConfig]):
         state_dict.update({f"dense.sae.{name}": tensor for name, tensor in tensors.items()})
 
     def fold_W_dec_norm(self) -> NoReturn:
-        raise NotImplementedError("the norms of W_dec's rows can't be folded: the top k would change")
+        raise NotImplementedError("the norms of W_dec's rows can't be folded, as the top k would change: use it as it is")
 
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> NoReturn:
-        raise NotImplementedError("a contextual SAE takes activations as they are: there is no factor to fold")
+        raise NotImplementedError("there is no factor to fold: give a contextual SAE activations as they are")
 
     def fold_activation_whitening(self, *statistics: Tensor) -> NoReturn:
-        raise NotImplementedError("a contextual SAE takes activations as they are: there is no whitening to fold")
+        raise NotImplementedError("there is no whitening to fold: give a contextual SAE activations as they are")
 
 
 def register() -> None:

@@ -287,8 +287,12 @@ def test_an_edit_in_sae_lens_is_of_what_is_new_and_other_shapes_are_refused(tmp_
             theirs.encode(activations(*shape))
     with pytest.raises(TypeError, match=r"in torch\.bfloat16; needed torch\.float32"):
         theirs.to(torch.bfloat16).encode(windows)
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(NotImplementedError, match="can't be folded, as the top k would change: use it as it is"):
         theirs.fold_W_dec_norm()
+    with pytest.raises(NotImplementedError, match="no factor to fold: give a contextual SAE activations as they are"):
+        theirs.fold_activation_norm_scaling_factor(2.0)
+    with pytest.raises(NotImplementedError, match="no whitening to fold: give a contextual SAE activations as they"):
+        theirs.fold_activation_whitening(windows)
 
 
 @needs_sae_lens
