@@ -96,7 +96,9 @@ class SAELensContextualSAE(sae_lens.SAE[ContextualSAEConfig]):
         state_dict.update({f"dense.sae.{name}": tensor for name, tensor in tensors.items()})
 
     def fold_W_dec_norm(self) -> NoReturn:
-        raise NotImplementedError("the norms of W_dec's rows can't be folded, as the top k would change: use it as it is")
+        raise NotImplementedError(
+            "the norms of W_dec's rows can't be folded, as the top k would change: use it as it is"
+        )
 
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> NoReturn:
         raise NotImplementedError("there is no factor to fold: give a contextual SAE activations as they are")
