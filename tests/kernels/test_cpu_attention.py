@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from csae.ops.lookback_attention import document_starts
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_not()))
 
-ROUNDING, ROUNDING_OF_D_SLOPE = 3e-6, 2e-5
+ROUNDING, ROUNDING_OF_D_SLOPE = 3e-6, 5e-7
 NAMES = ("out", "d_q", "d_k", "d_v", "d_slope", "d_null")
 
 
@@ -83,12 +83,39 @@ def assert_defined(tensors: list[Tensor], mask: Tensor | None = None, documents:
     found = native(tensors, mask, documents, grad_out)
     for name, got, want in zip(NAMES, found, defined(tensors, mask, documents, grad_out), strict=True):
         assert got.dtype == torch.float32
-        scale = max(1.0, want.abs().max().item()) if want.numel() else 1.0
-        # d_slope is a sum over all pairs whose terms nearly cancel: they are larger than it.
-        bound = ROUNDING_OF_D_SLOPE if name == "d_slope" else ROUNDING
-        torch.testing.assert_close(
-            got.double(), want, rtol=0, atol=bound * scale, msg=lambda m, name=name: f"{name}: {m}"
-        )
+        if name == "d_slope":
+            bound = ROUNDING_OF_D_SLOPE * (1 + size_of_d_slope(tensors, mask, documents, grad_out))
+        else:
+            bound = torch.tensor(ROUNDING * (max(1.0, want.abs().max().item()) if want.numel() else 1.0))
+        assert ((got.double() - want).abs() <= bound).all(), f"{name}: {got}, but it is {want}, to {bound}"
+
+
+def size_of_d_slope(
+    tensors: list[Tensor], mask: Tensor | None, documents: Tensor | None, grad_out: Tensor
+) -> Tensor:
+    """[H]: how large the terms of d_slope are, which nearly cancel.
+
+    Those of one query share the rounding of its softmax, those of different queries don't: so they are added up by
+    query, and the sums by the root of their squares. Of 250 random shapes, float32 was off by at most 2.7e-7 of this
+    in the native kernel and by 2.9e-7 in plain PyTorch.
+    """
+    q, k, v, slope, null = (tensor.double() for tensor in tensors)
+    t = torch.arange(q.shape[1])
+    distance = t[:, None] - t  # [T, T]
+    seen = (distance > 0).expand(len(q), 1, -1, -1)
+    if mask is not None:
+        seen = seen & mask[:, None, None, :] & mask[:, None, :, None]
+    if documents is not None:
+        starts = document_starts(documents)  # [B, T]
+        seen = seen & (t >= starts[:, None, :, None])
+    log = distance.clamp(min=1).log()
+    scores = torch.einsum("bthd,bjhd->bhtj", q, k) / math.sqrt(q.shape[-1]) - slope[:, None, None] * log
+    scores = scores.masked_fill(~seen, -math.inf)
+    weights = torch.cat([scores, null[:, None, None].expand(*scores.shape[:3], 1)], dim=-1).softmax(-1)[..., :-1]
+    d_weights = torch.einsum("bthd,bjhd->bhtj", grad_out.double(), v)
+    delta = (weights * d_weights).sum(dim=-1, keepdim=True)
+    by_query = (weights * log * (d_weights.abs() + delta.abs())).sum(dim=-1)  # [B, H, T]
+    return torch.linalg.vector_norm(by_query, dim=(0, 2))
 
 
 # --- the definition --------------------------------------------------------------------------------------
@@ -112,6 +139,7 @@ def test_every_width(isa: str, d_head: int, d_value: int) -> None:
 
 
 @settings(deadline=None, max_examples=60)
+@example(B=2, T=137, H=2, d_head=11, d_value=10, masked=True, divided=False, seed=160)
 @given(
     B=st.integers(0, 2),
     T=st.one_of(st.integers(0, 20), st.integers(60, 70), st.integers(120, 140)),
@@ -157,7 +185,7 @@ def test_starts_may_be_any_number(isa: str) -> None:
     torch.testing.assert_close(out.double(), want.detach(), rtol=0, atol=ROUNDING)
     for got, wanted in zip(gradients, torch.autograd.grad(want.sum(), (q, k, v, slope, null)), strict=True):
         scale = max(1.0, wanted.abs().max().item())
-        torch.testing.assert_close(got.double(), wanted, rtol=0, atol=ROUNDING_OF_D_SLOPE * scale)
+        torch.testing.assert_close(got.double(), wanted, rtol=0, atol=2e-5 * scale)
 
 
 def test_a_masked_query_gets_nothing_and_gives_nothing(isa: str) -> None:
