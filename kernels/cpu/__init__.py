@@ -11,7 +11,7 @@ from .lookback_attention import lookback_backward, lookback_forward
 from .read_memory import read_memory
 from .round_rows import Rounded, round_rows
 from .sparse_sums import feature_sum, gather_dot, gather_sum
-from .topk_rows import largest_finite, topk_add, topk_capacity, topk_finish, topk_settle, topk_start
+from .topk_rows import topk_add, topk_add_bounds, topk_capacity, topk_finish, topk_settle, topk_start
 
 __all__ = [
     "Rounded",
@@ -23,13 +23,13 @@ __all__ = [
     "fresh",
     "gather_dot",
     "gather_sum",
-    "largest_finite",
     "lookback_backward",
     "lookback_forward",
     "read_memory",
     "round_rows",
     "sort_pairs",
     "topk_add",
+    "topk_add_bounds",
     "topk_capacity",
     "topk_finish",
     "topk_settle",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 PATH = Path(__file__).with_name("libcsae_cpu.so")
 ISAS = ("portable", "avx2", "avx512")
 
@@ -127,13 +127,14 @@ _SIGNATURES = {
     "csae_use_isa": (c_int, [c_int]),
     "csae_use_openmp": (None, [c_void_p]),
     "csae_openmp_file": (c_char_p, []),
-    "csae_topk_add": (c_int, [POINTER(Topk), c_void_p, c_int64, c_int, c_void_p, c_int64, c_int64, c_int]),
+    "csae_topk_add": (c_int, [POINTER(Topk), c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int]),
+    "csae_topk_add_bounds": (c_int, [POINTER(Topk), c_void_p, c_int64, c_int64, c_int64, c_int]),
     "csae_topk_finish": (c_int, [POINTER(Topk), c_void_p, c_int64, c_void_p, c_int64, c_int]),
     "csae_topk_settle": (
         c_int,
         [
             *(POINTER(Topk), c_int64, c_void_p, c_int64),
-            *(c_void_p, c_int64, c_int64, c_int64, c_int, c_void_p, c_float, c_void_p),
+            *(c_void_p, c_int64, c_int64, c_int64, c_int, c_void_p),
             *(c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int),
         ],
     ),

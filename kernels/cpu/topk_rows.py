@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import STORED, check_matrix, check_strided, output_matrix
+from .arguments import STORED, check_matrix, check_strided, fresh, output_matrix
 from .library import BAD_INDEX, TYPES, Topk, check_status, native
 
 
@@ -37,8 +37,8 @@ def topk_start(n: int, d_sae: int, k: int) -> Best:
         raise ValueError(f"k: given {k}; needed 1 <= k <= d_sae, which is {d_sae}")
     shape = (n, topk_capacity(d_sae, k))
     return Best(
-        order=torch.empty(shape, dtype=torch.int32),
-        columns=torch.empty(shape, dtype=torch.int32),
+        order=fresh(shape, torch.int32),
+        columns=fresh(shape, torch.int32),
         threshold=torch.full((n,), -math.inf),
         counts=torch.zeros(n, dtype=torch.int32),
         k=k,
@@ -48,17 +48,16 @@ def topk_start(n: int, d_sae: int, k: int) -> Best:
 def topk_add(best: Best, pre_acts: Tensor, bias: Tensor, first_column: int) -> None:
     """Take in the columns first_column and on of each row, in the order of columns.
 
-    pre_acts [n, width] float32 or bfloat16 on the CPU, rows contiguous at any stride, bias [width] float32: the row is
+    pre_acts [n, width] float32 on the CPU, rows contiguous at any stride, bias [width] float32: the row is
     pre_acts + bias. Nothing is written to pre_acts.
     """
-    check_matrix("pre_acts", pre_acts, STORED, (best.counts.shape[0], None))
+    check_matrix("pre_acts", pre_acts, torch.float32, (best.counts.shape[0], None))
     check_strided("bias", bias, torch.float32, (pre_acts.shape[1],))
     bias = bias.contiguous()
     status = native().csae_topk_add(
         byref(_argument(best)),
         pre_acts.data_ptr(),
         pre_acts.stride(0),
-        TYPES[pre_acts.dtype],
         bias.data_ptr(),
         pre_acts.shape[1],
         first_column,
@@ -92,26 +91,37 @@ def topk_finish(best: Best, values: Tensor | None = None, indices: Tensor | None
     return values, indices
 
 
+def topk_add_bounds(best: Best, bounds: Tensor, first_column: int) -> None:
+    """As `topk_add`, for `topk_settle`: what is taken in is how large the pre-activations can be at most.
+
+    bounds [n, width] bfloat16, rows contiguous at any stride; each may have been rounded to the nearest.
+    """
+    check_matrix("bounds", bounds, torch.bfloat16, (best.counts.shape[0], None))
+    status = native().csae_topk_add_bounds(
+        *(byref(_argument(best)), bounds.data_ptr(), bounds.stride(0), bounds.shape[1]),
+        *(first_column, torch.get_num_threads()),
+    )
+    check_status("topk_add_bounds", status)
+
+
 def topk_settle(
     best: Best,
     k: int,
     x: Tensor,
     table: Tensor,
     bias: Tensor,
-    errors: Tensor,
     values: Tensor | None = None,
     indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The k largest of each row of x table^T + bias, found among the best.k candidates of a product in bfloat16.
+    """The k largest of each row of x table^T + bias, found among the best.k candidates of `topk_add_bounds`.
 
-    Candidates are multiplied again in float32; the result is proven by the bound on how far off the product was, or
-    the row is unsettled. `best` is then of no more use.
+    Candidates are multiplied again in float32; the result is proven by the bounds, or the row is unsettled. `best` is
+    then of no more use.
 
     Args:
         k: 1 <= k < best.k.
         x: [n, d] float32, rows contiguous at any stride. table: [d_sae, d] float32 or bfloat16, likewise.
-        bias: [d_sae] float32, what was added to the product.
-        errors: [n] float32: no entry of the row was off by more than that before it was rounded to bfloat16.
+        bias: [d_sae] float32.
 
     -> values [n, k] float32 and indices [n, k] int64, as `topk_finish` gives them; settled [n] bool, False where they
     hold nothing.
@@ -120,15 +130,13 @@ def topk_settle(
     check_matrix("x", x, torch.float32, (n, None))
     check_matrix("table", table, STORED, (None, x.shape[1]))
     check_strided("bias", bias, torch.float32, (table.shape[0],))
-    check_strided("errors", errors, torch.float32, (n,))
-    bias, errors = bias.contiguous(), errors.contiguous()
+    bias = bias.contiguous()
     values = output_matrix("values", values, torch.float32, (n, k))
     indices = output_matrix("indices", indices, torch.int64, (n, k))
     settled = torch.empty(n, dtype=torch.bool)
     status = native().csae_topk_settle(
         *(byref(_argument(best)), k, x.data_ptr(), x.stride(0)),
-        *(table.data_ptr(), table.stride(0), *table.shape, TYPES[table.dtype]),
-        *(bias.data_ptr(), largest_finite(bias), errors.data_ptr()),
+        *(table.data_ptr(), table.stride(0), *table.shape, TYPES[table.dtype], bias.data_ptr()),
         *(values.data_ptr(), values.stride(0), indices.data_ptr(), indices.stride(0)),
         *(settled.data_ptr(), torch.get_num_threads()),
     )
@@ -136,11 +144,6 @@ def topk_settle(
         raise ValueError(f"best: holds a column of {table.shape[0]} or more; needed columns of table")
     check_status("topk_settle", status)
     return values, indices, settled
-
-
-def largest_finite(bias: Tensor) -> float:
-    """The largest absolute value in bias [d_sae]. Infinite ones make entries that need no bound, NaN breaks its row."""
-    return float(torch.where(bias.isfinite(), bias, 0).abs().max())
 
 
 def _argument(best: Best) -> Topk:

@@ -1,16 +1,23 @@
 """Encode and select on a CPU that multiplies bfloat16 matrices several times as fast as float32 ones (AMX).
 
-A product of rounded numbers finds candidates, which are multiplied again in float32, and a bound on the rounding
-proves that no other feature could be among the k largest. So the result is that of a product in float32, and the
-large product costs what it costs in bfloat16. Where nothing is proven, the caller multiplies the row in float32.
+A product of rounded numbers gives an upper bound for each pre-activation. The features with the largest ones are
+multiplied again in float32, until the next bound is below the k-th largest: that proves that no other feature is among
+the k largest. So the result is that of a product in float32, and the large product costs what it costs in bfloat16.
+Where nothing is proven, the caller multiplies the row in float32.
 
-With dx = x - bf16(x) and dw likewise, a pre-activation is off by at most
+With dx = x - bf16(x) and dw likewise, what the inputs lose (Cauchy-Schwarz), and what sums in float32 may lose in two
+orders, a pre-activation is at most
 
-    |dx| |w| + |bf16(x)| |dw| + 2^-22 d |x| |w|
+    <bf16(x), bf16(w)> + b + (|dx| + 2^-22 d |x|) |w| + |bf16(x)| |dw|
 
-before the result is rounded: what the inputs lose (Cauchy-Schwarz), and what sums in float32 may lose in two orders.
-Lengths are measured, those of w as the largest of all features. For numbers that look random that is about
-|x| |w| / 280: of 18,432 random features, 45 can't be told apart from the 32 largest; of those of trained SAEs fewer.
+which is itself a product, of rows that are four numbers wider:
+
+    bf16(x) | 1 | 1 | |dx| + 2^-22 d |x| | |bf16(x)|
+    bf16(w) | b in two parts | |w|       | |dw|
+
+All lengths are measured and rounded up. A feature with a long row makes only its own bound a loose one. For numbers
+that look random a bound is about |x| |w| / 280 above the pre-activation: of 18,432 random features, 45 can't be told
+apart from the 32 largest; of those of trained SAEs fewer.
 """
 
 from __future__ import annotations
@@ -28,6 +35,13 @@ from .. import cpu
 LEAST_ROWS, LEAST_WIDTH = 256, 128
 # Above, lengths that are added up in four lanes of float32 may be off by more than the bound has room for.
 MOST_WIDTH = 1 << 16
+# What is beside a row's numbers, and what is then filled up with zeros: what the units multiply at once. (In
+# oneDNN 3.12, what lies between rows of another width gets into the product.)
+BESIDE, AT_ONCE = 4, 32
+# Lengths are measured to one part in 2^10, and then rounded to 8 bits.
+ABOVE = 1 + 2.0**-7
+# Products of lengths beyond that aren't tried: their sums may overflow.
+TOO_LONG = 2.0**100
 # Lists this long settle all but a few rows in 10,000 while an SAE trains; one row left costs all of W_enc once more.
 MORE_CANDIDATES = 64
 LEAST_COLUMNS_PER_CANDIDATE = 16
@@ -53,22 +67,71 @@ def has_bfloat16_units() -> bool:
 
 
 class Table(NamedTuple):
-    """Rows of W_enc, rounded."""
+    """Rows of W_enc, rounded, and wider."""
 
     rows: Tensor
-    """bfloat16"""
-    longest: float
-    """the length of the longest"""
-    most_lost: float
-    """the length of what the rounding took, where it took most"""
+    """[m, width(d_in)] bfloat16"""
+    longest: Tensor
+    """scalar: the length of the longest"""
 
 
-def rounded(W: Tensor, out: Tensor | None = None) -> Table:
-    """W [m, d_in] float32 or bfloat16, rows contiguous -> `Table`, in `out` [m, d_in] if given."""
-    if W.dtype == torch.bfloat16:
-        return Table(W, float(torch.linalg.vector_norm(W, dim=1, dtype=torch.float32).max()), 0.0)
-    rows, lengths, errors = cpu.round_rows(W, out)
-    return Table(rows, float(lengths.max()), float(errors.max()))
+def width(d_in: int) -> int:
+    """Of the rows that are multiplied."""
+    return -(-(d_in + BESIDE) // AT_ONCE) * AT_ONCE
+
+
+def room_for(m: int, d_in: int) -> Tensor:
+    """[m, width(d_in)] bfloat16, of which what is beside `rounded` rows stays zero."""
+    return torch.zeros(m, width(d_in), dtype=torch.bfloat16)
+
+
+def rounded(W: Tensor, bias: Tensor, out: Tensor) -> Table:
+    """W [m, d_in] float32 or bfloat16, rows contiguous, bias [m, 2] from `in_two` -> `Table`, in `out`, a `room_for` it."""
+    d_in = W.shape[1]
+    lengths, errors = _round(W, out[:, :d_in])
+    out[:, d_in : d_in + 2] = bias
+    out[:, d_in + 2] = lengths
+    out[:, d_in + 3] = errors
+    return Table(out, lengths.max())
+
+
+def in_two(bias: Tensor, d_in: int) -> Tensor:
+    """bias [m] float32 -> [m, 2] bfloat16 that add up to no less, whatever sums of d_in numbers lose of them."""
+    first = bias.bfloat16()
+    rest = (bias - first.float()).nan_to_num(0)  # of infinities nothing is left
+    lost = (2.0**-17 + _sums(d_in)) * first.float().abs().nan_to_num(posinf=0)
+    return torch.stack([first, (rest + lost).bfloat16()], dim=1)
+
+
+def rounded_acts(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [n, d_in] float32, rows contiguous -> the same, rounded and wider, [n, width(d_in)] bfloat16; lengths [n]."""
+    n, d_in = x.shape
+    out = room_for(n, d_in)
+    lengths, errors = _round(x, out[:, :d_in])
+    out[:, d_in : d_in + 2] = 1
+    out[:, d_in + 2] = (errors + _sums(d_in) * lengths) * ABOVE
+    out[:, d_in + 3] = (lengths + errors) * ABOVE
+    return out, lengths
+
+
+def _round(rows: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """rows [m, d_in] into `out`, bfloat16; the lengths of the rows and of what they lost, [m] float32.
+
+    Both are too large by a share that their own rounding to bfloat16 doesn't take away.
+    """
+    if rows.dtype == torch.bfloat16:
+        out.copy_(rows)
+        lengths = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+        errors = torch.zeros_like(lengths)
+    else:
+        _, lengths, errors = cpu.round_rows(rows, out)
+    unseen = math.sqrt(rows.shape[1]) * 2.0**-62  # squares below 2^-126 are lost
+    return lengths.add_(unseen).mul_(ABOVE), errors.add_(unseen).mul_(ABOVE)
+
+
+def _sums(d_in: int) -> float:
+    """What two sums of a row's numbers differ by, as a share of what the numbers come to."""
+    return 2.0**-22 * (d_in + BESIDE)
 
 
 def topk_encode(
@@ -87,30 +150,23 @@ def topk_encode(
     Gives settled [rows] bool, False where values and indices hold nothing.
     """
     d_sae, d_in = W_enc.shape
-    width = min(columns, d_sae)
+    columns = min(columns, d_sae)
     best = cpu.topk_start(x.shape[0], d_sae, candidates(k))
-    acts = cpu.round_rows(x)
-    tile = torch.empty(x.shape[0] * width, dtype=torch.bfloat16)
-    room = torch.empty(width, d_in, dtype=torch.bfloat16) if table is None else None
-    longest, most_lost = (0.0, 0.0) if table is None else table[1:]
+    acts, lengths = rounded_acts(x)
+    tile = torch.empty(x.shape[0] * columns, dtype=torch.bfloat16)
+    room = room_for(columns if table is None else 0, d_in)
+    bias_in_two = in_two(bias, d_in)
+    longest = x.new_zeros(()) if table is None else table.longest
     for first in range(0, d_sae, columns):
-        W = (W_enc if table is None else table.rows)[first : first + columns]
-        if room is not None:
-            W, longest_here, most_lost_here = rounded(W, room[: len(W)])
-            longest, most_lost = max(longest, longest_here), max(most_lost, most_lost_here)
-        product = tile[: x.shape[0] * len(W)].view(-1, len(W))
-        torch.mm(acts.rows, W.T, out=product)
-        cpu.topk_add(best, product, bias[first : first + columns], first)
-    return cpu.topk_settle(best, k, x, W_enc, bias, error_bound(acts, longest, most_lost, bias), values, indices)[2]
-
-
-def error_bound(acts: cpu.Rounded, longest: float, most_lost: float, bias: Tensor) -> Tensor:
-    """[rows]: by how much a pre-activation may be off. longest, most_lost: the largest length and error in W_enc."""
-    d_in = acts.rows.shape[1]
-    lost_squares = math.sqrt(d_in) * 2.0**-62  # of lengths: those below 2^-126
-    lengths, errors = acts.lengths + lost_squares, acts.errors + lost_squares
-    longest, most_lost = longest + lost_squares, most_lost + lost_squares
-    sums = 2.0**-22 * d_in * longest
-    # NaN, if one is there, stays one.
-    off = errors * longest + (lengths + errors) * most_lost + sums * lengths + 2.0**-22 * cpu.largest_finite(bias)
-    return off * (1 + 2.0**-8)
+        here = slice(first, min(first + columns, d_sae))
+        if table is None:
+            rows, longest_here = rounded(W_enc[here], bias_in_two[here], room[: here.stop - first])
+            longest = torch.maximum(longest, longest_here)  # NaN, if one is there
+        else:
+            rows = table.rows[here]
+        bounds = tile[: x.shape[0] * len(rows)].view(-1, len(rows))
+        torch.mm(acts, rows.T, out=bounds)
+        cpu.topk_add_bounds(best, bounds, first)
+    settled = cpu.topk_settle(best, k, x, W_enc, bias, values, indices)[2]
+    bounded = (bias.isinf() | (bias.abs() < TOO_LONG)).all() & (lengths * longest < TOO_LONG)
+    return settled & bounded

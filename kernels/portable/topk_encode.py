@@ -52,20 +52,22 @@ class Encoder:
     def __init__(self, W_enc: Tensor, b_enc: Tensor, k: int) -> None:
         self._weights, self._k = (W_enc, b_enc), k
         # Of what was made in inference mode torch doesn't count the writes.
-        self._coarsely = topk_coarse.worthwhile(W_enc, k) and not W_enc.is_inference()
+        self._coarsely = topk_coarse.worthwhile(W_enc, k) and not (W_enc.is_inference() or b_enc.is_inference())
         self._rows = W_enc
         self._table: topk_coarse.Table | None = None
-        self._version = -1
+        self._versions = (-1, -1)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         W_enc, b_enc = self._weights
         if not self._coarsely or x.dtype != W_enc.dtype:
             return topk_encode(x, W_enc, b_enc, self._k)
-        if self._table is None or self._version != W_enc._version:
-            self._rows, self._version = with_rows(W_enc), W_enc._version
-            self._table = topk_coarse.rounded(self._rows)
+        bias = b_enc.float()
+        if self._table is None or self._versions != (W_enc._version, b_enc._version):
+            self._rows, self._versions = with_rows(W_enc), (W_enc._version, b_enc._version)
+            bias_in_two, room = topk_coarse.in_two(bias, W_enc.shape[1]), topk_coarse.room_for(*W_enc.shape)
+            self._table = topk_coarse.rounded(self._rows, bias_in_two, room)
         values, indices = _output(x, self._k)
-        _encode_coarsely(x, self._rows, b_enc.float(), self._k, values, indices, self._table)
+        _encode_coarsely(x, self._rows, bias, self._k, values, indices, self._table)
         return values.to(x.dtype), indices
 
 

@@ -90,9 +90,7 @@ def assert_defined(tensors: list[Tensor], mask: Tensor | None = None, documents:
         assert ((got.double() - want).abs() <= bound).all(), f"{name}: {got}, but it is {want}, to {bound}"
 
 
-def size_of_d_slope(
-    tensors: list[Tensor], mask: Tensor | None, documents: Tensor | None, grad_out: Tensor
-) -> Tensor:
+def size_of_d_slope(tensors: list[Tensor], mask: Tensor | None, documents: Tensor | None, grad_out: Tensor) -> Tensor:
     """[H]: how large the terms of d_slope are, which nearly cancel.
 
     Those of one query share the rounding of its softmax, those of different queries don't: so they are added up by

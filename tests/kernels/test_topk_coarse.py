@@ -80,6 +80,18 @@ def test_rounding_that_adds_up(aligned: int, settled: list[Tensor]) -> None:
     check(x, W_enc, b_enc)
 
 
+def test_features_that_rounding_makes_smaller_than_others(settled: list[Tensor]) -> None:
+    """x is bfloat16; the largest features lose all that Cauchy-Schwarz allows, the others nothing."""
+    x, W_enc, b_enc = given(17)
+    x[:] = x[:1].sign()
+    step = 2**-8
+    W_enc[:] = x[0] * torch.tensor([1 - step, -1 - 2 * step]).repeat_interleave(D_IN // 2)
+    W_enc[1::25, :40] = x[0, :40]
+    # Halfway between two numbers of bfloat16, and rounded away from x.
+    W_enc[::200] = x[0] * torch.tensor([1 + step, -1 - 3 * step]).repeat_interleave(D_IN // 2)
+    check(x, W_enc, torch.ones_like(b_enc))
+
+
 def test_more_that_can_not_be_told_apart_than_there_are_candidates(settled: list[Tensor]) -> None:
     x, W_enc, b_enc = given(4)
     W_enc[::3] = W_enc[0] * (1 + 1e-5 * torch.randn(len(W_enc[::3]), 1, generator=torch.Generator().manual_seed(1)))
@@ -152,16 +164,45 @@ def test_tables_that_lie_otherwise(settled: list[Tensor]) -> None:
     assert len(settled) == 3
 
 
-def test_the_bound_holds(settled: list[Tensor]) -> None:
-    """What is compared with the bound here: every entry of the product, before it is rounded."""
-    x, W_enc, b_enc = given(11)
-    acts, table = cpu.round_rows(x), cpu.round_rows(W_enc)
-    errors = topk_coarse.error_bound(acts, float(table.lengths.max()), float(table.errors.max()), b_enc)
-    off = (acts.rows.double() @ table.rows.double().T - x.double() @ W_enc.double().T).abs().amax(dim=1)
-    assert (off <= errors).all()
-    assert (off > errors / 20).all()  # and is no more than it must be for numbers as random as these
-    one = x[:1].expand(2, -1)
-    assert topk_coarse.error_bound(cpu.round_rows(one * torch.inf), 1.0, 1.0, b_enc).isfinite().sum() == 0
+@pytest.mark.parametrize("d_in", [128, 130, 191])
+def test_the_bounds_hold(d_in: int, settled: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pre-activation is above its bound, and no bound looser than it must be for numbers as random as these."""
+    x, W_enc, b_enc = given(11, d_in=d_in)
+    W_enc *= 10 ** torch.linspace(-2, 2, len(W_enc))[:, None]  # each feature has a bound of its own
+    bounds = []
+    add = cpu.topk_add_bounds
+    monkeypatch.setattr(cpu, "topk_add_bounds", lambda best, *tile: (bounds.append(tile[0].clone()), add(best, *tile)))
+    topk_encode.topk_encode(x, W_enc, b_enc, K)
+    above = torch.cat(bounds, dim=1).double() - (x.double() @ W_enc.double().T + b_enc.double())
+    lengths = x.double().norm(dim=1, keepdim=True) * W_enc.double().norm(dim=1)  # [N, D_SAE]
+    size = lengths / d_in**0.5 + b_enc.abs()  # of a pre-activation
+    assert (above >= -size * 2**-6).all()  # but for the rounding of the bound itself, which is seen to later
+    assert (above <= lengths / 100 + size * 2**-4).all()
+
+
+def test_a_long_row_leaves_the_others_settled(settled: list[Tensor]) -> None:
+    x, W_enc, b_enc = given(15)
+    W_enc[5] *= 300
+    b_enc[6] = -300
+    check(x, W_enc, b_enc)
+    assert torch.cat(settled).float().mean() > 0.99
+
+
+def test_what_lies_beside_the_numbers_is_not_multiplied(settled: list[Tensor]) -> None:
+    acts, _ = topk_coarse.rounded_acts(given(16)[0])
+    assert acts.shape[1] % topk_coarse.AT_ONCE == 0
+    assert acts.is_contiguous()
+    assert not acts[:, D_IN + topk_coarse.BESIDE :].any()
+
+
+@pytest.mark.parametrize("value", [0.3, -0.3, 1e-41, 77.7, -1e30, torch.inf, -torch.inf, 0.0])
+def test_a_bias_in_two_parts_is_no_less(value: float) -> None:
+    bias = torch.tensor([value])
+    first, rest = topk_coarse.in_two(bias, D_IN).double()[0]
+    least = 2.0**-126  # smaller numbers count as zero
+    assert first + rest >= bias.double() - least
+    if bias.isfinite():
+        assert first + rest <= bias.double() + bias.double().abs() * 2**-11 + least
 
 
 def test_without_onednn_there_are_no_units(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,13 +224,15 @@ def test_round_rows() -> None:
 def test_settle_refuses() -> None:
     x, W_enc, b_enc = given(12, n=3)
     best = cpu.topk_start(3, D_SAE, 20)
-    cpu.topk_add(best, (x.bfloat16() @ W_enc.bfloat16().T), b_enc, 0)
+    with pytest.raises(TypeError, match=r"bounds: given torch.float32; needed torch.bfloat16"):
+        cpu.topk_add_bounds(best, x @ W_enc.T, 0)
+    cpu.topk_add_bounds(best, (x @ W_enc.T).bfloat16(), 0)
     with pytest.raises(ValueError, match=r"table: given shape \[1600, 129\]; needed \[any, 130\]"):
-        cpu.topk_settle(best, 4, x, W_enc[:, :-1], b_enc, torch.zeros(3))
+        cpu.topk_settle(best, 4, x, W_enc[:, :-1], b_enc)
     with pytest.raises(ValueError, match=r"topk_settle: .* refused"):
-        cpu.topk_settle(best, 20, x, W_enc, b_enc, torch.zeros(3))
+        cpu.topk_settle(best, 20, x, W_enc, b_enc)
     with pytest.raises(ValueError, match=r"best: holds a column of 1000 or more"):
-        cpu.topk_settle(best, 4, x, W_enc[:1000], b_enc[:1000], torch.zeros(3))
+        cpu.topk_settle(best, 4, x, W_enc[:1000], b_enc[:1000])
 
 
 @pytest.mark.parametrize("inference", [False, True])
@@ -204,6 +247,7 @@ def test_encoder_sees_new_weights(n: int, inference: bool, settled: list[Tensor]
             assert torch.equal(indices, wanted[1])
             torch.testing.assert_close(values.double(), wanted[0], rtol=1e-5, atol=1e-5)
             W_enc[changed] = x[0]  # now the largest, which no old candidate shows
+            b_enc[changed + 1] = 9  # and so is this
     if not inference:
         assert len(settled) == 3
 

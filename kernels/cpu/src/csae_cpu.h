@@ -46,10 +46,10 @@ struct csae_topk {
 // What a matrix that may be either holds.
 enum csae_type : int { csae_float32 = 0, csae_bfloat16 = 1 };
 
-// Takes in pre_acts [n, width], of that type, + bias [width], whose columns are first_column and on. Tiles come in the
-// order of columns, and no column is 2^31 or more. Nothing is written to pre_acts.
-CSAE_EXPORT int csae_topk_add(const csae_topk* best, const void* pre_acts, int64_t pre_acts_stride, int type,
-                              const float* bias, int64_t width, int64_t first_column, int n_threads);
+// Takes in pre_acts [n, width] + bias [width], whose columns are first_column and on. Tiles come in the order of
+// columns, and no column is 2^31 or more. Nothing is written to pre_acts.
+CSAE_EXPORT int csae_topk_add(const csae_topk* best, const float* pre_acts, int64_t pre_acts_stride, const float* bias,
+                              int64_t width, int64_t first_column, int n_threads);
 
 // The k largest of each row, relu'd: values [n, k], indices [n, k]. Largest first, equal ones (-0.0 and 0.0 are equal)
 // by lower index first, selected before the relu. A row with a NaN gives k NaN at indices 0..k-1. Needs k columns or
@@ -57,15 +57,18 @@ CSAE_EXPORT int csae_topk_add(const csae_topk* best, const void* pre_acts, int64
 CSAE_EXPORT int csae_topk_finish(const csae_topk* best, float* values, int64_t values_stride, int64_t* indices,
                                  int64_t indices_stride, int n_threads);
 
-// Another end, where the tiles were products of bfloat16 numbers: the k largest of each row of x table^T + bias in
-// float32, k < best->k, as csae_topk_finish has them, from the best->k candidates. x [n, d], table [d_sae, d] of that
-// type, bias [d_sae], its largest finite absolute value. errors [n]: no pre-activation of the row was off by more than that,
-// beside the rounding of the product to bfloat16; what is added up in another order may be too. settled [n]: 1 where
-// this is proven; where it is 0, the row's values and indices hold nothing.
+// Another way, where the tiles are upper bounds [n, width] of the pre-activations, rounded to the nearest bfloat16. It
+// ends with csae_topk_settle. NaN is a lowest or a largest one.
+CSAE_EXPORT int csae_topk_add_bounds(const csae_topk* best, const void* bounds, int64_t bounds_stride, int64_t width,
+                                     int64_t first_column, int n_threads);
+
+// The k largest of each row of x table^T + bias in float32, k < best->k, as csae_topk_finish has them, from the best->k
+// candidates with the largest bounds. x [n, d], table [d_sae, d] of that type, bias [d_sae]. settled [n]: 1 where it is
+// proven that no other column is among the k largest; where it is 0, the row's values and indices hold nothing.
 CSAE_EXPORT int csae_topk_settle(const csae_topk* best, int64_t k, const float* x, int64_t x_stride, const void* table,
                                  int64_t table_stride, int64_t d_sae, int64_t d, int type, const float* bias,
-                                 float largest_bias, const float* errors, float* values, int64_t values_stride,
-                                 int64_t* indices, int64_t indices_stride, uint8_t* settled, int n_threads);
+                                 float* values, int64_t values_stride, int64_t* indices, int64_t indices_stride,
+                                 uint8_t* settled, int n_threads);
 
 // rounded [n, d]: rows [n, d] as bfloat16, to the nearest. lengths [n]: of the rows; errors [n]: the length of what
 // was taken by rounding.

@@ -4,7 +4,7 @@
 #include "csae_cpu.h"
 #include "isa.h"
 
-const int csae_abi_version = 4;
+const int csae_abi_version = 5;
 
 namespace csae {
 namespace {

@@ -14,15 +14,6 @@ namespace csae {
 
 constexpr int32_t broken = -1;  // the count of a row that has a NaN
 
-inline float value_of(float x) { return x; }
-
-inline float value_of(BFloat16 x) {
-    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-    float wide;
-    std::memcpy(&wide, &bits, sizeof wide);
-    return wide;
-}
-
 // By column: ordered(value), with -0.0 made 0.0, and the column.
 struct Candidates {
     int32_t* order;
@@ -33,12 +24,12 @@ struct Candidates {
         : order(of.order + i * of.capacity), columns(of.columns + i * of.capacity), count(of.count[i]) {}
 
     // Of 64 columns those that have a bit. Returns whether one of them is NaN.
-    template <class T>
-    bool append(const T* row, const float* bias, uint64_t bits, int64_t first_column) {
+    template <class Entries>
+    bool append(const Entries& row, uint64_t bits, int64_t first_column) {
         bool nan = false;
         for (; bits != 0; bits &= bits - 1) {
             const int64_t c = __builtin_ctzll(bits);
-            const float x = (value_of(row[c]) + bias[c]) + 0.0f;  // -0.0 + 0.0 is 0.0
+            const float x = at<1>(row, c).x[0] + 0.0f;  // -0.0 + 0.0 is 0.0
             nan |= x != x;
             order[count] = ordered(x);
             columns[count++] = static_cast<int32_t>(first_column + c);

@@ -26,8 +26,8 @@ constexpr int64_t blocks_ahead = 16;
 // The k-th largest of 4 k maxima, each of 8 columns, is a bound that about 1.15 k of these columns reach.
 constexpr int64_t maxima_per_k = 4, columns_per_maximum = 8;
 
-// One row of csae_topk_add, some of its columns at a time.
-template <class T>
+// One row that is added, some of its columns at a time.
+template <class Entries>
 struct Row {
     const TopkScan& scan;
     Candidates candidates;
@@ -36,20 +36,20 @@ struct Row {
     bool nan;
 
     // A threshold to begin with, from the first columns: as many as `groups` maxima reach it as needed.
-    void start(const T* row, const float* bias, int64_t groups, int64_t n) {
+    void start(const Entries& row, int64_t groups, int64_t n) {
         bool exactly_k;
-        scan.of<T>().group_maxima(row, bias, n, candidates.order, groups);
+        scan.of<Entries>().group_maxima(row, n, candidates.order, groups);
         const int32_t bound = scan.bound_of_kth(candidates.order, groups, k, exactly_k);
         threshold = from_ordered(std::max(bound, ordered(-std::numeric_limits<float>::infinity())));
     }
 
     // `of_last`: a bit for each column of the last block that exists.
-    void add(const T* row, const float* bias, int64_t n_blocks, uint64_t of_last, int64_t first_column) {
+    void add(const Entries& row, int64_t n_blocks, uint64_t of_last, int64_t first_column) {
         int32_t blocks[blocks_ahead + 1];
         uint64_t columns[blocks_ahead + 1];
         for (int64_t done = 0; done < n_blocks && !nan;) {
             const int64_t n = std::min(n_blocks - done, blocks_ahead), first = done * block_width;
-            const int64_t found = scan.of<T>().find(row + first, bias + first, n, threshold, blocks, columns);
+            const int64_t found = scan.of<Entries>().find(row.from(first), n, threshold, blocks, columns);
             done += n;
             if (done == n_blocks && found > 0 && blocks[found - 1] == n - 1) columns[found - 1] &= of_last;
             for (int64_t b = 0; b < found; ++b) {
@@ -60,42 +60,61 @@ struct Row {
                     done = at / block_width;
                     break;
                 }
-                nan |= candidates.append(row + at, bias + at, columns[b], first_column + at);
+                nan |= candidates.append(row.from(at), columns[b], first_column + at);
             }
         }
     }
 };
 
-template <class T>
-void add(const TopkScan& scan, const csae_topk& to, int64_t i, const T* row, const float* bias, int64_t width,
+// The last columns of a row, up to the end of their block.
+struct Tail {
+    float row[block_width] = {}, bias[block_width] = {};
+    BFloat16 halves[block_width] = {};
+
+    Sums of(const Sums& from, int64_t rest) {
+        std::copy_n(from.row, rest, row);
+        std::copy_n(from.bias, rest, bias);
+        return {row, bias};
+    }
+    Halves of(const Halves& from, int64_t rest) {
+        std::copy_n(from.row, rest, halves);
+        return {halves};
+    }
+};
+
+template <class Entries>
+void add(const TopkScan& scan, const csae_topk& to, int64_t i, const Entries& row, int64_t width,
          int64_t first_column) {
     if (to.count[i] == broken) return;
-    Row<T> best{scan, Candidates(to, i), to.threshold[i], to.k, to.capacity - block_width, false};
+    Row<Entries> best{scan, Candidates(to, i), to.threshold[i], to.k, to.capacity - block_width, false};
     const int64_t n_whole = width / block_width, whole = n_whole * block_width, rest = width - whole;
     const int64_t groups = std::min(maxima_per_k * to.k, to.capacity) / group_unit * group_unit;
     const int64_t per_group = groups > to.k ? std::min(width / groups, columns_per_maximum) : 0;
-    if (best.candidates.count == 0 && per_group > 1) best.start(row, bias, groups, groups * per_group);
-    best.add(row, bias, n_whole, ~uint64_t{0}, first_column);
+    if (best.candidates.count == 0 && per_group > 1) best.start(row, groups, groups * per_group);
+    best.add(row, n_whole, ~uint64_t{0}, first_column);
     if (rest > 0) {
-        T row_tail[block_width] = {};
-        float bias_tail[block_width] = {};
-        std::copy_n(row + whole, rest, row_tail);
-        std::copy_n(bias + whole, rest, bias_tail);
-        best.add(row_tail, bias_tail, 1, (uint64_t{1} << rest) - 1, first_column + whole);
+        Tail tail;
+        best.add(tail.of(row.from(whole), rest), 1, (uint64_t{1} << rest) - 1, first_column + whole);
     }
     to.threshold[i] = best.threshold;
     to.count[i] = best.nan ? broken : static_cast<int32_t>(best.candidates.count);
 }
 
-template <class T>
-void add_rows(const csae_topk& best, const T* pre_acts, int64_t stride, const float* bias, int64_t width,
-              int64_t first_column, int n_threads) {
+// entries(i): those of row i.
+template <class EntriesOf>
+int add_rows(const csae_topk* best, const EntriesOf& entries, int64_t width, int64_t first_column, int n_threads) {
+    const int64_t n = best->n;
+    n_threads = static_cast<int>(std::min<int64_t>({n_threads, n, 1 + n * width / values_per_thread}));
     const TopkScan& scan = topk_scan();
-    parallel_for(best.n, piece_of(best.n, n_threads), n_threads, [&](int, int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            add(scan, best, i, pre_acts + i * stride, bias, width, first_column);
-        }
+    parallel_for(n, piece_of(n, n_threads), n_threads, [&](int, int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) add(scan, *best, i, entries(i), width, first_column);
     });
+    return csae_ok;
+}
+
+bool addable(const csae_topk* best, int64_t stride, int64_t width, int64_t first_column, int n_threads) {
+    return possible(best, 0) && width >= 0 && first_column >= 0 && stride >= 0 && n_threads >= 1 &&
+           width <= std::numeric_limits<int32_t>::max() - first_column;
 }
 
 void finish(const TopkScan& scan, const csae_topk& best, int64_t i, float* values, int64_t* indices,
@@ -118,26 +137,23 @@ void finish(const TopkScan& scan, const csae_topk& best, int64_t i, float* value
 }  // namespace
 }  // namespace csae
 
-int csae_topk_add(const csae_topk* best, const void* pre_acts, int64_t pre_acts_stride, int type, const float* bias,
+int csae_topk_add(const csae_topk* best, const float* pre_acts, int64_t pre_acts_stride, const float* bias,
                   int64_t width, int64_t first_column, int n_threads) {
-    if (!csae::possible(best, 0) || width < 0 || first_column < 0 || pre_acts_stride < 0 || n_threads < 1) {
-        return csae_bad_argument;
-    }
-    if (width > std::numeric_limits<int32_t>::max() - first_column) return csae_bad_argument;
-    if (type != csae_float32 && type != csae_bfloat16) return csae_bad_argument;
-    const int64_t n = best->n;
-    if (n == 0 || width == 0) return csae_ok;
+    if (!csae::addable(best, pre_acts_stride, width, first_column, n_threads)) return csae_bad_argument;
+    if (best->n == 0 || width == 0) return csae_ok;
     if (pre_acts == nullptr || bias == nullptr) return csae_bad_argument;
-    n_threads = static_cast<int>(std::min<int64_t>({n_threads, n, 1 + n * width / csae::values_per_thread}));
-    const auto run = [&](auto* typed) {
-        csae::add_rows(*best, typed, pre_acts_stride, bias, width, first_column, n_threads);
-    };
-    if (type == csae_float32) {
-        run(static_cast<const float*>(pre_acts));
-    } else {
-        run(static_cast<const csae::BFloat16*>(pre_acts));
-    }
-    return csae_ok;
+    const auto entries = [&](int64_t i) { return csae::Sums{pre_acts + i * pre_acts_stride, bias}; };
+    return csae::add_rows(best, entries, width, first_column, n_threads);
+}
+
+int csae_topk_add_bounds(const csae_topk* best, const void* bounds, int64_t bounds_stride, int64_t width,
+                         int64_t first_column, int n_threads) {
+    if (!csae::addable(best, bounds_stride, width, first_column, n_threads)) return csae_bad_argument;
+    if (best->n == 0 || width == 0) return csae_ok;
+    if (bounds == nullptr) return csae_bad_argument;
+    const auto* rows = static_cast<const csae::BFloat16*>(bounds);
+    const auto entries = [&](int64_t i) { return csae::Halves{rows + i * bounds_stride}; };
+    return csae::add_rows(best, entries, width, first_column, n_threads);
 }
 
 int csae_topk_finish(const csae_topk* best, float* values, int64_t values_stride, int64_t* indices,

@@ -18,21 +18,16 @@ namespace {
 // A tile lies row after row, mostly in L3: this many columns are fetched ahead, which is often the next row.
 constexpr int64_t ahead = 512;
 
-template <class T>
-CSAE_INLINE void fetch_block(const T* row) {
-    for (int64_t c = 0; c < block_width; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + c);
-}
-
 // --- in plain C++: compiled for each instruction set -------------------------------------------------------
 
-template <class T>
-CSAE_INLINE void group_maxima(const T* row, const float* bias, int64_t n, int32_t* order, int64_t groups) {
+template <class Entries>
+CSAE_INLINE void group_maxima(const Entries& row, int64_t n, int32_t* order, int64_t groups) {
     for (int64_t g = 0; g < groups; g += group_unit) {
         int32_t maxima[group_unit];
         for (int32_t& maximum : maxima) maximum = std::numeric_limits<int32_t>::min();
         for (int64_t c = g; c < n; c += groups) {
             for (int64_t l = 0; l < group_unit; ++l) {
-                const int32_t here = ordered(load<1>(row + c + l).x[0] + bias[c + l]);
+                const int32_t here = ordered(at<1>(row, c + l).x[0]);
                 maxima[l] = here > maxima[l] ? here : maxima[l];
             }
         }
@@ -76,26 +71,28 @@ CSAE_INLINE void rank(int64_t* keys, int64_t n, int64_t* ranks) {
 
 // --- portable ----------------------------------------------------------------------------------------------
 
-template <class T>
-int64_t find_portable(const T* row, const float* bias, int64_t n_blocks, float threshold, int32_t* blocks,
-                      uint64_t* columns) {
+template <class Entries>
+int64_t find_portable(const Entries& row, int64_t n_blocks, float threshold, int32_t* blocks, uint64_t* columns) {
     int64_t found = 0;
-    for (int64_t b = 0; b < n_blocks; ++b, row += block_width, bias += block_width) {
+    for (int64_t b = 0; b < n_blocks; ++b) {
+        const Entries block = row.from(b * block_width);
         // A compiler makes vectors of this loop, and not of the one that shifts.
         int32_t any = 0;
-        for (int64_t c = 0; c < block_width; ++c) any |= !(load<1>(row + c).x[0] + bias[c] < threshold);
+        for (int64_t c = 0; c < block_width; ++c) any |= !(at<1>(block, c).x[0] < threshold);
         if (any == 0) continue;
         uint64_t bits = 0;
-        for (int64_t c = 0; c < block_width; ++c) bits |= static_cast<uint64_t>(!(load<1>(row + c).x[0] + bias[c] < threshold)) << c;
+        for (int64_t c = 0; c < block_width; ++c) {
+            bits |= static_cast<uint64_t>(!(at<1>(block, c).x[0] < threshold)) << c;
+        }
         blocks[found] = static_cast<int32_t>(b);
         columns[found++] = bits;
     }
     return found;
 }
 
-template <class T>
-void group_maxima_portable(const T* row, const float* bias, int64_t n, int32_t* order, int64_t groups) {
-    group_maxima(row, bias, n, order, groups);
+template <class Entries>
+void group_maxima_portable(const Entries& row, int64_t n, int32_t* order, int64_t groups) {
+    group_maxima(row, n, order, groups);
 }
 
 int32_t bound_of_kth_portable(const int32_t* order, int64_t n, int64_t k, bool& exactly_k) {
@@ -104,8 +101,8 @@ int32_t bound_of_kth_portable(const int32_t* order, int64_t n, int64_t k, bool& 
 
 void rank_portable(int64_t* keys, int64_t n, int64_t* ranks) { rank(keys, n, ranks); }
 
-constexpr TopkScan portable = {{find_portable<float>, group_maxima_portable<float>},
-                             {find_portable<BFloat16>, group_maxima_portable<BFloat16>},
+constexpr TopkScan portable = {{find_portable<Sums>, group_maxima_portable<Sums>},
+                               {find_portable<Halves>, group_maxima_portable<Halves>},
                              bound_of_kth_portable,
                              rank_portable};
 
@@ -113,16 +110,17 @@ constexpr TopkScan portable = {{find_portable<float>, group_maxima_portable<floa
 
 // --- AVX2 --------------------------------------------------------------------------------------------------
 
-template <class T>
-CSAE_AVX2 int64_t find_avx2(const T* row, const float* bias, int64_t n_blocks, float threshold, int32_t* blocks,
+template <class Entries>
+CSAE_AVX2 int64_t find_avx2(const Entries& row, int64_t n_blocks, float threshold, int32_t* blocks,
                             uint64_t* columns) {
     const __m256 t = _mm256_set1_ps(threshold);
     int64_t found = 0;
-    for (int64_t b = 0; b < n_blocks; ++b, row += block_width, bias += block_width) {
-        fetch_block(row + ahead);
+    for (int64_t b = 0; b < n_blocks; ++b) {
+        const Entries block = row.from(b * block_width);
+        block.fetch(ahead);
         uint64_t bits = 0;
         for (int c = 0; c < block_width; c += 8) {
-            const __m256 x = _mm256_add_ps((__m256)load<8>(row + c).x, _mm256_loadu_ps(bias + c));
+            const __m256 x = (__m256)at<8>(block, c).x;
             const int not_below = _mm256_movemask_ps(_mm256_cmp_ps(x, t, _CMP_NLT_UQ));
             bits |= static_cast<uint64_t>(static_cast<uint32_t>(not_below)) << c;
         }
@@ -134,9 +132,9 @@ CSAE_AVX2 int64_t find_avx2(const T* row, const float* bias, int64_t n_blocks, f
     return found;
 }
 
-template <class T>
-CSAE_AVX2 void group_maxima_avx2(const T* row, const float* bias, int64_t n, int32_t* order, int64_t groups) {
-    group_maxima(row, bias, n, order, groups);
+template <class Entries>
+CSAE_AVX2 void group_maxima_avx2(const Entries& row, int64_t n, int32_t* order, int64_t groups) {
+    group_maxima(row, n, order, groups);
 }
 
 CSAE_AVX2 int32_t bound_of_kth_avx2(const int32_t* order, int64_t n, int64_t k, bool& exactly_k) {
@@ -145,30 +143,26 @@ CSAE_AVX2 int32_t bound_of_kth_avx2(const int32_t* order, int64_t n, int64_t k, 
 
 CSAE_AVX2 void rank_avx2(int64_t* keys, int64_t n, int64_t* ranks) { rank(keys, n, ranks); }
 
-constexpr TopkScan avx2 = {{find_avx2<float>, group_maxima_avx2<float>},
-                             {find_avx2<BFloat16>, group_maxima_avx2<BFloat16>},
+constexpr TopkScan avx2 = {{find_avx2<Sums>, group_maxima_avx2<Sums>},
+                           {find_avx2<Halves>, group_maxima_avx2<Halves>},
                              bound_of_kth_avx2,
                              rank_avx2};
 
 // --- AVX-512 -----------------------------------------------------------------------------------------------
 
-template <class T>
-CSAE_AVX512 inline __m512 sum_avx512(const T* row, const float* bias) {
-    return _mm512_add_ps((__m512)load<16>(row).x, _mm512_loadu_ps(bias));
+CSAE_AVX512 inline __mmask16 not_below(const Sums& row, int64_t c, __m512 threshold) {
+    return _mm512_cmp_ps_mask((__m512)at<16>(row, c).x, threshold, _CMP_NLT_UQ);
 }
 
-template <class T>
-CSAE_AVX512 int64_t find_avx512(const T* row, const float* bias, int64_t n_blocks, float threshold,
-                                int32_t* blocks, uint64_t* columns) {
+CSAE_AVX512 int64_t find_sums_avx512(const Sums& row, int64_t n_blocks, float threshold, int32_t* blocks,
+                                     uint64_t* columns) {
     const __m512 t = _mm512_set1_ps(threshold);
     int64_t found = 0;
-    for (int64_t b = 0; b < n_blocks; ++b, row += block_width, bias += block_width) {
-        fetch_block(row + ahead);
-        const __mmask16 m0 = _mm512_cmp_ps_mask(sum_avx512(row, bias), t, _CMP_NLT_UQ);
-        const __mmask16 m1 = _mm512_cmp_ps_mask(sum_avx512(row + 16, bias + 16), t, _CMP_NLT_UQ);
-        const __mmask16 m2 = _mm512_cmp_ps_mask(sum_avx512(row + 32, bias + 32), t, _CMP_NLT_UQ);
-        const __mmask16 m3 = _mm512_cmp_ps_mask(sum_avx512(row + 48, bias + 48), t, _CMP_NLT_UQ);
-        const __mmask32 low = _mm512_kunpackw(m1, m0), high = _mm512_kunpackw(m3, m2);
+    for (int64_t b = 0; b < n_blocks; ++b) {
+        const Sums block = row.from(b * block_width);
+        block.fetch(ahead);
+        const __mmask32 low = _mm512_kunpackw(not_below(block, 16, t), not_below(block, 0, t));
+        const __mmask32 high = _mm512_kunpackw(not_below(block, 48, t), not_below(block, 32, t));
         const uint64_t bits = _cvtmask64_u64(_mm512_kunpackd(high, low));
         blocks[found] = static_cast<int32_t>(b);
         columns[found] = bits;
@@ -177,9 +171,45 @@ CSAE_AVX512 int64_t find_avx512(const T* row, const float* bias, int64_t n_block
     return found;
 }
 
-template <class T>
-CSAE_AVX512 void group_maxima_avx512(const T* row, const float* bias, int64_t n, int32_t* order, int64_t groups) {
-    group_maxima(row, bias, n, order, groups);
+// Above zero floats are in the order of their bits; below, once these are turned round but for the sign.
+template <bool AboveZero>
+CSAE_AVX512 inline __mmask32 not_below(const BFloat16* row, __m512i threshold) {
+    __m512i bits = _mm512_loadu_si512(row);
+    if (!AboveZero) bits = _mm512_xor_si512(bits, _mm512_srli_epi16(_mm512_srai_epi16(bits, 15), 1));
+    return _mm512_cmpge_epi16_mask(bits, threshold);
+}
+
+template <bool AboveZero>
+CSAE_AVX512 int64_t find_halves(const Halves& row, int64_t n_blocks, __m512i threshold, int32_t* blocks,
+                                uint64_t* columns) {
+    int64_t found = 0;
+    for (int64_t b = 0; b < n_blocks; ++b) {
+        const Halves block = row.from(b * block_width);
+        block.fetch(ahead);
+        const __mmask32 low = not_below<AboveZero>(block.row, threshold);
+        const __mmask32 high = not_below<AboveZero>(block.row + 32, threshold);
+        const uint64_t bits = _cvtmask64_u64(_mm512_kunpackd(high, low));
+        blocks[found] = static_cast<int32_t>(b);
+        columns[found] = bits;
+        found += bits != 0;
+    }
+    return found;
+}
+
+// 32 numbers at once, as the integers that they are ordered as.
+CSAE_AVX512 int64_t find_halves_avx512(const Halves& row, int64_t n_blocks, float threshold, int32_t* blocks,
+                                       uint64_t* columns) {
+    const int32_t order = ordered(threshold);
+    // The lowest bfloat16 that is not below. That of a negative one ends in ones, so that rounding down will do.
+    const auto least = static_cast<int16_t>((order + (order > 0 ? 0xFFFF : 0)) >> 16);
+    const __m512i t = _mm512_set1_epi16(least);
+    return least > 0 ? find_halves<true>(row, n_blocks, t, blocks, columns)
+                     : find_halves<false>(row, n_blocks, t, blocks, columns);
+}
+
+template <class Entries>
+CSAE_AVX512 void group_maxima_avx512(const Entries& row, int64_t n, int32_t* order, int64_t groups) {
+    group_maxima(row, n, order, groups);
 }
 
 CSAE_AVX512 int32_t bound_of_kth_avx512(const int32_t* order, int64_t n, int64_t k, bool& exactly_k) {
@@ -188,8 +218,8 @@ CSAE_AVX512 int32_t bound_of_kth_avx512(const int32_t* order, int64_t n, int64_t
 
 CSAE_AVX512 void rank_avx512(int64_t* keys, int64_t n, int64_t* ranks) { rank(keys, n, ranks); }
 
-constexpr TopkScan avx512 = {{find_avx512<float>, group_maxima_avx512<float>},
-                             {find_avx512<BFloat16>, group_maxima_avx512<BFloat16>},
+constexpr TopkScan avx512 = {{find_sums_avx512, group_maxima_avx512<Sums>},
+                             {find_halves_avx512, group_maxima_avx512<Halves>},
                              bound_of_kth_avx512,
                              rank_avx512};
 

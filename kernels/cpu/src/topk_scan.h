@@ -28,25 +28,54 @@ constexpr int64_t block_width = 64;
 // Maxima are worked on so many at a time.
 constexpr int64_t group_unit = 16;
 
-// What reads rows of T, float or BFloat16.
-template <class T>
-struct TopkReads {
-    // The blocks of row + bias that have something not below the threshold, NaN included, in order, and for each a bit
-    // per column that has it. Returns how many. Writes go one place past that many.
-    int64_t (*find)(const T* row, const float* bias, int64_t n_blocks, float threshold, int32_t* blocks,
-                    uint64_t* columns);
+// A row of pre-activations: row + bias.
+struct Sums {
+    const float *row, *bias;
 
-    // order [groups]: the largest of every groups-th of row + bias [n]. groups is a multiple of group_unit, n one of
+    void fetch(int64_t c) const {
+        for (int64_t line = 0; line < block_width; line += 16) __builtin_prefetch(row + c + line);
+    }
+    Sums from(int64_t c) const { return {row + c, bias + c}; }
+};
+
+template <int W>
+CSAE_INLINE Register<W> at(const Sums& of, int64_t c) {
+    return {load<W>(of.row + c).x + load<W>(of.bias + c).x};
+}
+
+// A row of numbers as they are.
+struct Halves {
+    const BFloat16* row;
+
+    void fetch(int64_t c) const {
+        for (int64_t line = 0; line < block_width; line += 32) __builtin_prefetch(row + c + line);
+    }
+    Halves from(int64_t c) const { return {row + c}; }
+};
+
+template <int W>
+CSAE_INLINE Register<W> at(const Halves& of, int64_t c) {
+    return load<W>(of.row + c);
+}
+
+// What reads rows of Entries, Sums or Halves.
+template <class Entries>
+struct TopkReads {
+    // The blocks of a row that have something not below the threshold, NaN included, in order, and for each a bit per
+    // column that has it. Returns how many. Writes go one place past that many.
+    int64_t (*find)(const Entries& row, int64_t n_blocks, float threshold, int32_t* blocks, uint64_t* columns);
+
+    // order [groups]: the largest of every groups-th of a row's first n. groups is a multiple of group_unit, n one of
     // groups.
-    void (*group_maxima)(const T* row, const float* bias, int64_t n, int32_t* order, int64_t groups);
+    void (*group_maxima)(const Entries& row, int64_t n, int32_t* order, int64_t groups);
 };
 
 struct TopkScan {
-    TopkReads<float> floats;
-    TopkReads<BFloat16> bfloat16s;
+    TopkReads<Sums> sums;
+    TopkReads<Halves> halves;
 
-    template <class T>
-    const TopkReads<T>& of() const;
+    template <class Entries>
+    const TopkReads<Entries>& of() const;
 
     // The largest bound that at least k of order [n] reach; or a lower one that exactly k reach, and then `exactly_k`.
     // Needs 1 <= k <= n.
@@ -57,13 +86,13 @@ struct TopkScan {
 };
 
 template <>
-inline const TopkReads<float>& TopkScan::of<float>() const {
-    return floats;
+inline const TopkReads<Sums>& TopkScan::of<Sums>() const {
+    return sums;
 }
 
 template <>
-inline const TopkReads<BFloat16>& TopkScan::of<BFloat16>() const {
-    return bfloat16s;
+inline const TopkReads<Halves>& TopkScan::of<Halves>() const {
+    return halves;
 }
 
 const TopkScan& topk_scan();

@@ -1,16 +1,16 @@
 // The k largest of each row, from candidates that were found in bfloat16: multiplied again in float32, and proven.
 //
-// A coarse pre-activation s of a row is no further from the real one than e + r (|s| + 2 b): e for the rounding of
-// what was multiplied, r for that of the product, b the largest bias. The candidates are the K > k columns with the
-// largest s. Multiplied again in float32, the first k have a least value L, which the k-th largest reaches. Further
-// candidates are multiplied in the order of s, until one can't reach L; then no later one can, nor any column that is
-// no candidate. So the result is that of a product in float32, or the row is said to be unsettled.
+// The K > k candidates are the columns whose pre-activations may be the largest, by an upper bound for each
+// (csae_topk_add_bounds). They are multiplied again in the order of these bounds, until the next is below the k-th
+// largest so far; then no later one can be among the k largest, nor any column that is no candidate. So the result is
+// that of a product in float32, or, where the candidates come to an end first, the row is said to be unsettled.
 //
-// Costs the candidates' rows of the table, K' d floats a row of x, K' being those that could reach L: k and a few.
+// Costs the candidates' rows of the table, K' d floats a row of x, K' being those that could be among the k largest: k
+// and a few.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <limits>
+#include <functional>
 #include <memory>
 #include <new>
 #include <type_traits>
@@ -24,8 +24,8 @@
 namespace csae {
 namespace {
 
-// The product is rounded to 8 bits, by 2^-8 of itself at most, so by 1 / 255 of what it becomes; the rest is for sums.
-constexpr float rounding_of_product = 1.0f / 248;
+// A bound was rounded to 8 bits, by 2^-8 of itself at most, so by 1 / 255 of what it became.
+constexpr float rounding_of_bound = 1.0f / 248;
 
 // Candidates that are multiplied before the next is looked at.
 constexpr int64_t at_a_time = 4;
@@ -33,9 +33,10 @@ constexpr int64_t at_a_time = 4;
 struct Workspace {
     KeySorter sorter;
     std::unique_ptr<int64_t[]> columns;
-    std::unique_ptr<float[]> coarse, exact;
+    std::unique_ptr<float[]> bounds, exact, largest;
 
-    explicit Workspace(int64_t n) : sorter(n), columns(new int64_t[n]), coarse(new float[n]), exact(new float[n]) {}
+    explicit Workspace(int64_t n)
+        : sorter(n), columns(new int64_t[n]), bounds(new float[n]), exact(new float[n]), largest(new float[n]) {}
 };
 
 template <class T>
@@ -45,13 +46,8 @@ struct Settle {
     const T* table;
     int64_t table_stride, d_sae, d;
     const float* bias;
-    float largest_bias;
     const TopkScan& scan;
     const RowSums<T>& sums;
-
-    bool can_reach(float coarse, float error, float least) const {
-        return !(coarse + error + rounding_of_product * (std::fabs(coarse) + 2 * largest_bias) < least);
-    }
 
     void multiply(const float* x, Workspace& w, int64_t first, int64_t count) const {
         sums.dots(table, table_stride, d, w.columns.get() + first, count, x, w.exact.get() + first);
@@ -59,38 +55,43 @@ struct Settle {
     }
 
     // Whether the row is settled; `good` becomes false where a column is outside of the table.
-    bool row(int64_t i, const float* x, float error, float* values, int64_t* indices, Workspace& w, bool& good) const {
+    bool row(int64_t i, const float* x, float* values, int64_t* indices, Workspace& w, bool& good) const {
         Candidates candidates(best, i);
-        if (candidates.count == broken || !(error < std::numeric_limits<float>::infinity())) return false;
+        if (candidates.count < best.k) return false;  // its bounds are NaN
         if (candidates.count > best.k) candidates.prune(scan, best.k);
         const int64_t n = candidates.count;
         const int64_t* sorted = w.sorter.sort(scan, candidates, n);
         for (int64_t j = 0; j < n; ++j) {
             w.columns[j] = column_of_key(sorted[j]);
-            w.coarse[j] = value_of_key(sorted[j]);
+            const float bound = value_of_key(sorted[j]);
+            w.bounds[j] = bound * (bound > 0 ? 1 + rounding_of_bound : 1 - rounding_of_bound);
         }
         if (!all_below(w.columns.get(), n, d_sae)) {
             good = false;
             return false;
         }
-        multiply(x, w, 0, k);
-        float least = w.exact[0];
-        for (int64_t j = 0; j < k; ++j) {
-            if (std::isnan(w.exact[j])) return false;
-            least = std::min(least, w.exact[j]);
-        }
-        int64_t done = k;
-        for (bool further = true; further;) {
-            int64_t more = 0;
-            while (more < at_a_time && done + more < n && can_reach(w.coarse[done + more], error, least)) ++more;
+        // A heap of the k largest so far, the least of them on top.
+        float* const largest = w.largest.get();
+        int64_t done = 0;
+        while (done < n && !(done >= k && w.bounds[done] < largest[0])) {
+            const int64_t more = done == 0 ? k : std::min(at_a_time, n - done);
             multiply(x, w, done, more);
             for (int64_t j = done; j < done + more; ++j) {
                 if (std::isnan(w.exact[j])) return false;
+                if (j >= k && w.exact[j] > largest[0]) {
+                    std::pop_heap(largest, largest + k, std::greater<float>());
+                    largest[k - 1] = w.exact[j];
+                    std::push_heap(largest, largest + k, std::greater<float>());
+                }
+            }
+            if (done == 0) {
+                std::copy_n(w.exact.get(), k, largest);
+                std::make_heap(largest, largest + k, std::greater<float>());
             }
             done += more;
-            further = more == at_a_time;
         }
-        if (done == n) return false;
+        // The last bound, where it was not below: that of a column which is no candidate may be as large.
+        if (!(w.bounds[n - 1] < largest[0])) return false;
         for (int64_t j = 0; j < done; ++j) w.sorter.keys[j] = key_of(ordered(w.exact[j]), w.columns[j]);
         const int64_t* keys = w.sorter.sort(scan, done);
         for (int64_t j = 0; j < k; ++j) {
@@ -105,15 +106,15 @@ struct Settle {
 }  // namespace csae
 
 int csae_topk_settle(const csae_topk* best, int64_t k, const float* x, int64_t x_stride, const void* table,
-                     int64_t table_stride, int64_t d_sae, int64_t d, int type, const float* bias, float largest_bias,
-                     const float* errors, float* values, int64_t values_stride, int64_t* indices,
-                     int64_t indices_stride, uint8_t* settled, int n_threads) {
-    if (best == nullptr || !csae::possible(best, best->k) || n_threads < 1) return csae_bad_argument;
+                     int64_t table_stride, int64_t d_sae, int64_t d, int type, const float* bias, float* values,
+                     int64_t values_stride, int64_t* indices, int64_t indices_stride, uint8_t* settled,
+                     int n_threads) {
+    if (best == nullptr || !csae::possible(best, 0) || n_threads < 1) return csae_bad_argument;
     if (k < 1 || k >= best->k || d_sae < best->k || d < 1 || x_stride < 0 || table_stride < 0) return csae_bad_argument;
     if (type != csae_float32 && type != csae_bfloat16) return csae_bad_argument;
     const int64_t n = best->n;
     if (n == 0) return csae_ok;
-    if (x == nullptr || table == nullptr || bias == nullptr || errors == nullptr) return csae_bad_argument;
+    if (x == nullptr || table == nullptr || bias == nullptr) return csae_bad_argument;
     if (values == nullptr || indices == nullptr || settled == nullptr) return csae_bad_argument;
     if (n > 1 && (values_stride < k || indices_stride < k)) return csae_bad_argument;
     std::atomic<bool> good{true};
@@ -123,12 +124,12 @@ int csae_topk_settle(const csae_topk* best, int64_t k, const float* x, int64_t x
         for (int i = 0; i < n_threads; ++i) workspaces[i].reset(new csae::Workspace(best->k));
         const auto run = [&](auto* typed) {
             using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
-            const csae::Settle<T> settle{*best, k, typed, table_stride, d_sae, d, bias, largest_bias,
-                                         csae::topk_scan(), csae::row_sums<T>()};
+            const csae::Settle<T> settle{*best, k, typed, table_stride, d_sae, d, bias, csae::topk_scan(),
+                                         csae::row_sums<T>()};
             csae::parallel_for(n, csae::piece_of(n, n_threads), n_threads, [&](int thread, int64_t begin, int64_t end) {
                 for (int64_t i = begin; i < end; ++i) {
                     bool here = true;
-                    settled[i] = settle.row(i, x + i * x_stride, errors[i], values + i * values_stride,
+                    settled[i] = settle.row(i, x + i * x_stride, values + i * values_stride,
                                             indices + i * indices_stride, *workspaces[thread], here);
                     if (!here) good.store(false, std::memory_order_relaxed);
                 }

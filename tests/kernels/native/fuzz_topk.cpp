@@ -6,15 +6,15 @@ namespace {
 
 // --- csae_topk_add, csae_topk_finish ---------------------------------------------------------------------------
 
-void add_tile(const csae_topk& best, const Stored& pre_acts, const Matrix<float>& bias, int64_t first, int64_t width) {
+void add_tile(const csae_topk& best, const Matrix<float>& pre_acts, const Matrix<float>& bias, int64_t first,
+              int64_t width) {
     const int64_t n = best.n;
-    Stored tile(pre_acts.type, n, width, one_in(2) ? width : width + below(9));
+    Matrix<float> tile(n, width, one_in(2) ? width : width + below(9));
     const auto of_tile = allocate<float>(width);
     std::copy_n(bias.data() + first, width, of_tile.get());
-    for (int64_t i = 0; i < n * width; ++i) tile.set(i / width, i % width, pre_acts(i / width, first + i % width));
+    for (int64_t i = 0; i < n * width; ++i) tile(i / width, i % width) = pre_acts(i / width, first + i % width);
     check_status(
-        csae_topk_add(&best, tile.data(), tile.stride(), tile.type, of_tile.get(), width, first, some_threads()),
-        csae_ok);
+        csae_topk_add(&best, tile.data(), tile.stride, of_tile.get(), width, first, some_threads()), csae_ok);
 }
 
 }  // namespace
@@ -25,8 +25,7 @@ void topk_rows() {
     const int64_t n = large ? 24 + below(24) : below(7), d_sae = 1 + below(large ? 3000 : 300);
     const int64_t k = 1 + below(one_in(2) ? d_sae : std::min<int64_t>(d_sae, 40));
     const auto kind = static_cast<Kind>(below(3));
-    const Stored pre_acts = stored_of(some_type(), n, d_sae, kind);
-    const auto bias = input_of(1, d_sae, one_in(2) ? kind : plain);
+    const auto pre_acts = input_of(n, d_sae, kind), bias = input_of(1, d_sae, one_in(2) ? kind : plain);
     const auto values = output<float>(n, k);
     const auto indices = output<int64_t>(n, k);
     const int64_t capacity = k + 64 + below(one_in(2) ? 64 : 2 * d_sae);
@@ -60,7 +59,7 @@ void topk_rows() {
 }
 namespace {
 
-// --- csae_round_rows, csae_topk_settle -------------------------------------------------------------------------
+// --- csae_round_rows, csae_topk_add_bounds, csae_topk_settle ---------------------------------------------------
 
 struct Rounded {
     Stored rows;
@@ -102,10 +101,11 @@ void topk_settle() {
     for (int64_t i = 0; i < d_sae * d; ++i) table.set(i / d, i % d, wide(i / d, i % d));
     const Rounded acts = round_rows(x), weights = round_rows(wide);
     const bool as_stored = table.type == csae_bfloat16;
-    // The product of what was rounded, itself rounded.
-    Matrix<float> product(n, d_sae, d_sae), dots(n, d_sae, d_sae);
-    double longest = 0, most_lost = 0;
+    // Upper bounds from the product of what was rounded, themselves rounded; they may be loose.
+    Matrix<float> bounds(n, d_sae, d_sae), dots(n, d_sae, d_sae);
+    double longest = 0;
     float largest_bias = 0;
+    std::vector<bool> unknown(static_cast<size_t>(n));  // a bound is NaN: then nothing is said about the row
     for (int64_t f = 0; f < d_sae; ++f) {
         double square = 0, lost = 0;
         for (int64_t c = 0; c < d; ++c) {
@@ -113,53 +113,48 @@ void topk_settle() {
             square += w * w;
             lost += (w - rounded) * (w - rounded);
         }
-        // What is not finite stays: such rows can't be settled.
-        longest = square <= longest * longest ? longest : std::sqrt(square);
-        most_lost = lost <= most_lost * most_lost ? most_lost : std::sqrt(lost);
-        largest_bias = std::abs(bias(0, f)) <= largest_bias ? largest_bias : std::abs(bias(0, f));
+        longest = std::max(longest, std::sqrt(square));
+        if (std::isfinite(bias(0, f))) largest_bias = std::max(largest_bias, std::abs(bias(0, f)));
         for (int64_t i = 0; i < n; ++i) {
             double coarse = 0, fine = 0;
             for (int64_t c = 0; c < d; ++c) {
                 coarse += double{acts.rows(i, c)} * (as_stored ? table(f, c) : weights.rows(f, c));
                 fine += double{x(i, c)} * table(f, c);
             }
-            product(i, f) = static_cast<float>(coarse);
+            const double length = acts.lengths[i] * 1.002, off = acts.errors[i] * 1.002;
+            const double reach = std::sqrt(square), slack = std::abs(double{bias(0, f)}) * 1e-5 + (one_in(4) ? 0.1 : 0);
+            bounds(i, f) = static_cast<float>(coarse + bias(0, f) + off * reach + (length + off) * std::sqrt(lost) +
+                                              1e-4 * length * reach + 1e-16 + (std::isfinite(slack) ? slack : 0));
+            unknown[i] = unknown[i] || std::isnan(bounds(i, f));
             dots(i, f) = static_cast<float>(fine);
         }
     }
-    const Rounded tiles = round_rows(product);
+    const Rounded tiles = round_rows(bounds);
     const int64_t candidates = k + 1 + below(56), capacity = candidates + 64 + below(100);
     const Matrix<int32_t> orders(n, capacity, capacity), columns(n, capacity, capacity), count(1, n, n);
-    const Matrix<float> threshold(1, n, n), errors(1, n, n);
+    const Matrix<float> threshold(1, n, n);
     std::fill_n(count.data(), n, 0);
     std::fill_n(threshold.data(), n, -INFINITY);
-    std::vector<bool> hopeless(static_cast<size_t>(n));
-    for (int64_t i = 0; i < n; ++i) {
-        const double length = acts.lengths[i] * 1.002, lost = acts.errors[i] * 1.002;
-        errors(0, i) = static_cast<float>(lost * longest + (length + lost) * most_lost + 1e-4 * length * longest +
-                                          1e-5 * largest_bias + 1e-16);
-        if (one_in(8)) errors(0, i) = one_in(2) ? INFINITY : NAN;
-        hopeless[i] = !std::isfinite(errors(0, i));
-    }
     const csae_topk best = {orders.data(), columns.data(), threshold.data(), count.data(), n, candidates, capacity};
-    function = "csae_topk_add";
+    function = "csae_topk_add_bounds";
     for (int64_t first = 0, width; first < d_sae; first += width) {
         width = std::min(d_sae - first, 1 + below(200));
-        add_tile(best, tiles.rows, bias, first, width);
+        Stored tile(csae_bfloat16, n, width, one_in(2) ? width : width + below(9));
+        for (int64_t i = 0; i < n * width; ++i) tile.set(i / width, i % width, tiles.rows(i / width, first + i % width));
+        check_status(csae_topk_add_bounds(&best, tile.data(), tile.stride(), width, first, some_threads()), csae_ok);
     }
     function = "csae_topk_settle";
     const auto values = output<float>(n, k);
     const auto indices = output<int64_t>(n, k);
     const auto settled = allocate<uint8_t>(n);
     check_status(csae_topk_settle(&best, k, x.data(), x.stride, table.data(), table.stride(), d_sae, d, table.type,
-                                  bias.data(), largest_bias, errors.data(), values.data(), values.stride,
-                                  indices.data(), indices.stride, settled.get(), some_threads()),
+                                  bias.data(), values.data(), values.stride, indices.data(), indices.stride,
+                                  settled.get(), some_threads()),
                  csae_ok);
     values.check_between_rows();
     indices.check_between_rows();
     for (int64_t i = 0; i < n; ++i) {
-        check(!(hopeless[i] && settled[i]), "settled without a bound");
-        if (!settled[i]) continue;
+        if (!settled[i] || unknown[i]) continue;
         std::vector<bool> chosen(static_cast<size_t>(d_sae));
         const double slack = 1e-5 * (acts.lengths[i] * longest + largest_bias + 1);
         double lowest = INFINITY;
@@ -168,7 +163,8 @@ void topk_settle() {
             const double wanted = double{dots(i, f)} + bias(0, f);
             check(!chosen[f], "a column twice");
             chosen[f] = true;
-            check(std::abs(values(i, j) - std::max(wanted, 0.0)) <= slack, "wrong value");
+            const double value = std::max(wanted, 0.0);
+            check(values(i, j) == value || std::abs(values(i, j) - value) <= slack, "wrong value");
             check(j == 0 || values(i, j) <= values(i, j - 1), "not in order");
             lowest = std::min(lowest, wanted);
         }

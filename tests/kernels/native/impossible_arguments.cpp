@@ -42,7 +42,7 @@ void impossible_arguments() {
     int type = csae_float32;
     const auto add = [&] {
         count[0] = 2;
-        return csae_topk_add(&best, first, first_stride, type, second, width, first_column, n_threads);
+        return csae_topk_add(&best, first, first_stride, second, width, first_column, n_threads);
     };
     const auto finish = [&] {
         return csae_topk_finish(&best, out, out_stride, indices, indices_stride, n_threads);
@@ -62,30 +62,35 @@ void impossible_arguments() {
     refused<int64_t>(add, {&first_stride, &width, &first_column}, -1);
     refused<int64_t>(add, {&width, &first_column}, int64_t{1} << 31);
     refused<const float*>(add, {&first, &second}, nullptr);
-    refused(add, {&type}, 2);
+    const auto add_bounds = [&] {
+        count[0] = 2;
+        return csae_topk_add_bounds(&best, first, first_stride, width, first_column, n_threads);
+    };
+    both(add_bounds);
+    refused<int64_t>(add_bounds, {&first_stride, &width, &first_column}, -1);
+    refused<int64_t>(add_bounds, {&width, &first_column}, int64_t{1} << 31);
+    refused<const float*>(add_bounds, {&first}, nullptr);
     both(finish);
     refused(finish, {&count[0]}, 1);  // fewer than k candidates
     refused<int64_t>(finish, {&out_stride, &indices_stride}, 1);
     refused<float*>(finish, {&out}, nullptr);
     refused<int64_t*>(finish, {&indices}, nullptr);
 
-    const float errors_of_rows[2] = {}, *errors = errors_of_rows;
     uint8_t settled_rows[2] = {}, *settled = settled_rows;
     int64_t k_of_two = 1, x_stride = 2;
     int32_t two_columns[2 * 80] = {0, 1};
     two_columns[81] = 1;
     best.columns = two_columns;
     const auto settle = [&] {
-        return csae_topk_settle(&best, k_of_two, first, x_stride, second, second_stride, d_sae, d, type, first, 0.0f,
-                                errors, out, out_stride, indices, indices_stride, settled, n_threads);
+        return csae_topk_settle(&best, k_of_two, first, x_stride, second, second_stride, d_sae, d, type, first, out,
+                                out_stride, indices, indices_stride, settled, n_threads);
     };
     both(settle);
-    refused(settle, {&count[0]}, 1);
     refused<int64_t>(settle, {&x_stride, &second_stride, &d_sae, &d, &k_of_two}, -1);
     refused<int64_t>(settle, {&d_sae}, 1);
     refused<int64_t>(settle, {&k_of_two}, 2);  // as many as there are candidates
     refused<int64_t>(settle, {&out_stride, &indices_stride}, 0);
-    refused<const float*>(settle, {&first, &second, &errors}, nullptr);
+    refused<const float*>(settle, {&first, &second}, nullptr);
     refused<float*>(settle, {&out}, nullptr);
     refused<int64_t*>(settle, {&indices}, nullptr);
     refused<uint8_t*>(settle, {&settled}, nullptr);
