@@ -23,7 +23,7 @@ apart from the 32 largest; of those of trained SAEs fewer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -40,7 +40,7 @@ MOST_WIDTH = 1 << 16
 BESIDE, AT_ONCE = 4, 32
 # Lengths are measured to one part in 2^10, and then rounded to 8 bits.
 ABOVE = 1 + 2.0**-7
-# Products of lengths beyond that aren't tried: their sums may overflow.
+# Products of lengths, and biases, beyond that may overflow when they are added up.
 TOO_LONG = 2.0**100
 # Lists this long settle all but a few rows in 10,000 while an SAE trains; one row left costs all of W_enc once more.
 MORE_CANDIDATES = 64
@@ -86,7 +86,7 @@ def room_for(m: int, d_in: int) -> Tensor:
 
 
 def rounded(W: Tensor, bias: Tensor, out: Tensor) -> Table:
-    """W [m, d_in] float32 or bfloat16, rows contiguous, bias [m, 2] from `in_two` -> `Table`, in `out`, a `room_for` it."""
+    """W [m, d_in] float32 or bfloat16, rows contiguous -> `Table`, in `out`, a `room_for` it. bias: of `in_two`."""
     d_in = W.shape[1]
     lengths, errors = _round(W, out[:, :d_in])
     out[:, d_in : d_in + 2] = bias
@@ -97,10 +97,12 @@ def rounded(W: Tensor, bias: Tensor, out: Tensor) -> Table:
 
 def in_two(bias: Tensor, d_in: int) -> Tensor:
     """bias [m] float32 -> [m, 2] bfloat16 that add up to no less, whatever sums of d_in numbers lose of them."""
-    first = bias.bfloat16()
-    rest = (bias - first.float()).nan_to_num(0)  # of infinities nothing is left
-    lost = (2.0**-17 + _sums(d_in)) * first.float().abs().nan_to_num(posinf=0)
-    return torch.stack([first, (rest + lost).bfloat16()], dim=1)
+    first = bias.bfloat16().float()
+    rest = bias - first + (2.0**-17 + _sums(d_in)) * first.abs()
+    # NaN and what may overflow have no other bound; they are looked at in float32.
+    unbounded = ~(bias.abs() < TOO_LONG) & (bias != -torch.inf)
+    first = torch.where(unbounded, torch.inf, first)
+    return torch.stack([first, torch.where(first.isfinite(), rest, 0)], dim=1).bfloat16()
 
 
 def rounded_acts(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,24 +151,28 @@ def topk_encode(
     columns: of a tile. table: W_enc rounded; a tile at a time is, if not given.
     Gives settled [rows] bool, False where values and indices hold nothing.
     """
-    d_sae, d_in = W_enc.shape
+    d_sae = W_enc.shape[0]
     columns = min(columns, d_sae)
+    if table is None:
+        tiles = _rounded_by_tile(W_enc, bias, columns)
+    else:
+        tiles = (Table(rows, table.longest) for rows in table.rows.split(columns))
     best = cpu.topk_start(x.shape[0], d_sae, candidates(k))
     acts, lengths = rounded_acts(x)
-    tile = torch.empty(x.shape[0] * columns, dtype=torch.bfloat16)
-    room = room_for(columns if table is None else 0, d_in)
-    bias_in_two = in_two(bias, d_in)
-    longest = x.new_zeros(()) if table is None else table.longest
-    for first in range(0, d_sae, columns):
-        here = slice(first, min(first + columns, d_sae))
-        if table is None:
-            rows, longest_here = rounded(W_enc[here], bias_in_two[here], room[: here.stop - first])
-            longest = torch.maximum(longest, longest_here)  # NaN, if one is there
-        else:
-            rows = table.rows[here]
-        bounds = tile[: x.shape[0] * len(rows)].view(-1, len(rows))
+    product = torch.empty(x.shape[0] * columns, dtype=torch.bfloat16)
+    first, longest = 0, x.new_zeros(())
+    for rows, longest_here in tiles:
+        bounds = product[: x.shape[0] * len(rows)].view(-1, len(rows))
         torch.mm(acts, rows.T, out=bounds)
         cpu.topk_add_bounds(best, bounds, first)
+        first, longest = first + len(rows), torch.maximum(longest, longest_here)  # NaN, if one is there
     settled = cpu.topk_settle(best, k, x, W_enc, bias, values, indices)[2]
-    bounded = (bias.isinf() | (bias.abs() < TOO_LONG)).all() & (lengths * longest < TOO_LONG)
-    return settled & bounded
+    return settled & (lengths * longest < TOO_LONG)
+
+
+def _rounded_by_tile(W_enc: Tensor, bias: Tensor, columns: int) -> Iterator[Table]:
+    """So many rows of W_enc at a time, each in the place of the ones before."""
+    d_in = W_enc.shape[1]
+    bias, room = in_two(bias, d_in), room_for(columns, d_in)
+    for W, bias_here in zip(W_enc.split(columns), bias.split(columns), strict=True):
+        yield rounded(W, bias_here, room[: len(W)])
