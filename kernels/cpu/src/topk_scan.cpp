@@ -35,27 +35,42 @@ CSAE_INLINE void group_maxima(const Entries& row, int64_t n, int32_t* order, int
     }
 }
 
+CSAE_INLINE int64_t how_many_reach(const int32_t* order, int64_t n, int32_t bound) {
+    int32_t reach = 0;
+    for (int64_t i = 0; i < n; ++i) reach += order[i] >= bound;
+    return reach;
+}
+
+// At least k reach `low`, fewer than k reach what is above `high`: bisects until nothing is between them.
+CSAE_INLINE int32_t bisect(const int32_t* order, int64_t n, int64_t k, int64_t low, int64_t high, int64_t unit,
+                           bool& exactly_k) {
+    while (low < high && !exactly_k) {
+        const int64_t middle = high - (high - low) / 2;
+        const int64_t reach = how_many_reach(order, n, static_cast<int32_t>(middle * unit));
+        exactly_k = reach == k;
+        if (reach < k) {
+            high = middle - 1;
+        } else {
+            low = middle;
+        }
+    }
+    return static_cast<int32_t>(low * unit);
+}
+
 CSAE_INLINE int32_t bound_of_kth(const int32_t* order, int64_t n, int64_t k, bool& exactly_k) {
     int32_t lowest = order[0], highest = order[0];
     for (int64_t i = 1; i < n; ++i) {
         lowest = order[i] < lowest ? order[i] : lowest;
         highest = order[i] > highest ? order[i] : highest;
     }
-    // At least k reach `low`, fewer than k reach what is above `high`.
-    int64_t low = lowest, high = highest;
     exactly_k = false;
-    while (low < high && !exactly_k) {
-        const auto middle = static_cast<int32_t>(high - (high - low) / 2);
-        int32_t reach = 0;
-        for (int64_t i = 0; i < n; ++i) reach += order[i] >= middle;
-        exactly_k = reach == k;
-        if (reach < k) {
-            high = int64_t{middle} - 1;
-        } else {
-            low = middle;
-        }
-    }
-    return static_cast<int32_t>(low);
+    // The upper halves first: of numbers that were bfloat16 the lower ones are all zeros, or all ones.
+    const int32_t half = bisect(order, n, k, lowest >> 16, highest >> 16, 1 << 16, exactly_k);
+    if (exactly_k) return half;
+    const int32_t end = half | 0xFFFF;
+    if (how_many_reach(order, n, end) >= k) return end;
+    if (how_many_reach(order, n, half + 1) < k) return half;
+    return bisect(order, n, k, int64_t{half} + 1, int64_t{end} - 1, 1, exactly_k);
 }
 
 CSAE_INLINE void rank(int64_t* keys, int64_t n, int64_t* ranks) {
@@ -207,9 +222,22 @@ CSAE_AVX512 int64_t find_halves_avx512(const Halves& row, int64_t n_blocks, floa
                      : find_halves<false>(row, n_blocks, t, blocks, columns);
 }
 
-template <class Entries>
-CSAE_AVX512 void group_maxima_avx512(const Entries& row, int64_t n, int32_t* order, int64_t groups) {
+CSAE_AVX512 void group_maxima_of_sums_avx512(const Sums& row, int64_t n, int32_t* order, int64_t groups) {
     group_maxima(row, n, order, groups);
+}
+
+CSAE_AVX512 void group_maxima_of_halves_avx512(const Halves& row, int64_t n, int32_t* order, int64_t groups) {
+    for (int64_t g = 0; g < groups; g += group_unit) {
+        __m256i maxima = _mm256_set1_epi16(std::numeric_limits<int16_t>::min());
+        for (int64_t c = g; c < n; c += groups) {
+            const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row.row + c));
+            const __m256i turned = _mm256_srli_epi16(_mm256_srai_epi16(bits, 15), 1);
+            maxima = _mm256_max_epi16(maxima, _mm256_xor_si256(bits, turned));
+        }
+        // As integers in the order of floats: what is below a negative one is all ones.
+        const __m512i upper = _mm512_slli_epi32(_mm512_cvtepi16_epi32(maxima), 16);
+        _mm512_storeu_si512(order + g, _mm512_or_si512(upper, _mm512_srli_epi32(_mm512_srai_epi32(upper, 31), 16)));
+    }
 }
 
 CSAE_AVX512 int32_t bound_of_kth_avx512(const int32_t* order, int64_t n, int64_t k, bool& exactly_k) {
@@ -218,8 +246,8 @@ CSAE_AVX512 int32_t bound_of_kth_avx512(const int32_t* order, int64_t n, int64_t
 
 CSAE_AVX512 void rank_avx512(int64_t* keys, int64_t n, int64_t* ranks) { rank(keys, n, ranks); }
 
-constexpr TopkScan avx512 = {{find_sums_avx512, group_maxima_avx512<Sums>},
-                             {find_halves_avx512, group_maxima_avx512<Halves>},
+constexpr TopkScan avx512 = {{find_sums_avx512, group_maxima_of_sums_avx512},
+                             {find_halves_avx512, group_maxima_of_halves_avx512},
                              bound_of_kth_avx512,
                              rank_avx512};
 
