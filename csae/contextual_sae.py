@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from csae.factors import Trace
-from csae.ops import lookback_attention, sparse_decode, topk_encode
-from csae.ops.topk_encode import encode_again, encode_and_keep, with_encode_gradient
+from csae.ops import lookback_attention, sparse_decode
+from csae.ops.topk_encode import encode_again, encode_and_keep, encoder, with_encode_gradient
 from csae.recurrence import State, advance, initial_state
 from csae.sae import SAE, Code, Output
 
@@ -259,42 +259,32 @@ class ContextualSAE(SAE):
             # Zero, and the only way from the queries to b_dec: one vector where the gradient of x would be a product.
             no_shift = None if trace is None else nn.functional.linear(self.b_dec.detach() - self.b_dec, self.W_Q)
             queries = self.queries(given, no_shift)
+        encode = encoder(self.W_enc, self.b_enc, self.k)
         if W_a is None:
-            code = self._encode(given, mask, trace)
+            values, indices = encode(given)
         else:
             values, indices, kept = encode_and_keep(given, self.W_enc, self.b_enc, self.k)
-            code = self._encoded(given, values, indices, mask, trace)
+        code = self._encoded(given, values, indices, mask, trace)
         for _ in range(self.sweeps):
             if self.query == "past":
                 queries = self.queries(self._shifted(self._decoded(code, trace) + c))
             before, a = a, self._look_back(queries, code, mask, documents, trace)
             c = nn.functional.linear(a, self.W_O)
-            if W_a is None:
-                code = self._encode(given - c, mask, trace)
-            else:
-                values, indices = encode_again(kept, a - before, W_a, self.k)
-                code = self._encoded(given - c, values, indices, mask, trace)
+            left = given - c
+            values, indices = encode(left) if W_a is None else encode_again(kept, a - before, W_a, self.k)
+            code = self._encoded(left, values, indices, mask, trace)
         return self._decoded(code, trace) + c + self.b_dec, code, c
 
-    def _encode(self, x: Tensor, mask: Tensor | None, trace: Trace | None = None) -> Code:
-        """x [..., d_in] without b_dec and c -> its code; empty where the mask [...] is False."""
-        if trace is None:
-            code = Code(*topk_encode(x, self.W_enc, self.b_enc, self.k))
-        else:
-            code = Code(*trace.encode(x, self.W_enc, self.b_enc, self.k, mask))
-        return self._masked(code, mask)
-
     def _encoded(self, x: Tensor, values: Tensor, indices: Tensor, mask: Tensor | None, trace: Trace | None) -> Code:
-        """The same for a code of x that was found without a gradient."""
-        if trace is None:
-            code = Code(with_encode_gradient(x, self.W_enc, self.b_enc, values, indices), indices)
-        else:
-            code = Code(*trace.encoded(x, values, indices, self.W_enc, self.b_enc, mask))
-        return self._masked(code, mask)
+        """The code of x [..., d_in], which is without b_dec and c, from what was found without a gradient.
 
-    @staticmethod
-    def _masked(code: Code, mask: Tensor | None) -> Code:
-        return code if mask is None else Code(code.values.masked_fill(~mask.unsqueeze(-1), 0), code.indices)
+        It is empty where the mask [...] is False.
+        """
+        if trace is None:
+            values = with_encode_gradient(x, self.W_enc, self.b_enc, values, indices)
+        else:
+            values, indices = trace.encoded(x, values, indices, self.W_enc, self.b_enc, mask)
+        return Code(values if mask is None else values.masked_fill(~mask.unsqueeze(-1), 0), indices)
 
     def _decoded(self, code: Code, trace: Trace | None) -> Tensor:
         """The code [..., k] -> the sum of its rows of W_dec."""

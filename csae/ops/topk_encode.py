@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -115,6 +117,26 @@ def _backward(ctx, grad_values, _grad_indices):
 
 
 _topk_encode.register_autograd(_backward, setup_context=_setup_context)
+
+
+def encoder(W_enc: Tensor, b_enc: Tensor, k: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """`topk_encode` by the same weights again and again: what can be made of them once is made once. No gradient flows.
+
+    Returns:
+        what makes values and indices [..., k] of x [..., d_in].
+    """
+    W_enc, b_enc = autocast_to(W_enc.detach(), b_enc.detach())
+    once = None if torch.compiler.is_compiling() else kernels("topk_encode", W_enc.device).Encoder(W_enc, b_enc, k)
+
+    def encode(x: Tensor) -> tuple[Tensor, Tensor]:
+        (x,) = autocast_to(x.detach())
+        if once is None:
+            return topk_encode(x, W_enc, b_enc, k)
+        check_floats(x=x, W_enc=W_enc, b_enc=b_enc)
+        values, indices = once(x.reshape(x.shape[:-1].numel(), x.shape[-1]))
+        return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
+
+    return encode
 
 
 def encode_and_keep(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -53,7 +53,7 @@ def candidates(k: int) -> int:
 
 
 def worthwhile(W_enc: Tensor, k: int) -> bool:
-    """Whether this is a gain where W_enc [d_sae, d_in] is rounded already, or for LEAST_ROWS."""
+    """Whether this is a gain for LEAST_ROWS or more, W_enc being [d_sae, d_in]."""
     d_sae, d_in = W_enc.shape
     known = W_enc.dtype in (torch.float32, torch.bfloat16) and W_enc.device.type == "cpu" and cpu.available()
     large = LEAST_WIDTH <= d_in <= MOST_WIDTH and d_sae >= LEAST_COLUMNS_PER_CANDIDATE * candidates(k)

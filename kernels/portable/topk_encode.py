@@ -56,14 +56,20 @@ class Encoder:
         self._rows = W_enc
         self._table: topk_coarse.Table | None = None
         self._versions = (-1, -1)
+        self._encoded = 0  # rows, by the weights of these versions
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         W_enc, b_enc = self._weights
         if not self._coarsely or x.dtype != W_enc.dtype:
             return topk_encode(x, W_enc, b_enc, self._k)
+        if self._versions != (W_enc._version, b_enc._version):
+            self._table, self._versions, self._encoded = None, (W_enc._version, b_enc._version), 0
+        self._encoded += x.shape[0]
+        if self._encoded < topk_coarse.LEAST_ROWS:
+            return topk_encode(x, W_enc, b_enc, self._k)
         bias = b_enc.float()
-        if self._table is None or self._versions != (W_enc._version, b_enc._version):
-            self._rows, self._versions = with_rows(W_enc), (W_enc._version, b_enc._version)
+        if self._table is None:
+            self._rows = with_rows(W_enc)
             bias_in_two, room = topk_coarse.in_two(bias, W_enc.shape[1]), topk_coarse.room_for(*W_enc.shape)
             self._table = topk_coarse.rounded(self._rows, bias_in_two, room)
         values, indices = _output(x, self._k)

@@ -237,7 +237,10 @@ def test_settle_refuses() -> None:
 
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("n", [1, 5, 300])
-def test_encoder_sees_new_weights(n: int, inference: bool, settled: list[Tensor]) -> None:
+def test_encoder_sees_new_weights(
+    n: int, inference: bool, settled: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(topk_coarse, "LEAST_ROWS", 1)
     with torch.inference_mode(inference):
         x, W_enc, b_enc = given(13, n)
         encode = topk_encode.Encoder(W_enc, b_enc, K)
@@ -253,7 +256,24 @@ def test_encoder_sees_new_weights(n: int, inference: bool, settled: list[Tensor]
 
 
 def test_encoder_is_coarse_in_inference_mode_too(settled: list[Tensor]) -> None:
-    x, W_enc, b_enc = given(13, 5)
+    x, W_enc, b_enc = given(13)
     with torch.inference_mode():
         topk_encode.Encoder(W_enc.detach(), b_enc, K)(x)
     assert len(settled) == 1
+
+
+def test_encoder_rounds_the_weights_once_and_not_for_a_few_rows(
+    settled: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, W_enc, b_enc = given(18, 100)
+    made, rounded = [], topk_coarse.rounded
+    monkeypatch.setattr(topk_coarse, "rounded", lambda *table: made.append(1) or rounded(*table))
+    encode = topk_encode.Encoder(W_enc, b_enc, K)
+    found = [encode(x) for _ in range(5)]
+    assert (len(settled), len(made)) == (3, 1)
+    for values, indices in found[1:]:
+        assert torch.equal(indices, found[0][1])
+        torch.testing.assert_close(values, found[0][0])
+    W_enc.mul_(2)
+    encode(x)
+    assert (len(settled), len(made)) == (3, 1)

@@ -322,3 +322,24 @@ def test_encoding_again_less_something_of_low_rank():
     torch.library.opcheck(torch.ops.csae.encode_again.default, (kept, a, W_a, 5))
     detached = (x.detach().requires_grad_(), W, b, values.detach(), indices)
     torch.library.opcheck(torch.ops.csae.with_encode_gradient.default, detached)
+
+
+@pytest.mark.parametrize("n", [0, 3, 700])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_encoder_is_topk_encode(autocast: bool, n: int) -> None:
+    """Once and again, without a gradient."""
+    from csae.ops.topk_encode import encoder
+
+    torch.manual_seed(0)
+    x, W, b = torch.randn(2, n, 130), torch.randn(1700, 130, requires_grad=True), torch.randn(1700)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        encode = encoder(W, b, 5)
+        for _ in range(2):
+            values, indices = encode(x)
+            wanted = topk_encode(x, W, b, 5)
+            assert not values.requires_grad
+            assert values.dtype == wanted[0].dtype
+            torch.testing.assert_close(values, wanted[0].detach())
+            assert torch.equal(indices, wanted[1])
+    with pytest.raises(TypeError, match=r"W_enc: given dtype torch.float32; needed torch.float64 as x has"):
+        encoder(W, b, 5)(x.double())
