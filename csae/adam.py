@@ -135,9 +135,9 @@ def _adam(param: Tensor, state: dict[str, Tensor], gradient: Tensor, hyper: Tens
     """One step of Adam on a dense parameter, in place; hyper as in `adam_rows`."""
     size, correction, eps, one_minus_beta1, beta2, one_minus_beta2 = hyper.unbind()
     exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
-    exp_avg.add_((gradient - exp_avg) * one_minus_beta1)
-    exp_avg_sq.copy_(exp_avg_sq * beta2 + gradient.square() * one_minus_beta2)
-    param.sub_(size * exp_avg / (exp_avg_sq.sqrt() * correction + eps))
+    exp_avg.lerp_(gradient, one_minus_beta1)
+    exp_avg_sq.mul_(beta2).add_(gradient.square().mul_(one_minus_beta2))
+    param.sub_(exp_avg.mul(size).div_(exp_avg_sq.sqrt().mul_(correction).add_(eps)))
 
 
 def _hyper(group: dict[str, Any], step: Tensor) -> tuple[Tensor, Tensor]:
