@@ -9,12 +9,11 @@ from .feature_rows import adam_rows, feature_sums, sort_pairs
 from .library import available, describe, warn_once, why_not
 from .lookback_attention import lookback_backward, lookback_forward
 from .read_memory import read_memory
-from .round_rows import Rounded, round_rows
+from .round_rows import round_rows
 from .sparse_sums import feature_sum, gather_dot, gather_sum
 from .topk_rows import topk_add, topk_add_bounds, topk_capacity, topk_finish, topk_settle, topk_start
 
 __all__ = [
-    "Rounded",
     "adam_rows",
     "available",
     "describe",

@@ -78,13 +78,19 @@ def defined(
     return out.detach(), *torch.autograd.grad(out, wide, grad_out.double())
 
 
-def assert_defined(tensors: list[Tensor], mask: Tensor | None = None, documents: Tensor | None = None) -> None:
+def assert_defined(
+    tensors: list[Tensor],
+    mask: Tensor | None = None,
+    documents: Tensor | None = None,
+    most_of_d_slope: float = 2e-5,
+) -> None:
     grad_out = torch.randn(tensors[2].shape, generator=torch.Generator().manual_seed(9))
     found = native(tensors, mask, documents, grad_out)
     for name, got, want in zip(NAMES, found, defined(tensors, mask, documents, grad_out), strict=True):
         assert got.dtype == torch.float32
         if name == "d_slope":
             bound = ROUNDING_OF_D_SLOPE * (1 + size_of_d_slope(tensors, mask, documents, grad_out))
+            bound = bound.clamp(max=most_of_d_slope * max(1.0, want.abs().max().item())) if want.numel() else bound
         else:
             bound = torch.tensor(ROUNDING * (max(1.0, want.abs().max().item()) if want.numel() else 1.0))
         assert ((got.double() - want).abs() <= bound).all(), f"{name}: {got}, but it is {want}, to {bound}"
@@ -151,7 +157,8 @@ def test_every_width(isa: str, d_head: int, d_value: int) -> None:
 def test_any_shape(B: int, T: int, H: int, d_head: int, d_value: int, masked: bool, divided: bool, seed: int) -> None:
     mask, documents = holes(B, T, seed)
     tensors = inputs(B, T, H, d_head, d_value, seed)
-    assert_defined(tensors, mask if masked else None, documents if divided else None)
+    # With as many terms as there may be here, float32 is off by more.
+    assert_defined(tensors, mask if masked else None, documents if divided else None, most_of_d_slope=math.inf)
 
 
 def test_lse_is_the_log_of_the_denominator(isa: str) -> None:

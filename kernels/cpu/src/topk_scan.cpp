@@ -118,8 +118,8 @@ void rank_portable(int64_t* keys, int64_t n, int64_t* ranks) { rank(keys, n, ran
 
 constexpr TopkScan portable = {{find_portable<Sums>, group_maxima_portable<Sums>},
                                {find_portable<Halves>, group_maxima_portable<Halves>},
-                             bound_of_kth_portable,
-                             rank_portable};
+                               bound_of_kth_portable,
+                               rank_portable};
 
 #if CSAE_X86
 
@@ -160,8 +160,8 @@ CSAE_AVX2 void rank_avx2(int64_t* keys, int64_t n, int64_t* ranks) { rank(keys, 
 
 constexpr TopkScan avx2 = {{find_avx2<Sums>, group_maxima_avx2<Sums>},
                            {find_avx2<Halves>, group_maxima_avx2<Halves>},
-                             bound_of_kth_avx2,
-                             rank_avx2};
+                           bound_of_kth_avx2,
+                           rank_avx2};
 
 // --- AVX-512 -----------------------------------------------------------------------------------------------
 
