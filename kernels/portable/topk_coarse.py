@@ -81,8 +81,10 @@ def width(d_in: int) -> int:
 
 
 def room_for(m: int, d_in: int) -> Tensor:
-    """[m, width(d_in)] bfloat16, of which what is beside `rounded` rows stays zero."""
-    return torch.zeros(m, width(d_in), dtype=torch.bfloat16)
+    """[m, width(d_in)] bfloat16, zero from column d_in on; what is beside `rounded` rows stays so."""
+    room = cpu.fresh((m, width(d_in)), torch.bfloat16)
+    room[:, d_in:] = 0
+    return room
 
 
 def rounded(W: Tensor, bias: Tensor, out: Tensor) -> Table:
