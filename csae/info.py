@@ -11,7 +11,6 @@ import torch
 
 import csae
 from csae.kernels import cpu, triton
-from csae.kernels.portable import topk_coarse
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "huggingface-hub", "transformers", "datasets")
 
@@ -55,7 +54,7 @@ def facts() -> list[Fact]:
     if cpu.available():
         found.append(Fact("native library", str(cpu.describe()["isa"]), str(cpu.describe()["library"])))
         units = "bfloat16 (AMX): topk_encode's large products, settled in float32"
-        found.append(Fact("matrix units", units if topk_coarse.has_bfloat16_units() else "none that torch uses"))
+        found.append(Fact("matrix units", units if cpu.has_matrix_units() else "none"))
     else:
         found.append(Fact("no native library", cpu.why_not() or ""))
     return found

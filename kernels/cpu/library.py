@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 PATH = Path(__file__).with_name("libcsae_cpu.so")
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "amx")
 
 # csae_type in src/csae_cpu.h
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -128,7 +128,11 @@ _SIGNATURES = {
     "csae_use_openmp": (None, [c_void_p]),
     "csae_openmp_file": (c_char_p, []),
     "csae_topk_add": (c_int, [POINTER(Topk), c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int]),
-    "csae_topk_add_bounds": (c_int, [POINTER(Topk), c_void_p, c_int64, c_int64, c_int64, c_int]),
+    "csae_topk_add_products": (
+        c_int,
+        [POINTER(Topk), c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_int],
+    ),
+    "csae_pair_rows": (c_int, [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int]),
     "csae_topk_finish": (c_int, [POINTER(Topk), c_void_p, c_int64, c_void_p, c_int64, c_int]),
     "csae_topk_settle": (
         c_int,
@@ -223,6 +227,11 @@ def describe() -> dict[str, str | int | None]:
         "openmp": openmp.decode() if openmp else None,
         "threads": torch.get_num_threads(),
     }
+
+
+def has_matrix_units() -> bool:
+    """Whether the library is there, and multiplies bfloat16 matrices by AMX."""
+    return available() and ISAS[native().csae_isa()] == "amx"
 
 
 def use_isa(isa: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .arguments import STORED, check_matrix, check_strided, fresh, output_matrix
 from .library import BAD_INDEX, TYPES, Topk, check_status, native
+from .paired_rows import PairedRows
 
 
 class Best(NamedTuple):
@@ -91,17 +92,19 @@ def topk_finish(best: Best, values: Tensor | None = None, indices: Tensor | None
     return values, indices
 
 
-def topk_add_bounds(best: Best, bounds: Tensor, first_column: int) -> None:
+def topk_add_products(best: Best, x: Tensor, table: PairedRows, first_column: int) -> None:
     """As `topk_add`, for `topk_settle`: what is taken in is how large the pre-activations can be at most.
 
-    bounds [n, width] bfloat16, rows contiguous at any stride; each may have been rounded to the nearest.
+    x [n, width] bfloat16, rows contiguous at any stride; width is a multiple of 32, as that of the table's rows. The
+    bounds are x table^T, summed in float32.
     """
-    check_matrix("bounds", bounds, torch.bfloat16, (best.counts.shape[0], None))
-    status = native().csae_topk_add_bounds(
-        *(byref(_argument(best)), bounds.data_ptr(), bounds.stride(0), bounds.shape[1]),
-        *(first_column, torch.get_num_threads()),
+    n, width = best.counts.shape[0], table.pairs.shape[1] * 2
+    check_matrix("x", x, torch.bfloat16, (n, width))
+    status = native().csae_topk_add_products(
+        *(byref(_argument(best)), x.data_ptr(), x.stride(0)),
+        *(table.pairs.data_ptr(), width, table.n, first_column, torch.get_num_threads()),
     )
-    check_status("topk_add_bounds", status)
+    check_status("topk_add_products", status)
 
 
 def topk_settle(
@@ -113,7 +116,7 @@ def topk_settle(
     values: Tensor | None = None,
     indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The k largest of each row of x table^T + bias, found among the best.k candidates of `topk_add_bounds`.
+    """The k largest of each row of x table^T + bias, found among the best.k candidates of `topk_add_products`.
 
     Candidates are multiplied again in float32; the result is proven by the bounds, or the row is unsettled. `best` is
     then of no more use.

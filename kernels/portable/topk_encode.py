@@ -70,8 +70,7 @@ class Encoder:
         bias = b_enc.float()
         if self._table is None:
             self._rows = with_rows(W_enc)
-            bias_in_two, room = topk_coarse.in_two(bias, W_enc.shape[1]), topk_coarse.room_for(*W_enc.shape)
-            self._table = topk_coarse.rounded(self._rows, bias_in_two, room)
+            self._table = topk_coarse.rounded(self._rows, bias)
         values, indices = _output(x, self._k)
         _encode_coarsely(x, self._rows, bias, self._k, values, indices, self._table)
         return values.to(x.dtype), indices
@@ -96,10 +95,10 @@ def _encode_coarsely(
     table: topk_coarse.Table | None,
 ) -> None:
     """The same by `topk_coarse`, and as ever for the rows that it leaves unsettled."""
-    rows, columns = _tile(x, W_enc.shape[0], topk_coarse.candidates(k))
+    rows, _ = _tile(x, W_enc.shape[0], topk_coarse.candidates(k))
     for here in _slices(x.shape[0], rows):
         acts = x[here].float().contiguous()
-        settled = topk_coarse.topk_encode(acts, W_enc, bias, k, columns, values[here], indices[here], table)
+        settled = topk_coarse.topk_encode(acts, W_enc, bias, k, values[here], indices[here], table)
         if not settled.all():
             left = (~settled).nonzero().squeeze(1)
             found = _output(acts[left], k)

@@ -1,4 +1,4 @@
-"""topk_encode by a coarse product in bfloat16, proven in float32: run here whether or not this CPU multiplies fast."""
+"""topk_encode by a coarse product in bfloat16, proven in float32: run here whether or not this CPU has units for it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from csae import reference
 from csae.kernels import cpu
+from csae.kernels.cpu import library
 from csae.kernels.portable import topk_coarse, topk_encode
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the native library was not built")
@@ -25,10 +26,7 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         found.append(coarsely(*arguments))
         return found[-1]
 
-    if not topk_coarse.has_bfloat16_units():
-        # Elsewhere torch may sum such products in bfloat16.
-        monkeypatch.setattr(torch, "mm", lambda a, b, out: out.copy_(a.float() @ b.float()))
-    monkeypatch.setattr(topk_coarse, "has_bfloat16_units", lambda: True)
+    monkeypatch.setattr(cpu, "has_matrix_units", lambda: True)
     monkeypatch.setattr(topk_coarse, "topk_encode", noted)
     return found
 
@@ -61,7 +59,7 @@ def test_it_is_the_definition(n: int, d_in: int, d_sae: int, k: int, settled: li
 def test_the_same_features_as_by_the_product_in_float32(settled: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     x, W_enc, b_enc = given(2)
     values, indices = topk_encode.topk_encode(x, W_enc, b_enc, K)
-    monkeypatch.setattr(topk_coarse, "has_bfloat16_units", lambda: False)
+    monkeypatch.setattr(cpu, "has_matrix_units", lambda: False)
     wanted = topk_encode.topk_encode(x, W_enc, b_enc, K)
     assert torch.equal(indices, wanted[1])
     torch.testing.assert_close(values, wanted[0])
@@ -124,7 +122,7 @@ def test_numbers_that_are_none_or_far_off(value: float, where: str, monkeypatch:
     x, W_enc, b_enc = given(7)
     {"x": x, "W_enc": W_enc, "b_enc": b_enc}[where][3] = value
     values, indices = topk_encode.topk_encode(x, W_enc, b_enc, K)
-    monkeypatch.setattr(topk_coarse, "has_bfloat16_units", lambda: False)
+    monkeypatch.setattr(cpu, "has_matrix_units", lambda: False)
     wanted = topk_encode.topk_encode(x, W_enc, b_enc, K)
     torch.testing.assert_close(values, wanted[0], equal_nan=True)
     assert torch.equal(indices, wanted[1])
@@ -164,20 +162,78 @@ def test_tables_that_lie_otherwise(settled: list[Tensor]) -> None:
     assert len(settled) == 3
 
 
+def unpaired(table: cpu.PairedRows) -> Tensor:
+    """[n, width]: the rows themselves."""
+    return table.pairs.transpose(1, 2).flatten(2).flatten(0, 1)[: table.n]
+
+
 @pytest.mark.parametrize("d_in", [128, 130, 191])
 def test_the_bounds_hold(d_in: int, settled: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """No pre-activation is above its bound, and no bound looser than it must be for numbers as random as these."""
     x, W_enc, b_enc = given(11, d_in=d_in)
     W_enc *= 10 ** torch.linspace(-2, 2, len(W_enc))[:, None]  # each feature has a bound of its own
     bounds = []
-    add = cpu.topk_add_bounds
-    monkeypatch.setattr(cpu, "topk_add_bounds", lambda best, *tile: (bounds.append(tile[0].clone()), add(best, *tile)))
+    add = cpu.topk_add_products
+
+    def noted(best: object, acts: Tensor, table: cpu.PairedRows, first: int) -> None:
+        bounds.append(acts.double() @ unpaired(table).double().T)
+        add(best, acts, table, first)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cpu, "topk_add_products", noted)
+    monkeypatch.setattr(topk_coarse, "TILE_BYTES", 0)
     topk_encode.topk_encode(x, W_enc, b_enc, K)
-    above = torch.cat(bounds, dim=1).double() - (x.double() @ W_enc.double().T + b_enc.double())
+    assert len(bounds) == 1 + -(-D_SAE // topk_coarse.LEAST_TILE_ROWS)  # the first is of a sample
+    above = torch.cat(bounds[1:], dim=1) - (x.double() @ W_enc.double().T + b_enc.double())
     lengths = x.double().norm(dim=1, keepdim=True) * W_enc.double().norm(dim=1)  # [N, D_SAE]
-    size = lengths / d_in**0.5 + b_enc.abs()  # of a pre-activation
-    assert (above >= -size * 2**-6).all()  # but for the rounding of the bound itself, which is seen to later
-    assert (above <= lengths / 100 + size * 2**-4).all()
+    assert (above >= 0).all()
+    assert (above <= lengths / 100 + b_enc.abs() * 2**-8).all()
+
+
+@pytest.mark.parametrize("isa", ["portable", "amx"])
+@pytest.mark.parametrize(("n", "width", "columns"), [(1, 32, 1), (33, 64, 49), (70, 608, 1100), (600, 32, 40)])
+def test_products(n: int, width: int, columns: int, isa: str) -> None:
+    """All that are added, found again: the same as those of the plain product, whatever the tiles."""
+    best_isa = str(cpu.describe()["isa"])
+    try:
+        library.use_isa(isa)
+    except ValueError:
+        pytest.skip(f"this CPU has no {isa}")
+    try:
+        generator = torch.Generator().manual_seed(n)
+        x, table = (torch.randn(size, width, generator=generator).bfloat16() for size in (n, columns))
+        wanted = (x.double() @ table.double().T).relu()
+        k = min(columns, 50)
+        for size in (columns, 16):
+            best = cpu.topk_start(n, columns, k)
+            for first in range(0, columns, size):
+                cpu.topk_add_products(best, x, cpu.pair_rows(table[first : first + size]), first)
+            values, indices = cpu.topk_finish(best)
+            torch.testing.assert_close(values.double(), wanted.topk(k, dim=1).values, rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(wanted.gather(1, indices), values.double(), rtol=1e-5, atol=1e-4)
+            assert all(len(row.unique()) == k for row in indices)
+    finally:
+        library.use_isa(best_isa)
+
+
+def test_pairs() -> None:
+    rows = torch.randn(37, 6).bfloat16()
+    table = cpu.pair_rows(rows)
+    assert tuple(table.pairs.shape) == (3, 3, 16, 2)
+    assert torch.equal(unpaired(table), rows)
+    assert not table.pairs.transpose(1, 2).flatten(2).flatten(0, 1)[37:].any()
+    with pytest.raises(ValueError, match=r"rows: given shape \[37, 5\]; needed an even number of columns"):
+        cpu.pair_rows(rows[:, :5])
+    with pytest.raises(ValueError, match=r"out: given torch.bfloat16 \[2, 3, 16, 2\]; needed .* \[3, 3, 16, 2\]"):
+        cpu.pair_rows(rows, cpu.paired_room(32, 6))
+
+
+def test_a_sample_that_misleads(settled: list[Tensor]) -> None:
+    """Every row is left unsettled, and right all the same."""
+    x, W_enc, b_enc = given(19)
+    every = topk_coarse.candidates(16) // topk_coarse.CANDIDATES_PER_SAMPLED
+    b_enc[: 15 * every : every] += 20  # one less than k
+    check(x, W_enc, b_enc, 16)
+    assert not torch.cat(settled).any()
 
 
 def test_a_long_row_leaves_the_others_settled(settled: list[Tensor]) -> None:
@@ -205,12 +261,6 @@ def test_a_bias_in_two_parts_is_no_less(value: float) -> None:
         assert first + rest <= bias.double() + bias.double().abs() * 2**-11 + least
 
 
-def test_without_onednn_there_are_no_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    assert not topk_coarse.has_bfloat16_units()
-
-
 def test_round_rows() -> None:
     rows = torch.randn(5, 37)
     found = cpu.round_rows(rows)
@@ -223,10 +273,15 @@ def test_round_rows() -> None:
 
 def test_settle_refuses() -> None:
     x, W_enc, b_enc = given(12, n=3)
+    acts, table = topk_coarse.rounded_acts(x)[0], topk_coarse.rounded(W_enc, b_enc).rows
     best = cpu.topk_start(3, D_SAE, 20)
-    with pytest.raises(TypeError, match=r"bounds: given torch.float32; needed torch.bfloat16"):
-        cpu.topk_add_bounds(best, x @ W_enc.T, 0)
-    cpu.topk_add_bounds(best, (x @ W_enc.T).bfloat16(), 0)
+    with pytest.raises(TypeError, match=r"x: given torch.float32; needed torch.bfloat16"):
+        cpu.topk_add_products(best, acts.float(), table, 0)
+    with pytest.raises(ValueError, match=r"x: given shape \[3, 128\]; needed \[3, 160\]"):
+        cpu.topk_add_products(best, acts[:, :128], table, 0)
+    with pytest.raises(ValueError, match=r"topk_add_products: .* refused"):
+        cpu.topk_add_products(best, acts[:, :130], cpu.pair_rows(torch.ones(16, 130).bfloat16()), 0)
+    cpu.topk_add_products(best, acts, table, 0)
     with pytest.raises(ValueError, match=r"table: given shape \[1600, 129\]; needed \[any, 130\]"):
         cpu.topk_settle(best, 4, x, W_enc[:, :-1], b_enc)
     with pytest.raises(ValueError, match=r"topk_settle: .* refused"):

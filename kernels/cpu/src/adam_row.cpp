@@ -137,7 +137,7 @@ CSAE_ADAM_ROW(avx512, CSAE_AVX512, 16)
 template <class M>
 AdamRow<M> adam_row() {
 #if CSAE_X86
-    if (current_isa() == Isa::avx512) return avx512<M>;
+    if (current_isa() >= Isa::avx512) return avx512<M>;
     if (current_isa() == Isa::avx2) return avx2<M>;
 #endif
     return portable<M>;

@@ -209,7 +209,7 @@ CSAE_ATTENTION_TILES(avx512, CSAE_AVX512, 16, 8)
 
 const AttentionTiles& attention_tiles() {
 #if CSAE_X86
-    if (current_isa() == Isa::avx512) return avx512;
+    if (current_isa() >= Isa::avx512) return avx512;
     if (current_isa() == Isa::avx2) return avx2;
 #endif
     return portable;

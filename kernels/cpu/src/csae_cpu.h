@@ -19,7 +19,7 @@ enum csae_status : int {
 // Raised by one whenever a signature below changes; the loader refuses a library of another version.
 CSAE_EXPORT const int csae_abi_version;
 
-// Which instructions the row loops use: 0 portable, 1 AVX2, 2 AVX-512. At load, the best that this CPU has.
+// Which instructions the row loops use: 0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 and AMX. At load, the best that this CPU has.
 // csae_use_isa is there for tests; it refuses what the CPU can't run.
 CSAE_EXPORT int csae_isa();
 CSAE_EXPORT int csae_use_isa(int isa);
@@ -57,10 +57,16 @@ CSAE_EXPORT int csae_topk_add(const csae_topk* best, const float* pre_acts, int6
 CSAE_EXPORT int csae_topk_finish(const csae_topk* best, float* values, int64_t values_stride, int64_t* indices,
                                  int64_t indices_stride, int n_threads);
 
-// Another way, where the tiles are upper bounds [n, width] of the pre-activations, rounded to the nearest bfloat16. It
-// ends with csae_topk_settle. NaN is a lowest or a largest one.
-CSAE_EXPORT int csae_topk_add_bounds(const csae_topk* best, const void* bounds, int64_t bounds_stride, int64_t width,
-                                     int64_t first_column, int n_threads);
+// Another way, where the tiles are upper bounds of the pre-activations, made here: the products of x [n, width] and
+// so many rows of a table, both bfloat16, that are `first_column` and on. table: of csae_pair_rows; width is a multiple
+// of 32. It ends with csae_topk_settle.
+CSAE_EXPORT int csae_topk_add_products(const csae_topk* best, const void* x, int64_t x_stride, const void* table,
+                                       int64_t width, int64_t columns, int64_t first_column, int n_threads);
+
+// pairs [n / 16, rounded up][width / 2][16][2]: rows [n, width] of bfloat16, two of their numbers beside the same two
+// of the next row; zero for rows that there are not. width is even.
+CSAE_EXPORT int csae_pair_rows(const void* rows, int64_t rows_stride, int64_t n, int64_t width, void* pairs,
+                               int n_threads);
 
 // The k largest of each row of x table^T + bias in float32, k < best->k, as csae_topk_finish has them, from the best->k
 // candidates with the largest bounds. x [n, d], table [d_sae, d] of that type, bias [d_sae]. settled [n]: 1 where it is

@@ -9,12 +9,22 @@
 #define CSAE_X86 0
 #endif
 
+// Matrix units, and a system that is known to lend them.
+#if CSAE_X86 && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define CSAE_HAS_AMX 1
+#define CSAE_AMX \
+    __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,popcnt")))
+#else
+#define CSAE_HAS_AMX 0
+#endif
+
 // A body that is inlined into one wrapper per instruction set, and compiled for each.
 #define CSAE_INLINE static inline __attribute__((always_inline))
 
 namespace csae {
 
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
+// Each has all that the one before has. amx is for what multiplies matrices of bfloat16.
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, amx = 3 };
 
 Isa current_isa();
 

@@ -1,13 +1,31 @@
 // The version of the ABI, and the choice of instructions.
 #include <atomic>
+#include <initializer_list>
 
 #include "csae_cpu.h"
 #include "isa.h"
 
-const int csae_abi_version = 5;
+#if CSAE_HAS_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+const int csae_abi_version = 6;
 
 namespace csae {
 namespace {
+
+#if CSAE_HAS_AMX
+// Whether this CPU has the units, and Linux lends them to this process: it must be asked to keep their registers.
+bool amx_is_lent() {
+    constexpr unsigned tiles = 1u << 24, bfloat16 = 1u << 22;
+    unsigned a, b, c, d;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & tiles) == 0 || (d & bfloat16) == 0) return false;
+    constexpr long ask = 0x1023, registers_of_tiles = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+    return syscall(SYS_arch_prctl, ask, registers_of_tiles) == 0;
+}
+#endif
 
 bool supports(Isa isa) {
 #if CSAE_X86
@@ -21,11 +39,17 @@ bool supports(Isa isa) {
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     }
 #endif
+#if CSAE_HAS_AMX
+    if (isa == Isa::amx) return supports(Isa::avx512) && amx_is_lent();
+#endif
     return isa == Isa::portable;
 }
 
 Isa best() {
-    return supports(Isa::avx512) ? Isa::avx512 : supports(Isa::avx2) ? Isa::avx2 : Isa::portable;
+    for (const Isa isa : {Isa::amx, Isa::avx512, Isa::avx2}) {
+        if (supports(isa)) return isa;
+    }
+    return Isa::portable;
 }
 
 std::atomic<Isa> chosen{best()};
@@ -39,7 +63,7 @@ Isa current_isa() { return chosen.load(std::memory_order_relaxed); }
 int csae_isa() { return static_cast<int>(csae::current_isa()); }
 
 int csae_use_isa(int isa) {
-    if (isa < 0 || isa > 2 || !csae::supports(static_cast<csae::Isa>(isa))) return csae_bad_argument;
+    if (isa < 0 || isa > 3 || !csae::supports(static_cast<csae::Isa>(isa))) return csae_bad_argument;
     csae::chosen.store(static_cast<csae::Isa>(isa), std::memory_order_relaxed);
     return csae_ok;
 }

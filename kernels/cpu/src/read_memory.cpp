@@ -106,7 +106,7 @@ CSAE_READ_ONE(avx512, CSAE_AVX512, 16)
 
 ReadOne read_one_here() {
 #if CSAE_X86
-    if (current_isa() == Isa::avx512) return avx512;
+    if (current_isa() >= Isa::avx512) return avx512;
     if (current_isa() == Isa::avx2) return avx2;
 #endif
     return portable;

@@ -58,7 +58,7 @@ CSAE_AVX512 void round_avx512(const float* row, int64_t d, BFloat16* rounded, fl
 
 RoundRow round_here() {
 #if CSAE_X86
-    if (current_isa() == Isa::avx512) return round_avx512;
+    if (current_isa() >= Isa::avx512) return round_avx512;
     if (current_isa() == Isa::avx2) return round_avx2;
 #endif
     return round_portable;

@@ -97,7 +97,7 @@ CSAE_ROW_SUMS(avx512, CSAE_AVX512, 16)
 template <class T>
 const RowSums<T>& row_sums() {
 #if CSAE_X86
-    if (current_isa() == Isa::avx512) return avx512<T>;
+    if (current_isa() >= Isa::avx512) return avx512<T>;
     if (current_isa() == Isa::avx2) return avx2<T>;
 #endif
     return portable<T>;

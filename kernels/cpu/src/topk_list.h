@@ -120,6 +120,12 @@ inline bool possible(const csae_topk* best, int64_t least) {
                        [&](int32_t count) { return count == broken || (count >= least && count <= best->capacity); });
 }
 
+// Whether `width` columns, first_column and on, can be added to it.
+inline bool addable(const csae_topk* best, int64_t width, int64_t first_column) {
+    return possible(best, 0) && width >= 0 && first_column >= 0 &&
+           width <= std::numeric_limits<int32_t>::max() - first_column;
+}
+
 // How many rows a thread takes at a time.
 inline int64_t piece_of(int64_t n, int n_threads) {
     return std::max<int64_t>(1, std::min<int64_t>(64, n / (4 * n_threads)));

@@ -27,7 +27,6 @@ constexpr int64_t blocks_ahead = 16;
 constexpr int64_t maxima_per_k = 4, columns_per_maximum = 8;
 
 // One row that is added, some of its columns at a time.
-template <class Entries>
 struct Row {
     const TopkScan& scan;
     Candidates candidates;
@@ -36,20 +35,20 @@ struct Row {
     bool nan;
 
     // A threshold to begin with, from the first columns: as many as `groups` maxima reach it as needed.
-    void start(const Entries& row, int64_t groups, int64_t n) {
+    void start(const Sums& row, int64_t groups, int64_t n) {
         bool exactly_k;
-        scan.of<Entries>().group_maxima(row, n, candidates.order, groups);
+        scan.group_maxima(row, n, candidates.order, groups);
         const int32_t bound = scan.bound_of_kth(candidates.order, groups, k, exactly_k);
         threshold = from_ordered(std::max(bound, ordered(-std::numeric_limits<float>::infinity())));
     }
 
     // `of_last`: a bit for each column of the last block that exists.
-    void add(const Entries& row, int64_t n_blocks, uint64_t of_last, int64_t first_column) {
+    void add(const Sums& row, int64_t n_blocks, uint64_t of_last, int64_t first_column) {
         int32_t blocks[blocks_ahead + 1];
         uint64_t columns[blocks_ahead + 1];
         for (int64_t done = 0; done < n_blocks && !nan;) {
             const int64_t n = std::min(n_blocks - done, blocks_ahead), first = done * block_width;
-            const int64_t found = scan.of<Entries>().find(row.from(first), n, threshold, blocks, columns);
+            const int64_t found = scan.find(row.from(first), n, threshold, blocks, columns);
             done += n;
             if (done == n_blocks && found > 0 && blocks[found - 1] == n - 1) columns[found - 1] &= of_last;
             for (int64_t b = 0; b < found; ++b) {
@@ -69,24 +68,18 @@ struct Row {
 // The last columns of a row, up to the end of their block.
 struct Tail {
     float row[block_width] = {}, bias[block_width] = {};
-    BFloat16 halves[block_width] = {};
 
     Sums of(const Sums& from, int64_t rest) {
         std::copy_n(from.row, rest, row);
         std::copy_n(from.bias, rest, bias);
         return {row, bias};
     }
-    Halves of(const Halves& from, int64_t rest) {
-        std::copy_n(from.row, rest, halves);
-        return {halves};
-    }
 };
 
-template <class Entries>
-void add(const TopkScan& scan, const csae_topk& to, int64_t i, const Entries& row, int64_t width,
+void add(const TopkScan& scan, const csae_topk& to, int64_t i, const Sums& row, int64_t width,
          int64_t first_column) {
     if (to.count[i] == broken) return;
-    Row<Entries> best{scan, Candidates(to, i), to.threshold[i], to.k, to.capacity - block_width, false};
+    Row best{scan, Candidates(to, i), to.threshold[i], to.k, to.capacity - block_width, false};
     const int64_t n_whole = width / block_width, whole = n_whole * block_width, rest = width - whole;
     const int64_t groups = std::min(maxima_per_k * to.k, to.capacity) / group_unit * group_unit;
     const int64_t per_group = groups > to.k ? std::min(width / groups, columns_per_maximum) : 0;
@@ -98,23 +91,6 @@ void add(const TopkScan& scan, const csae_topk& to, int64_t i, const Entries& ro
     }
     to.threshold[i] = best.threshold;
     to.count[i] = best.nan ? broken : static_cast<int32_t>(best.candidates.count);
-}
-
-// entries(i): those of row i.
-template <class EntriesOf>
-int add_rows(const csae_topk* best, const EntriesOf& entries, int64_t width, int64_t first_column, int n_threads) {
-    const int64_t n = best->n;
-    n_threads = static_cast<int>(std::min<int64_t>({n_threads, n, 1 + n * width / values_per_thread}));
-    const TopkScan& scan = topk_scan();
-    parallel_for(n, piece_of(n, n_threads), n_threads, [&](int, int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) add(scan, *best, i, entries(i), width, first_column);
-    });
-    return csae_ok;
-}
-
-bool addable(const csae_topk* best, int64_t stride, int64_t width, int64_t first_column, int n_threads) {
-    return possible(best, 0) && width >= 0 && first_column >= 0 && stride >= 0 && n_threads >= 1 &&
-           width <= std::numeric_limits<int32_t>::max() - first_column;
 }
 
 void finish(const TopkScan& scan, const csae_topk& best, int64_t i, float* values, int64_t* indices,
@@ -139,21 +115,18 @@ void finish(const TopkScan& scan, const csae_topk& best, int64_t i, float* value
 
 int csae_topk_add(const csae_topk* best, const float* pre_acts, int64_t pre_acts_stride, const float* bias,
                   int64_t width, int64_t first_column, int n_threads) {
-    if (!csae::addable(best, pre_acts_stride, width, first_column, n_threads)) return csae_bad_argument;
-    if (best->n == 0 || width == 0) return csae_ok;
+    if (!csae::addable(best, width, first_column) || pre_acts_stride < 0 || n_threads < 1) return csae_bad_argument;
+    const int64_t n = best->n;
+    if (n == 0 || width == 0) return csae_ok;
     if (pre_acts == nullptr || bias == nullptr) return csae_bad_argument;
-    const auto entries = [&](int64_t i) { return csae::Sums{pre_acts + i * pre_acts_stride, bias}; };
-    return csae::add_rows(best, entries, width, first_column, n_threads);
-}
-
-int csae_topk_add_bounds(const csae_topk* best, const void* bounds, int64_t bounds_stride, int64_t width,
-                         int64_t first_column, int n_threads) {
-    if (!csae::addable(best, bounds_stride, width, first_column, n_threads)) return csae_bad_argument;
-    if (best->n == 0 || width == 0) return csae_ok;
-    if (bounds == nullptr) return csae_bad_argument;
-    const auto* rows = static_cast<const csae::BFloat16*>(bounds);
-    const auto entries = [&](int64_t i) { return csae::Halves{rows + i * bounds_stride}; };
-    return csae::add_rows(best, entries, width, first_column, n_threads);
+    n_threads = static_cast<int>(std::min<int64_t>({n_threads, n, 1 + n * width / csae::values_per_thread}));
+    const csae::TopkScan& scan = csae::topk_scan();
+    csae::parallel_for(n, csae::piece_of(n, n_threads), n_threads, [&](int, int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            csae::add(scan, *best, i, {pre_acts + i * pre_acts_stride, bias}, width, first_column);
+        }
+    });
+    return csae_ok;
 }
 
 int csae_topk_finish(const csae_topk* best, float* values, int64_t values_stride, int64_t* indices,

@@ -20,8 +20,7 @@ constexpr int64_t ahead = 512;
 
 // --- in plain C++: compiled for each instruction set -------------------------------------------------------
 
-template <class Entries>
-CSAE_INLINE void group_maxima(const Entries& row, int64_t n, int32_t* order, int64_t groups) {
+CSAE_INLINE void group_maxima(const Sums& row, int64_t n, int32_t* order, int64_t groups) {
     for (int64_t g = 0; g < groups; g += group_unit) {
         int32_t maxima[group_unit];
         for (int32_t& maximum : maxima) maximum = std::numeric_limits<int32_t>::min();
@@ -64,7 +63,7 @@ CSAE_INLINE int32_t bound_of_kth(const int32_t* order, int64_t n, int64_t k, boo
         highest = order[i] > highest ? order[i] : highest;
     }
     exactly_k = false;
-    // The upper halves first: of numbers that were bfloat16 the lower ones are all zeros, or all ones.
+    // The upper halves first: mostly they tell.
     const int32_t half = bisect(order, n, k, lowest >> 16, highest >> 16, 1 << 16, exactly_k);
     if (exactly_k) return half;
     const int32_t end = half | 0xFFFF;
@@ -86,11 +85,10 @@ CSAE_INLINE void rank(int64_t* keys, int64_t n, int64_t* ranks) {
 
 // --- portable ----------------------------------------------------------------------------------------------
 
-template <class Entries>
-int64_t find_portable(const Entries& row, int64_t n_blocks, float threshold, int32_t* blocks, uint64_t* columns) {
+int64_t find_portable(const Sums& row, int64_t n_blocks, float threshold, int32_t* blocks, uint64_t* columns) {
     int64_t found = 0;
     for (int64_t b = 0; b < n_blocks; ++b) {
-        const Entries block = row.from(b * block_width);
+        const Sums block = row.from(b * block_width);
         // A compiler makes vectors of this loop, and not of the one that shifts.
         int32_t any = 0;
         for (int64_t c = 0; c < block_width; ++c) any |= !(at<1>(block, c).x[0] < threshold);
@@ -105,8 +103,7 @@ int64_t find_portable(const Entries& row, int64_t n_blocks, float threshold, int
     return found;
 }
 
-template <class Entries>
-void group_maxima_portable(const Entries& row, int64_t n, int32_t* order, int64_t groups) {
+void group_maxima_portable(const Sums& row, int64_t n, int32_t* order, int64_t groups) {
     group_maxima(row, n, order, groups);
 }
 
@@ -116,22 +113,18 @@ int32_t bound_of_kth_portable(const int32_t* order, int64_t n, int64_t k, bool& 
 
 void rank_portable(int64_t* keys, int64_t n, int64_t* ranks) { rank(keys, n, ranks); }
 
-constexpr TopkScan portable = {{find_portable<Sums>, group_maxima_portable<Sums>},
-                               {find_portable<Halves>, group_maxima_portable<Halves>},
-                               bound_of_kth_portable,
-                               rank_portable};
+constexpr TopkScan portable = {find_portable, group_maxima_portable, bound_of_kth_portable, rank_portable};
 
 #if CSAE_X86
 
 // --- AVX2 --------------------------------------------------------------------------------------------------
 
-template <class Entries>
-CSAE_AVX2 int64_t find_avx2(const Entries& row, int64_t n_blocks, float threshold, int32_t* blocks,
+CSAE_AVX2 int64_t find_avx2(const Sums& row, int64_t n_blocks, float threshold, int32_t* blocks,
                             uint64_t* columns) {
     const __m256 t = _mm256_set1_ps(threshold);
     int64_t found = 0;
     for (int64_t b = 0; b < n_blocks; ++b) {
-        const Entries block = row.from(b * block_width);
+        const Sums block = row.from(b * block_width);
         block.fetch(ahead);
         uint64_t bits = 0;
         for (int c = 0; c < block_width; c += 8) {
@@ -147,8 +140,7 @@ CSAE_AVX2 int64_t find_avx2(const Entries& row, int64_t n_blocks, float threshol
     return found;
 }
 
-template <class Entries>
-CSAE_AVX2 void group_maxima_avx2(const Entries& row, int64_t n, int32_t* order, int64_t groups) {
+CSAE_AVX2 void group_maxima_avx2(const Sums& row, int64_t n, int32_t* order, int64_t groups) {
     group_maxima(row, n, order, groups);
 }
 
@@ -158,10 +150,7 @@ CSAE_AVX2 int32_t bound_of_kth_avx2(const int32_t* order, int64_t n, int64_t k, 
 
 CSAE_AVX2 void rank_avx2(int64_t* keys, int64_t n, int64_t* ranks) { rank(keys, n, ranks); }
 
-constexpr TopkScan avx2 = {{find_avx2<Sums>, group_maxima_avx2<Sums>},
-                           {find_avx2<Halves>, group_maxima_avx2<Halves>},
-                           bound_of_kth_avx2,
-                           rank_avx2};
+constexpr TopkScan avx2 = {find_avx2, group_maxima_avx2, bound_of_kth_avx2, rank_avx2};
 
 // --- AVX-512 -----------------------------------------------------------------------------------------------
 
@@ -169,7 +158,7 @@ CSAE_AVX512 inline __mmask16 not_below(const Sums& row, int64_t c, __m512 thresh
     return _mm512_cmp_ps_mask((__m512)at<16>(row, c).x, threshold, _CMP_NLT_UQ);
 }
 
-CSAE_AVX512 int64_t find_sums_avx512(const Sums& row, int64_t n_blocks, float threshold, int32_t* blocks,
+CSAE_AVX512 int64_t find_avx512(const Sums& row, int64_t n_blocks, float threshold, int32_t* blocks,
                                      uint64_t* columns) {
     const __m512 t = _mm512_set1_ps(threshold);
     int64_t found = 0;
@@ -186,58 +175,8 @@ CSAE_AVX512 int64_t find_sums_avx512(const Sums& row, int64_t n_blocks, float th
     return found;
 }
 
-// Above zero floats are in the order of their bits; below, once these are turned round but for the sign.
-template <bool AboveZero>
-CSAE_AVX512 inline __mmask32 not_below(const BFloat16* row, __m512i threshold) {
-    __m512i bits = _mm512_loadu_si512(row);
-    if (!AboveZero) bits = _mm512_xor_si512(bits, _mm512_srli_epi16(_mm512_srai_epi16(bits, 15), 1));
-    return _mm512_cmpge_epi16_mask(bits, threshold);
-}
-
-template <bool AboveZero>
-CSAE_AVX512 int64_t find_halves(const Halves& row, int64_t n_blocks, __m512i threshold, int32_t* blocks,
-                                uint64_t* columns) {
-    int64_t found = 0;
-    for (int64_t b = 0; b < n_blocks; ++b) {
-        const Halves block = row.from(b * block_width);
-        block.fetch(ahead);
-        const __mmask32 low = not_below<AboveZero>(block.row, threshold);
-        const __mmask32 high = not_below<AboveZero>(block.row + 32, threshold);
-        const uint64_t bits = _cvtmask64_u64(_mm512_kunpackd(high, low));
-        blocks[found] = static_cast<int32_t>(b);
-        columns[found] = bits;
-        found += bits != 0;
-    }
-    return found;
-}
-
-// 32 numbers at once, as the integers that they are ordered as.
-CSAE_AVX512 int64_t find_halves_avx512(const Halves& row, int64_t n_blocks, float threshold, int32_t* blocks,
-                                       uint64_t* columns) {
-    const int32_t order = ordered(threshold);
-    // The lowest bfloat16 that is not below. That of a negative one ends in ones, so that rounding down will do.
-    const auto least = static_cast<int16_t>((order + (order > 0 ? 0xFFFF : 0)) >> 16);
-    const __m512i t = _mm512_set1_epi16(least);
-    return least > 0 ? find_halves<true>(row, n_blocks, t, blocks, columns)
-                     : find_halves<false>(row, n_blocks, t, blocks, columns);
-}
-
-CSAE_AVX512 void group_maxima_of_sums_avx512(const Sums& row, int64_t n, int32_t* order, int64_t groups) {
+CSAE_AVX512 void group_maxima_avx512(const Sums& row, int64_t n, int32_t* order, int64_t groups) {
     group_maxima(row, n, order, groups);
-}
-
-CSAE_AVX512 void group_maxima_of_halves_avx512(const Halves& row, int64_t n, int32_t* order, int64_t groups) {
-    for (int64_t g = 0; g < groups; g += group_unit) {
-        __m256i maxima = _mm256_set1_epi16(std::numeric_limits<int16_t>::min());
-        for (int64_t c = g; c < n; c += groups) {
-            const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row.row + c));
-            const __m256i turned = _mm256_srli_epi16(_mm256_srai_epi16(bits, 15), 1);
-            maxima = _mm256_max_epi16(maxima, _mm256_xor_si256(bits, turned));
-        }
-        // As integers in the order of floats: what is below a negative one is all ones.
-        const __m512i upper = _mm512_slli_epi32(_mm512_cvtepi16_epi32(maxima), 16);
-        _mm512_storeu_si512(order + g, _mm512_or_si512(upper, _mm512_srli_epi32(_mm512_srai_epi32(upper, 31), 16)));
-    }
 }
 
 CSAE_AVX512 int32_t bound_of_kth_avx512(const int32_t* order, int64_t n, int64_t k, bool& exactly_k) {
@@ -246,10 +185,7 @@ CSAE_AVX512 int32_t bound_of_kth_avx512(const int32_t* order, int64_t n, int64_t
 
 CSAE_AVX512 void rank_avx512(int64_t* keys, int64_t n, int64_t* ranks) { rank(keys, n, ranks); }
 
-constexpr TopkScan avx512 = {{find_sums_avx512, group_maxima_of_sums_avx512},
-                             {find_halves_avx512, group_maxima_of_halves_avx512},
-                             bound_of_kth_avx512,
-                             rank_avx512};
+constexpr TopkScan avx512 = {find_avx512, group_maxima_avx512, bound_of_kth_avx512, rank_avx512};
 
 #endif
 
@@ -257,7 +193,7 @@ constexpr TopkScan avx512 = {{find_sums_avx512, group_maxima_of_sums_avx512},
 
 const TopkScan& topk_scan() {
 #if CSAE_X86
-    if (current_isa() == Isa::avx512) return avx512;
+    if (current_isa() >= Isa::avx512) return avx512;
     if (current_isa() == Isa::avx2) return avx2;
 #endif
     return portable;

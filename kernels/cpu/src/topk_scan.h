@@ -43,39 +43,14 @@ CSAE_INLINE Register<W> at(const Sums& of, int64_t c) {
     return {load<W>(of.row + c).x + load<W>(of.bias + c).x};
 }
 
-// A row of numbers as they are.
-struct Halves {
-    const BFloat16* row;
-
-    void fetch(int64_t c) const {
-        for (int64_t line = 0; line < block_width; line += 32) __builtin_prefetch(row + c + line);
-    }
-    Halves from(int64_t c) const { return {row + c}; }
-};
-
-template <int W>
-CSAE_INLINE Register<W> at(const Halves& of, int64_t c) {
-    return load<W>(of.row + c);
-}
-
-// What reads rows of Entries, Sums or Halves.
-template <class Entries>
-struct TopkReads {
+struct TopkScan {
     // The blocks of a row that have something not below the threshold, NaN included, in order, and for each a bit per
     // column that has it. Returns how many. Writes go one place past that many.
-    int64_t (*find)(const Entries& row, int64_t n_blocks, float threshold, int32_t* blocks, uint64_t* columns);
+    int64_t (*find)(const Sums& row, int64_t n_blocks, float threshold, int32_t* blocks, uint64_t* columns);
 
     // order [groups]: the largest of every groups-th of a row's first n. groups is a multiple of group_unit, n one of
     // groups.
-    void (*group_maxima)(const Entries& row, int64_t n, int32_t* order, int64_t groups);
-};
-
-struct TopkScan {
-    TopkReads<Sums> sums;
-    TopkReads<Halves> halves;
-
-    template <class Entries>
-    const TopkReads<Entries>& of() const;
+    void (*group_maxima)(const Sums& row, int64_t n, int32_t* order, int64_t groups);
 
     // The largest bound that at least k of order [n] reach; or a lower one that exactly k reach, and then `exactly_k`.
     // Needs 1 <= k <= n.
@@ -84,16 +59,6 @@ struct TopkScan {
     // ranks [n]: how many of keys [n] are larger. Both have room for n rounded up to a multiple of 8.
     void (*rank)(int64_t* keys, int64_t n, int64_t* ranks);
 };
-
-template <>
-inline const TopkReads<Sums>& TopkScan::of<Sums>() const {
-    return sums;
-}
-
-template <>
-inline const TopkReads<Halves>& TopkScan::of<Halves>() const {
-    return halves;
-}
 
 const TopkScan& topk_scan();
 

@@ -1,7 +1,7 @@
 // The k largest of each row, from candidates that were found in bfloat16: multiplied again in float32, and proven.
 //
 // The K > k candidates are the columns whose pre-activations may be the largest, by an upper bound for each
-// (csae_topk_add_bounds). They are multiplied again in the order of these bounds, until the next is below the k-th
+// (csae_topk_add_products). They are multiplied again in the order of these bounds, until the next is below the k-th
 // largest so far; then no later one can be among the k largest, nor any column that is no candidate. So the result is
 // that of a product in float32, or, where the candidates come to an end first, the row is said to be unsettled.
 //
@@ -23,9 +23,6 @@
 
 namespace csae {
 namespace {
-
-// A bound was rounded to 8 bits, by 2^-8 of itself at most, so by 1 / 255 of what it became.
-constexpr float rounding_of_bound = 1.0f / 248;
 
 // Candidates that are multiplied before the next is looked at.
 constexpr int64_t at_a_time = 4;
@@ -57,14 +54,15 @@ struct Settle {
     // Whether the row is settled; `good` becomes false where a column is outside of the table.
     bool row(int64_t i, const float* x, float* values, int64_t* indices, Workspace& w, bool& good) const {
         Candidates candidates(best, i);
-        if (candidates.count < best.k) return false;  // its bounds are NaN
-        if (candidates.count > best.k) candidates.prune(scan, best.k);
+        if (candidates.count < k) return false;  // or its bounds are NaN
+        // What is no candidate has a bound below.
+        float threshold = best.threshold[i];
+        if (candidates.count > best.k) threshold = candidates.prune(scan, best.k);
         const int64_t n = candidates.count;
         const int64_t* sorted = w.sorter.sort(scan, candidates, n);
         for (int64_t j = 0; j < n; ++j) {
             w.columns[j] = column_of_key(sorted[j]);
-            const float bound = value_of_key(sorted[j]);
-            w.bounds[j] = bound * (bound > 0 ? 1 + rounding_of_bound : 1 - rounding_of_bound);
+            w.bounds[j] = value_of_key(sorted[j]);
         }
         if (!all_below(w.columns.get(), n, d_sae)) {
             good = false;
@@ -90,8 +88,7 @@ struct Settle {
             }
             done += more;
         }
-        // The last bound, where it was not below: that of a column which is no candidate may be as large.
-        if (!(w.bounds[n - 1] < largest[0])) return false;
+        if (!(threshold <= largest[0])) return false;
         for (int64_t j = 0; j < done; ++j) w.sorter.keys[j] = key_of(ordered(w.exact[j]), w.columns[j]);
         const int64_t* keys = w.sorter.sort(scan, done);
         for (int64_t j = 0; j < k; ++j) {

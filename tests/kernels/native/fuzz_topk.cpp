@@ -59,7 +59,7 @@ void topk_rows() {
 }
 namespace {
 
-// --- csae_round_rows, csae_topk_add_bounds, csae_topk_settle ---------------------------------------------------
+// --- csae_round_rows, csae_topk_settle ---------------------------------------------------
 
 struct Rounded {
     Stored rows;
@@ -101,7 +101,7 @@ void topk_settle() {
     for (int64_t i = 0; i < d_sae * d; ++i) table.set(i / d, i % d, wide(i / d, i % d));
     const Rounded acts = round_rows(x), weights = round_rows(wide);
     const bool as_stored = table.type == csae_bfloat16;
-    // Upper bounds from the product of what was rounded, themselves rounded; they may be loose.
+    // Upper bounds from the product of what was rounded; they may be loose.
     Matrix<float> bounds(n, d_sae, d_sae), dots(n, d_sae, d_sae);
     double longest = 0;
     float largest_bias = 0;
@@ -129,19 +129,18 @@ void topk_settle() {
             dots(i, f) = static_cast<float>(fine);
         }
     }
-    const Rounded tiles = round_rows(bounds);
     const int64_t candidates = k + 1 + below(56), capacity = candidates + 64 + below(100);
     const Matrix<int32_t> orders(n, capacity, capacity), columns(n, capacity, capacity), count(1, n, n);
     const Matrix<float> threshold(1, n, n);
     std::fill_n(count.data(), n, 0);
     std::fill_n(threshold.data(), n, -INFINITY);
     const csae_topk best = {orders.data(), columns.data(), threshold.data(), count.data(), n, candidates, capacity};
-    function = "csae_topk_add_bounds";
+    function = "csae_topk_add";
+    const Matrix<float> no_bias(1, d_sae, d_sae);
+    std::fill_n(no_bias.data(), d_sae, 0.0f);
     for (int64_t first = 0, width; first < d_sae; first += width) {
         width = std::min(d_sae - first, 1 + below(200));
-        Stored tile(csae_bfloat16, n, width, one_in(2) ? width : width + below(9));
-        for (int64_t i = 0; i < n * width; ++i) tile.set(i / width, i % width, tiles.rows(i / width, first + i % width));
-        check_status(csae_topk_add_bounds(&best, tile.data(), tile.stride(), width, first, some_threads()), csae_ok);
+        add_tile(best, bounds, no_bias, first, width);
     }
     function = "csae_topk_settle";
     const auto values = output<float>(n, k);
@@ -171,6 +170,68 @@ void topk_settle() {
         for (int64_t f = 0; f < d_sae; ++f) {
             check(chosen[f] || !(double{dots(i, f)} + bias(0, f) > lowest + slack), "a larger one was missed");
         }
+    }
+}
+
+// --- csae_pair_rows, csae_topk_add_products --------------------------------------------------------------------
+
+void topk_products() {
+    const int64_t n = below(one_in(4) ? 600 : 80), width = 32 * below(4), d_sae = 1 + below(200);
+    const int64_t k = 1 + below(std::min<int64_t>(d_sae, 40));
+    const auto kind = static_cast<Kind>(below(3));
+    const Stored x = stored_of(csae_bfloat16, n, width, kind), table = stored_of(csae_bfloat16, d_sae, width, kind);
+    const int64_t capacity = k + 64 + below(100);
+    const Matrix<int32_t> orders(n, capacity, capacity), columns(n, capacity, capacity), count(1, n, n);
+    const Matrix<float> threshold(1, n, n);
+    std::fill_n(count.data(), n, 0);
+    std::fill_n(threshold.data(), n, -INFINITY);
+    const csae_topk best = {orders.data(), columns.data(), threshold.data(), count.data(), n, k, capacity};
+    for (int64_t first = 0, here; first < d_sae; first += here) {
+        here = std::min(d_sae - first, one_in(2) ? d_sae : 1 + below(70));
+        const int64_t n_blocks = (here + 15) / 16;
+        const auto pairs = allocate<uint16_t>(n_blocks * 16 * width);
+        function = "csae_pair_rows";
+        const auto* rows = table.halves.size > 0 ? table.halves.data() + first * table.stride() : nullptr;
+        check_status(csae_pair_rows(rows, table.stride(), here, width, pairs.get(), some_threads()), csae_ok);
+        for (int64_t f = 0; f < 16 * n_blocks; ++f) {
+            for (int64_t c = 0; c < width; ++c) {
+                const uint16_t wanted = f < here ? table.halves(first + f, c) : 0;
+                check(pairs[(f / 16 * width + c / 2 * 2) * 16 + f % 16 * 2 + c % 2] == wanted, "not paired");
+            }
+        }
+        function = "csae_topk_add_products";
+        check_status(csae_topk_add_products(&best, x.data(), x.stride(), pairs.get(), width, here, first, some_threads()),
+                     csae_ok);
+    }
+    const auto values = output<float>(n, k);
+    const auto indices = output<int64_t>(n, k);
+    function = "csae_topk_finish";
+    check_status(csae_topk_finish(&best, values.data(), values.stride, indices.data(), indices.stride, some_threads()),
+                 csae_ok);
+    function = "csae_topk_add_products";
+    std::vector<double> wanted(static_cast<size_t>(d_sae));
+    for (int64_t i = 0; i < n; ++i) {
+        double size = 0;
+        bool finite = true;
+        for (int64_t f = 0; f < d_sae; ++f) {
+            Sum sum;
+            for (int64_t c = 0; c < width; ++c) sum.add(double{x(i, c)} * table(f, c));
+            wanted[f] = sum.value;
+            size = std::max(size, sum.size);
+            finite = finite && sum.size < 1e37;
+        }
+        if (!finite) continue;  // what overflows, or is NaN, does so in any order
+        const double slack = 1e-5 * size + 1e-35;
+        double lowest = INFINITY;
+        std::vector<bool> chosen(static_cast<size_t>(d_sae));
+        for (int64_t j = 0; j < k; ++j) {
+            const int64_t f = indices(i, j);
+            check(!chosen[f], "a column twice");
+            chosen[f] = true;
+            check(std::abs(values(i, j) - std::max(wanted[f], 0.0)) <= slack, "wrong value");
+            lowest = std::min(lowest, wanted[f]);
+        }
+        for (int64_t f = 0; f < d_sae; ++f) check(chosen[f] || wanted[f] <= lowest + slack, "a larger one was missed");
     }
 }
 

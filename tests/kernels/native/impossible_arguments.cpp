@@ -62,14 +62,26 @@ void impossible_arguments() {
     refused<int64_t>(add, {&first_stride, &width, &first_column}, -1);
     refused<int64_t>(add, {&width, &first_column}, int64_t{1} << 31);
     refused<const float*>(add, {&first, &second}, nullptr);
-    const auto add_bounds = [&] {
+    int64_t depth = 32;
+    alignas(4) uint16_t numbers[2 * 32] = {}, blocks[16 * 32] = {};
+    const uint16_t *of_x = numbers, *of_table = blocks;
+    uint16_t* paired = blocks;
+    const auto add_products = [&] {
         count[0] = 2;
-        return csae_topk_add_bounds(&best, first, first_stride, width, first_column, n_threads);
+        return csae_topk_add_products(&best, of_x, first_stride, of_table, depth, width, first_column, n_threads);
     };
-    both(add_bounds);
-    refused<int64_t>(add_bounds, {&first_stride, &width, &first_column}, -1);
-    refused<int64_t>(add_bounds, {&width, &first_column}, int64_t{1} << 31);
-    refused<const float*>(add_bounds, {&first}, nullptr);
+    both(add_products);
+    refused<int64_t>(add_products, {&first_stride, &depth, &width, &first_column}, -1);
+    refused<int64_t>(add_products, {&depth}, 30);
+    refused<int64_t>(add_products, {&width, &first_column}, int64_t{1} << 31);
+    refused<const uint16_t*>(add_products, {&of_x, &of_table}, nullptr);
+    int64_t n_rows = 2;
+    const auto pair = [&] { return csae_pair_rows(of_x, first_stride, n_rows, depth, paired, n_threads); };
+    refused<int64_t>(pair, {&first_stride, &n_rows, &depth}, -1);
+    refused<int64_t>(pair, {&depth}, 31);
+    refused<const uint16_t*>(pair, {&of_x}, nullptr);
+    refused<uint16_t*>(pair, {&paired}, nullptr);
+    refused(pair, {&n_threads}, 0);
     both(finish);
     refused(finish, {&count[0]}, 1);  // fewer than k candidates
     refused<int64_t>(finish, {&out_stride, &indices_stride}, 1);
@@ -198,5 +210,5 @@ void impossible_arguments() {
 
     int isa = csae_isa();
     refused([&] { return csae_use_isa(isa); }, {&isa}, -1);
-    refused([&] { return csae_use_isa(isa); }, {&isa}, 3);
+    refused([&] { return csae_use_isa(isa); }, {&isa}, 4);
 }
