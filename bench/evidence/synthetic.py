@@ -164,10 +164,10 @@ class Case(NamedTuple):
 
 
 def cases(region_lengths: Sequence[int] = REGION_LENGTHS) -> list[Case]:
-    """TopK and contextual SAEs at each region length; at LENGTH from several seeds, and with the features crowded."""
+    """All SAEs at each region length; at LENGTH, TopK and the strict form from several seeds, and crowded."""
     found = [Case(length, query) for length in region_lengths for query in QUERIES]
     if LENGTH in region_lengths:
-        found += [Case(LENGTH, query, seed) for seed in SEEDS for query in QUERIES]
+        found += [Case(LENGTH, query, seed) for seed in SEEDS for query in (None, "past")]
         found += [Case(LENGTH, query, d_in=CROWDED) for query in (None, "past")]
     return list(dict.fromkeys(found))
 

@@ -241,7 +241,7 @@ def test_the_cases():
         product(synthetic.REGION_LENGTHS, (None, "current", "past"))
     )
     at_one = [case for case in cases if case.region_length == synthetic.LENGTH]
-    assert {(case.query, case.seed) for case in at_one} == set(product((None, "current", "past"), synthetic.SEEDS))
+    assert {(case.query, case.seed) for case in at_one} == {*product((None, "past"), synthetic.SEEDS), ("current", 0)}
     assert {(case.query, case.d_in) for case in cases if case.d_in != synthetic.D_IN} == {
         (None, synthetic.CROWDED),
         ("past", synthetic.CROWDED),

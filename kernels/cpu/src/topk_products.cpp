@@ -5,8 +5,9 @@
 // instruction. The square is compared with its rows' thresholds where it was stored, so what is not a candidate (all
 // but one in 20) never leaves L1.
 //
-// Costs 2 n F d operations in bfloat16, and the table's 2 F d bytes once for each piece of 512 rows. On a core with
-// such units, at 1.8 T operations a second, that is nine tenths of what the units can do; the search is under it.
+// Costs 2 n F d operations in bfloat16, and the table's 2 F d bytes once for each piece of 512 rows. Two threads of a
+// Xeon with AMX multiply 3.6 T a second on tiles in L1: 12.6 ms for n = 2048, F = 18432, d = 608. Measured there: 15 ms
+// where nothing is found, 17.5 ms where 230 candidates a row are (torch.mm in bfloat16: 20 ms, and its search 8 ms).
 #include <algorithm>
 #include <cmath>
 #include <memory>
