@@ -8,7 +8,7 @@
 3. `_settle` takes the k largest of what was found, by (key, column), so that their order does not matter. That at
    least k were found, and that the buffer did not overflow, proves that they are the top k: nothing that was left
    out is above the threshold, and of features equal to it the sample has the first.
-4. Rows without that proof are done by topk_encode.py's kernels, gated by a flag a row: no host reads it.
+4. Rows without that proof are done as in topk_encode.py, by its kernels gated by a flag a row: no host reads it.
 
 The sample is a fair one where features are in no order, as after a random initialisation. Where they are not, or where
 more than CAPACITY groups are equal, rows are done twice.
@@ -23,7 +23,18 @@ from torch import Tensor
 
 from . import topk_encode as by_ranges
 from . import tuning
-from .topk_encode import _multiply_tile, _tile, _to_key, ordered, search
+from .topk_encode import search
+from .topk_merge import merge_variant, ordered, to_key
+from .topk_product import (
+    GROUP,
+    best_product,
+    blocks_of,
+    launch_product,
+    multiply_tile,
+    product_grid,
+    product_variant,
+    tma_variant,
+)
 from .variant import FLOATS, Variant, aligned, dot_precision, dtypes_and_precisions, jit, max_or_nan, vector_units
 
 SAMPLE = 16
@@ -99,12 +110,12 @@ def _append(
     SLOT: tl.constexpr,
     CAPACITY: tl.constexpr,
 ):
-    block_m, block_n = _tile(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+    block_m, block_n = blocks_of(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
     o_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_m = o_m < rows
     d_in = units * UNIT
-    b_acts = _multiply_tile(
+    b_acts = multiply_tile(
         x_ptr, W_ptr, first + o_m, o_n, m_m, o_n < columns, d_in, d_in, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
     )
     # [BLOCK_N]
@@ -142,7 +153,7 @@ def _append_tma(
     tl.assume(steps > 0)
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(columns, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, programs, flatten=FLATTEN):
-        block_m, block_n = _tile(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+        block_m, block_n = blocks_of(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
         b_acts = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for step in range(steps):
             # [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K], zeros outside the tensors
@@ -175,7 +186,7 @@ def _pairs_at(
     b_new = tl.load(slots_ptr + o_new, mask=m_new, other=0.0)
     b_groups = tl.load(groups_ptr + o_new // SLOT, mask=m_new, other=0)
     o_new = sampled + b_groups * SLOT + o_new % SLOT
-    b_keys = tl.where(m_sampled, b_keys, _to_key(b_new))
+    b_keys = tl.where(m_sampled, b_keys, to_key(b_new))
     b_columns = tl.where(m_sampled, b_columns, o_new)
     b_pairs = (b_keys.to(tl.int64) << 32) | (0x7FFFFFFF - b_columns).to(tl.int64)
     m_found = m_sampled | (m_new & ~(b_new <= bound) & (o_new < d_sae))
@@ -264,14 +275,13 @@ def _settle(
 
 def _append_variant(product: Variant) -> Variant:
     """The product that appends, in the tiles of the one that writes, but no wider than it can without spilling."""
-    tma = product.kernel is by_ranges._pre_acts_tma
     given = dict(list(product.tensors.items())[:2])
     floats = {name: torch.float32 for name in ("bias_ptr", "bound_ptr", "slots_ptr")}
     left_out = ("GROUP", "SUBTRACT", "GATED")
     tiles = {name: value for name, value in product.constants.items() if name not in left_out}
     tiles["BLOCK_N"] = min(tiles["BLOCK_N"], 128)
     return product._replace(
-        kernel=_append_tma if tma else _append,
+        kernel=_append_tma if product.descriptors else _append,
         tensors={**given, **floats, "count_ptr": torch.int32, "groups_ptr": torch.int32},
         constants={**tiles, "SLOT": SLOT, "CAPACITY": CAPACITY},
     )
@@ -293,15 +303,15 @@ def _settle_variant() -> Variant:
 
 
 def variants() -> list[Variant]:
-    """Every form in which this module launches a kernel that by_ranges doesn't launch."""
+    """Every form in which this module launches a kernel that topk_encode doesn't launch."""
     products = [
-        by_ranges._product_variant(dtype, precision, unit)
+        product_variant(dtype, precision, unit)
         for dtype, precision in dtypes_and_precisions()
         for unit in vector_units(dtype)
     ]
-    appending = [_append_variant(product) for product in (*products, *map(by_ranges._tma_variant, FLOATS))]
+    appending = [_append_variant(product) for product in (*products, *map(tma_variant, FLOATS))]
     gated = [_gated(product) for product in products]
-    return [*appending, _settle_variant(), *gated, by_ranges._merge_variant(gated=True)]
+    return [*appending, _settle_variant(), *gated, merge_variant(gated=True)]
 
 
 def _gated(product: Variant) -> Variant:
@@ -317,10 +327,10 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor
     x, W_enc, bias = aligned(x), aligned(W_enc), aligned(b_enc.float())
     keys = torch.empty(n, k, dtype=torch.int32, device=x.device)
     columns, failed = torch.empty_like(keys), keys.new_empty(n)
-    product = by_ranges._best_product(x, d_sae)
+    product = best_product(x, d_sae)
     _sample_and_append(x, W_enc, bias, keys, columns, failed, product, sampled)
     unit = product.constants.get("UNIT", 16 // x.element_size())
-    fallback = by_ranges._product_variant(x.dtype, dot_precision(x.dtype), unit)
+    fallback = product_variant(x.dtype, dot_precision(x.dtype), unit)
     search(x, W_enc, bias, keys, columns, _gated(tuning.best(fallback, x.device)), only=failed)
     return ordered(keys, columns, x.dtype)
 
@@ -339,25 +349,25 @@ def _sample_and_append(
     (n, k), d_sae = keys.shape, W_enc.shape[0]
     rank = k // 8 + 12
     append, settle = _append_variant(product), _settle_variant()
-    merge = tuning.best(by_ranges._merge_variant(), x.device)
-    row_bytes = by_ranges._bytes_a_row(sampled, rank) + CAPACITY * (4 * SLOT + 4) + 8
+    merge = tuning.best(merge_variant(), x.device)
+    row_bytes = by_ranges.bytes_a_row(sampled, rank) + CAPACITY * (4 * SLOT + 4) + 8
     rows = min(n, max(by_ranges.WORKSPACE_BYTES // row_bytes // 128 * 128, 128))
     slots = torch.empty(rows, CAPACITY * SLOT, dtype=torch.float32, device=x.device)
     groups, count = keys.new_empty(rows, CAPACITY), keys.new_empty(rows)
     sample_keys, sample_columns = keys.new_empty(rows, rank), keys.new_empty(rows, rank)
     acts, bound = torch.empty(rows, sampled, device=x.device), torch.empty(rows, device=x.device)
-    maxima = torch.empty(rows, sampled // by_ranges.GROUP, device=x.device)
+    maxima = torch.empty(rows, sampled // GROUP, device=x.device)
     listed = keys.new_empty(rows, min(rank, maxima.shape[1]))
     W_rest, bias_rest = W_enc[sampled:], bias[sampled:]
     for first in range(0, n, rows):
         chunk = min(rows, n - first)
         bound.fill_(math.nan)
         count.zero_()
-        by_ranges._multiply(product, x, W_enc[:sampled], bias, bound, acts, sampled, maxima, first, chunk)
+        launch_product(product, x, W_enc[:sampled], bias, bound, acts, sampled, maxima, first, chunk)
         found = (sample_keys, sample_columns)
         merged = (acts, maxima, bound, listed, *found, *found, listed)
         merge.launch((chunk,), *merged, 0, 0, sampled, sampled, maxima.shape[1], listed.shape[1], rank, 0)
-        grid, (x_given, W_given, *sizes) = by_ranges.product_grid(append, x, W_rest, first, chunk)
+        grid, (x_given, W_given, *sizes) = product_grid(append, x, W_rest, first, chunk)
         append.launch(grid, x_given, W_given, bias_rest, bound, slots, count, groups, *sizes)
         settled = (*found, slots, count, groups, bound, keys, columns, failed)
         settle.launch((chunk,), *settled, first, sampled, d_sae, rank, k)

@@ -7,6 +7,7 @@ many, and the result must be equal, not close.
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,9 +21,10 @@ pytestmark = needs_triton
 
 @pytest.fixture(autouse=True)
 def _listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from csae.kernels.triton import topk_encode
+    from csae.kernels.triton import topk_merge, topk_product
 
-    only_listed_variants(topk_encode, monkeypatch)
+    both = SimpleNamespace(variants=lambda: [*topk_product.variants(), *topk_merge.variants()])
+    only_listed_variants(both, monkeypatch)  # type: ignore[arg-type]
 
 
 def integers(*shape: int, low: int = -3, high: int = 4, seed: int = 0) -> Tensor:
@@ -98,7 +100,7 @@ def test_a_last_group_that_is_not_full_ends_with_its_row() -> None:
 def test_keys_have_the_order_of_their_floats() -> None:
     from triton_keys import keys_of
 
-    from csae.kernels.triton.topk_encode import NAN_KEY
+    from csae.kernels.triton.topk_merge import NAN_KEY
 
     tiny, huge, inf = 1e-45, 3.4e38, math.inf
     rising = [-inf, -huge, -1.0, -tiny, 0.0, tiny, 1.0, huge, inf, math.nan]
@@ -209,19 +211,19 @@ def test_the_workspace_is_bounded() -> None:
 def test_products_by_tensor_descriptors(
     n: int, d_in: int, d_sae: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from csae.kernels.triton import topk_encode
+    from csae.kernels.triton import topk_encode, topk_product
 
-    if DEVICE == "cuda" and not topk_encode._has_tma(torch.device("cuda")):
+    if DEVICE == "cuda" and not topk_product._has_tma(torch.device("cuda")):
         pytest.skip("no tensor memory accelerator")
-    monkeypatch.setattr(topk_encode, "_has_tma", lambda device: True)
+    monkeypatch.setattr(topk_product, "_has_tma", lambda device: True)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
         x, W_enc = random_normal(n, d_in, dtype=dtype), random_normal(d_sae, d_in, dtype=dtype)
-        product = topk_encode._best_product(x, d_sae)
-        assert product.kernel is topk_encode._pre_acts_tma
-        assert topk_encode._best_product(x[:, 1:], d_sae).kernel is topk_encode._pre_acts
-        assert topk_encode._best_product(x, d_sae + 1).kernel is topk_encode._pre_acts
+        product = topk_product.best_product(x, d_sae)
+        assert product.kernel is topk_product._pre_acts_tma
+        assert topk_product.best_product(x[:, 1:], d_sae).kernel is topk_product._pre_acts
+        assert topk_product.best_product(x, d_sae + 1).kernel is topk_product._pre_acts
         # A single row may have any stride.
         single = x[:1].as_strided((1, d_in), (1, 1))
         assert single.stride(0) == 1
@@ -234,10 +236,10 @@ def test_products_by_tensor_descriptors(
 
 
 def test_a_product_of_choice() -> None:
-    from csae.kernels.triton import topk_encode
+    from csae.kernels.triton import topk_encode, topk_product
 
     x, W_enc, b_enc = random_normal(2, 8), random_normal(40, 8, seed=1), random_normal(40, seed=2)
-    product = topk_encode._product_variant(torch.float32, "ieee", 1)
+    product = topk_product.product_variant(torch.float32, "ieee", 1)
     values, indices = topk_encode.topk_encode(x, W_enc, b_enc, 3, product=product)
     want_values, want_indices = reference.topk_encode(x, W_enc, b_enc, 3)
     torch.testing.assert_close(indices, want_indices, rtol=0, atol=0)

@@ -19,10 +19,11 @@ D_SAE = 1024  # of which 256 are the sample
 
 @pytest.fixture(autouse=True)
 def _small_and_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from csae.kernels.triton import topk_encode, topk_threshold
+    from csae.kernels.triton import topk_merge, topk_product, topk_threshold
 
-    both = SimpleNamespace(variants=lambda: [*topk_encode.variants(), *topk_threshold.variants()])
-    only_listed_variants(both, monkeypatch)  # type: ignore[arg-type]
+    modules = (topk_product, topk_merge, topk_threshold)
+    listed = SimpleNamespace(variants=lambda: [variant for module in modules for variant in module.variants()])
+    only_listed_variants(listed, monkeypatch)  # type: ignore[arg-type]
     monkeypatch.setattr(topk_threshold, "SAMPLE", 4)
     monkeypatch.setattr(topk_threshold, "LEAST_SAMPLE", 256)
 
@@ -79,11 +80,11 @@ def test_rows_that_are_proved(d_in: int, d_sae: int, k: int, dtype: torch.dtype,
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_products_by_tensor_descriptors(dtype: torch.dtype, failed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    from csae.kernels.triton import topk_encode
+    from csae.kernels.triton import topk_product
 
-    if DEVICE == "cuda" and not topk_encode._has_tma(torch.device("cuda")):
+    if DEVICE == "cuda" and not topk_product._has_tma(torch.device("cuda")):
         pytest.skip("no tensor memory accelerator")
-    monkeypatch.setattr(topk_encode, "_has_tma", lambda device: True)
+    monkeypatch.setattr(topk_product, "_has_tma", lambda device: True)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:

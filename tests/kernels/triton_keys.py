@@ -3,11 +3,11 @@
 import triton
 import triton.language as tl
 
-from csae.kernels.triton.topk_encode import _to_key
+from csae.kernels.triton.topk_merge import to_key
 
 
 @triton.jit
 def keys_of(numbers_ptr, keys_ptr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     o_x = tl.arange(0, BLOCK)
     # [BLOCK]
-    tl.store(keys_ptr + o_x, _to_key(tl.load(numbers_ptr + o_x)))
+    tl.store(keys_ptr + o_x, to_key(tl.load(numbers_ptr + o_x)))
