@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import feature_rows, tuning
+from . import tuning
+from .feature_sums import feature_sums, sort_pairs
 from .variant import FLOATS, Variant, aligned, jit, unit_of, vector_units
 
 SLAB_BYTES = 24 * 2**20  # of a slab of the table: half of an H100's L2, whose two halves each cache for their own SMs
@@ -231,5 +232,5 @@ def feature_sum(values: Tensor, indices: Tensor, rows: Tensor, d_sae: int) -> Te
     """
     n, k = indices.shape
     places = torch.arange(n * k, device=indices.device)
-    pairs = feature_rows.sort_pairs(indices.flatten(), places // max(k, 1), d_sae)
-    return feature_rows.feature_sums(pairs, [values.flatten()], [rows])[0]
+    pairs = sort_pairs(indices.flatten(), places // max(k, 1), d_sae)
+    return feature_sums(pairs, [values.flatten()], [rows])[0]

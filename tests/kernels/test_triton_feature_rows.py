@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -20,13 +21,24 @@ LR, BETA1, BETA2, EPS = 0.1, 0.9, 0.99, 1e-3
 
 @pytest.fixture(autouse=True)
 def _listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from csae.kernels.triton import feature_rows
+    from csae.kernels.triton import feature_sums
 
-    listed = feature_rows.variants()
-    listed += [other for variant in listed for other in feature_rows.candidates(variant)]
+    listed = [form for variant in variants() for form in forms(variant)]
     only_listed_variants(SimpleNamespace(variants=lambda: listed), monkeypatch)
     # So that runs that are short enough for a test are cut into pieces.
-    monkeypatch.setattr(feature_rows, "MIN_PIECE", 64)
+    monkeypatch.setattr(feature_sums, "MIN_PIECE", 64)
+
+
+def variants():
+    """Of both of the modules that feature_rows is made of."""
+    from csae.kernels.triton import adam_rows, feature_sums
+
+    return [*feature_sums.variants(), *adam_rows.variants()]
+
+
+def forms(variant):
+    """The variant, and what a GPU may be tuned to."""
+    return [variant, *import_module(variant.kernel.fn.__module__).candidates(variant)]
 
 
 def pairs_of(lengths: list[int], n: int, inactive: int = 0, seed: int = 0):
@@ -124,16 +136,16 @@ def test_a_long_run_is_found_among_many_features(long: int) -> None:
 
 
 def test_pieces_grow_with_the_pairs_where_memory_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from csae.kernels.triton import feature_rows
+    from csae.kernels.triton import feature_sums
 
-    monkeypatch.setattr(feature_rows, "PARTIAL_BYTES", 8 * 4 * 3)  # two slots a block of 4-byte sums, for 3 blocks
+    monkeypatch.setattr(feature_sums, "PARTIAL_BYTES", 8 * 4 * 3)  # two slots a block of 4-byte sums, for 3 blocks
     lengths = [40, 90, 10, 160]
     features, tokens, pairs = pairs_of(lengths, n=5)
     weights, rows = random_normal(300), random_normal(5, 4, seed=1)
-    (_, _, partial), piece, _ = feature_rows._gradients(pairs, [(weights, rows)])
+    (_, _, partial), piece, _ = feature_sums.gradient_tensors(pairs, [(weights, rows)])
     assert (piece, tuple(partial.shape)) == (100, (6, 4))
     assert_sums(
-        feature_rows.feature_sums(pairs, [weights], [rows])[0], *sums(features, tokens, weights, rows, 4), terms=160
+        feature_sums.feature_sums(pairs, [weights], [rows])[0], *sums(features, tokens, weights, rows, 4), terms=160
     )
 
 
@@ -348,7 +360,7 @@ def test_an_infinite_moment_stays_infinite() -> None:
 
 
 def test_every_form_that_a_gpu_may_be_tuned_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    from csae.kernels.triton import feature_rows
+    from csae.kernels.triton import feature_rows, tuning
 
     d = 264
     features, tokens, pairs = pairs_of([2, 0, 66], n=4)
@@ -356,15 +368,15 @@ def test_every_form_that_a_gpu_may_be_tuned_to(monkeypatch: pytest.MonkeyPatch) 
     want, magnitude = sums(features, tokens, weights, rows, 3)
     before = table_of(3, d, weights, rows, True)
     updated = adam_in_float64(before, want, hyper_of(1, False))
-    forms = max(len(feature_rows.candidates(variant)) for variant in feature_rows.variants())
-    assert forms > 4
-    for place in range(forms):
+    most = max(len(forms(variant)) for variant in variants())
+    assert most > 5
+    for place in range(most):
 
         def other(variant, device, place=place):
-            found = [variant, *feature_rows.candidates(variant)]
+            found = forms(variant)
             return found[place % len(found)]
 
-        monkeypatch.setattr(feature_rows.tuning, "best", other)
+        monkeypatch.setattr(tuning, "best", other)
         assert_sums(feature_rows.feature_sums(pairs, [weights], [rows])[0], want, magnitude, terms=66)
         table = clones(before)
         feature_rows.adam_rows(pairs, [table], hyper_of(1, False), seed_of(1), False)

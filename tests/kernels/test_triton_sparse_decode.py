@@ -26,11 +26,11 @@ SHAPES = [  # n, k, d_sae, d
 
 @pytest.fixture(autouse=True)
 def _listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from csae.kernels.triton import feature_rows, sparse_decode
+    from csae.kernels.triton import feature_sums, sparse_decode
 
-    # Those of feature_rows: feature_sum is made of it. And those that a GPU may be tuned to.
+    # Those of feature_sums: feature_sum is made of it. And those that a GPU may be tuned to.
     listed = sparse_decode.variants()
-    listed += [other for variant in listed for other in sparse_decode.candidates(variant)] + feature_rows.variants()
+    listed += [other for variant in listed for other in sparse_decode.candidates(variant)] + feature_sums.variants()
     only_listed_variants(SimpleNamespace(variants=lambda: listed), monkeypatch)
 
 

@@ -1,0 +1,276 @@
+"""Adam on tables of rows, in place: a kernel sums the gradient of a row, by feature_sums.py, and consumes it there.
+
+What holds for all sums, and the shapes and rates that predicted times are for, are in feature_rows.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..pairs import Pairs, Table
+from . import tuning
+from .feature_sums import (
+    PAIRS,
+    SCALAR_SUM_TILES,
+    SUM_TILES,
+    Tile,
+    fitting,
+    gradient_tensors,
+    gradient_types,
+    other_forms,
+    runs,
+    sum_runs,
+    widen,
+)
+from .variant import Variant, aligned, jit, vector_units
+
+LEAST_NORM = tl.constexpr(1e-12)  # a row is divided by no less: one of zeros stays as it is
+
+
+@triton.jit
+def _hash32(x):
+    """uint32 -> uint32: lowbias32 of C. Wellons' hash-prospector."""
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    x ^= x >> 16
+    return x
+
+
+@triton.jit
+def _store_moment(p_moment, b_moment, b_elements, seed, mask):
+    """Store as float32, or as bfloat16 rounded stochastically, by 16 bits of chance a hash of the element's place."""
+    if p_moment.dtype.element_ty == tl.bfloat16:
+        b_chance = _hash32(b_elements ^ _hash32(seed)) >> 16
+        b_bits = b_moment.to(tl.uint32, bitcast=True)
+        # 16 bits are added below those that stay. An infinity stays one; a NaN must not be carried past itself.
+        b_bits = tl.where(b_moment == b_moment, b_bits + b_chance, 0x7FC00000)
+        tl.store(p_moment, (b_bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+    else:
+        tl.store(p_moment, b_moment, mask=mask)
+
+
+@triton.jit
+def _adam(p_avg, p_avg_sq, b_param, b_grad, hyper_ptr, seed_ptr, o_e, m_e):
+    """Update the moments of elements o_e in memory by their gradient; returns what becomes of the parameter."""
+    step_size, correction, eps = tl.load(hyper_ptr), tl.load(hyper_ptr + 1), tl.load(hyper_ptr + 2)
+    one_minus_beta1, beta2, one_minus_beta2 = tl.load(hyper_ptr + 3), tl.load(hyper_ptr + 4), tl.load(hyper_ptr + 5)
+    # [FEATURES, COLUMNS]
+    b_avg = widen(tl.load(p_avg, mask=m_e, other=0.0, eviction_policy="evict_first"))
+    # [FEATURES, COLUMNS]
+    b_avg_sq = widen(tl.load(p_avg_sq, mask=m_e, other=0.0, eviction_policy="evict_first"))
+    b_avg += (b_grad - b_avg) * one_minus_beta1
+    b_avg_sq = b_avg_sq * beta2 + b_grad * b_grad * one_minus_beta2
+    b_elements, seed = o_e.to(tl.uint32), tl.load(seed_ptr).to(tl.uint32)
+    _store_moment(p_avg, b_avg, b_elements, seed, m_e)
+    _store_moment(p_avg_sq, b_avg_sq, b_elements, seed + 0x9E3779B9, m_e)
+    return b_param - step_size * b_avg / (tl.sqrt_rn(b_avg_sq) * correction + eps)
+
+
+# One step of Adam on the rows of one table, whose gradient is summed here from the run of each row.
+#
+# A program updates COLUMNS columns of one feature, or, of narrow rows, of FEATURES that lie side by side. Rows that are
+# normalised are whole in one program, COLUMNS >= d, for their two sums over d; others come in slabs of columns, with
+# features before columns, so that L2 holds the slab of rows. One table at a time, because L2 then holds more of its
+# rows; two in one program would save 20 bytes a pair, the reading of the run, of the thousands that a pair comes to.
+# Bytes: param, exp_avg and exp_avg_sq are each read once and written once, 24 a parameter, or 16 with bfloat16 moments,
+# and marked to leave L2 first; the gradient never is in memory; rows n d e, gathered from L2, P d e. Lazy: the same for
+# the rows that have a pair, and nothing for others but their two ends. Operations: 2 P d, and about 20 a parameter.
+# Floor: 24 d_sae d, or 16, and n d e.
+# Predicted for W_enc and W_dec, rows in bf16: A 0.42 ms, floor 0.41; B 2.8, floor 2.4; C 9.5, floor 8.6. With bfloat16
+# moments: A 0.28, B 2.0, C 6.6. What B and C pay beyond the floor: rows of W_dec's gradient, 38 and 67 MB, that are
+# gathered whole, of which L2 holds a half. b_enc: 0.02 ms.
+@jit
+def _adam_rows(
+    order_ptr,
+    tokens_ptr,
+    ends_ptr,
+    weights_ptr,
+    rows_ptr,
+    partial_ptr,
+    param_ptr,
+    exp_avg_ptr,
+    exp_avg_sq_ptr,
+    hyper_ptr,
+    seed_ptr,
+    d_sae: tl.int32,
+    units: tl.int32,
+    piece: tl.int32,
+    unit_rows: tl.int32,
+    lazy: tl.int32,
+    UNIT: tl.constexpr,
+    FEATURES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    d = units * UNIT
+    o_c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    m_c = o_c < d
+    o_f, m_f, b_starts, b_ends = runs(ends_ptr, d_sae, FEATURES)
+    m_f = m_f & ((lazy == 0) | (b_starts < b_ends))
+    if tl.max(m_f.to(tl.int32), axis=0) > 0:
+        b_grad = sum_runs(
+            order_ptr, tokens_ptr, weights_ptr, rows_ptr, partial_ptr, b_starts, b_ends, piece, d, o_c, m_c,
+            FEATURES, ROWS, COLUMNS,
+        )  # fmt: skip
+        o_e = o_f[:, None] * d + o_c[None, :]
+        m_e = m_f[:, None] & m_c[None, :]
+        # [FEATURES, COLUMNS]
+        b_param = tl.load(param_ptr + o_e, mask=m_e, other=0.0, eviction_policy="evict_first")
+        if unit_rows != 0:
+            b_grad -= tl.sum(b_grad * b_param, axis=1)[:, None] * b_param
+        b_param = _adam(exp_avg_ptr + o_e, exp_avg_sq_ptr + o_e, b_param, b_grad, hyper_ptr, seed_ptr, o_e, m_e)
+        if unit_rows != 0:
+            b_param /= tl.maximum(tl.sqrt_rn(tl.sum(b_param * b_param, axis=1)), LEAST_NORM)[:, None]
+        tl.store(param_ptr + o_e, b_param, mask=m_e, eviction_policy="evict_first")
+
+
+# The same for normalised rows that are too wide for the registers of one program: more than 8192 columns.
+#
+# A program updates one feature, COLUMNS at a time, in three rounds: <gradient, row>; the update, with the norm of what
+# comes out; the division by it. The gradient is summed in the first two.
+# Bytes from memory: as above, since the third round finds the row in L2, where the second left it; gathered: 2 P d e.
+# Floor: as above. Predicted: as above at d = 16384 but for the second gather, 0.7 ms for each GB that L2 does not hold.
+@jit
+def _adam_long_rows(
+    order_ptr,
+    tokens_ptr,
+    ends_ptr,
+    weights_ptr,
+    rows_ptr,
+    partial_ptr,
+    param_ptr,
+    exp_avg_ptr,
+    exp_avg_sq_ptr,
+    hyper_ptr,
+    seed_ptr,
+    units: tl.int32,
+    piece: tl.int32,
+    lazy: tl.int32,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    d = units * UNIT
+    feature = tl.program_id(0)
+    o_f, _, b_starts, b_ends = runs(ends_ptr, feature + 1, 1)
+    if (lazy == 0) | (tl.max(b_ends - b_starts, axis=0) > 0):
+        b_dots = tl.zeros([1, COLUMNS], tl.float32)
+        for first in range(0, d, COLUMNS):
+            o_c = first + tl.arange(0, COLUMNS)
+            m_c = o_c < d
+            b_grad = sum_runs(
+                order_ptr, tokens_ptr, weights_ptr, rows_ptr, partial_ptr, b_starts, b_ends, piece, d, o_c, m_c,
+                1, ROWS, COLUMNS,
+            )  # fmt: skip
+            # [1, COLUMNS]
+            b_dots += b_grad * tl.load(param_ptr + o_f[:, None] * d + o_c[None, :], mask=m_c[None, :], other=0.0)
+        along = tl.sum(b_dots, axis=1)[:, None]
+        b_squares = tl.zeros([1, COLUMNS], tl.float32)
+        for first in range(0, d, COLUMNS):
+            o_c = first + tl.arange(0, COLUMNS)
+            m_c = o_c < d
+            b_grad = sum_runs(
+                order_ptr, tokens_ptr, weights_ptr, rows_ptr, partial_ptr, b_starts, b_ends, piece, d, o_c, m_c,
+                1, ROWS, COLUMNS,
+            )  # fmt: skip
+            o_e = o_f[:, None] * d + o_c[None, :]
+            # [1, COLUMNS]
+            b_param = tl.load(param_ptr + o_e, mask=m_c[None, :], other=0.0)
+            b_grad -= along * b_param
+            b_param = _adam(
+                exp_avg_ptr + o_e, exp_avg_sq_ptr + o_e, b_param, b_grad, hyper_ptr, seed_ptr, o_e, m_c[None, :]
+            )
+            b_squares += b_param * b_param
+            tl.store(param_ptr + o_e, b_param, mask=m_c[None, :])
+        norm = tl.maximum(tl.sqrt_rn(tl.sum(b_squares, axis=1)), LEAST_NORM)[:, None]
+        tl.debug_barrier()  # a thread may read what another wrote
+        for first in range(0, d, COLUMNS):
+            o_c = first + tl.arange(0, COLUMNS)
+            p_param = param_ptr + o_f[:, None] * d + o_c[None, :]
+            # [1, COLUMNS]
+            b_param = tl.load(p_param, mask=(o_c < d)[None, :], other=0.0)
+            tl.store(p_param, b_param / norm, mask=(o_c < d)[None, :])
+
+
+# A row that is normalised is whole in the registers of a program: at most 16 columns a thread.
+_UNIT_ROW_TILES = [
+    *SUM_TILES,
+    Tile(1, 4, 1024, 4),
+    Tile(1, 2, 2048, 4),
+    Tile(1, 2, 4096, 8),
+    Tile(1, 1, 8192, 16),
+]
+_LONG_ROW_TILE = Tile(1, 4, 2048, 8)
+# For widths that are no multiple of 16 bytes, as `SCALAR_SUM_TILES`.
+_SCALAR_LONG_ROW_TILE = Tile(1, 2, 512, 8)
+
+
+def _adam_variant(rows: torch.dtype, moments: torch.dtype, unit: int, tile: Tile, long: bool = False) -> Variant:
+    state = {"param_ptr": torch.float32, "exp_avg_ptr": moments, "exp_avg_sq_ptr": moments}
+    tensors = {**PAIRS, **gradient_types(rows), **state, "hyper_ptr": torch.float32, "seed_ptr": torch.int64}
+    constants = {"UNIT": unit, "ROWS": tile.rows, "COLUMNS": tile.columns}
+    if long:
+        return Variant(_adam_long_rows, tensors, constants, num_warps=tile.warps, num_stages=1)
+    return Variant(_adam_rows, tensors, {**constants, "FEATURES": tile.features}, tile.warps, num_stages=1)
+
+
+def variants() -> list[Variant]:
+    """Every form in which this module launches a kernel."""
+    found = []
+    for moments in (torch.float32, torch.bfloat16):
+        for rows in (torch.float32, torch.bfloat16):
+            unit, _ = vector_units(rows)
+            found += [_adam_variant(rows, moments, unit, tile) for tile in _UNIT_ROW_TILES]
+            found.append(_adam_variant(rows, moments, unit, _LONG_ROW_TILE, long=True))
+        found += [_adam_variant(torch.float32, moments, 1, tile) for tile in SCALAR_SUM_TILES]
+        found.append(_adam_variant(torch.float32, moments, 1, _SCALAR_LONG_ROW_TILE, long=True))
+    return found
+
+
+def candidates(variant: Variant) -> list[Variant]:
+    """Other forms in which it can be launched, for `tuning` to choose from."""
+    # Some of Adam's rows are normalised: all of their columns are one program's.
+    return other_forms(variant, (variant.constants["COLUMNS"],), (16, 32), 1, 4)
+
+
+def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, lazy: bool) -> None:
+    """One step of Adam on each table, in place, from its gradient in factors.
+
+    hyper [6] float32: lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), eps, 1 - beta1, beta2, 1 - beta2. seed [1] int64: the
+    number of the step, for the rounding of bfloat16 moments. Both are read on the device. lazy: a row without a pair
+    is not touched, as in torch.optim.SparseAdam (whose eps is outside of the correction: pass eps / sqrt(1 - beta2^t));
+    otherwise each row is updated, as in torch.optim.Adam. Memory: as `feature_sums`; and a float32 copy of rows that
+    are float16, or of a width that is no multiple of 16 bytes.
+    """
+    pairs, hyper, seed = Pairs(*map(aligned, pairs)), aligned(hyper), aligned(seed)
+    for table in tables:
+        for name in ("param", "exp_avg", "exp_avg_sq"):
+            tensor = getattr(table, name)
+            if not tensor.is_contiguous() or tensor.data_ptr() % 16:
+                given = f"an address that is {tensor.data_ptr() % 16} bytes past a multiple of 16"
+                given = given if tensor.is_contiguous() else f"strides {tensor.stride()}"
+                raise ValueError(
+                    f"{name}: given {given}; needed a contiguous tensor at a multiple of 16 bytes: `clone` it"
+                )
+        if table.param.numel() > 0:
+            _adam_table(pairs, table, hyper, seed, lazy)
+
+
+def _adam_table(pairs: Pairs, table: Table, hyper: Tensor, seed: Tensor, lazy: bool) -> None:
+    d_sae, d = table.param.shape
+    rows = table.rows.float() if table.rows.dtype == torch.float16 else table.rows
+    gradient, piece, unit = gradient_tensors(pairs, [(table.weights, rows)])
+    state = (table.param, table.exp_avg, table.exp_avg_sq, hyper, seed)
+    types = (gradient[1].dtype, table.exp_avg.dtype)
+    tiles = SCALAR_SUM_TILES if unit == 1 else _UNIT_ROW_TILES if table.unit_rows else SUM_TILES
+    if table.unit_rows and d > tiles[-1].columns:
+        variant = _adam_variant(*types, unit, _SCALAR_LONG_ROW_TILE if unit == 1 else _LONG_ROW_TILE, long=True)
+        variant = tuning.best(variant, rows.device)
+        variant.launch((d_sae,), *pairs, *gradient, *state, d // unit, piece, int(lazy))
+    else:
+        variant = tuning.best(_adam_variant(*types, unit, fitting(tiles, d)), rows.device)
+        grid = (triton.cdiv(d_sae, variant.constants["FEATURES"]), triton.cdiv(d, variant.constants["COLUMNS"]))
+        variant.launch(grid, *pairs, *gradient, *state, d_sae, d // unit, piece, int(table.unit_rows), int(lazy))

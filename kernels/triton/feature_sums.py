@@ -1,0 +1,382 @@
+"""sort_pairs and feature_sums; and the sum over a feature's run of pairs, which adam_rows.py has in common with them.
+
+Some features fire on nearly every token, so runs have any length: all pairs, sorted, are cut into blocks of `piece`
+pairs, and the parts of a run that is longer than that are summed by `_pieces` first, and then added by the run's own
+program. What holds for all sums, and the shapes and rates that predicted times are for, are in feature_rows.py.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..pairs import Pairs
+from . import tuning
+from .variant import FLOATS, Variant, aligned, jit, unit_of, vector_units
+
+# A piece is no shorter than this, for rows of 128 columns and for narrower ones, where a block of pairs costs less; and
+# no shorter than keeps a table's sums of pieces within PARTIAL_BYTES.
+MIN_PIECE = 256
+MIN_NARROW_PIECE = 64
+PARTIAL_BYTES = 32 * 2**20
+
+
+@triton.jit
+def widen(b_narrow):
+    """To float32; bfloat16 by its bits, since Triton's interpreter takes them for an integer."""
+    if b_narrow.dtype == tl.bfloat16:
+        b_wide = (b_narrow.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        b_wide = b_narrow.to(tl.float32)
+    return b_wide
+
+
+@triton.jit
+def _sum_pairs(
+    order_ptr,
+    tokens_ptr,
+    weights_ptr,
+    rows_ptr,
+    b_starts,
+    b_ends,
+    d,
+    o_c,
+    m_c,
+    FEATURES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """sum over p in b_starts .. b_ends of weights[order[p]] * rows[tokens[p]], at columns o_c: [FEATURES, COLUMNS]."""
+    b_sum = tl.zeros([FEATURES, COLUMNS], tl.float32)
+    longest = tl.max(b_ends - b_starts, axis=0)
+    for first in range(0, longest, ROWS):
+        o_p = b_starts[:, None] + first + tl.arange(0, ROWS)[None, :]
+        m_p = o_p < b_ends[:, None]
+        # [FEATURES, ROWS]
+        b_order = tl.load(order_ptr + o_p, mask=m_p, other=0)
+        # [FEATURES, ROWS]
+        b_tokens = tl.load(tokens_ptr + o_p, mask=m_p, other=0)
+        # [FEATURES, ROWS]
+        b_weights = tl.load(weights_ptr + b_order, mask=m_p, other=0.0)
+        p_rows = rows_ptr + b_tokens[:, :, None] * d + o_c[None, None, :]
+        # [FEATURES, ROWS, COLUMNS]
+        b_rows = widen(tl.load(p_rows, mask=m_p[:, :, None] & m_c[None, None, :], other=0.0))
+        b_sum += tl.sum(b_weights[:, :, None] * b_rows, axis=1)
+    return b_sum
+
+
+@triton.jit
+def sum_runs(
+    order_ptr,
+    tokens_ptr,
+    weights_ptr,
+    rows_ptr,
+    partial_ptr,
+    b_starts,
+    b_ends,
+    piece,
+    d,
+    o_c,
+    m_c,
+    FEATURES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The sum of each feature's run: of its pairs, or of what `_pieces` left for a run longer than a piece."""
+    b_long = b_ends - b_starts > piece
+    b_short_ends = tl.where(b_long, b_starts, b_ends)
+    b_sum = _sum_pairs(
+        order_ptr, tokens_ptr, weights_ptr, rows_ptr, b_starts, b_short_ends, d, o_c, m_c, FEATURES, ROWS, COLUMNS
+    )
+    b_first = b_starts // piece
+    b_count = tl.where(b_long, (b_ends - 1) // piece - b_first + 1, 0)
+    for first in range(0, tl.max(b_count, axis=0), ROWS):
+        o_j = first + tl.arange(0, ROWS)[None, :]
+        b_blocks = b_first[:, None] + o_j
+        b_slots = 2 * b_blocks + (b_starts[:, None] > b_blocks * piece).to(tl.int64)
+        m_j = o_j < b_count[:, None]
+        p_partial = partial_ptr + b_slots[:, :, None] * d + o_c[None, None, :]
+        # [FEATURES, ROWS, COLUMNS]
+        b_partial = tl.load(p_partial, mask=m_j[:, :, None] & m_c[None, None, :], other=0.0)
+        b_sum += tl.sum(b_partial, axis=1)
+    return b_sum
+
+
+# partial[2 j] and partial[2 j + 1]: of the pairs in block j, at places j * piece to (j + 1) * piece, the sum of those
+# whose long run holds the block's first place, and of those whose long run begins after it. A long run has more than
+# `piece` pairs, so a block meets no third. Other slots stay as they are.
+#
+# A program makes COLUMNS columns of one slot, of one table or of two. It finds its run by a search in `ends`, at 64
+# places at once: 3 loads, one after the other, for 262,144 features. Without a long run it ends there.
+# Bytes: (20 + d e) for each pair in a long run, mostly from L2, since rows is n d e; 8 d / piece a pair written, at
+# most. Operations: 2 d a pair. Floor: the gathered bytes at the speed of L2.
+# Predicted without long runs: A 4,096 programs of 2 us, about 1,000 at a time, 0.01 ms; B and C 18,000, 0.04 ms. With
+# some, a piece of 256 (A) to 512 pairs (C) takes 0.03 to 0.06 ms, alongside others.
+@jit
+def _pieces(
+    order_ptr,
+    tokens_ptr,
+    ends_ptr,
+    weights_ptr,
+    rows_ptr,
+    partial_ptr,
+    weights2_ptr,
+    rows2_ptr,
+    partial2_ptr,
+    d_sae: tl.int32,
+    units: tl.int32,
+    piece: tl.int32,
+    UNIT: tl.constexpr,
+    TABLES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    d = units * UNIT
+    slot = tl.program_id(0).to(tl.int64)
+    o_c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    m_c = o_c < d
+    low = slot // 2 * piece
+    high = min(low + piece, tl.load(ends_ptr + d_sae))
+    if low < high:
+        place = tl.where(slot % 2 == 0, low, high - 1)
+        # The last feature with ends[feature] <= place is one of feature .. feature + count - 1.
+        feature, count = d_sae * 0, d_sae
+        while count > 1:
+            step = tl.cdiv(count, 64)
+            o_f = feature + step * tl.arange(0, 64)
+            # [64]
+            b_ends = tl.load(ends_ptr + o_f, mask=o_f < d_sae, other=place + 1)
+            feature += step * (tl.sum((b_ends <= place).to(tl.int32), axis=0) - 1)
+            count = step
+        start, end = tl.load(ends_ptr + feature), tl.load(ends_ptr + feature + 1)
+        begins_inside = (start > low).to(tl.int64)
+        if (end - start > piece) & (begins_inside == slot % 2):
+            b_start = tl.full([1], max(start, low), tl.int64)
+            b_end = tl.full([1], min(end, high), tl.int64)
+            p_out = slot * d + o_c[None, :]
+            b_sum = _sum_pairs(
+                order_ptr, tokens_ptr, weights_ptr, rows_ptr, b_start, b_end, d, o_c, m_c, 1, ROWS, COLUMNS
+            )
+            tl.store(partial_ptr + p_out, b_sum, mask=m_c[None, :])
+            if TABLES == 2:
+                b_sum = _sum_pairs(
+                    order_ptr, tokens_ptr, weights2_ptr, rows2_ptr, b_start, b_end, d, o_c, m_c, 1, ROWS, COLUMNS
+                )
+                tl.store(partial2_ptr + p_out, b_sum, mask=m_c[None, :])
+
+
+@triton.jit
+def runs(ends_ptr, d_sae, FEATURES: tl.constexpr):
+    """This program's features, and where the run of each starts and ends; empty ones beyond the last feature."""
+    o_f = tl.program_id(0).to(tl.int64) * FEATURES + tl.arange(0, FEATURES)
+    m_f = o_f < d_sae
+    # [FEATURES]
+    b_starts = tl.load(ends_ptr + o_f, mask=m_f, other=0)
+    # [FEATURES]
+    b_ends = tl.load(ends_ptr + o_f + 1, mask=m_f, other=0)
+    return o_f, m_f, b_starts, b_ends
+
+
+# out[f] = the sum over the pairs of feature f, of one table or of two: zeros for an empty run.
+#
+# A program makes COLUMNS columns of one feature, or, of narrow rows, of FEATURES that lie side by side. Two tables
+# share the run. Features come before columns, so programs in flight share a slab of rows, n COLUMNS e, that L2 holds.
+# Bytes: P d e gathered from L2 for each table; rows once from memory, n d e; d_sae d e written; 20 a pair for the run
+# in each slab. Operations: 2 P d. Floor: (d_sae + n) d e for each table.
+# Predicted for two tables in bf16: A 0.15 ms, floor 0.04; B 0.9, floor 0.23; C 1.6, floor 0.76: the gathers decide.
+# For totals, one column: 0.02 ms.
+@jit
+def _feature_sum(
+    order_ptr,
+    tokens_ptr,
+    ends_ptr,
+    weights_ptr,
+    rows_ptr,
+    partial_ptr,
+    out_ptr,
+    weights2_ptr,
+    rows2_ptr,
+    partial2_ptr,
+    out2_ptr,
+    d_sae: tl.int32,
+    units: tl.int32,
+    piece: tl.int32,
+    UNIT: tl.constexpr,
+    TABLES: tl.constexpr,
+    FEATURES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    d = units * UNIT
+    o_c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    m_c = o_c < d
+    o_f, m_f, b_starts, b_ends = runs(ends_ptr, d_sae, FEATURES)
+    p_out = o_f[:, None] * d + o_c[None, :]
+    m_out = m_f[:, None] & m_c[None, :]
+    b_sum = sum_runs(
+        order_ptr, tokens_ptr, weights_ptr, rows_ptr, partial_ptr, b_starts, b_ends, piece, d, o_c, m_c,
+        FEATURES, ROWS, COLUMNS,
+    )  # fmt: skip
+    tl.store(out_ptr + p_out, b_sum.to(out_ptr.dtype.element_ty), mask=m_out)
+    if TABLES == 2:
+        b_sum = sum_runs(
+            order_ptr, tokens_ptr, weights2_ptr, rows2_ptr, partial2_ptr, b_starts, b_ends, piece, d, o_c, m_c,
+            FEATURES, ROWS, COLUMNS,
+        )  # fmt: skip
+        tl.store(out2_ptr + p_out, b_sum.to(out2_ptr.dtype.element_ty), mask=m_out)
+
+
+class Tile(NamedTuple):
+    """What a program takes at a time."""
+
+    features: int
+    rows: int
+    columns: int
+    warps: int
+
+
+# A row's width chooses among them, as `fitting` does.
+SUM_TILES = [Tile(1, 8, 128, 1), Tile(1, 4, 512, 2)]
+_PIECE_TILES = [Tile(1, 32, 128, 4), Tile(1, 8, 512, 4)]
+# The same for widths that are no multiple of 16 bytes: b_enc, whose rows have one column, and widths seen in tests.
+SCALAR_SUM_TILES = [Tile(128, 8, 1, 4), Tile(16, 4, 16, 4), Tile(1, 4, 128, 1)]
+_SCALAR_PIECE_TILES = [Tile(1, 64, 1, 2), Tile(1, 64, 16, 4), Tile(1, 32, 128, 8)]
+
+
+def fitting(tiles: list[Tile], columns: int) -> Tile:
+    """The first tile with as many columns; the last, if none has."""
+    return next((tile for tile in tiles if tile.columns >= columns), tiles[-1])
+
+
+PAIRS = {"order_ptr": torch.int64, "tokens_ptr": torch.int64, "ends_ptr": torch.int64}
+
+
+def gradient_types(rows: torch.dtype, number: str = "") -> dict[str, torch.dtype]:
+    """The arguments that give the kernels a gradient in factors, and their dtypes. number: a second table's is "2"."""
+    names = {"weights": torch.float32, "rows": rows, "partial": torch.float32}
+    return {f"{name}{number}_ptr": dtype for name, dtype in names.items()}
+
+
+def _pieces_variant(rows: torch.dtype, unit: int, tables: int, tile: Tile) -> Variant:
+    tensors = {**PAIRS, **gradient_types(rows), **gradient_types(rows, "2")}
+    constants = {"UNIT": unit, "TABLES": tables, "ROWS": tile.rows, "COLUMNS": tile.columns}
+    return Variant(_pieces, tensors, constants, num_warps=tile.warps, num_stages=1)
+
+
+def _feature_sum_variant(rows: torch.dtype, unit: int, tables: int, tile: Tile) -> Variant:
+    tensors = {**PAIRS, **gradient_types(rows), "out_ptr": rows, **gradient_types(rows, "2"), "out2_ptr": rows}
+    constants = {"UNIT": unit, "TABLES": tables, "FEATURES": tile.features, "ROWS": tile.rows, "COLUMNS": tile.columns}
+    return Variant(_feature_sum, tensors, constants, num_warps=tile.warps, num_stages=1)
+
+
+def variants() -> list[Variant]:
+    """Every form in which this module launches a kernel."""
+    found = []
+    for rows in FLOATS:
+        unit, _ = vector_units(rows)
+        for tables in (1, 2):
+            found += [_pieces_variant(rows, unit, tables, tile) for tile in _PIECE_TILES]
+            found += [_feature_sum_variant(rows, unit, tables, tile) for tile in SUM_TILES]
+    found += [_pieces_variant(torch.float32, 1, 1, tile) for tile in _SCALAR_PIECE_TILES]
+    found += [_feature_sum_variant(torch.float32, 1, 1, tile) for tile in SCALAR_SUM_TILES]
+    return found
+
+
+def candidates(variant: Variant) -> list[Variant]:
+    """Other forms in which it can be launched, for `tuning` to choose from."""
+    fewest, most = (8, 32) if variant.kernel is _pieces else (2, 8)
+    return other_forms(variant, (256, 512, 1024), (32,), fewest, most)
+
+
+def other_forms(
+    variant: Variant, widths: tuple[int, ...], elements: tuple[int, ...], fewest: int, most: int
+) -> list[Variant]:
+    """Forms of COLUMNS in `widths` and of `fewest` to `most` ROWS, of which a thread has as many as in `elements`."""
+    if variant.constants["UNIT"] == 1:
+        return []
+    found = []
+    for width in widths:
+        for warps in (1, 2, 4, 8, 16):
+            # As many loads in flight as a thread has registers for, and at most 16 columns of a table.
+            for a_thread in elements:
+                rows = a_thread * 32 * warps // width
+                if fewest <= rows <= most and width <= 512 * warps:
+                    constants = {**variant.constants, "ROWS": rows, "COLUMNS": width}
+                    found.append(variant._replace(constants=constants, num_warps=warps))
+    return [other for other in found if other != variant]
+
+
+def sort_pairs(features: Tensor, tokens: Tensor, d_sae: int) -> Pairs:
+    """Sort pairs by feature: a run for each, in which pairs keep the order given.
+
+    features, tokens [P] int64. A feature outside of [0, d_sae) makes a pair inactive. On a GPU: a radix sort of 32-bit
+    keys, 4 passes of 24 bytes a pair, and one bisection of the sorted keys a feature.
+    """
+    keys = torch.where((features >= 0) & (features < d_sae), features, d_sae).to(torch.int32)
+    keys, order = keys.sort(stable=True)
+    bounds = torch.arange(d_sae + 1, dtype=torch.int32, device=keys.device)
+    return Pairs(order, tokens[order], torch.searchsorted(keys, bounds))
+
+
+def feature_sums(pairs: Pairs, weights: list[Tensor], rows: list[Tensor]) -> list[Tensor]:
+    """For each i the sums of weights[i][p] * rows[i][token of p] over the pairs p of each feature.
+
+    weights: [P] each, in the order in which the pairs were given. rows: [N, d] each, of any widths. Returns
+    [d_sae, d] each, in the dtype of its rows; zeros for a feature without pairs. Two neighbours in the list, of one
+    shape and dtype, are summed together. Memory besides the results: PARTIAL_BYTES a table, or, if that is less,
+    8 d / MIN_PIECE bytes a pair.
+    """
+    pairs, left = Pairs(*map(aligned, pairs)), list(zip(weights, rows, strict=True))
+    sums: list[Tensor] = []
+    while left:
+        (_, first), others = left[0], left[1:]
+        alike = bool(others) and (others[0][1].shape, others[0][1].dtype) == (first.shape, first.dtype)
+        together = 2 if alike and unit_of(first.dtype, first.shape[1]) > 1 else 1
+        sums += _sum_together(pairs, left[:together])
+        left = left[together:]
+    return sums
+
+
+def _sum_together(pairs: Pairs, given: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """The sums of one table, or of two whose rows are of one shape and dtype."""
+    d_sae, d = pairs.ends.shape[0] - 1, given[0][1].shape[1]
+    dtype = given[0][1].dtype
+    if d_sae == 0 or d == 0:
+        return [rows.new_zeros(d_sae, d) for _, rows in given]
+    gradients, piece, unit = gradient_tensors(pairs, given)
+    outs = [gradients[1].new_empty(d_sae, d) for _ in given]
+    tiles = SUM_TILES if unit > 1 else SCALAR_SUM_TILES
+    variant = _feature_sum_variant(outs[0].dtype, unit, len(given), fitting(tiles, d))
+    variant = tuning.best(variant, outs[0].device)
+    grid = (triton.cdiv(d_sae, variant.constants["FEATURES"]), triton.cdiv(d, variant.constants["COLUMNS"]))
+    first, second = (*gradients[:3], outs[0]), (*gradients[-3:], outs[-1])
+    variant.launch(grid, *pairs, *first, *second, d_sae, d // unit, piece)
+    return [out.to(dtype) for out in outs]
+
+
+def gradient_tensors(pairs: Pairs, given: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], int, int]:
+    """What the kernels read of one table, or of two alike, given their weights and rows.
+
+    Returns weights, rows and the sums of the pieces of long runs, of the one and then of the other; the length of a
+    piece; and the unit of the rows, whose width is a multiple of it. Rows of a width that is none of 16 bytes, which
+    models don't have, are widened to float32.
+    """
+    total, d = pairs.tokens.numel(), given[0][1].shape[1]
+    unit = unit_of(given[0][1].dtype, d)
+    shortest = MIN_PIECE if d >= 128 else MIN_NARROW_PIECE
+    piece = max(shortest, triton.cdiv(8 * total * d, PARTIAL_BYTES))
+    slots = 2 * triton.cdiv(total, piece) if total > piece else 0
+    gradients = []
+    for weights, rows in given:
+        partial = torch.empty(slots, d, dtype=torch.float32, device=rows.device)
+        gradients += [aligned(weights.float()), aligned(rows if unit > 1 else rows.float()), partial]
+    if slots > 0:
+        tiles = _PIECE_TILES if unit > 1 else _SCALAR_PIECE_TILES
+        variant = _pieces_variant(gradients[1].dtype, unit, len(given), fitting(tiles, d))
+        variant = tuning.best(variant, partial.device)
+        grid = (slots, triton.cdiv(d, variant.constants["COLUMNS"]))
+        d_sae = pairs.ends.shape[0] - 1
+        variant.launch(grid, *pairs, *gradients[:3], *gradients[-3:], d_sae, d // unit, piece)
+    return gradients, piece, unit
