@@ -8,13 +8,13 @@ from .arguments import fresh
 from .feature_rows import adam_rows, feature_sums, sort_pairs
 from .library import available, describe, has_matrix_units, warn_once, why_not
 from .lookback_attention import lookback_backward, lookback_forward
-from .paired_rows import BLOCK, PairedRows, pair_rows, paired_room
 from .read_memory import read_memory
-from .round_rows import round_rows
+from .round_rows import BESIDE, BLOCK, PairedRows, paired_room, round_pairs, round_rows
 from .sparse_sums import feature_sum, gather_dot, gather_sum
 from .topk_rows import topk_add, topk_add_products, topk_capacity, topk_finish, topk_settle, topk_start
 
 __all__ = [
+    "BESIDE",
     "BLOCK",
     "PairedRows",
     "adam_rows",
@@ -28,9 +28,9 @@ __all__ = [
     "has_matrix_units",
     "lookback_backward",
     "lookback_forward",
-    "pair_rows",
     "paired_room",
     "read_memory",
+    "round_pairs",
     "round_rows",
     "sort_pairs",
     "topk_add",

@@ -132,7 +132,13 @@ _SIGNATURES = {
         c_int,
         [POINTER(Topk), c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_int],
     ),
-    "csae_pair_rows": (c_int, [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int]),
+    "csae_round_pairs": (
+        c_int,
+        [
+            *(c_void_p, c_int64, c_int64, c_int64, c_int),
+            *(c_void_p, c_float, c_float, c_int64, c_void_p, c_void_p, c_int),
+        ],
+    ),
     "csae_topk_finish": (c_int, [POINTER(Topk), c_void_p, c_int64, c_void_p, c_int64, c_int]),
     "csae_topk_settle": (
         c_int,

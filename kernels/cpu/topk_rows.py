@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .arguments import STORED, check_matrix, check_strided, fresh, output_matrix
 from .library import BAD_INDEX, TYPES, Topk, check_status, native
-from .paired_rows import PairedRows
+from .round_rows import PairedRows
 
 
 class Best(NamedTuple):
@@ -102,7 +102,7 @@ def topk_add_products(best: Best, x: Tensor, table: PairedRows, first_column: in
     check_matrix("x", x, torch.bfloat16, (n, width))
     status = native().csae_topk_add_products(
         *(byref(_argument(best)), x.data_ptr(), x.stride(0)),
-        *(table.pairs.data_ptr(), width, table.n, first_column, torch.get_num_threads()),
+        *(table.pairs.data_ptr(), width, len(table.lengths), first_column, torch.get_num_threads()),
     )
     check_status("topk_add_products", status)
 

@@ -22,10 +22,7 @@ bounds reach the 32nd largest pre-activation.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,11 +33,13 @@ from .. import cpu
 LEAST_ROWS, LEAST_WIDTH = 256, 128
 # Above, lengths that are added up in four lanes of float32 may be off by more than the bound has room for.
 MOST_WIDTH = 1 << 16
-# What is beside a row's numbers, and what is then filled up with zeros: what the units multiply at once.
-BESIDE, AT_ONCE = 4, 32
+# A row is filled up with zeros to a multiple of what the units multiply at once.
+AT_ONCE = 32
 # Which of a sample's bounds is taken for a likely threshold (the larger, the less it depends on chance), and for how
 # many candidates a feature of the sample stands.
 SAMPLE_RANK, CANDIDATES_PER_SAMPLED = 14, 6
+# For fewer rows, looking for a threshold first costs more than it saves.
+LEAST_SAMPLED = 768
 # So much of W_enc is rounded at a time, and multiplied while it is in cache; but rows enough to be worth a call.
 TILE_BYTES, LEAST_TILE_ROWS = 5 << 19, 512
 # Lengths are measured to one part in 2^10, and then rounded to 8 bits.
@@ -65,25 +64,19 @@ def worthwhile(W_enc: Tensor, k: int) -> bool:
     return known and large and cpu.has_matrix_units()
 
 
-class Table(NamedTuple):
-    """Rows of W_enc, rounded, and wider."""
-
-    rows: cpu.PairedRows
-    """[m, width(d_in)]"""
-    longest: Tensor
-    """scalar: the length of the longest"""
-
-
 def width(d_in: int) -> int:
     """Of the rows that are multiplied."""
-    return -(-(d_in + BESIDE) // AT_ONCE) * AT_ONCE
+    return -(-(d_in + cpu.BESIDE) // AT_ONCE) * AT_ONCE
 
 
-def rounded(W_enc: Tensor, bias: Tensor) -> Table:
-    """W_enc [d_sae, d_in] float32 or bfloat16, rows contiguous, bias [d_sae] float32 -> `Table`."""
-    pairs = cpu.paired_room(W_enc.shape[0], width(W_enc.shape[1]))
-    longest = [tile.longest for tile in _rounded_by_tile(W_enc, bias, pairs.split(_tile_rows(W_enc) // cpu.BLOCK))]
-    return Table(cpu.PairedRows(pairs, W_enc.shape[0]), torch.stack(longest).max())
+def rounded(W_enc: Tensor, bias: Tensor, out: Tensor | None = None) -> cpu.PairedRows:
+    """W_enc [m, d_in] float32 or bfloat16, rows contiguous, bias [m] float32 -> rounded, and wider, [m, width(d_in)].
+
+    In `out`, a `cpu.paired_room`, if given.
+    """
+    m, d_in = W_enc.shape
+    out = cpu.paired_room(m, width(d_in)) if out is None else out
+    return cpu.round_pairs(W_enc, in_two(bias, d_in), _unseen(d_in), ABOVE, out)
 
 
 def in_two(bias: Tensor, d_in: int) -> Tensor:
@@ -99,32 +92,26 @@ def in_two(bias: Tensor, d_in: int) -> Tensor:
 def rounded_acts(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [n, d_in] float32, rows contiguous -> the same, rounded and wider, [n, width(d_in)] bfloat16; lengths [n]."""
     n, d_in = x.shape
-    out = _room_for(n, d_in)
-    lengths, errors = _round(x, out[:, :d_in])
+    out = cpu.fresh((n, width(d_in)), torch.bfloat16)
+    _, lengths, errors = cpu.round_rows(x, out[:, :d_in])
+    # Too large by a share that their own rounding to bfloat16 doesn't take away.
+    for measured in (lengths, errors):
+        measured.add_(_unseen(d_in)).mul_(ABOVE)
     out[:, d_in : d_in + 2] = 1
     out[:, d_in + 2] = (errors + _sums(d_in) * lengths) * ABOVE
     out[:, d_in + 3] = (lengths + errors) * ABOVE
+    out[:, d_in + 4 :] = 0
     return out, lengths
 
 
-def _round(rows: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """rows [m, d_in] into `out`, bfloat16; the lengths of the rows and of what they lost, [m] float32.
-
-    Both are too large by a share that their own rounding to bfloat16 doesn't take away.
-    """
-    if rows.dtype == torch.bfloat16:
-        out.copy_(rows)
-        lengths = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-        errors = torch.zeros_like(lengths)
-    else:
-        _, lengths, errors = cpu.round_rows(rows, out)
-    unseen = math.sqrt(rows.shape[1]) * 2.0**-62  # squares below 2^-126 are lost
-    return lengths.add_(unseen).mul_(ABOVE), errors.add_(unseen).mul_(ABOVE)
+def _unseen(d_in: int) -> float:
+    """How long a row may be of which nothing is measured: squares below 2^-126 are lost."""
+    return math.sqrt(d_in) * 2.0**-62
 
 
 def _sums(d_in: int) -> float:
     """What two sums of a row's numbers differ by, as a share of what the numbers come to."""
-    return 2.0**-22 * (d_in + BESIDE)
+    return 2.0**-22 * (d_in + cpu.BESIDE)
 
 
 def topk_encode(
@@ -134,25 +121,31 @@ def topk_encode(
     k: int,
     values: Tensor,
     indices: Tensor,
-    table: Table | None = None,
+    table: cpu.PairedRows | None = None,
 ) -> Tensor:
     """x [rows, d_in], bias [d_sae] float32, W_enc [d_sae, d_in] float32 or bfloat16 -> values, indices [rows, k].
 
     table: W_enc rounded; a tile at a time is, if not given.
     Gives settled [rows] bool, False where values and indices hold nothing.
     """
-    if table is None:
-        room = cpu.paired_room(min(W_enc.shape[0], _tile_rows(W_enc)), width(W_enc.shape[1]))
-        tiles = _rounded_by_tile(W_enc, bias, itertools.repeat(room))
-    else:
-        tiles = iter([table])
-    best = cpu.topk_start(x.shape[0], W_enc.shape[0], candidates(k))
+    d_sae, d_in = W_enc.shape
+    best = cpu.topk_start(x.shape[0], d_sae, candidates(k))
     acts, lengths = rounded_acts(x)
-    best.threshold.copy_(_likely_threshold(acts, W_enc, bias, k))
-    first, longest = 0, x.new_zeros(())
-    for rows, longest_here in tiles:
-        cpu.topk_add_products(best, acts, rows, first)
-        first, longest = first + rows.n, torch.maximum(longest, longest_here)  # NaN, if one is there
+    if x.shape[0] >= LEAST_SAMPLED:
+        best.threshold.copy_(_likely_threshold(acts, W_enc, bias, k))
+    if table is not None:
+        cpu.topk_add_products(best, acts, table, 0)
+        longest = table.lengths.max()
+    else:
+        size = max(LEAST_TILE_ROWS, TILE_BYTES // (2 * width(d_in)) // cpu.BLOCK * cpu.BLOCK)
+        room = cpu.paired_room(min(size, d_sae), width(d_in))
+        longest = x.new_zeros(())
+        for first in range(0, d_sae, size):
+            here = slice(first, first + size)
+            m = min(size, d_sae - first)
+            tile = rounded(W_enc[here], bias[here], room[: -(-m // cpu.BLOCK)])
+            cpu.topk_add_products(best, acts, tile, first)
+            longest = torch.maximum(longest, tile.lengths.max())  # NaN, if one is there
     settled = cpu.topk_settle(best, k, x, W_enc, bias, values, indices)[2]
     return settled & (lengths * longest < TOO_LONG)
 
@@ -165,39 +158,8 @@ def _likely_threshold(acts: Tensor, W_enc: Tensor, bias: Tensor, k: int) -> Tens
     at random, fewer than 1.4 k would reach it in 1 of 10^7 rows for k = 32, in 5 of 10^5 for k = 512.
     """
     every = max(1, candidates(k) // CANDIDATES_PER_SAMPLED)
-    sample = W_enc[::every].contiguous()
-    m, d_in = sample.shape
-    table = _rounded(sample, in_two(bias[::every], d_in), _room_for(m, d_in), cpu.paired_room(m, width(d_in)))
+    sample = rounded(W_enc[::every], bias[::every])
+    m = len(sample.lengths)
     best = cpu.topk_start(acts.shape[0], m, min(SAMPLE_RANK, m))
-    cpu.topk_add_products(best, acts, table.rows, 0)
+    cpu.topk_add_products(best, acts, sample, 0)
     return cpu.topk_finish(best)[0][:, -1]
-
-
-def _tile_rows(W_enc: Tensor) -> int:
-    """How many rows of W_enc a tile has."""
-    return max(LEAST_TILE_ROWS, TILE_BYTES // (2 * width(W_enc.shape[1])) // cpu.BLOCK * cpu.BLOCK)
-
-
-def _rounded_by_tile(W_enc: Tensor, bias: Tensor, rooms: Iterable[Tensor]) -> Iterator[Table]:
-    """So many rows of W_enc at a time, each in the next of the rooms."""
-    d_in, size = W_enc.shape[1], _tile_rows(W_enc)
-    bias, here = in_two(bias, d_in), _room_for(min(size, W_enc.shape[0]), d_in)
-    for W, bias_here, room in zip(W_enc.split(size), bias.split(size), rooms, strict=False):
-        yield _rounded(W, bias_here, here[: len(W)], room[: -(-len(W) // cpu.BLOCK)])
-
-
-def _rounded(W: Tensor, bias: Tensor, rows: Tensor, room: Tensor) -> Table:
-    """W [m, d_in], bias [m, 2] of `in_two` -> `Table`, in `room`, by way of rows, a `_room_for` it."""
-    d_in = W.shape[1]
-    lengths, errors = _round(W, rows[:, :d_in])
-    rows[:, d_in : d_in + 2] = bias
-    rows[:, d_in + 2] = lengths
-    rows[:, d_in + 3] = errors
-    return Table(cpu.pair_rows(rows, room), lengths.max())
-
-
-def _room_for(m: int, d_in: int) -> Tensor:
-    """[m, width(d_in)] bfloat16, zero from column d_in on; what is beside the numbers of rounded rows stays so."""
-    room = cpu.fresh((m, width(d_in)), torch.bfloat16)
-    room[:, d_in:] = 0
-    return room

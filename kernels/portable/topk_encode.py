@@ -54,7 +54,7 @@ class Encoder:
         # Of what was made in inference mode torch doesn't count the writes.
         self._coarsely = topk_coarse.worthwhile(W_enc, k) and not (W_enc.is_inference() or b_enc.is_inference())
         self._rows = W_enc
-        self._table: topk_coarse.Table | None = None
+        self._table: cpu.PairedRows | None = None
         self._versions = (-1, -1)
         self._encoded = 0  # rows, by the weights of these versions
 
@@ -92,7 +92,7 @@ def _encode_coarsely(
     k: int,
     values: Tensor,
     indices: Tensor,
-    table: topk_coarse.Table | None,
+    table: cpu.PairedRows | None,
 ) -> None:
     """The same by `topk_coarse`, and as ever for the rows that it leaves unsettled."""
     rows, _ = _tile(x, W_enc.shape[0], topk_coarse.candidates(k))

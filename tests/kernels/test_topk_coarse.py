@@ -27,6 +27,7 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         return found[-1]
 
     monkeypatch.setattr(cpu, "has_matrix_units", lambda: True)
+    monkeypatch.setattr(topk_coarse, "LEAST_SAMPLED", 1)
     monkeypatch.setattr(topk_coarse, "topk_encode", noted)
     return found
 
@@ -164,7 +165,7 @@ def test_tables_that_lie_otherwise(settled: list[Tensor]) -> None:
 
 def unpaired(table: cpu.PairedRows) -> Tensor:
     """[n, width]: the rows themselves."""
-    return table.pairs.transpose(1, 2).flatten(2).flatten(0, 1)[: table.n]
+    return table.pairs.transpose(1, 2).flatten(2).flatten(0, 1)[: len(table.lengths)]
 
 
 @pytest.mark.parametrize("d_in", [128, 130, 191])
@@ -189,9 +190,9 @@ def test_the_bounds_hold(d_in: int, settled: list[Tensor], monkeypatch: pytest.M
     assert (above <= lengths / 100 + b_enc.abs() * 2**-8).all()
 
 
-@pytest.mark.parametrize("isa", ["portable", "amx"])
-@pytest.mark.parametrize(("n", "width", "columns"), [(1, 32, 1), (33, 64, 49), (70, 608, 1100), (600, 32, 40)])
-def test_products(n: int, width: int, columns: int, isa: str) -> None:
+@pytest.mark.parametrize("isa", library.ISAS)
+@pytest.mark.parametrize(("n", "d_in", "columns"), [(1, 28, 1), (33, 60, 49), (70, 601, 1100), (600, 5, 40)])
+def test_products(n: int, d_in: int, columns: int, isa: str) -> None:
     """All that are added, found again: the same as those of the plain product, whatever the tiles."""
     best_isa = str(cpu.describe()["isa"])
     try:
@@ -200,13 +201,16 @@ def test_products(n: int, width: int, columns: int, isa: str) -> None:
         pytest.skip(f"this CPU has no {isa}")
     try:
         generator = torch.Generator().manual_seed(n)
-        x, table = (torch.randn(size, width, generator=generator).bfloat16() for size in (n, columns))
-        wanted = (x.double() @ table.double().T).relu()
+        x, W_enc = (torch.randn(size, d_in, generator=generator) for size in (n, columns))
+        bias = torch.randn(columns, generator=generator)
+        acts, _ = topk_coarse.rounded_acts(x)
+        wanted = (acts.double() @ unpaired(topk_coarse.rounded(W_enc, bias)).double().T).relu()
         k = min(columns, 50)
         for size in (columns, 16):
             best = cpu.topk_start(n, columns, k)
             for first in range(0, columns, size):
-                cpu.topk_add_products(best, x, cpu.pair_rows(table[first : first + size]), first)
+                here = slice(first, first + size)
+                cpu.topk_add_products(best, acts, topk_coarse.rounded(W_enc[here], bias[here]), first)
             values, indices = cpu.topk_finish(best)
             torch.testing.assert_close(values.double(), wanted.topk(k, dim=1).values, rtol=1e-5, atol=1e-4)
             torch.testing.assert_close(wanted.gather(1, indices), values.double(), rtol=1e-5, atol=1e-4)
@@ -215,16 +219,24 @@ def test_products(n: int, width: int, columns: int, isa: str) -> None:
         library.use_isa(best_isa)
 
 
-def test_pairs() -> None:
-    rows = torch.randn(37, 6).bfloat16()
-    table = cpu.pair_rows(rows)
-    assert tuple(table.pairs.shape) == (3, 3, 16, 2)
-    assert torch.equal(unpaired(table), rows)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_pairs(dtype: torch.dtype) -> None:
+    rows, bias = torch.randn(37, 7).to(dtype), torch.randn(37, 2).bfloat16()
+    table = cpu.round_pairs(rows, bias, 0.5, 2.0, cpu.paired_room(37, 12))
+    assert tuple(table.pairs.shape) == (3, 6, 16, 2)
+    found = unpaired(table)
+    assert torch.equal(found[:, :7], rows.bfloat16())
+    assert torch.equal(found[:, 7:9], bias)
+    torch.testing.assert_close(table.lengths, (rows.float().norm(dim=1) + 0.5) * 2)
+    assert torch.equal(found[:, 9], table.lengths.bfloat16())
+    errors = (rows.float() - rows.bfloat16().float()).norm(dim=1)
+    torch.testing.assert_close(found[:, 10].float(), (errors + 0.5) * 2, rtol=2**-8, atol=0)
+    assert not found[:, 11].any()
     assert not table.pairs.transpose(1, 2).flatten(2).flatten(0, 1)[37:].any()
-    with pytest.raises(ValueError, match=r"rows: given shape \[37, 5\]; needed an even number of columns"):
-        cpu.pair_rows(rows[:, :5])
-    with pytest.raises(ValueError, match=r"out: given torch.bfloat16 \[2, 3, 16, 2\]; needed .* \[3, 3, 16, 2\]"):
-        cpu.pair_rows(rows, cpu.paired_room(32, 6))
+    with pytest.raises(ValueError, match=r"out: given torch.bfloat16 \[2, 6, 16, 2\]; needed .* \[3, 6, 16, 2\]"):
+        cpu.round_pairs(rows, bias, 0.5, 2.0, cpu.paired_room(32, 12))
+    with pytest.raises(ValueError, match=r"out: .* with room for 11 numbers a row"):
+        cpu.round_pairs(rows, bias, 0.5, 2.0, cpu.paired_room(37, 10))
 
 
 def test_a_sample_that_misleads(settled: list[Tensor]) -> None:
@@ -248,7 +260,7 @@ def test_what_lies_beside_the_numbers_is_not_multiplied(settled: list[Tensor]) -
     acts, _ = topk_coarse.rounded_acts(given(16)[0])
     assert acts.shape[1] % topk_coarse.AT_ONCE == 0
     assert acts.is_contiguous()
-    assert not acts[:, D_IN + topk_coarse.BESIDE :].any()
+    assert not acts[:, D_IN + cpu.BESIDE :].any()
 
 
 @pytest.mark.parametrize("value", [0.3, -0.3, 1e-41, 77.7, -1e30, torch.inf, -torch.inf, 0.0])
@@ -273,14 +285,15 @@ def test_round_rows() -> None:
 
 def test_settle_refuses() -> None:
     x, W_enc, b_enc = given(12, n=3)
-    acts, table = topk_coarse.rounded_acts(x)[0], topk_coarse.rounded(W_enc, b_enc).rows
+    acts, table = topk_coarse.rounded_acts(x)[0], topk_coarse.rounded(W_enc, b_enc)
     best = cpu.topk_start(3, D_SAE, 20)
     with pytest.raises(TypeError, match=r"x: given torch.float32; needed torch.bfloat16"):
         cpu.topk_add_products(best, acts.float(), table, 0)
     with pytest.raises(ValueError, match=r"x: given shape \[3, 128\]; needed \[3, 160\]"):
         cpu.topk_add_products(best, acts[:, :128], table, 0)
+    narrow = cpu.round_pairs(W_enc, W_enc[:, :2].bfloat16(), 0, 1, cpu.paired_room(D_SAE, 136))
     with pytest.raises(ValueError, match=r"topk_add_products: .* refused"):
-        cpu.topk_add_products(best, acts[:, :130], cpu.pair_rows(torch.ones(16, 130).bfloat16()), 0)
+        cpu.topk_add_products(best, acts[:, :136], narrow, 0)
     cpu.topk_add_products(best, acts, table, 0)
     with pytest.raises(ValueError, match=r"table: given shape \[1600, 129\]; needed \[any, 130\]"):
         cpu.topk_settle(best, 4, x, W_enc[:, :-1], b_enc)
@@ -322,13 +335,13 @@ def test_encoder_rounds_the_weights_once_and_not_for_a_few_rows(
 ) -> None:
     x, W_enc, b_enc = given(18, 100)
     made, rounded = [], topk_coarse.rounded
-    monkeypatch.setattr(topk_coarse, "rounded", lambda *table: made.append(1) or rounded(*table))
+    monkeypatch.setattr(topk_coarse, "rounded", lambda W, *table: made.append(len(W)) or rounded(W, *table))
     encode = topk_encode.Encoder(W_enc, b_enc, K)
     found = [encode(x) for _ in range(5)]
-    assert (len(settled), len(made)) == (3, 1)
+    assert (len(settled), made.count(D_SAE)) == (3, 1)  # the others are samples
     for values, indices in found[1:]:
         assert torch.equal(indices, found[0][1])
         torch.testing.assert_close(values, found[0][0])
     W_enc.mul_(2)
     encode(x)
-    assert (len(settled), len(made)) == (3, 1)
+    assert (len(settled), made.count(D_SAE)) == (3, 1)  # the others are samples

@@ -58,15 +58,10 @@ CSAE_EXPORT int csae_topk_finish(const csae_topk* best, float* values, int64_t v
                                  int64_t indices_stride, int n_threads);
 
 // Another way, where the tiles are upper bounds of the pre-activations, made here: the products of x [n, width] and
-// so many rows of a table, both bfloat16, that are `first_column` and on. table: of csae_pair_rows; width is a multiple
+// so many rows of a table, both bfloat16, that are `first_column` and on. table: of csae_round_pairs; width is a multiple
 // of 32. It ends with csae_topk_settle.
 CSAE_EXPORT int csae_topk_add_products(const csae_topk* best, const void* x, int64_t x_stride, const void* table,
                                        int64_t width, int64_t columns, int64_t first_column, int n_threads);
-
-// pairs [n / 16, rounded up][width / 2][16][2]: rows [n, width] of bfloat16, two of their numbers beside the same two
-// of the next row; zero for rows that there are not. width is even.
-CSAE_EXPORT int csae_pair_rows(const void* rows, int64_t rows_stride, int64_t n, int64_t width, void* pairs,
-                               int n_threads);
 
 // The k largest of each row of x table^T + bias in float32, k < best->k, as csae_topk_finish has them, from the best->k
 // candidates with the largest bounds. x [n, d], table [d_sae, d] of that type, bias [d_sae]. settled [n]: 1 where it is
@@ -80,6 +75,14 @@ CSAE_EXPORT int csae_topk_settle(const csae_topk* best, int64_t k, const float* 
 // was taken by rounding.
 CSAE_EXPORT int csae_round_rows(const float* rows, int64_t rows_stride, int64_t n, int64_t d, void* rounded,
                                 int64_t rounded_stride, float* lengths, float* errors, int n_threads);
+
+// pairs [n / 16, rounded up][width / 2][16][2]: rows of bfloat16, two numbers of a row beside the same two of the next.
+// Each is one of rows [n, d], of that type, to the nearest; the two numbers of bias [n, 2] of bfloat16; the row's length
+// and that of what was taken by rounding, both made larger: (length + unseen) * above; zeros up to width, which is even
+// and d + 4 at least. Rows that there are not are zero. lengths [n]: of the rows, made larger likewise.
+CSAE_EXPORT int csae_round_pairs(const void* rows, int64_t rows_stride, int64_t n, int64_t d, int type,
+                                 const void* bias, float unseen, float above, int64_t width, void* pairs,
+                                 float* lengths, int n_threads);
 
 // out [n, d]: out_i = sum over j of values_ij * table[indices_ij], of table's type, summed in float32.
 // values, indices [n, k], table [d_sae, d].

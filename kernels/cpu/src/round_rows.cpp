@@ -1,9 +1,13 @@
-// Rows of floats as bfloat16, how long each is, and how long what the rounding took from it.
+// Rows as bfloat16, how long each is, and how long what the rounding took from it: row by row, or in pairs.
 //
-// Reads each float once. Sums are in float, 16 or fewer lanes, which is off by less than one part in 2^10; squares
+// Reads each number once. Sums are in float, 16 or fewer lanes, which is off by less than one part in 2^10; squares
 // below 2^-126 may be lost.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <type_traits>
 
 #include "csae_cpu.h"
 #include "isa.h"
@@ -13,8 +17,8 @@
 namespace csae {
 namespace {
 
-template <int W>
-CSAE_INLINE void round_row(const float* row, int64_t d, BFloat16* rounded, float& length, float& error) {
+template <int W, class T>
+CSAE_INLINE void round_row(const T* row, int64_t d, BFloat16* rounded, float& length, float& error) {
     Register<W> squares = {}, differences = {};
     int64_t c = 0;
     for (; c + W <= d; c += W) {
@@ -40,28 +44,45 @@ CSAE_INLINE void round_row(const float* row, int64_t d, BFloat16* rounded, float
     error = std::sqrt(difference);
 }
 
-using RoundRow = void (*)(const float*, int64_t, BFloat16*, float&, float&);
+template <class T>
+using RoundRow = void (*)(const T*, int64_t, BFloat16*, float&, float&);
 
-void round_portable(const float* row, int64_t d, BFloat16* rounded, float& length, float& error) {
+template <class T>
+void round_portable(const T* row, int64_t d, BFloat16* rounded, float& length, float& error) {
     round_row<4>(row, d, rounded, length, error);
 }
 
 #if CSAE_X86
-CSAE_AVX2 void round_avx2(const float* row, int64_t d, BFloat16* rounded, float& length, float& error) {
+template <class T>
+CSAE_AVX2 void round_avx2(const T* row, int64_t d, BFloat16* rounded, float& length, float& error) {
     round_row<8>(row, d, rounded, length, error);
 }
 
-CSAE_AVX512 void round_avx512(const float* row, int64_t d, BFloat16* rounded, float& length, float& error) {
+template <class T>
+CSAE_AVX512 void round_avx512(const T* row, int64_t d, BFloat16* rounded, float& length, float& error) {
     round_row<16>(row, d, rounded, length, error);
 }
 #endif
 
-RoundRow round_here() {
+template <class T>
+RoundRow<T> round_here() {
 #if CSAE_X86
-    if (current_isa() >= Isa::avx512) return round_avx512;
-    if (current_isa() == Isa::avx2) return round_avx2;
+    if (current_isa() >= Isa::avx512) return round_avx512<T>;
+    if (current_isa() == Isa::avx2) return round_avx2<T>;
 #endif
-    return round_portable;
+    return round_portable<T>;
+}
+
+// Rows whose pairs lie side by side.
+constexpr int64_t block_rows = 16;
+
+// A block of rows [16, width], as [width / 2, 16] pairs.
+void pair_up(const BFloat16* rows, int64_t width, BFloat16* pairs) {
+    for (int64_t p = 0; p < width / 2; ++p) {
+        for (int64_t r = 0; r < block_rows; ++r) {
+            std::memcpy(pairs + 2 * (p * block_rows + r), rows + r * width + 2 * p, 2 * sizeof(BFloat16));
+        }
+    }
 }
 
 }  // namespace
@@ -74,7 +95,7 @@ int csae_round_rows(const float* rows, int64_t rows_stride, int64_t n, int64_t d
     if (lengths == nullptr || errors == nullptr) return csae_bad_argument;
     if (d > 0 && (rows == nullptr || rounded == nullptr)) return csae_bad_argument;
     if (d == 0) rows_stride = rounded_stride = 0;
-    const csae::RoundRow round = csae::round_here();
+    const csae::RoundRow<float> round = csae::round_here<float>();
     auto* out = static_cast<csae::BFloat16*>(rounded);
     const int64_t piece = std::max<int64_t>(1, 16384 / (d + 1));
     csae::parallel_for(n, piece, n_threads, [&](int, int64_t begin, int64_t end) {
@@ -82,5 +103,51 @@ int csae_round_rows(const float* rows, int64_t rows_stride, int64_t n, int64_t d
             round(rows + i * rows_stride, d, out + i * rounded_stride, lengths[i], errors[i]);
         }
     });
+    return csae_ok;
+}
+
+int csae_round_pairs(const void* rows, int64_t rows_stride, int64_t n, int64_t d, int type, const void* bias,
+                     float unseen, float above, int64_t width, void* pairs, float* lengths, int n_threads) {
+    if (n < 0 || d < 0 || rows_stride < 0 || n_threads < 1) return csae_bad_argument;
+    if (width < d + 4 || width % 2 != 0 || (type != csae_float32 && type != csae_bfloat16)) return csae_bad_argument;
+    if (n == 0) return csae_ok;
+    if ((d > 0 && rows == nullptr) || bias == nullptr || pairs == nullptr || lengths == nullptr) return csae_bad_argument;
+    using csae::BFloat16;
+    using csae::block_rows;
+    const int64_t n_blocks = (n + block_rows - 1) / block_rows, size = block_rows * width;
+    n_threads = static_cast<int>(std::min<int64_t>(n_threads, n_blocks));
+    try {
+        std::unique_ptr<BFloat16[]> room(new BFloat16[n_threads * size]());
+        const auto run = [&](const auto* typed) {
+            using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+            const csae::RoundRow<T> round = csae::round_here<T>();
+            const int64_t piece = std::max<int64_t>(1, 65536 / size);
+            csae::parallel_for(n_blocks, piece, n_threads, [&](int thread, int64_t begin, int64_t end) {
+                BFloat16* const block = room.get() + thread * size;
+                for (int64_t b = begin; b < end; ++b) {
+                    const int64_t here = std::min(block_rows, n - b * block_rows);
+                    for (int64_t r = 0; r < here; ++r) {
+                        const int64_t i = b * block_rows + r;
+                        BFloat16* const row = block + r * width;
+                        float error;
+                        round(typed + i * rows_stride, d, row, lengths[i], error);
+                        lengths[i] = (lengths[i] + unseen) * above;
+                        std::copy_n(static_cast<const BFloat16*>(bias) + 2 * i, 2, row + d);
+                        csae::store(row + d + 2, csae::Register<1>{lengths[i]});
+                        csae::store(row + d + 3, csae::Register<1>{(error + unseen) * above});
+                    }
+                    std::fill(block + here * width, block + size, BFloat16{0});
+                    csae::pair_up(block, width, static_cast<BFloat16*>(pairs) + b * size);
+                }
+            });
+        };
+        if (type == csae_float32) {
+            run(static_cast<const float*>(rows));
+        } else {
+            run(static_cast<const BFloat16*>(rows));
+        }
+    } catch (const std::bad_alloc&) {
+        return csae_out_of_memory;
+    }
     return csae_ok;
 }

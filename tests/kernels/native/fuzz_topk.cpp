@@ -173,13 +173,61 @@ void topk_settle() {
     }
 }
 
-// --- csae_pair_rows, csae_topk_add_products --------------------------------------------------------------------
+// --- csae_round_pairs, csae_topk_add_products ------------------------------------------------------------------
+
+namespace {
+
+// Rows as csae_round_pairs has them, and the same row by row.
+struct Paired {
+    std::unique_ptr<uint16_t[]> pairs;
+    Stored rows;
+};
+
+Paired round_pairs(const Stored& from, int64_t width) {
+    function = "csae_round_pairs";
+    const int64_t n = from.floats.rows + from.halves.rows, d = from.floats.columns, n_blocks = (n + 15) / 16;
+    const Stored bias = stored_of(csae_bfloat16, n, 2, plain), packed(csae_bfloat16, n, 2, 2);
+    for (int64_t i = 0; i < 2 * n; ++i) packed.halves.data()[i] = bias.halves(i / 2, i % 2);
+    const float unseen = one_in(2) ? 0.0f : 0.25f, above = one_in(2) ? 1.0f : 1.5f;
+    Paired found{allocate<uint16_t>(n_blocks * 16 * width), Stored(csae_bfloat16, n, width, width)};
+    const auto lengths = allocate<float>(n);
+    check_status(csae_round_pairs(from.data(), from.stride(), n, d, from.type, packed.data(), unseen, above, width,
+                                  found.pairs.get(), lengths.get(), some_threads()),
+                 csae_ok);
+    for (int64_t i = 0; i < n_blocks * 16; ++i) {
+        for (int64_t c = 0; c < width; ++c) {
+            const uint16_t bits = found.pairs[(i / 16 * width + c / 2 * 2) * 16 + i % 16 * 2 + c % 2];
+            check(bits == 0 || (i < n && c < d + 4), "numbers beyond the rows");
+            if (i < n) found.rows.halves(i, c) = bits;
+        }
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        double square = 0, lost = 0;
+        for (int64_t c = 0; c < d; ++c) {
+            const double x = from(i, c), rounded = found.rows(i, c);
+            const bool same = std::isnan(x) ? std::isnan(rounded) : x == rounded;
+            check(same || std::abs(x - rounded) <= std::abs(x) / 256 + 1e-40, "rounded too far");
+            square += x * x;
+            lost += (x - rounded) * (x - rounded);
+        }
+        for (int64_t c = 0; c < 2; ++c) check(found.rows.halves(i, d + c) == packed.halves(i, c), "another bias");
+        if (!std::isfinite(square)) continue;
+        const double length = (std::sqrt(square) + unseen) * above, error = (std::sqrt(lost) + unseen) * above;
+        check(std::abs(lengths[i] - length) <= length / 1024 + 1e-18, "wrong length");
+        check(std::abs(found.rows(i, d + 2) - length) <= length / 128 + 1e-18, "wrong length beside the row");
+        check(std::abs(found.rows(i, d + 3) - error) <= error / 128 + 1e-18, "wrong error");
+    }
+    return found;
+}
+
+}  // namespace
 
 void topk_products() {
-    const int64_t n = below(one_in(4) ? 600 : 80), width = 32 * below(4), d_sae = 1 + below(200);
-    const int64_t k = 1 + below(std::min<int64_t>(d_sae, 40));
+    const int64_t n = below(one_in(4) ? 600 : 80), d_sae = 1 + below(200), d = below(100);
+    const int64_t k = 1 + below(std::min<int64_t>(d_sae, 40)), width = (d + 4 + 31) / 32 * 32 + 32 * below(2);
     const auto kind = static_cast<Kind>(below(3));
-    const Stored x = stored_of(csae_bfloat16, n, width, kind), table = stored_of(csae_bfloat16, d_sae, width, kind);
+    const Stored x = stored_of(csae_bfloat16, n, width, kind);
+    Stored bounds(csae_bfloat16, d_sae, width, width);  // row by row what was added
     const int64_t capacity = k + 64 + below(100);
     const Matrix<int32_t> orders(n, capacity, capacity), columns(n, capacity, capacity), count(1, n, n);
     const Matrix<float> threshold(1, n, n);
@@ -188,19 +236,13 @@ void topk_products() {
     const csae_topk best = {orders.data(), columns.data(), threshold.data(), count.data(), n, k, capacity};
     for (int64_t first = 0, here; first < d_sae; first += here) {
         here = std::min(d_sae - first, one_in(2) ? d_sae : 1 + below(70));
-        const int64_t n_blocks = (here + 15) / 16;
-        const auto pairs = allocate<uint16_t>(n_blocks * 16 * width);
-        function = "csae_pair_rows";
-        const auto* rows = table.halves.size > 0 ? table.halves.data() + first * table.stride() : nullptr;
-        check_status(csae_pair_rows(rows, table.stride(), here, width, pairs.get(), some_threads()), csae_ok);
-        for (int64_t f = 0; f < 16 * n_blocks; ++f) {
-            for (int64_t c = 0; c < width; ++c) {
-                const uint16_t wanted = f < here ? table.halves(first + f, c) : 0;
-                check(pairs[(f / 16 * width + c / 2 * 2) * 16 + f % 16 * 2 + c % 2] == wanted, "not paired");
-            }
+        const Paired table = round_pairs(stored_of(some_type(), here, d, kind), width);
+        for (int64_t i = 0; i < here * width; ++i) {
+            bounds.halves(first + i / width, i % width) = table.rows.halves(i / width, i % width);
         }
         function = "csae_topk_add_products";
-        check_status(csae_topk_add_products(&best, x.data(), x.stride(), pairs.get(), width, here, first, some_threads()),
+        check_status(csae_topk_add_products(&best, x.data(), x.stride(), table.pairs.get(), width, here, first,
+                                            some_threads()),
                      csae_ok);
     }
     const auto values = output<float>(n, k);
@@ -212,15 +254,13 @@ void topk_products() {
     std::vector<double> wanted(static_cast<size_t>(d_sae));
     for (int64_t i = 0; i < n; ++i) {
         double size = 0;
-        bool finite = true;
         for (int64_t f = 0; f < d_sae; ++f) {
             Sum sum;
-            for (int64_t c = 0; c < width; ++c) sum.add(double{x(i, c)} * table(f, c));
+            for (int64_t c = 0; c < width; ++c) sum.add(double{x(i, c)} * bounds(f, c));
             wanted[f] = sum.value;
-            size = std::max(size, sum.size);
-            finite = finite && sum.size < 1e37;
+            size = std::max(size, std::isnan(sum.size) ? INFINITY : sum.size);
         }
-        if (!finite) continue;  // what overflows, or is NaN, does so in any order
+        if (!(size < 1e37)) continue;  // what overflows, or is NaN, does so in any order
         const double slack = 1e-5 * size + 1e-35;
         double lowest = INFINITY;
         std::vector<bool> chosen(static_cast<size_t>(d_sae));

@@ -76,12 +76,18 @@ void impossible_arguments() {
     refused<int64_t>(add_products, {&width, &first_column}, int64_t{1} << 31);
     refused<const uint16_t*>(add_products, {&of_x, &of_table}, nullptr);
     int64_t n_rows = 2;
-    const auto pair = [&] { return csae_pair_rows(of_x, first_stride, n_rows, depth, paired, n_threads); };
-    refused<int64_t>(pair, {&first_stride, &n_rows, &depth}, -1);
-    refused<int64_t>(pair, {&depth}, 31);
-    refused<const uint16_t*>(pair, {&of_x}, nullptr);
-    refused<uint16_t*>(pair, {&paired}, nullptr);
-    refused(pair, {&n_threads}, 0);
+    const auto round_pairs = [&] {
+        return csae_round_pairs(first, first_stride, n_rows, d, type, of_x, 0, 1, depth, paired, out, n_threads);
+    };
+    refused<int64_t>(round_pairs, {&first_stride, &n_rows, &d, &depth}, -1);
+    refused<int64_t>(round_pairs, {&depth}, 31);
+    refused<int64_t>(round_pairs, {&depth}, 4);  // no room for what is beside two numbers
+    refused<const float*>(round_pairs, {&first}, nullptr);
+    refused<const uint16_t*>(round_pairs, {&of_x}, nullptr);
+    refused<uint16_t*>(round_pairs, {&paired}, nullptr);
+    refused<float*>(round_pairs, {&out}, nullptr);
+    refused(round_pairs, {&type}, 2);
+    refused(round_pairs, {&n_threads}, 0);
     both(finish);
     refused(finish, {&count[0]}, 1);  // fewer than k candidates
     refused<int64_t>(finish, {&out_stride, &indices_stride}, 1);
