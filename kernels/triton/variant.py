@@ -10,6 +10,7 @@ knows what they are multiples of, and loads 16 bytes at a time.
 
 import inspect
 import math
+from itertools import groupby
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -104,7 +105,7 @@ class Variant(NamedTuple):
         return {name: types[name] for name in self.kernel.arg_names}
 
     def __str__(self) -> str:
-        dtypes = " ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in self.tensors.values()))
+        dtypes = " ".join(str(dtype).removeprefix("torch.") for dtype, _ in groupby(self.tensors.values()))
         constants = " ".join(f"{name}={value}" for name, value in self.constants.items())
         return f"{self.kernel.__name__}[{dtypes} {constants} warps={self.num_warps} stages={self.num_stages}]"
 

@@ -53,6 +53,13 @@ def test_every_variant(everything: dict[tuple[str, str], Compiled], target: str)
     assert not {name: problems for name, problems in wrong.items() if problems}
 
 
+def test_each_form_has_a_name_of_its_own() -> None:
+    from csae.kernels.triton import offline
+
+    for of_module in offline._defaults().values():
+        assert len({str(variant) for variant in of_module}) == len(of_module)
+
+
 @pytest.mark.slow
 def test_resources_are_what_is_written(everything: dict[tuple[str, str], Compiled]) -> None:
     import triton
