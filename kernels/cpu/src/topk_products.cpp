@@ -1,11 +1,11 @@
 // The columns of each row that may have the largest pre-activations, by upper bounds that are products of bfloat16.
 //
-// A thread takes 512 rows of x, and of the table as many as stay in L2. A product is a square of 32 rows of x, which
+// A thread takes its share of x's rows, and of the table as many as stay in L2. A product is a square of 32 rows of x, which
 // stay in L1, by 32 of the table, summed in float: in matrix units that is four tiles of 16 by 16, 8192 products an
 // instruction. The square is compared with its rows' thresholds where it was stored, so what is not a candidate (all
 // but one in 80) never leaves L1.
 //
-// Costs 2 n F d operations in bfloat16, and the table's 2 F d bytes once for each piece of 512 rows. Two threads of a
+// Costs 2 n F d operations in bfloat16, and the table's 2 F d bytes once for each share. Two threads of a
 // Xeon with AMX multiply 3.6 T a second on tiles in L1: 12.6 ms for n = 2048, F = 18432, d = 608. Measured there: 15 ms
 // where nothing is found, 17.5 ms where 230 candidates a row are (torch.mm in bfloat16: 20 ms, and its search 8 ms).
 #include <algorithm>
@@ -36,8 +36,8 @@ namespace {
 constexpr int64_t tile = 16, depth = 32;
 constexpr int64_t side = 2 * tile;
 
-// Rows of x that one thread takes, and what it goes over of the table at a time.
-constexpr int64_t rows_a_piece = 512, bytes_in_l2 = 640 << 10;
+// Rows of x that one thread takes, at most, and what it goes over of the table at a time.
+constexpr int64_t rows_a_piece = 1024, bytes_in_l2 = 640 << 10;
 
 // A square of sums, [side, side].
 struct alignas(64) Square {
@@ -220,13 +220,14 @@ int csae_topk_add_products(const csae_topk* best, const void* x, int64_t x_strid
     if (width > 0 && (x == nullptr || table == nullptr)) return csae_bad_argument;
     try {
         const int64_t room = csae::side * width;
+        // Only the last piece may end between two squares, so it alone writes there.
         std::unique_ptr<csae::BFloat16[]> last_rows(new csae::BFloat16[room]());
-        const csae::Add add{*best,   static_cast<const csae::BFloat16*>(x), x_stride, static_cast<const csae::BFloat16*>(table),
-                            width,   columns, first_column, csae::topk_scan(), csae::units()};
-        // Only the last piece may end between two squares, so it alone writes last_rows.
-        // Each piece reads the table: rather fewer pieces than fewer rows, but one for each thread.
-        const int64_t share = std::min(std::max(n / (int64_t{2} * n_threads), csae::rows_a_piece / 2), n / n_threads);
-        const int64_t piece = std::clamp(share / csae::side * csae::side, csae::side, csae::rows_a_piece);
+        const auto *rows = static_cast<const csae::BFloat16*>(x), *blocks = static_cast<const csae::BFloat16*>(table);
+        const csae::Add add{*best,   rows,         x_stride,          blocks,       width,
+                            columns, first_column, csae::topk_scan(), csae::units()};
+        // Each piece reads the table: no more of them than threads.
+        const int64_t share = (n + n_threads - 1) / n_threads;
+        const int64_t piece = std::min((share + csae::side - 1) / csae::side * csae::side, csae::rows_a_piece);
         csae::parallel_for(n, piece, n_threads,
                            [&](int, int64_t begin, int64_t end) { add.piece(begin, end, last_rows.get()); });
     } catch (const std::bad_alloc&) {
