@@ -1,13 +1,13 @@
 // The columns of each row that may have the largest pre-activations, by upper bounds that are products of bfloat16.
 //
-// A thread takes its share of x's rows, and of the table as many as stay in L2. A product is a square of 32 rows of x, which
-// stay in L1, by 32 of the table, summed in float: in matrix units that is four tiles of 16 by 16, 8192 products an
-// instruction. The square is compared with its rows' thresholds where it was stored, so what is not a candidate (all
-// but one in 80) never leaves L1.
+// A thread takes its share of x's rows, and of the table as many as stay in L2. A product is a square of 32 rows of x,
+// which stay in L1, by 32 of the table, summed in float: in matrix units that is four tiles of 16 by 16, 8192 products
+// an instruction. The square is compared with its rows' thresholds where it was stored, so what is not a candidate
+// (all but one in 80) never leaves L1.
 //
-// Costs 2 n F d operations in bfloat16, and the table's 2 F d bytes once for each share. Two threads of a
-// Xeon with AMX multiply 3.6 T a second on tiles in L1: 12.6 ms for n = 2048, F = 18432, d = 608. Measured there: 15 ms
-// where nothing is found, 17.5 ms where 230 candidates a row are (torch.mm in bfloat16: 20 ms, and its search 8 ms).
+// Costs 2 n F d operations in bfloat16, and the table's 2 F d bytes once for each share. Two threads of a Xeon with AMX
+// multiply 3.6 T a second on tiles in L1: 12.6 ms for n = 2048, F = 18432, d = 608. Measured there: 15 ms where nothing
+// is found, 17.5 ms where 230 candidates a row are (torch.mm in bfloat16: 20 ms, and its search 8 ms).
 #include <algorithm>
 #include <cmath>
 #include <memory>
