@@ -139,13 +139,11 @@ def topk_encode(
     else:
         size = max(LEAST_TILE_ROWS, TILE_BYTES // (2 * width(d_in)) // cpu.BLOCK * cpu.BLOCK)
         room = cpu.paired_room(min(size, d_sae), width(d_in))
-        longest = x.new_zeros(())
-        for first in range(0, d_sae, size):
-            here = slice(first, first + size)
-            m = min(size, d_sae - first)
-            tile = rounded(W_enc[here], bias[here], room[: -(-m // cpu.BLOCK)])
+        first, longest = 0, x.new_zeros(())
+        for W, bias_here in zip(W_enc.split(size), bias.split(size), strict=True):
+            tile = rounded(W, bias_here, room[: -(-len(W) // cpu.BLOCK)])
             cpu.topk_add_products(best, acts, tile, first)
-            longest = torch.maximum(longest, tile.lengths.max())  # NaN, if one is there
+            first, longest = first + len(W), torch.maximum(longest, tile.lengths.max())  # NaN, if one is there
     settled = cpu.topk_settle(best, k, x, W_enc, bias, values, indices)[2]
     return settled & (lengths * longest < TOO_LONG)
 

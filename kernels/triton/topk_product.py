@@ -218,9 +218,7 @@ def _pre_acts_tma(
         )  # fmt: skip
 
 
-def product_variant(
-    dtype: torch.dtype, precision: str, unit: int, subtract: bool = False, gated: bool = False
-) -> Variant:
+def product_variant(dtype: torch.dtype, precision: str, unit: int, subtract: bool = False) -> Variant:
     """`_pre_acts` for x and W_enc of `dtype`, in units of `unit`."""
     if precision == "ieee":
         blocks = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}
@@ -235,7 +233,7 @@ def product_variant(
         {"x_ptr": dtype, "W_ptr": dtype, **floats, "only_ptr": torch.int32},
         {
             "UNIT": unit, **blocks, "GROUP_M": 8, "GROUP": GROUP, "PRECISION": precision,
-            "SUBTRACT": subtract, "GATED": gated,
+            "SUBTRACT": subtract, "GATED": False,
         },
         num_warps=8,
         num_stages=3,

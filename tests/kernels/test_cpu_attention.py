@@ -30,16 +30,6 @@ def isas() -> list[str]:
     return list(library.ISAS[: library.ISAS.index(str(cpu.describe()["isa"])) + 1])
 
 
-@pytest.fixture(params=library.ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param not in isas():
-        pytest.skip(f"this CPU doesn't have {request.param}")
-    best = str(cpu.describe()["isa"])
-    library.use_isa(request.param)
-    yield request.param
-    library.use_isa(best)
-
-
 @pytest.fixture(autouse=True)
 def _restore_threads() -> Iterator[None]:
     before = torch.get_num_threads()

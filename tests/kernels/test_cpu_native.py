@@ -28,18 +28,6 @@ needs_library = pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_not()
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 2.0, -3.5, 1e-45, -1e-45, math.inf, -math.inf, 3.4e38, -3.4e38]
 
 
-@pytest.fixture(params=library.ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each set of instructions that this CPU has."""
-    best = cpu.describe()["isa"]
-    try:
-        library.use_isa(request.param)
-    except ValueError:
-        pytest.skip(f"this CPU doesn't have {request.param}")
-    yield request.param
-    library.use_isa(str(best))
-
-
 @pytest.fixture(autouse=True)
 def _restore_threads() -> Iterator[None]:
     before = torch.get_num_threads()

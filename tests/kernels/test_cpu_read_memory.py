@@ -7,22 +7,13 @@ import torch
 from torch import Tensor
 
 from csae.kernels import cpu
-from csae.kernels.cpu.library import ISAS, use_isa
 from csae.kernels.portable import lookback_attention as portable
 
 if not cpu.available():
     pytest.skip(f"native library: {cpu.why_not()}", allow_module_level=True)
 
 
-@pytest.fixture(params=ISAS, autouse=True)
-def isa(request: pytest.FixtureRequest):
-    best = cpu.describe()["isa"]
-    try:
-        use_isa(request.param)
-    except ValueError:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    use_isa(str(best))
+pytestmark = pytest.mark.usefixtures("isa")
 
 
 def inputs(B: int, L: int, H: int, d_head: int, d_value: int, t: int, scale: float = 1.0) -> list[Tensor | int]:

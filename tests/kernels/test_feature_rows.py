@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from csae.kernels import cpu
-from csae.kernels.cpu import library
 from csae.kernels.pairs import Pairs, Table
 from csae.kernels.portable import feature_rows
 
@@ -30,18 +29,6 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     elif not cpu.available():
         pytest.skip(str(cpu.why_not()))
     return request.param
-
-
-@pytest.fixture(params=library.ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each set of instructions that this CPU has."""
-    best = cpu.describe()["isa"]
-    try:
-        library.use_isa(request.param)
-    except (ValueError, RuntimeError):
-        pytest.skip(f"this CPU, or this install, doesn't have {request.param}")
-    yield request.param
-    library.use_isa(str(best))
 
 
 @pytest.fixture(autouse=True)

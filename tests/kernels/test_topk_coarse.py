@@ -8,7 +8,6 @@ from torch import Tensor
 
 from csae import reference
 from csae.kernels import cpu
-from csae.kernels.cpu import library
 from csae.kernels.portable import topk_coarse, topk_encode
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the native library was not built")
@@ -190,33 +189,24 @@ def test_the_bounds_hold(d_in: int, settled: list[Tensor], monkeypatch: pytest.M
     assert (above <= lengths / 100 + b_enc.abs() * 2**-8).all()
 
 
-@pytest.mark.parametrize("isa", library.ISAS)
 @pytest.mark.parametrize(("n", "d_in", "columns"), [(1, 28, 1), (33, 60, 49), (70, 601, 1100), (600, 5, 40)])
 def test_products(n: int, d_in: int, columns: int, isa: str) -> None:
     """All that are added, found again: the same as those of the plain product, whatever the tiles."""
-    best_isa = str(cpu.describe()["isa"])
-    try:
-        library.use_isa(isa)
-    except ValueError:
-        pytest.skip(f"this CPU has no {isa}")
-    try:
-        generator = torch.Generator().manual_seed(n)
-        x, W_enc = (torch.randn(size, d_in, generator=generator) for size in (n, columns))
-        bias = torch.randn(columns, generator=generator)
-        acts, _ = topk_coarse.rounded_acts(x)
-        wanted = (acts.double() @ unpaired(topk_coarse.rounded(W_enc, bias)).double().T).relu()
-        k = min(columns, 50)
-        for size in (columns, 16):
-            best = cpu.topk_start(n, columns, k)
-            for first in range(0, columns, size):
-                here = slice(first, first + size)
-                cpu.topk_add_products(best, acts, topk_coarse.rounded(W_enc[here], bias[here]), first)
-            values, indices = cpu.topk_finish(best)
-            torch.testing.assert_close(values.double(), wanted.topk(k, dim=1).values, rtol=1e-5, atol=1e-4)
-            torch.testing.assert_close(wanted.gather(1, indices), values.double(), rtol=1e-5, atol=1e-4)
-            assert all(len(row.unique()) == k for row in indices)
-    finally:
-        library.use_isa(best_isa)
+    generator = torch.Generator().manual_seed(n)
+    x, W_enc = (torch.randn(size, d_in, generator=generator) for size in (n, columns))
+    bias = torch.randn(columns, generator=generator)
+    acts, _ = topk_coarse.rounded_acts(x)
+    wanted = (acts.double() @ unpaired(topk_coarse.rounded(W_enc, bias)).double().T).relu()
+    k = min(columns, 50)
+    for size in (columns, 16):
+        best = cpu.topk_start(n, columns, k)
+        for first in range(0, columns, size):
+            here = slice(first, first + size)
+            cpu.topk_add_products(best, acts, topk_coarse.rounded(W_enc[here], bias[here]), first)
+        values, indices = cpu.topk_finish(best)
+        torch.testing.assert_close(values.double(), wanted.topk(k, dim=1).values, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(wanted.gather(1, indices), values.double(), rtol=1e-5, atol=1e-4)
+        assert all(len(row.unique()) == k for row in indices)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

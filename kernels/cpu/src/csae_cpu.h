@@ -59,7 +59,7 @@ CSAE_EXPORT int csae_topk_finish(const csae_topk* best, float* values, int64_t v
 
 // Another way, where the tiles are upper bounds of the pre-activations, made here: the products of x [n, width] and
 // so many rows of a table, both bfloat16, that are `first_column` and on. table: of csae_round_pairs; width is a multiple
-// of 32. It ends with csae_topk_settle.
+// of 32. It ends with csae_topk_settle. Here a threshold may begin anywhere: what is below it is no candidate.
 CSAE_EXPORT int csae_topk_add_products(const csae_topk* best, const void* x, int64_t x_stride, const void* table,
                                        int64_t width, int64_t columns, int64_t first_column, int n_threads);
 

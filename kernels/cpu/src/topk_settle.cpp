@@ -1,9 +1,10 @@
 // The k largest of each row, from candidates that were found in bfloat16: multiplied again in float32, and proven.
 //
 // The K > k candidates are the columns whose pre-activations may be the largest, by an upper bound for each
-// (csae_topk_add_products). They are multiplied again in the order of these bounds, until the next is below the k-th
-// largest so far; then no later one can be among the k largest, nor any column that is no candidate. So the result is
-// that of a product in float32, or, where the candidates come to an end first, the row is said to be unsettled.
+// (csae_topk_add_products). What is no candidate has a bound below the row's threshold. The candidates are multiplied
+// again in the order of their bounds, until the next is below the k-th largest so far: then no later one can be among
+// the k largest; and no other column can, where the threshold is not above it. So the result is that of a product in
+// float32, or the row is said to be unsettled.
 //
 // Costs the candidates' rows of the table, K' d floats a row of x, K' being those that could be among the k largest: k
 // and a few.
@@ -54,8 +55,7 @@ struct Settle {
     // Whether the row is settled; `good` becomes false where a column is outside of the table.
     bool row(int64_t i, const float* x, float* values, int64_t* indices, Workspace& w, bool& good) const {
         Candidates candidates(best, i);
-        if (candidates.count < k) return false;  // or its bounds are NaN
-        // What is no candidate has a bound below.
+        if (candidates.count < k) return false;  // too few, or its bounds are NaN
         float threshold = best.threshold[i];
         if (candidates.count > best.k) threshold = candidates.prune(scan, best.k);
         const int64_t n = candidates.count;

@@ -66,6 +66,24 @@ struct Rounded {
     std::unique_ptr<float[]> lengths, errors;
 };
 
+struct Squares {
+    double row, lost;
+};
+
+// Of a row of d numbers, and of what rounding took from it.
+template <class Rows>
+Squares squares(const Rows& rows, const Stored& rounded, int64_t i, int64_t d) {
+    Squares found{0, 0};
+    for (int64_t c = 0; c < d; ++c) {
+        const double x = rows(i, c), near = rounded(i, c);
+        const bool same = std::isnan(x) ? std::isnan(near) : x == near;
+        check(same || std::abs(x - near) <= std::abs(x) / 256 + 1e-40, "rounded too far");
+        found.row += x * x;
+        found.lost += (x - near) * (x - near);
+    }
+    return found;
+}
+
 Rounded round_rows(const Matrix<float>& rows) {
     function = "csae_round_rows";
     const int64_t n = rows.rows, d = rows.columns;
@@ -75,14 +93,7 @@ Rounded round_rows(const Matrix<float>& rows) {
                  csae_ok);
     found.rows.check_between_rows();
     for (int64_t i = 0; i < n; ++i) {
-        double square = 0, lost = 0;
-        for (int64_t c = 0; c < d; ++c) {
-            const double x = rows(i, c), rounded = found.rows(i, c);
-            const bool same = std::isnan(x) ? std::isnan(rounded) : x == rounded;
-            check(same || std::abs(x - rounded) <= std::abs(x) / 256 + 1e-40, "rounded too far");
-            square += x * x;
-            lost += (x - rounded) * (x - rounded);
-        }
+        const auto [square, lost] = squares(rows, found.rows, i, d);
         if (!std::isfinite(square)) continue;
         check(std::abs(found.lengths[i] - std::sqrt(square)) <= std::sqrt(square) / 1024 + 1e-18, "wrong length");
         check(std::abs(found.errors[i] - std::sqrt(lost)) <= std::sqrt(lost) / 1024 + 1e-18, "wrong error");
@@ -202,14 +213,7 @@ Paired round_pairs(const Stored& from, int64_t width) {
         }
     }
     for (int64_t i = 0; i < n; ++i) {
-        double square = 0, lost = 0;
-        for (int64_t c = 0; c < d; ++c) {
-            const double x = from(i, c), rounded = found.rows(i, c);
-            const bool same = std::isnan(x) ? std::isnan(rounded) : x == rounded;
-            check(same || std::abs(x - rounded) <= std::abs(x) / 256 + 1e-40, "rounded too far");
-            square += x * x;
-            lost += (x - rounded) * (x - rounded);
-        }
+        const auto [square, lost] = squares(from, found.rows, i, d);
         for (int64_t c = 0; c < 2; ++c) check(found.rows.halves(i, d + c) == packed.halves(i, c), "another bias");
         if (!std::isfinite(square)) continue;
         const double length = (std::sqrt(square) + unseen) * above, error = (std::sqrt(lost) + unseen) * above;

@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from csae.kernels import cpu
+from csae.kernels.cpu import library
+
+
+@pytest.fixture(params=library.ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each set of instructions that this CPU has."""
+    if not cpu.available():
+        pytest.skip(str(cpu.why_not()))
+    best = str(cpu.describe()["isa"])
+    try:
+        library.use_isa(request.param)
+    except ValueError:
+        pytest.skip(f"this CPU has no {request.param}")
+    yield request.param
+    library.use_isa(best)
