@@ -19,7 +19,7 @@ from csae.ops.lookback_attention import document_starts
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_not()))
 
-ROUNDING, ROUNDING_OF_D_SLOPE = 3e-6, 5e-7
+ROUNDING, ROUNDING_OF_SUMS = 3e-6, 5e-7
 NAMES = ("out", "d_q", "d_k", "d_v", "d_slope", "d_null")
 
 
@@ -72,26 +72,31 @@ def assert_defined(
     tensors: list[Tensor],
     mask: Tensor | None = None,
     documents: Tensor | None = None,
-    most_of_d_slope: float = 2e-5,
+    many_terms: bool = False,
 ) -> None:
+    """many_terms: of d_slope and d_null, more than the bounds of fixed shapes allow for."""
     grad_out = torch.randn(tensors[2].shape, generator=torch.Generator().manual_seed(9))
     found = native(tensors, mask, documents, grad_out)
+    sizes = sizes_of_sums(tensors, mask, documents, grad_out)
     for name, got, want in zip(NAMES, found, defined(tensors, mask, documents, grad_out), strict=True):
         assert got.dtype == torch.float32
-        if name == "d_slope":
-            bound = ROUNDING_OF_D_SLOPE * (1 + size_of_d_slope(tensors, mask, documents, grad_out))
-            bound = bound.clamp(max=most_of_d_slope * max(1.0, want.abs().max().item())) if want.numel() else bound
-        else:
-            bound = torch.tensor(ROUNDING * (max(1.0, want.abs().max().item()) if want.numel() else 1.0))
+        largest = max(1.0, want.abs().max().item()) if want.numel() else 1.0
+        bound = torch.tensor((2e-5 if name == "d_slope" else ROUNDING) * largest)
+        if name in sizes:
+            of_sum = ROUNDING_OF_SUMS * (1 + sizes[name])
+            bound = of_sum if many_terms else of_sum.clamp(max=bound.item())
         assert ((got.double() - want).abs() <= bound).all(), f"{name}: {got}, but it is {want}, to {bound}"
 
 
-def size_of_d_slope(tensors: list[Tensor], mask: Tensor | None, documents: Tensor | None, grad_out: Tensor) -> Tensor:
-    """[H]: how large the terms of d_slope are, which nearly cancel.
+def sizes_of_sums(
+    tensors: list[Tensor], mask: Tensor | None, documents: Tensor | None, grad_out: Tensor
+) -> dict[str, Tensor]:
+    """[H] each: how large the terms of d_slope and of d_null are, which nearly cancel.
 
     Those of one query share the rounding of its softmax, those of different queries don't: so they are added up by
-    query, and the sums by the root of their squares. Of 250 random shapes, float32 was off by at most 2.7e-7 of this
-    in the native kernel and by 2.9e-7 in plain PyTorch.
+    query, and the sums by the root of their squares. Of 250 random shapes, float32 was off in d_slope by at most
+    2.7e-7 of this in the native kernel and by 2.9e-7 in plain PyTorch; of 600, in d_null by 2.4e-7 of one more than
+    this, and by 1.8e-7.
     """
     q, k, v, slope, null = (tensor.double() for tensor in tensors)
     t = torch.arange(q.shape[1])
@@ -105,11 +110,16 @@ def size_of_d_slope(tensors: list[Tensor], mask: Tensor | None, documents: Tenso
     log = distance.clamp(min=1).log()
     scores = torch.einsum("bthd,bjhd->bhtj", q, k) / math.sqrt(q.shape[-1]) - slope[:, None, None] * log
     scores = scores.masked_fill(~seen, -math.inf)
-    weights = torch.cat([scores, null[:, None, None].expand(*scores.shape[:3], 1)], dim=-1).softmax(-1)[..., :-1]
+    weights = torch.cat([scores, null[:, None, None].expand(*scores.shape[:3], 1)], dim=-1).softmax(-1)
+    weights, of_null = weights[..., :-1], weights[..., -1]  # [B, H, T, T], [B, H, T]
     d_weights = torch.einsum("bthd,bjhd->bhtj", grad_out.double(), v)
     delta = (weights * d_weights).sum(dim=-1, keepdim=True)
-    by_query = (weights * log * (d_weights.abs() + delta.abs())).sum(dim=-1)  # [B, H, T]
-    return torch.linalg.vector_norm(by_query, dim=(0, 2))
+    d_out = (torch.einsum("bhtj,bjhd->bthd", weights, v) * grad_out).abs().sum(dim=-1).transpose(1, 2)  # [B, H, T]
+    by_query = {
+        "d_slope": (weights * log * (d_weights.abs() + delta.abs())).sum(dim=-1),
+        "d_null": of_null * d_out,
+    }
+    return {name: torch.linalg.vector_norm(sums, dim=(0, 2)) for name, sums in by_query.items()}
 
 
 # --- the definition --------------------------------------------------------------------------------------
@@ -133,6 +143,7 @@ def test_every_width(isa: str, d_head: int, d_value: int) -> None:
 
 
 @settings(deadline=None, max_examples=60)
+@example(B=2, T=65, H=1, d_head=19, d_value=18, masked=False, divided=False, seed=8605)
 @example(B=2, T=137, H=2, d_head=11, d_value=10, masked=True, divided=False, seed=160)
 @given(
     B=st.integers(0, 2),
@@ -148,7 +159,7 @@ def test_any_shape(B: int, T: int, H: int, d_head: int, d_value: int, masked: bo
     mask, documents = holes(B, T, seed)
     tensors = inputs(B, T, H, d_head, d_value, seed)
     # With as many terms as there may be here, float32 is off by more.
-    assert_defined(tensors, mask if masked else None, documents if divided else None, most_of_d_slope=math.inf)
+    assert_defined(tensors, mask if masked else None, documents if divided else None, many_terms=True)
 
 
 def test_lse_is_the_log_of_the_denominator(isa: str) -> None:
