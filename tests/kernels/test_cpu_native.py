@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import platform
 import re
 import shutil
 import subprocess
@@ -579,3 +580,24 @@ def test_nothing_is_said_where_it_is_there() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cpu.warn_once()
+
+
+# --- the process ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
+def test_memory_that_was_freed_is_kept_for_the_next_step() -> None:
+    """The third time that eight blocks of 5 MB are written, their pages are there."""
+    script = """
+import resource, torch
+from csae.kernels import cpu
+assert cpu.available()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    before = faults()
+    blocks = [torch.full((5 << 18,), 1.0) for _ in range(8)]
+    del blocks
+print(faults() - before)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 5120  # of 10240 pages
