@@ -59,6 +59,10 @@ class ContextualSAE(SAE):
     arch = "contextual"
     look_back = ("W_mem", "W_Q", "W_K", "W_V", "W_O", "gain", "slope", "null")
 
+    from_exact = False
+    """Whether the sweeps start at the exact codes, so that they give what running exactly does, with a gradient. What
+    the exact codes are made of has none: it goes as far back as the sweeps do. `TrainConfig.exact_decay` sets it."""
+
     W_mem: nn.Parameter
     """[d_sae, d_memory]"""
     W_Q: nn.Parameter
@@ -242,7 +246,7 @@ class ContextualSAE(SAE):
         c has rank n_heads * d_value, so a further sweep is a product of that width instead of d_in, and 8 bytes
         for each pre-activation that is kept: on an H100 as much as 2,000 operations, so it has to be narrow.
         """
-        if self.sweeps == 0 or NARROW * self.n_heads * self.d_value > self.d_in or x.numel() == 0:
+        if self.sweeps == 0 or self.from_exact or NARROW * self.n_heads * self.d_value > self.d_in or x.numel() == 0:
             return 0
         return KEPT_BYTES // (4 * x.shape[1] * self.d_sae)
 
@@ -250,8 +254,9 @@ class ContextualSAE(SAE):
         self, x: Tensor, mask: Tensor | None, documents: Tensor | None, trace: Trace | None, W_a: Tensor | None
     ) -> tuple[Tensor, Code, Tensor]:
         """As `_run`; with W_a = W_enc W_O, [d_sae, n_heads * d_value], by narrow products after sweep 0."""
+        start = self._exactly(x, mask, documents) if self.from_exact else None
         x = x - self.b_dec
-        c = torch.zeros_like(x)
+        c = torch.zeros_like(x) if start is None else start.c
         given = x if trace is None else x.detach()
         kept = a = x.new_zeros(())
         queries = kept
@@ -260,11 +265,13 @@ class ContextualSAE(SAE):
             no_shift = None if trace is None else nn.functional.linear(self.b_dec.detach() - self.b_dec, self.W_Q)
             queries = self.queries(given, no_shift)
         encode = encoder(self.W_enc, self.b_enc, self.k)
-        if W_a is None:
+        if start is not None:
+            values, indices = start.code
+        elif W_a is None:
             values, indices = encode(given)
         else:
             values, indices, kept = encode_and_keep(given, self.W_enc, self.b_enc, self.k)
-        code = self._encoded(given, values, indices, mask, trace)
+        code = self._encoded(given if start is None else given - c, values, indices, mask, trace)
         for _ in range(self.sweeps):
             if self.query == "past":
                 queries = self.queries(self._shifted(self._decoded(code, trace) + c))
@@ -322,6 +329,11 @@ class ContextualSAE(SAE):
     def _shifted(x: Tensor) -> Tensor:
         """x [B, T, d] -> what was one position earlier; zero at position 0."""
         return nn.functional.pad(x[:, :-1], (0, 0, 1, 0))
+
+    def _exactly(self, x: Tensor, mask: Tensor | None, documents: Tensor | None) -> Output:
+        """What `_recur` makes of x [B, T, d_in], in the precision of the parameters, and without a gradient."""
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            return Output(*self._recur(x, mask, documents))
 
     def _recur(
         self, given: Tensor | Code, mask: Tensor | None, documents: Tensor | None

@@ -138,13 +138,17 @@ def contextual_sweeps(
     mask: Tensor | None = None,
     documents: Tensor | None = None,
     k_mem: int | None = None,
+    c: Tensor | None = None,
 ) -> Encoded:
     """The contextual SAE in parallel: sweep 0 does not look back, sweep s looks at the codes of sweep s - 1.
 
     x [B, T, d_in], mask [B, T] bool, documents [B, T] integer. After s sweeps the first s positions (and
     position s) are exact, so T sweeps are the recurrence.
+
+    c [B, T, d_in]: what sweep 0 takes as carried, in place of nothing. With that of the recurrence each sweep gives
+    what the recurrence does.
     """
-    out = _encode(x, torch.zeros_like(x), weights, k, mask)
+    out = _encode(x, torch.zeros_like(x) if c is None else c, weights, k, mask)
     for _ in range(sweeps):
         c = _look_back(x, out, weights, query, mask, documents, k_mem)
         out = _encode(x, c, weights, k, mask)

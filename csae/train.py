@@ -59,6 +59,10 @@ class TrainConfig:
     early_sweeps: int = 1
     """sweeps of a contextual SAE before the decay, where its own `sweeps` are more: it trains on the memory that it
     will run on when that matters, and more cheaply before"""
+    exact_decay: bool = False
+    """in the decay, start the sweeps at the exact codes, and take as few as before it: the recurrence is run in each
+    step. For data whose features last so long that sweeps don't settle: synthetic windows with regions of 64 positions
+    (`csae evidence`). On text, EXACT_ON_TEXT"""
     gap_every: int = 100
     """steps from one comparison of a contextual SAE's exact form with its sweeps to the next"""
     lazy: bool = False
@@ -149,7 +153,7 @@ def train(
             _steps(sae, optimizer, source, windows, run, config, first, metrics, stop)
     finally:
         if isinstance(sae, ContextualSAE):
-            sae.sweeps = sweeps
+            sae.sweeps, sae.from_exact = sweeps, False
     sae.save_pretrained(run)
     sae.eval()
     for leftover in run.glob("checkpoint-*"):
@@ -176,7 +180,7 @@ def _steps(
             batch = source.read(batch_of(windows, step, config))
             lr = learning_rate(step, config)
             if isinstance(sae, ContextualSAE):
-                sae.sweeps = sweeps_at(step, config, sweeps)
+                set_sweeps(sae, step, config, sweeps)
             losses, dead = train_step(sae, optimizer, batch, lr, config, device)
             figures = _figures(sae, losses, batch, dead)
             if not figures["loss"] < float("inf"):
@@ -236,8 +240,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * min(1.0, rise, fall)
 
 
-def sweeps_at(step: int, config: TrainConfig, sweeps: int) -> int:
-    """How often a contextual SAE looks back in a step, where its own sweeps are as given.
+def set_sweeps(sae: ContextualSAE, step: int, config: TrainConfig, sweeps: int) -> None:
+    """How often a contextual SAE looks back in a step, where its own sweeps are as given, and from where.
 
     In the decay every second step has one less. With a fixed number, an SAE can learn to be right after just so many
     sweeps: a feature that suppresses itself at the next position is on and off in turns, sweep by sweep, and then
@@ -245,9 +249,11 @@ def sweeps_at(step: int, config: TrainConfig, sweeps: int) -> int:
     0.14 against 0.03.
     """
     late = step >= min((1 - config.decay) * config.steps, config.steps - 1)
-    if not late:
-        return min(sweeps, config.early_sweeps)
-    return max(sweeps - (config.steps - 1 - step) % 2, min(sweeps, 1))
+    sae.from_exact = late and config.exact_decay
+    if late and not config.exact_decay:
+        sae.sweeps = max(sweeps - (config.steps - 1 - step) % 2, min(sweeps, 1))
+    else:
+        sae.sweeps = min(sweeps, config.early_sweeps)
 
 
 @torch.no_grad()

@@ -76,6 +76,29 @@ def test_contextual_sweeps_match_the_reference_with_every_gradient(query, k_mem,
 
 
 @pytest.mark.parametrize("bounds", [False, True], ids=["open", "mask+documents"])
+@pytest.mark.parametrize("sweeps", [0, 1, 2])
+@pytest.mark.parametrize("query", ["current", "past"])
+def test_sweeps_from_the_exact_codes_give_them_again_with_a_gradient(query, sweeps, bounds):
+    sae, (acts, mask, documents) = contextual(query=query, sweeps=sweeps), windows()
+    where = (mask, documents) if bounds else (None, None)
+    exact = sae(acts, *where, exact=True)
+    sae.from_exact = True
+    out = sae(acts, *where, exact=False)
+    for got, want in ((out.x_hat, exact.x_hat), (out.c, exact.c), (out.code.values, exact.code.values)):
+        torch.testing.assert_close(got, want)
+    x, c = acts / sae.scale, exact.c / sae.scale
+    wanted = reference.contextual_sweeps(x, weights(sae), 3, query, sweeps, *where, c=c)
+    parameters = dict(sae.named_parameters())
+    grad = torch.randn_like(acts)
+    found = torch.autograd.grad(out.x_hat / sae.scale, parameters.values(), grad, allow_unused=True)
+    expected = torch.autograd.grad(wanted.x_hat, parameters.values(), grad, allow_unused=True)
+    for name, got, want in zip(parameters, found, expected, strict=True):
+        assert (got is None) == (want is None), name
+        if want is not None:
+            torch.testing.assert_close(got, want, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("bounds", [False, True], ids=["open", "mask+documents"])
 @pytest.mark.parametrize("query", ["current", "past"])
 def test_contextual_exact_matches_the_reference(query, bounds):
     sae, (acts, mask, documents) = contextual(query=query), windows()

@@ -16,7 +16,7 @@ from csae import ContextualSAE, TopKSAE
 from csae.activations import Batch, ShardActivations, estimate_normalisation
 from csae.checkpoint import last_checkpoint, load_sae
 from csae.errors import UserError
-from csae.train import Stopped, TrainConfig, batch_of, exact_gap, learning_rate, sweeps_at, train
+from csae.train import Stopped, TrainConfig, batch_of, exact_gap, learning_rate, set_sweeps, train
 
 D_IN = 6
 
@@ -201,12 +201,25 @@ def test_the_gap_is_that_of_the_exact_form_to_the_sweeps(tmp_path):
     assert exact_gap(sae, batch)[1] == pytest.approx(0, abs=1e-5)
 
 
+def sweeps_of(cfg, sweeps, from_exact=False):
+    """The sweeps of each step; None where they start elsewhere."""
+    sae, found = new_sae(), []
+    for step in range(cfg.steps):
+        set_sweeps(sae, step, cfg, sweeps)
+        found.append(sae.sweeps if sae.from_exact == from_exact else None)
+    return found
+
+
 def test_sweeps_are_fewer_before_the_decay(tmp_path):
     cfg = config(steps=10, decay=0.3, early_sweeps=2)
-    assert [sweeps_at(step, cfg, 3) for step in range(10)] == [2] * 7 + [3, 2, 3]
-    assert [sweeps_at(step, config(steps=4, decay=0), 3) for step in range(4)] == [1, 1, 1, 3]
-    assert [sweeps_at(step, cfg, 1) for step in range(10)] == [1] * 10
-    assert {sweeps_at(step, cfg, 0) for step in range(10)} == {0}
+    assert sweeps_of(cfg, 3) == [2] * 7 + [3, 2, 3]
+    assert sweeps_of(config(steps=4, decay=0), 3) == [1, 1, 1, 3]
+    assert sweeps_of(cfg, 1) == [1] * 10
+    assert set(sweeps_of(cfg, 0)) == {0}
+    assert sweeps_of(cfg, 3, from_exact=True) == [None] * 10
+    exact = config(steps=10, decay=0.3, early_sweeps=2, exact_decay=True)
+    assert sweeps_of(exact, 3) == [2] * 7 + [None] * 3
+    assert sweeps_of(exact, 3, from_exact=True) == [None] * 7 + [2] * 3
     seen = []
 
     class Watched(ContextualSAE):

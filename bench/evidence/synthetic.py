@@ -31,7 +31,7 @@ from csae.evaluate import evaluate, run_form
 from csae.progress import Progress, quiet
 from csae.sae import SAE, Code
 from csae.topk_sae import TopKSAE
-from csae.train import TrainConfig, adam, batch_of, learning_rate, sweeps_at, train_step
+from csae.train import TrainConfig, adam, batch_of, learning_rate, set_sweeps, train_step
 
 N_CTX, D_IN = 256, 64
 N_REGION, N_TOKEN = 16, 128
@@ -205,7 +205,7 @@ def fit(
     for step in progress(range(steps), description):
         batch = source.read(batch_of(windows, step, config))
         if isinstance(sae, ContextualSAE):
-            sae.sweeps = sweeps_at(step, config, sweeps)
+            set_sweeps(sae, step, config, sweeps)
         train_step(sae, optimizer, batch, learning_rate(step, config), config, sae.W_dec.device)
     sae.eval()
 
