@@ -60,9 +60,10 @@ class TrainConfig:
     """sweeps of a contextual SAE before the decay, where its own `sweeps` are more: it trains on the memory that it
     will run on when that matters, and more cheaply before"""
     exact_decay: bool = False
-    """in the decay, start the sweeps at the exact codes, and take as few as before it: the recurrence is run in each
-    step. For data whose features last so long that sweeps don't settle: synthetic windows with regions of 64 positions
-    (`csae evidence`). On text, EXACT_ON_TEXT"""
+    """start the sweeps of the decay at the exact codes, and take as few as before it. The recurrence is then run in
+    each of these steps, and what is trained is what runs. For features that last so long that sweeps don't settle: see
+    csae.bench.evidence.synthetic. On text it was no gain (layer 12 of SmolLM2-135M, k = 16: an exact FVU of 0.1509
+    against 0.1501 with query="past", 0.1348 both ways with "current")"""
     gap_every: int = 100
     """steps from one comparison of a contextual SAE's exact form with its sweeps to the next"""
     lazy: bool = False

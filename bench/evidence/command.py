@@ -101,7 +101,10 @@ def run_evidence(
         if cell.arch in (CURRENT, PAST) and cell.seed == 0 and (cell.corpus, cell.layer, cell.k) == _first(chosen)
     ]
     evidence["long"] = _long_windows(out, lm, chosen, budget, progress)
-    evidence["synthetic"] = _part(out, "synthetic", lambda: synthetic.run(progress=progress))
+    evidence["synthetic"] = [
+        _part(out, f"synthetic-{case.name}", partial(synthetic.run, case, progress=progress))
+        for case in synthetic.cases()
+    ]
     evidence["switches"] = _switches(out, lm, chosen, budget, languages, progress)
     write_json(out / grid.FOUND, evidence)
     page.write_figures(out / "figures", evidence)

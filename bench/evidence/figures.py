@@ -414,8 +414,14 @@ def _by_arch(
 
 
 def _synthetic(evidence: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    runs = (evidence.get("synthetic") or {}).get("runs") or []
-    return [run for run in runs if value(run, name) is not None]
+    return [run for run in synthetic_runs(evidence) if value(run, name) is not None]
+
+
+def synthetic_runs(evidence: dict[str, Any], crowded: bool = False) -> list[dict[str, Any]]:
+    """Those whose features have the most dimensions, or the others."""
+    runs = evidence.get("synthetic") or []
+    most = max((run["d_in"] for run in runs), default=None)
+    return [run for run in runs if (run["d_in"] != most) == crowded]
 
 
 def synthetic_arch(run: dict[str, Any]) -> str:

@@ -283,15 +283,26 @@ def bits_rows(evidence: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def synthetic_rows(evidence: dict[str, Any]) -> dict[str, Any]:
-    """What was made, and a row for each region length and SAE."""
-    synthetic = evidence.get("synthetic") or {}
-    runs = synthetic.get("runs") or []
-    rows = []
-    for run in runs:
-        arch = figures.synthetic_arch(run)
-        rows.append(run | {"arch": arch, "label": ARCHS[arch]})
-    longest = max((run["region_length"] for run in runs), default=None)
-    return synthetic | {"rows": rows, "longest": [row for row in rows if row["region_length"] == longest]}
+    """What was made, and a row for each region length and SAE, over its seeds; last those with crowded features."""
+    names = ("fvu", "fires_per_region", "versions_per_region", "found", "found_at_start", "fires_off", "token_found")
+    carried = ("carried", "carried_by_match", "carried_by_token_features")
+    paths: dict[str, tuple[str, ...]] = {name: (name,) for name in (*names, *carried)}
+    paths["first"] = ("first", "fires_per_region")
+    found: dict[str, list[dict[str, Any]]] = {}
+    for kind, crowded in (("rows", False), ("crowded", True)):
+        groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+        for run in figures.synthetic_runs(evidence, crowded):
+            groups.setdefault((run["region_length"], figures.synthetic_arch(run)), []).append(run)
+        found[kind] = [
+            {"region_length": length, "arch": arch, "label": ARCHS[arch], "seeds": len(runs), "d_in": runs[0]["d_in"]}
+            | {name: summary.spread(value(run, *path) for run in runs) for name, path in paths.items()}
+            for (length, arch), runs in groups.items()
+        ]
+    most = max((row["seeds"] for row in found["rows"]), default=0)
+    runs = evidence.get("synthetic") or [{}]
+    told = [row for row in found["rows"] if row["seeds"] == most]
+    length = max((row["region_length"] for row in told), default=None)
+    return found | {"told": [row for row in told if row["region_length"] == length], "made": runs[0]}
 
 
 def switch_rows(evidence: dict[str, Any]) -> list[dict[str, Any]]:

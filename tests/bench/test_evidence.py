@@ -22,7 +22,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "SWITCH_WINDOWS", 8)
     monkeypatch.setattr(command, "LONGER", 2)
     monkeypatch.setattr(command, "REGION_TOKENS", 8)
-    monkeypatch.setattr(synthetic, "run", partial(synthetic.run, region_lengths=(16,), steps=3, queries=("current",)))
+    monkeypatch.setattr(synthetic, "run", partial(synthetic.run, steps=3))
+    monkeypatch.setattr(synthetic, "cases", lambda: [synthetic.Case(16, query, d_in=32) for query in (None, "current")])
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_from_nothing_to_a_report_and_on_from_there(
     }  # fmt: skip
     assert [entry["arch"] for entry in whole["switches"]] == [TOPK, CURRENT, PAST]
     assert [entry["arch"] for entry in whole["long"]] == [TOPK, CURRENT, PAST]
-    assert whole["synthetic"]["runs"]
+    assert [entry["query"] for entry in whole["synthetic"]] == [None, "current"]
     assert "</html>" in (out / "report.html").read_text()
     assert list((out / "figures").glob("*.png"))
 

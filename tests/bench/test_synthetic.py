@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -216,18 +217,33 @@ def test_a_run_is_json_and_the_same_again(monkeypatch):
         seen.append(description)
         return iterable
 
-    first, again = (synthetic.run((64,), seed=3, steps=2, progress=progress, queries=("current", "past")) for _ in "ab")
+    cases = [synthetic.Case(64, query, seed=3, d_in=32) for query in (None, "current", "past")]
+    first, again = ([synthetic.run(case, 2, progress) for case in cases] for _ in "ab")
     json.dumps(first)
-    assert seen[:3] == ["regions of 64, topk", "regions of 64, contextual, current", "regions of 64, contextual, past"]
-    assert [(run["arch"], run["query"], run["region_length"]) for run in first["runs"]] == [
-        ("topk", None, 64),
-        ("contextual", "current", 64),
-        ("contextual", "past", 64),
+    assert seen[:3] == [case.name for case in cases]
+    assert [(run["arch"], run["query"], run["region_length"], run["seed"], run["d_in"]) for run in first] == [
+        ("topk", None, 64, 3, 32),
+        ("contextual", "current", 64, 3, 32),
+        ("contextual", "past", 64, 3, 32),
     ]
-    topk, current, _ = first["runs"]
-    assert (topk["k"], topk["d_sae"]) == (current["k"], current["d_sae"]) == (first["k"], first["d_sae"])
-    assert len(current["with_sweeps"]["fires_at"]) == 64
+    assert len({(run["k"], run["d_sae"], run["tokens"]) for run in first}) == 1
+    assert len(first[1]["with_sweeps"]["fires_at"]) == 64
     timed = ("train_seconds", "tokens_per_s", "tokens_per_s_sweeps")
-    for result in (first, again):
-        result["runs"] = [{name: run[name] for name in run if name not in timed} for run in result["runs"]]
+    first, again = ([{name: run[name] for name in run if name not in timed} for run in runs] for runs in (first, again))
     assert first == again
+
+
+def test_the_cases():
+    """Everything at each length; at one of them seeds, and crowded features."""
+    cases = synthetic.cases()
+    assert len({case.name for case in cases}) == len(cases)
+    assert {(case.region_length, case.query) for case in cases} == set(
+        product(synthetic.REGION_LENGTHS, (None, "current", "past"))
+    )
+    at_one = [case for case in cases if case.region_length == synthetic.LENGTH]
+    assert {(case.query, case.seed) for case in at_one} == {*product((None, "past"), synthetic.SEEDS), ("current", 0)}
+    assert {(case.query, case.d_in) for case in cases if case.d_in != synthetic.D_IN} == {
+        (None, synthetic.CROWDED),
+        ("past", synthetic.CROWDED),
+    }
+    assert synthetic.cases((16,)) == [synthetic.Case(16, query) for query in (None, "current", "past")]
