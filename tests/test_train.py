@@ -237,6 +237,25 @@ def test_sweeps_are_fewer_before_the_decay(tmp_path):
     assert (seen, sae.sweeps) == ([2] * 7 + [3, 2, 3], 3)
 
 
+def test_from_the_exact_codes_there_is_no_gap(tmp_path):
+    cfg = config(steps=20, decay=0.3, gap_every=1, exact_decay=True)
+    sae = new_sae()
+    sae.W_O.data.mul_(20)
+    train(sae, Windows(), range(12), tmp_path / "whole", cfg)
+    gaps = [abs(line["gap"]) for line in lines(tmp_path / "whole")]
+    assert min(gaps[:14]) > 1e-4
+    assert max(gaps[14:]) < 1e-5
+    assert (sae.from_exact, sae.sweeps) == (False, 3)
+
+    resumed = new_sae()
+    resumed.W_O.data.mul_(20)
+    source = Windows(lambda count: os.kill(os.getpid(), signal.SIGINT) if count == 16 else None)
+    with pytest.raises(Stopped):
+        train(resumed, source, range(12), tmp_path / "stopped", cfg)
+    train(resumed, Windows(), range(12), tmp_path / "stopped", cfg)
+    assert same(sae, resumed)
+
+
 def test_the_look_back_trains_at_its_own_rate(tmp_path):
     before, frozen = new_sae(), new_sae()
     train(frozen, Windows(), range(12), tmp_path, config(look_back_lr=1e-12))
