@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 from csae.factors import Factors, Gradients
 from csae.kernels.pairs import Pairs, Table
@@ -108,7 +109,10 @@ class Adam(torch.optim.Optimizer):
         for group in self.param_groups:
             states = {self.names[parameter]: self.state[parameter] for parameter in group["params"]}
             parameters = {self.names[parameter]: parameter for parameter in group["params"]}
-            torch._foreach_add_([state["step"] for state in states.values()], 1)
+            dense = [name for name in parameters if name not in TABLES and name in gradients]
+            if dense:  # it counts their steps
+                _adam([(parameters[name], gradients[name], states[name]) for name in dense], group)
+            torch._foreach_add_([state["step"] for name, state in states.items() if name not in dense], 1)
             step = next(iter(states.values()))["step"]
             hyper, lazy_hyper = _hyper(group, step)
             seed = step.to(torch.int64).reshape(1)
@@ -125,19 +129,31 @@ class Adam(torch.optim.Optimizer):
                 shared.setdefault(id(own.pairs), (own.pairs, []))[1].append(table)
             for pairs, tables in shared.values():
                 adam_rows(pairs, tables, lazy_hyper if self.lazy else hyper, seed, self.lazy)
-            for name in (name for name in parameters if name not in TABLES and name in gradients):
-                gradient = gradients[name]
-                assert isinstance(gradient, Tensor)
-                _adam(parameters[name], states[name], gradient, hyper)
 
 
-def _adam(param: Tensor, state: dict[str, Tensor], gradient: Tensor, hyper: Tensor) -> None:
-    """One step of Adam on a dense parameter, in place; hyper as in `adam_rows`."""
-    size, correction, eps, one_minus_beta1, beta2, one_minus_beta2 = hyper.unbind()
-    exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
-    exp_avg.lerp_(gradient, one_minus_beta1)
-    exp_avg_sq.mul_(beta2).add_(gradient.square().mul_(one_minus_beta2))
-    param.sub_(exp_avg.mul(size).div_(exp_avg_sq.sqrt().mul_(correction).add_(eps)))
+def _adam(given: list[tuple[Tensor, Any, dict[str, Tensor]]], group: dict[str, Any]) -> None:
+    """One step of Adam on dense parameters, each with its gradient and its state, in place."""
+    parameters, gradients, states = zip(*given, strict=True)
+    exp_avgs, exp_avg_sqs, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+    beta1, beta2 = group["betas"]
+    compiling = torch.compiler.is_compiling()  # the compiler fuses them itself, and can't trace what is fused
+    adam(
+        list(parameters),
+        list(gradients),
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        fused=not compiling,
+        capturable=compiling,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=0,
+        eps=group["eps"],
+        maximize=False,
+    )
 
 
 def _hyper(group: dict[str, Any], step: Tensor) -> tuple[Tensor, Tensor]:
