@@ -81,7 +81,7 @@ def demo(**options: Any) -> None:
 @click.option("--query", type=click.Choice(["current", "past"]), default="current", show_default=True)
 @click.option("--sweeps", type=int, default=3, show_default=True, help="How often training looks back at its end.")
 @click.option("--early-sweeps", type=int, default=1, show_default=True, help="How often before the decay.")
-@click.option("--exact-decay", is_flag=True, help="In the decay, start the sweeps at the exact codes: slower.")
+@click.option("--exact-from", type=float, default=1.0, show_default=True, help="Share of steps before exact starts.")
 @click.option("--gap-every", type=int, default=100, show_default=True, help="Steps; compares exact form and sweeps.")
 @click.option("--dead-after", type=int, default=10_000_000, show_default=True, help="Tokens without firing.")
 @click.option("--tokens", type=click.IntRange(min=1), help="Tokens to train on; all of the data once if not given.")

@@ -61,7 +61,7 @@ class ContextualSAE(SAE):
 
     from_exact = False
     """Whether the sweeps start at the exact codes, so that they give what running exactly does, with a gradient. What
-    the exact codes are made of has none: it goes as far back as the sweeps do. `TrainConfig.exact_decay` sets it."""
+    the exact codes are made of has none: it goes as far back as the sweeps do. `TrainConfig.exact_from` sets it."""
 
     W_mem: nn.Parameter
     """[d_sae, d_memory]"""

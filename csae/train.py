@@ -59,11 +59,11 @@ class TrainConfig:
     early_sweeps: int = 1
     """sweeps of a contextual SAE before the decay, where its own `sweeps` are more: it trains on the memory that it
     will run on when that matters, and more cheaply before"""
-    exact_decay: bool = False
-    """start the sweeps of the decay at the exact codes, and take as few as before it. The recurrence is then run in
-    each of these steps, and what is trained is what runs. For features that last so long that sweeps don't settle: see
-    csae.bench.evidence.synthetic. On text it was no gain (layer 12 of SmolLM2-135M, k = 16: an exact FVU of 0.1509
-    against 0.1501 with query="past", 0.1348 both ways with "current")"""
+    exact_from: float = 1.0
+    """share of the steps from which on a contextual SAE's sweeps start at its exact codes, and are as few as before
+    the decay. The recurrence is then run in each step, and what is trained is what runs. For features that last so long
+    that sweeps don't settle: see csae.bench.evidence.synthetic. On text it was no gain (from 0.8; layer 12 of
+    SmolLM2-135M, k = 16: an exact FVU of 0.1509 against 0.1501 with query="past", 0.1348 both ways with "current")"""
     gap_every: int = 100
     """steps from one comparison of a contextual SAE's exact form with its sweeps to the next"""
     lazy: bool = False
@@ -94,6 +94,8 @@ class TrainConfig:
             raise UserError(
                 f"warmup, decay: given {self.warmup} and {self.decay}; needed shares that add up to 1 at most"
             )
+        if not 0 <= self.exact_from <= 1:
+            raise UserError(f"exact_from: given {self.exact_from}; needed a share of the steps, 0 to 1 (never)")
         for name in ("precision", "moments"):
             if getattr(self, name) not in PRECISIONS:
                 raise UserError(
@@ -250,8 +252,8 @@ def set_sweeps(sae: ContextualSAE, step: int, config: TrainConfig, sweeps: int) 
     0.14 against 0.03.
     """
     late = step >= min((1 - config.decay) * config.steps, config.steps - 1)
-    sae.from_exact = late and config.exact_decay
-    if late and not config.exact_decay:
+    sae.from_exact = step >= config.exact_from * config.steps
+    if late and not sae.from_exact:
         sae.sweeps = max(sweeps - (config.steps - 1 - step) % 2, min(sweeps, 1))
     else:
         sae.sweeps = min(sweeps, config.early_sweeps)

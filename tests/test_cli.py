@@ -48,7 +48,9 @@ SMALL = ["--d-sae", "40", "--k", "4", "--heads", "2", "--d-head", "4", "--d-valu
 
 def test_train_cache_eval_from_end_to_end(from_model, text, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, out, _ = csae("train", "-o", "run", *from_model, *SMALL, "--tokens", "640", "--exact-decay", capsys=capsys)
+    code, out, _ = csae(
+        "train", "-o", "run", *from_model, *SMALL, "--tokens", "640", "--exact-from", "0.5", capsys=capsys
+    )
     assert code == 0
     assert "trained: run" in out
     code, _, err = csae("cache", "-o", "acts", *from_model, "--dtype", "float32", capsys=capsys)

@@ -217,9 +217,9 @@ def test_sweeps_are_fewer_before_the_decay(tmp_path):
     assert sweeps_of(cfg, 1) == [1] * 10
     assert set(sweeps_of(cfg, 0)) == {0}
     assert sweeps_of(cfg, 3, from_exact=True) == [None] * 10
-    exact = config(steps=10, decay=0.3, early_sweeps=2, exact_decay=True)
-    assert sweeps_of(exact, 3) == [2] * 7 + [None] * 3
-    assert sweeps_of(exact, 3, from_exact=True) == [None] * 7 + [2] * 3
+    exact = config(steps=10, decay=0.3, early_sweeps=2, exact_from=0.8)
+    assert sweeps_of(exact, 3) == [2] * 7 + [3, None, None]
+    assert sweeps_of(exact, 3, from_exact=True) == [None] * 8 + [2, 2]
     seen = []
 
     class Watched(ContextualSAE):
@@ -238,7 +238,7 @@ def test_sweeps_are_fewer_before_the_decay(tmp_path):
 
 
 def test_from_the_exact_codes_there_is_no_gap(tmp_path):
-    cfg = config(steps=20, decay=0.3, gap_every=1, exact_decay=True)
+    cfg = config(steps=20, gap_every=1, exact_from=0.7)
     sae = new_sae()
     sae.W_O.data.mul_(20)
     train(sae, Windows(), range(12), tmp_path / "whole", cfg)
@@ -317,6 +317,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
         ({"warmup": 0.9}, "warmup, decay: given 0.9 and 0.2"),
         ({"precision": "float16"}, "precision: given 'float16'; needed one of 'float32', 'bfloat16'"),
         ({"moments": "float16"}, "moments: given 'float16'; needed one of 'float32', 'bfloat16'"),
+        ({"exact_from": -0.1}, "exact_from: given -0.1; needed a share of the steps, 0 to 1 (never)"),
         ({"checkpoint_every": 0}, "checkpoint_every: given 0; needed at least 1"),
         ({"batch_windows": 13}, "batch_windows: given 13, but there are 12 windows to train on"),
     ],
