@@ -42,6 +42,7 @@ def batch(B: int = 3, T: int = 17) -> tuple[Tensor, Tensor, Tensor]:
         ("contextual", {"sweeps": 2}),
         ("contextual", {"sweeps": 2, "query": "past"}),
         ("contextual from exact codes", {"sweeps": 2, "query": "past"}),
+        ("contextual from exact codes", {"sweeps": 1}),
         ("contextual", {"sweeps": 2, "k_mem": 3}),
     ],
 )
