@@ -56,7 +56,7 @@ EARLY_SWEEPS, DECAY = 2, 0.4
 # With query="past" even the queries are made of codes, and sweeps swing: from shown, so carried, to not shown, so not
 # carried. Trained so to the end, it shows a feature of a region of 64 1.1 to 2.0 times by the seed (once 7.9, with more
 # steps); from the exact codes in the last 0.4 of the steps, 1.0 to 1.3 times, but 3.8 for one seed of seven; so, 1.1 to
-# 1.3 times. With "current" sweeps settle (a gap below 0.1%).
+# 1.3 times. With "current" sweeps settle: there the gap is 0.1%.
 EXACT_FROM = {"current": 1.0, "past": 0.3}
 # Windows that are measured on, and in how many of them the parts of c are looked at.
 HELD_OUT, ATTRIBUTED = 64, 4
