@@ -112,7 +112,9 @@ class Adam(torch.optim.Optimizer):
             dense = [name for name in parameters if name not in TABLES and name in gradients]
             if dense:  # it counts their steps
                 _adam([(parameters[name], gradients[name], states[name]) for name in dense], group)
-            torch._foreach_add_([state["step"] for name, state in states.items() if name not in dense], 1)
+            others = [state["step"] for name, state in states.items() if name not in dense]
+            if others:
+                torch._foreach_add_(others, 1)
             step = next(iter(states.values()))["step"]
             hyper, lazy_hyper = _hyper(group, step)
             seed = step.to(torch.int64).reshape(1)
@@ -139,7 +141,7 @@ def _adam(given: list[tuple[Tensor, Any, dict[str, Tensor]]], group: dict[str, A
     compiling = torch.compiler.is_compiling()  # the compiler fuses them itself, and can't trace what is fused
     adam(
         list(parameters),
-        list(gradients),
+        [gradient.contiguous() for gradient in gradients],  # the fused kernel reads them as the parameters lie
         exp_avgs,
         exp_avg_sqs,
         [],

@@ -168,6 +168,22 @@ def test_a_parameter_without_a_gradient_stays() -> None:
     assert not torch.equal(sae.W_enc, topk().W_enc)
 
 
+def test_gradients_may_lie_otherwise() -> None:
+    results = []
+    for transposed in (False, True):
+        sae = contextual()
+        gradients = sae.gradients(batches(1)[0])[1]
+        for name in ("W_Q", "W_O"):
+            gradient = gradients[name]
+            assert isinstance(gradient, Tensor)
+            if transposed:
+                gradients[name] = gradient.T.contiguous().T
+        Adam(sae).update(gradients)
+        results.append(sae)
+    for name in ("W_Q", "W_O"):
+        assert torch.equal(getattr(results[0], name), getattr(results[1], name))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
