@@ -69,8 +69,8 @@ def test_commands_run_in_their_order(tiny_model_path, tmp_path):
         if args[0] == "evidence":  # all that it does, in small
             args += ["--model", str(tiny_model_path), "--layer", "2", "--corpus", "english", "--k", "2", "--seeds", "1"]
             args += ["--tokens", "640", "--d-sae", "40", "--n-ctx", "32", "--limit", "4"]
-            shrunk = "synthetic.run = partial(synthetic.run, region_lengths=(16,), steps=3, queries=('current',))"
-            start = f"from functools import partial; from csae.bench.evidence import synthetic; {shrunk}; {start}"
+            few = "synthetic.cases = partial(synthetic.cases, (16,)); synthetic.run = partial(synthetic.run, steps=3)"
+            start = f"from functools import partial; from csae.bench.evidence import synthetic; {few}; {start}"
         program = [sys.executable, "-c", start, *args]
         done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}: {done.stderr}"
