@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from csae.kernels import cpu
 from csae.kernels.cpu import library
@@ -20,3 +21,10 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"this CPU has no {request.param}")
     yield request.param
     library.use_isa(best)
+
+
+@pytest.fixture(autouse=True)
+def _restore_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -28,13 +27,6 @@ def isas() -> list[str]:
     if not cpu.available():
         return []
     return list(library.ISAS[: library.ISAS.index(str(cpu.describe()["isa"])) + 1])
-
-
-@pytest.fixture(autouse=True)
-def _restore_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def inputs(B: int, T: int, H: int, d_head: int, d_value: int, seed: int = 0) -> list[Tensor]:
