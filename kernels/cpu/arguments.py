@@ -25,9 +25,12 @@ def check_strided(
         raise TypeError(f"{name}: given {tensor.dtype}; needed {' or '.join(map(str, dtypes))}")
     if tensor.device.type != "cpu" or tensor.layout != torch.strided:
         raise ValueError(f"{name}: given a {tensor.layout} tensor on {tensor.device}; needed a strided one on the CPU")
-    wanted = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
+    # In a loop, as this is called a hundred times a step.
     fits = tensor.ndim == len(shape)
-    if not fits or any(size not in (None, given) for size, given in zip(shape, tensor.shape, strict=True)):
+    for size, given in zip(shape, tensor.shape, strict=False):
+        fits = fits and (size is None or size == given)
+    if not fits:
+        wanted = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
         raise ValueError(f"{name}: given shape {list(tensor.shape)}; needed {wanted}")
 
 

@@ -23,6 +23,7 @@ bounds reach the 32nd largest pre-activation.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +41,10 @@ AT_ONCE = 32
 SAMPLE_RANK, CANDIDATES_PER_SAMPLED = 14, 6
 # For fewer rows, looking for a threshold first costs more than it saves.
 LEAST_SAMPLED = 768
+# Rows that are searched once more, after a little has changed: one in so many tells how far their thresholds moved, by
+# its own; that is the bound that so many features of its sample reach, which is right for all but the share that
+# moved further.
+EVERY_ROW, RANK_OF_MOVED, MOVED_FURTHER = 8, 9, 0.25
 # So much of W_enc is rounded at a time, and multiplied while it is in cache; but rows enough to be worth a call.
 TILE_BYTES, LEAST_TILE_ROWS = 5 << 19, 512
 # Lengths are measured to one part in 2^10, and then rounded to 8 bits.
@@ -114,6 +119,17 @@ def _sums(d_in: int) -> float:
     return 2.0**-22 * (d_in + cpu.BESIDE)
 
 
+class Reached(NamedTuple):
+    """What a search leaves for the next one of the same rows, changed a little, by the same table."""
+
+    bounds: Tensor
+    """[rows] float32: what the last candidate of each row reached"""
+    lengths: Tensor
+    """[rows] float32: of the rows"""
+    sample: cpu.PairedRows
+    """of the table"""
+
+
 def topk_encode(
     x: Tensor,
     W_enc: Tensor,
@@ -122,17 +138,57 @@ def topk_encode(
     values: Tensor,
     indices: Tensor,
     table: cpu.PairedRows | None = None,
-) -> Tensor:
+    last: Reached | None = None,
+) -> tuple[Tensor, Reached | None]:
     """x [rows, d_in], bias [d_sae] float32, W_enc [d_sae, d_in] float32 or bfloat16 -> values, indices [rows, k].
 
     table: W_enc rounded; a tile at a time is, if not given.
-    Gives settled [rows] bool, False where values and indices hold nothing.
+    last: of a search of rows like these. What is found does not depend on it, only how soon.
+
+    Gives settled [rows] bool, False where values and indices hold nothing; and what the next search may be given,
+    nothing where the rows are too few.
+    """
+    acts, lengths = rounded_acts(x)
+    if last is None and len(x) < LEAST_SAMPLED:
+        return _search(x, acts, lengths, W_enc, bias, k, values, indices, table, None)[0], None
+    sample = _sample(W_enc, bias, k) if last is None else last.sample
+    if last is None:
+        threshold = _reached(acts, sample, SAMPLE_RANK)
+    else:
+        before = last.bounds * (lengths / last.lengths)
+        moved = _reached(acts[::EVERY_ROW], sample, RANK_OF_MOVED) / before[::EVERY_ROW]
+        threshold = before * moved.nanquantile(MOVED_FURTHER)
+    settled, bounds = _search(x, acts, lengths, W_enc, bias, k, values, indices, table, threshold)
+    if last is not None and not settled.all():
+        left = (~settled).nonzero().squeeze(1)
+        found, threshold = (values[left], indices[left]), _reached(acts[left], sample, SAMPLE_RANK)
+        settled[left], bounds[left] = _search(
+            x[left], acts[left], lengths[left], W_enc, bias, k, *found, table, threshold
+        )
+        values[left], indices[left] = found
+    return settled, Reached(bounds, lengths, sample)
+
+
+def _search(
+    x: Tensor,
+    acts: Tensor,
+    lengths: Tensor,
+    W_enc: Tensor,
+    bias: Tensor,
+    k: int,
+    values: Tensor,
+    indices: Tensor,
+    table: cpu.PairedRows | None,
+    threshold: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`topk_encode` of x, which is rounded in acts, among the features whose bounds are not below threshold [rows].
+
+    Gives settled, and [rows] float32: the bounds that the last candidates reached.
     """
     d_sae, d_in = W_enc.shape
     best = cpu.topk_start(x.shape[0], d_sae, candidates(k))
-    acts, lengths = rounded_acts(x)
-    if x.shape[0] >= LEAST_SAMPLED:
-        best.threshold.copy_(_likely_threshold(acts, W_enc, bias, k))
+    if threshold is not None:
+        best.threshold.copy_(threshold)
     if table is not None:
         cpu.topk_add_products(best, acts, table, 0)
         longest = table.lengths.max()
@@ -145,19 +201,23 @@ def topk_encode(
             cpu.topk_add_products(best, acts, tile, first)
             first, longest = first + len(W), torch.maximum(longest, tile.lengths.max())  # NaN, if one is there
     settled = cpu.topk_settle(best, k, x, W_enc, bias, values, indices)[2]
-    return settled & (lengths * longest < TOO_LONG)
+    return settled & (lengths * longest < TOO_LONG), best.threshold
 
 
-def _likely_threshold(acts: Tensor, W_enc: Tensor, bias: Tensor, k: int) -> Tensor:
-    """acts [rows, width(d_in)] -> [rows] float32: a bound that about 2.3 candidates(k) of all features reach.
+def _sample(W_enc: Tensor, bias: Tensor, k: int) -> cpu.PairedRows:
+    """Some of the features: SAMPLE_RANK of them reach a bound that about 2.3 candidates(k) of all features reach.
 
-    It is the one that SAMPLE_RANK features of a sample reach. The result does not depend on which ones: features whose
-    bounds are below are no candidates, and a row that would need one of them is left unsettled. Were the sample drawn
-    at random, fewer than 1.4 k would reach it in 1 of 10^7 rows for k = 32, in 5 of 10^5 for k = 512.
+    The result does not depend on which ones: features whose bounds are below are no candidates, and a row that would
+    need one of them is left unsettled. Were the sample drawn at random, fewer than 1.4 k would reach that bound in 1 of
+    10^7 rows for k = 32, in 5 of 10^5 for k = 512.
     """
     every = max(1, candidates(k) // CANDIDATES_PER_SAMPLED)
-    sample = rounded(W_enc[::every], bias[::every])
+    return rounded(W_enc[::every], bias[::every])
+
+
+def _reached(acts: Tensor, sample: cpu.PairedRows, rank: int) -> Tensor:
+    """acts [rows, width(d_in)] -> [rows] float32: the bound that so many features of the sample reach."""
     m = len(sample.lengths)
-    best = cpu.topk_start(acts.shape[0], m, min(SAMPLE_RANK, m))
+    best = cpu.topk_start(acts.shape[0], m, min(rank, m))
     cpu.topk_add_products(best, acts, sample, 0)
     return cpu.topk_finish(best)[0][:, -1]

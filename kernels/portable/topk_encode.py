@@ -7,7 +7,7 @@ comparison an entry. Plain PyTorch takes the k best of each tile, and then the k
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor
     values, indices = _output(x, k)
     bias = b_enc.to(values.dtype)
     if x.dtype == W_enc.dtype and x.shape[0] >= topk_coarse.LEAST_ROWS and topk_coarse.worthwhile(W_enc, k):
-        _encode_coarsely(x, with_rows(W_enc), bias, k, values, indices, None)
+        _encode_coarsely(x, with_rows(W_enc), bias, k, values, indices)
     else:
         _encode(x, W_enc, bias, k, values, indices)
     return values.to(x.dtype), indices
@@ -46,6 +46,7 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor
 class Encoder:
     """topk_encode of x [n, d_in] by the same weights again and again: what can be made of them once is made once.
 
+    It is fastest where each row is much like the same row of the call before.
     It sees what is written into them as torch counts that: not what goes through `.data`.
     """
 
@@ -57,13 +58,14 @@ class Encoder:
         self._table: cpu.PairedRows | None = None
         self._versions = (-1, -1)
         self._encoded = 0  # rows, by the weights of these versions
+        self._last: list[topk_coarse.Reached | None] = []  # in each chunk of the rows of the last call
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         W_enc, b_enc = self._weights
         if not self._coarsely or x.dtype != W_enc.dtype:
             return topk_encode(x, W_enc, b_enc, self._k)
         if self._versions != (W_enc._version, b_enc._version):
-            self._table, self._versions, self._encoded = None, (W_enc._version, b_enc._version), 0
+            self._table, self._versions, self._encoded, self._last = None, (W_enc._version, b_enc._version), 0, []
         self._encoded += x.shape[0]
         if self._encoded < topk_coarse.LEAST_ROWS:
             return topk_encode(x, W_enc, b_enc, self._k)
@@ -72,7 +74,7 @@ class Encoder:
             self._rows = with_rows(W_enc)
             self._table = topk_coarse.rounded(self._rows, bias)
         values, indices = _output(x, self._k)
-        _encode_coarsely(x, self._rows, bias, self._k, values, indices, self._table)
+        self._last = _encode_coarsely(x, self._rows, bias, self._k, values, indices, self._table, self._last)
         return values.to(x.dtype), indices
 
 
@@ -92,18 +94,29 @@ def _encode_coarsely(
     k: int,
     values: Tensor,
     indices: Tensor,
-    table: cpu.PairedRows | None,
-) -> None:
-    """The same by `topk_coarse`, and as ever for the rows that it leaves unsettled."""
+    table: cpu.PairedRows | None = None,
+    last: Sequence[topk_coarse.Reached | None] = (),
+) -> list[topk_coarse.Reached | None]:
+    """The same by `topk_coarse`, and as ever for the rows that it leaves unsettled.
+
+    last: what this gave in the call before.
+    """
     rows, _ = _tile(x, W_enc.shape[0], topk_coarse.candidates(k))
-    for here in _slices(x.shape[0], rows):
-        acts = x[here].float().contiguous()
-        settled = topk_coarse.topk_encode(acts, W_enc, bias, k, values[here], indices[here], table)
+    chunks = list(_slices(x.shape[0], rows))
+    # Other rows than these, if they are not as many.
+    if [None if of is None else len(of.bounds) for of in last] != [here.stop - here.start for here in chunks]:
+        last = [None] * len(chunks)
+    reached = []
+    for here, before in zip(chunks, last, strict=True):
+        acts, found = x[here].float().contiguous(), (values[here], indices[here])
+        settled, now = topk_coarse.topk_encode(acts, W_enc, bias, k, *found, table, before)
+        reached.append(now)
         if not settled.all():
             left = (~settled).nonzero().squeeze(1)
-            found = _output(acts[left], k)
-            _encode(acts[left], W_enc, bias, k, *found)
-            values[here][left], indices[here][left] = found
+            exactly = _output(acts[left], k)
+            _encode(acts[left], W_enc, bias, k, *exactly)
+            found[0][left], found[1][left] = exactly
+    return reached
 
 
 def encode_and_keep(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

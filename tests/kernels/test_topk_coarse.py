@@ -21,9 +21,10 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     found = []
     coarsely = topk_coarse.topk_encode
 
-    def noted(*arguments) -> Tensor:
-        found.append(coarsely(*arguments))
-        return found[-1]
+    def noted(*arguments) -> tuple[Tensor, topk_coarse.Reached | None]:
+        proven, reached = coarsely(*arguments)
+        found.append(proven)
+        return proven, reached
 
     monkeypatch.setattr(cpu, "has_matrix_units", lambda: True)
     monkeypatch.setattr(topk_coarse, "LEAST_SAMPLED", 1)
@@ -328,10 +329,82 @@ def test_encoder_rounds_the_weights_once_and_not_for_a_few_rows(
     monkeypatch.setattr(topk_coarse, "rounded", lambda W, *table: made.append(len(W)) or rounded(W, *table))
     encode = topk_encode.Encoder(W_enc, b_enc, K)
     found = [encode(x) for _ in range(5)]
-    assert (len(settled), made.count(D_SAE)) == (3, 1)  # the others are samples
+    assert (len(settled), made.count(D_SAE)) == (3, 1)
+    assert len(made) == 2  # the other is a sample
     for values, indices in found[1:]:
         assert torch.equal(indices, found[0][1])
         torch.testing.assert_close(values, found[0][0])
     W_enc.mul_(2)
     encode(x)
-    assert (len(settled), made.count(D_SAE)) == (3, 1)  # the others are samples
+    assert (len(settled), made.count(D_SAE)) == (3, 1)
+
+
+def searches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each search is of."""
+    found, search = [], topk_coarse._search
+    monkeypatch.setattr(topk_coarse, "_search", lambda x, *rest: found.append(len(x)) or search(x, *rest))
+    return found
+
+
+def check_again(first: Tensor, second: Tensor, W_enc: Tensor, b_enc: Tensor, k: int = K) -> None:
+    """The second is encoded after the first as it would be alone."""
+    encode = topk_encode.Encoder(W_enc, b_enc, k)
+    encode(first)
+    values, indices = encode(second)
+    wanted = topk_encode.Encoder(W_enc, b_enc, k)(second)
+    torch.testing.assert_close(values, wanted[0], equal_nan=True)
+    assert torch.equal(indices, wanted[1])
+
+
+@pytest.mark.parametrize(("share", "shorter"), [(0.1, 1.0), (0.5, 1.0), (0.3, 1e-3), (0.3, 1e6)])
+def test_rows_that_changed_a_little_are_searched_once_and_without_a_sample_of_their_own(
+    share: float, shorter: float, settled: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, W_enc, b_enc = given(20, 1000)
+    found = searches(monkeypatch)
+    check_again(x, shorter * (x - share * torch.randn_like(x)), W_enc, b_enc * min(shorter, 1))
+    assert found == [1000, 1000, 1000]
+    assert torch.cat(settled).float().mean() > 0.99
+
+
+def test_rows_that_moved_further_than_the_others_are_searched_again(
+    settled: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of some rows all that was large is gone: what is left is far below what was reached."""
+    x, W_enc, b_enc = given(21, 1000)
+    W_enc[:150, 0] = torch.linspace(0.5, 1.5, 150)
+    left = x.clone()
+    left[:, 0] += 20 * (torch.arange(1000) % 9 != 1)
+    x[:, 0] += 20
+    found = searches(monkeypatch)
+    check_again(x, left, W_enc, b_enc)
+    assert found == [1000, 1000, 111, 1000]
+    assert torch.cat(settled).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf, 1e30, 1e-30])
+@pytest.mark.parametrize("when", [0, 1])
+def test_rows_that_were_or_became_what_tells_nothing(value: float, when: int) -> None:
+    x, W_enc, b_enc = given(22, 1000)
+    of = [x, x + 0.1]
+    of[when] = of[when].clone()
+    of[when][::4] *= value
+    check_again(*of, W_enc, b_enc)
+
+
+def test_other_rows_after_some(settled: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is taken from rows of another number, and what is taken from other rows does no harm."""
+    x, W_enc, b_enc = given(23, 1000)
+    found = searches(monkeypatch)
+    check_again(x, x[:900], W_enc, b_enc)
+    assert found == [1000, 900, 900]
+    check_again(x, x.flip(0) * torch.logspace(-3, 3, 1000)[:, None], W_enc, b_enc)
+    assert torch.cat(settled).float().mean() > 0.99
+
+
+def test_nothing_is_kept_of_a_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topk_coarse, "LEAST_SAMPLED", 1001)
+    x, W_enc, b_enc = given(24, 1000)
+    found = searches(monkeypatch)
+    check_again(x, x + 0.1, W_enc, b_enc)
+    assert found == [1000, 1000, 1000]

@@ -57,7 +57,7 @@ struct Settle {
         Candidates candidates(best, i);
         if (candidates.count < k) return false;  // too few, or its bounds are NaN
         float threshold = best.threshold[i];
-        if (candidates.count > best.k) threshold = candidates.prune(scan, best.k);
+        if (candidates.count > best.k) best.threshold[i] = threshold = candidates.prune(scan, best.k);
         const int64_t n = candidates.count;
         const int64_t* sorted = w.sorter.sort(scan, candidates, n);
         for (int64_t j = 0; j < n; ++j) {
