@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from csae.factors import Trace
+from csae.heads import VALUE_BOUND, bounded_heads, unit_heads, value_scale
 from csae.ops import lookback_attention, sparse_decode
 from csae.ops.topk_encode import encode_again, encode_and_keep, encoder, with_encode_gradient
 from csae.recurrence import State, advance, initial_state
@@ -19,8 +19,6 @@ from csae.sae import SAE, Code, Output
 QUERIES = {"current": 1.0, "past": 6.0}
 # A product of the look-back's width is narrow where it is this many times narrower than d_in.
 NARROW = 4
-# What the root mean square of a head's values stays below.
-VALUE_BOUND = 4.0
 # Pre-activations that are kept from one sweep to the next.
 KEPT_BYTES = 256 << 20
 
@@ -256,7 +254,7 @@ class ContextualSAE(SAE):
         """As `_run`; with W_a = W_enc W_O, [d_sae, n_heads * d_value], by narrow products after sweep 0."""
         start = self._exactly(x, mask, documents) if self.from_exact else None
         x = x - self.b_dec
-        c = torch.zeros_like(x) if start is None else start.c
+        c = x.new_zeros(()).expand_as(x) if start is None else start.c
         given = x if trace is None else x.detach()
         kept = a = x.new_zeros(())
         queries = kept
@@ -306,7 +304,7 @@ class ContextualSAE(SAE):
     def queries(self, query: Tensor, shift: Tensor | None = None) -> Tensor:
         """query [..., d_in] -> [..., n_heads, d_head]. shift [n_heads * d_head] is added before normalisation."""
         heads = nn.functional.linear(query, self.W_Q, shift).unflatten(-1, (self.n_heads, self.d_head))
-        return unit_heads(heads) * self.gain[:, None]
+        return unit_heads(heads, self.gain)
 
     def _look_back(
         self, queries: Tensor, code: Code, mask: Tensor | None, documents: Tensor | None, trace: Trace | None
@@ -348,45 +346,3 @@ class ContextualSAE(SAE):
         super()._check_acts(acts, mask, documents)
         if acts.dim() != 3:
             raise ValueError(f"acts: given shape {list(acts.shape)}; needed windows [B, T, d_in]: positions look back")
-
-
-def unit_heads(heads: Tensor) -> Tensor:
-    """heads [..., n_heads, d] -> the same with a mean square of one in each head; zero stays zero.
-
-    As queries and keys are normalised in Henry et al. 2020 (arXiv 2010.04245).
-    """
-    return _Scaled.apply(heads, 1e-6, 1.0)
-
-
-def bounded_heads(values: Tensor) -> Tensor:
-    """values [..., n_heads, d_value] -> the same with a mean square below VALUE_BOUND squared in each head."""
-    return _Scaled.apply(values, 1.0, VALUE_BOUND**-2)
-
-
-def value_scale(values: Tensor) -> Tensor:
-    """values [..., n_heads, d_value] -> [..., n_heads, 1]: what `bounded_heads` multiplies them with."""
-    return _scale(values, 1.0, VALUE_BOUND**-2)
-
-
-def _scale(heads: Tensor, least: float, weight: float) -> Tensor:
-    """(least + weight * mean square)^(-1/2) of each head."""
-    wide = torch.promote_types(heads.dtype, torch.float32)
-    norms = torch.linalg.vector_norm(heads, dim=-1, keepdim=True, dtype=wide)
-    return torch.rsqrt(least + norms.square() * (weight / heads.shape[-1]))
-
-
-class _Scaled(torch.autograd.Function):
-    """heads * _scale(heads): in a training step on a CPU, half the passes over memory that autograd would make."""
-
-    @staticmethod
-    def forward(ctx: Any, heads: Tensor, least: float, weight: float) -> Tensor:
-        scale = _scale(heads, least, weight)
-        ctx.save_for_backward(heads, scale)
-        ctx.weight = weight
-        return (heads * scale).to(heads.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        heads, scale = ctx.saved_tensors
-        along = (grad * heads).sum(dim=-1, keepdim=True) * (scale.pow(3) * (-ctx.weight / heads.shape[-1]))
-        return torch.addcmul(grad * scale, heads, along).to(heads.dtype), None, None

@@ -10,6 +10,7 @@ from .library import available, describe, has_matrix_units, warn_once, why_not
 from .lookback_attention import lookback_backward, lookback_forward
 from .read_memory import read_memory
 from .round_rows import BESIDE, BLOCK, PairedRows, paired_room, round_pairs, round_rows
+from .scaled_heads import scale_heads, scale_heads_backward
 from .sparse_sums import feature_sum, gather_dot, gather_sum
 from .topk_rows import topk_add, topk_add_products, topk_capacity, topk_finish, topk_settle, topk_start
 
@@ -32,6 +33,8 @@ __all__ = [
     "read_memory",
     "round_pairs",
     "round_rows",
+    "scale_heads",
+    "scale_heads_backward",
     "sort_pairs",
     "topk_add",
     "topk_add_products",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 PATH = Path(__file__).with_name("libcsae_cpu.so")
 ISAS = ("portable", "avx2", "avx512", "amx")
 
@@ -160,6 +160,14 @@ _SIGNATURES = {
     "csae_lookback_backward": (
         c_int,
         [POINTER(Attention), POINTER(Heads), POINTER(Heads), *(c_void_p,) * 6, c_int],
+    ),
+    "csae_scale_heads": (
+        c_int,
+        [c_void_p, *(c_int64,) * 3, c_float, c_float, *(c_void_p,) * 3, c_int],
+    ),
+    "csae_scale_heads_backward": (
+        c_int,
+        [*(c_void_p,) * 3, *(c_int64,) * 3, c_float, *(c_void_p,) * 3, c_int],
     ),
 }
 

@@ -65,7 +65,8 @@ CSAE_EXPORT int csae_topk_add_products(const csae_topk* best, const void* x, int
 
 // The k largest of each row of x table^T + bias in float32, k < best->k, as csae_topk_finish has them, from the best->k
 // candidates with the largest bounds. x [n, d], table [d_sae, d] of that type, bias [d_sae]. settled [n]: 1 where it is
-// proven that no other column is among the k largest; where it is 0, the row's values and indices hold nothing.
+// proven that no other column is among the k largest; where it is 0, the row's values and indices hold nothing. The
+// threshold of a row with more candidates than best->k becomes the bound that best->k of them reach.
 CSAE_EXPORT int csae_topk_settle(const csae_topk* best, int64_t k, const float* x, int64_t x_stride, const void* table,
                                  int64_t table_stride, int64_t d_sae, int64_t d, int type, const float* bias,
                                  float* values, int64_t values_stride, int64_t* indices, int64_t indices_stride,
@@ -195,3 +196,13 @@ struct csae_memory {
 
 // out [B, H * d_value]: what csae_lookback_forward gives at that position, where L or fewer positions went before.
 CSAE_EXPORT int csae_read_memory(const csae_memory* given, float* out, int64_t out_stride, int n_threads);
+
+// out [n, H, d]: heads [n, H, d] times scale [n, H] and gain [H] (null: 1), all contiguous. The scale of a head is
+// (least + weight * its mean square)^(-1/2). H, d >= 1.
+CSAE_EXPORT int csae_scale_heads(const float* heads, int64_t n, int64_t H, int64_t d, float least, float weight,
+                                 const float* gain, float* out, float* scale, int n_threads);
+
+// The gradient of heads from that of out and from scale, and d_gains [n, H]: what each head adds to that of gain.
+CSAE_EXPORT int csae_scale_heads_backward(const float* grad, const float* heads, const float* scale, int64_t n,
+                                          int64_t H, int64_t d, float weight, const float* gain, float* d_heads,
+                                          float* d_gains, int n_threads);

@@ -11,7 +11,7 @@
 #include <unistd.h>
 #endif
 
-const int csae_abi_version = 6;
+const int csae_abi_version = 7;
 
 namespace csae {
 namespace {

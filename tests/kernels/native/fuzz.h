@@ -207,5 +207,6 @@ void gather(bool dot);
 void feature_rows();
 void lookback();
 void read_memory();
+void scaled_heads();
 
 }  // namespace fuzz

@@ -214,6 +214,28 @@ void impossible_arguments() {
     refused<const int64_t*>(read, {&memory.start}, nullptr);
     refused(read, {&n_threads}, 0);
 
+    int64_t n_tokens = 2, n_heads = 1, d_of_head = 1;
+    float *scale = out, *d_gains = out;
+    const float *heads = zeros, *grad_heads = zeros;
+    const auto scale_forward = [&] {
+        return csae_scale_heads(heads, n_tokens, n_heads, d_of_head, 1, 1, nullptr, out, scale, n_threads);
+    };
+    const auto scale_backward = [&] {
+        return csae_scale_heads_backward(grad_heads, heads, scale, n_tokens, n_heads, d_of_head, 1, nullptr, out, d_gains,
+                                         n_threads);
+    };
+    const auto both_scales_refuse = [&](const auto& call) {
+        refused<int64_t>(call, {&n_tokens, &n_heads, &d_of_head}, -1);
+        refused<int64_t>(call, {&n_heads, &d_of_head}, 0);
+        refused<float*>(call, {&out, &scale}, nullptr);
+        refused<const float*>(call, {&heads}, nullptr);
+        refused(call, {&n_threads}, 0);
+    };
+    both_scales_refuse(scale_forward);
+    both_scales_refuse(scale_backward);
+    refused<float*>(scale_backward, {&d_gains}, nullptr);
+    refused<const float*>(scale_backward, {&grad_heads}, nullptr);
+
     int isa = csae_isa();
     refused([&] { return csae_use_isa(isa); }, {&isa}, -1);
     refused([&] { return csae_use_isa(isa); }, {&isa}, 4);

@@ -1,0 +1,65 @@
+"""Heads brought to a length, and the gradients of that: float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .arguments import check_strided
+from .library import check_status, native
+
+
+def scale_heads(heads: Tensor, gain: Tensor | None, least: float, weight: float) -> tuple[Tensor, Tensor]:
+    """heads [..., H, d] contiguous, gain [H] -> heads * scale * gain, and scale [..., H, 1].
+
+    scale is (least + weight * mean square of the head)^(-1/2); a gain that is not given is 1. TypeError and ValueError
+    name an argument that doesn't fit.
+    """
+    n, H, d = _sizes("heads", heads)
+    gain = _gain(gain, H)
+    out, scale = torch.empty_like(heads), heads.new_empty(*heads.shape[:-1], 1)
+    status = native().csae_scale_heads(
+        *(heads.data_ptr(), n, H, d, least, weight, None if gain is None else gain.data_ptr()),
+        *(out.data_ptr(), scale.data_ptr(), torch.get_num_threads()),
+    )
+    check_status("scale_heads", status)
+    return out, scale
+
+
+def scale_heads_backward(
+    grad: Tensor, heads: Tensor, gain: Tensor | None, scale: Tensor, weight: float
+) -> tuple[Tensor, Tensor]:
+    """The gradient of heads, and [..., H, 1]: what each head adds to that of gain.
+
+    grad, heads [..., H, d], contiguous; scale: what `scale_heads` gave for these heads.
+    """
+    n, H, d = _sizes("heads", heads)
+    check_strided("grad", grad, torch.float32, tuple(heads.shape))
+    check_strided("scale", scale, torch.float32, (*heads.shape[:-1], 1))
+    _sizes("grad", grad)
+    gain, scale = _gain(gain, H), scale.contiguous()
+    d_heads, d_gains = torch.empty_like(heads), torch.empty_like(scale)
+    status = native().csae_scale_heads_backward(
+        *(grad.data_ptr(), heads.data_ptr(), scale.data_ptr(), n, H, d, weight),
+        *(None if gain is None else gain.data_ptr(), d_heads.data_ptr(), d_gains.data_ptr(), torch.get_num_threads()),
+    )
+    check_status("scale_heads_backward", status)
+    return d_heads, d_gains
+
+
+def _sizes(name: str, heads: Tensor) -> tuple[int, int, int]:
+    """How many tokens, heads a token, and numbers a head."""
+    check_strided(name, heads, torch.float32, (None,) * (heads.ndim if isinstance(heads, Tensor) else 2))
+    if heads.ndim < 2 or not heads.is_contiguous() or 0 in heads.shape[-2:]:
+        raise ValueError(
+            f"{name}: given shape {list(heads.shape)}, strides {heads.stride()}; needed [..., H, d] contiguous, "
+            "with H and d 1 or more"
+        )
+    return heads.shape[:-2].numel(), heads.shape[-2], heads.shape[-1]
+
+
+def _gain(gain: Tensor | None, H: int) -> Tensor | None:
+    if gain is None:
+        return None
+    check_strided("gain", gain, torch.float32, (H,))
+    return gain.contiguous()
