@@ -3,14 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "register.h"
-
 namespace csae {
-namespace {
-
-constexpr int64_t rows_ahead = 12;
-
-}  // namespace
 
 Attention::Attention(const csae_attention& given)
     : q(given.q),
@@ -44,39 +37,6 @@ bool good(const csae_attention& of) {
     if (of.B < 0 || of.T < 0 || of.H < 0 || of.d_head < 1 || of.d_value < 0) return false;
     if (of.H > 0 && (of.slope == nullptr || of.null == nullptr)) return false;
     return good(of.q, of, of.d_head) && good(of.k, of, of.d_head) && good(of.v, of, of.d_value);
-}
-
-bool pack(const float* rows, int64_t stride, int64_t count, int64_t d, const uint8_t* mask, float scale, float* to,
-          int64_t width) {
-    Register<4> zeros = {};  // x - x is 0 if x is finite, and NaN if not
-    float zero = 0;
-    for (int64_t r = 0; r < tile_size; ++r, to += width) {
-        int64_t c = 0;
-        // Rows are far apart, often each on a page of its own, which the hardware doesn't fetch ahead.
-        if (r + rows_ahead < count) {
-            for (int64_t i = 0; i < d; i += 16) __builtin_prefetch(rows + (r + rows_ahead) * stride + i);
-        }
-        if (r < count && (mask == nullptr || mask[r] != 0)) {
-            const float* row = rows + r * stride;
-            for (; c + 4 <= d; c += 4) {
-                const Register<4> x = {scale * load<4>(row + c).x};
-                zeros.x += x.x - x.x;
-                store<4>(to + c, x);
-            }
-            for (; c < d; ++c) {
-                to[c] = scale * row[c];
-                zero += to[c] - to[c];
-            }
-        }
-        for (; c < width; ++c) to[c] = 0.0f;
-    }
-    return zeros.x[0] + zeros.x[1] + zeros.x[2] + zeros.x[3] + zero == 0.0f;
-}
-
-void transpose(const float* from, int64_t width, int64_t d, float* to) {
-    for (int64_t c = 0; c < d; ++c) {
-        for (int64_t r = 0; r < tile_size; ++r) to[c * tile_size + r] = from[r * width + c];
-    }
 }
 
 void TileOfKeys::set(const Attention& of, int64_t b, int64_t tile) {

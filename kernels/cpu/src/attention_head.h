@@ -23,9 +23,10 @@ struct Attention {
     // May throw std::bad_alloc.
     Attention(const csae_attention& given);
 
-    // The first of the 64 that may not all exist, of one window and head.
-    const float* rows(const csae_heads& of, int64_t b, int64_t h, int64_t tile) const {
-        return of.x + b * of.stride_b + h * of.stride_h + tile * tile_size * of.stride_t;
+    // A tile of one window and head.
+    Rows rows(const csae_heads& of, int64_t d, int64_t b, int64_t h, int64_t tile) const {
+        const float* x = of.x + b * of.stride_b + h * of.stride_h + tile * tile_size * of.stride_t;
+        return {x, of.stride_t, count(tile), d, mask_of(b, tile)};
     }
     int64_t count(int64_t tile) const { return T - tile * tile_size < tile_size ? T - tile * tile_size : tile_size; }
     const uint8_t* mask_of(int64_t b, int64_t tile) const { return mask ? mask + b * T + tile * tile_size : nullptr; }
@@ -34,16 +35,22 @@ struct Attention {
 // What has no columns may be null, which must not be stepped through, not even to stay unread.
 inline csae_heads standing_if_null(const csae_heads& heads) { return heads.x == nullptr ? csae_heads{} : heads; }
 
+// Numbers from the start of a cache line on: a register of them that lay in two lines would cost as much as two.
+class Lines {
+public:
+    // May throw std::bad_alloc.
+    explicit Lines(int64_t n) : lines(new Line[static_cast<size_t>(round_up(n, 16) / 16)]) {}
+    float* get() const { return reinterpret_cast<float*>(lines.get()); }
+
+private:
+    struct alignas(64) Line {
+        float x[16];
+    };
+    std::unique_ptr<Line[]> lines;
+};
+
 bool good(const csae_attention& given);
 bool good(const csae_heads& heads, const csae_attention& of, int64_t d);
-
-// to [64, width] = scale * rows [count, d], zero elsewhere and for rows that don't take part: so nothing that is
-// hidden, NaN or not, gets into a sum. Returns whether all of it is finite.
-bool pack(const float* rows, int64_t stride, int64_t count, int64_t d, const uint8_t* mask, float scale, float* to,
-          int64_t width);
-
-// from [64, width] -> to [d, 64]
-void transpose(const float* from, int64_t width, int64_t d, float* to);
 
 // Which of 64 keys take part.
 struct TileOfKeys {

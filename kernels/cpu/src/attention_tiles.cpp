@@ -9,6 +9,105 @@
 namespace csae {
 namespace {
 
+// How far ahead rows are fetched that are read or written at once, and how many lines while a block of a product is
+// computed: with more than this they wait for each other.
+constexpr int64_t rows_ahead = 12, lines_of_block = 8;
+
+template <int W>
+CSAE_INLINE void scale_row(const float* row, int64_t d, float scale, float* to) {
+    int64_t c = 0;
+    for (; c + W <= d; c += W) store<W>(to + c, {scale * load<W>(row + c).x});
+    if constexpr (W > 1) scale_row<W / 2>(row + c, d - c, scale, to + c);
+}
+
+template <int W>
+CSAE_INLINE bool all_finite(const float* x, int64_t n) {
+    Integers<W> any = {};
+    // Only an exponent of all ones carries into the sign.
+    for (int64_t i = 0; i < n; i += W) any.x |= (bits_of(load<W>(x + i)).x & 0x7FFFFFFFu) + 0x00800000u;
+    uint32_t bits = 0;
+    for (int l = 0; l < W; ++l) bits |= any.x[l];
+    return bits >> 31 == 0;
+}
+
+// Rows are far apart, often each on a page of its own, which the hardware doesn't fetch ahead.
+CSAE_INLINE void fetch_row(const Rows& rows, int64_t r) {
+    if (r >= rows.count) return;
+    for (int64_t c = 0; c < rows.d; c += 16) __builtin_prefetch(rows.x + r * rows.stride + c);
+}
+
+template <int W>
+CSAE_INLINE bool pack(const Rows& from, float scale, float* to, int64_t width) {
+    for (int64_t r = 0; r < tile_size; ++r) {
+        fetch_row(from, r + rows_ahead);
+        const int64_t d = from.take_part(r) ? from.d : 0;
+        scale_row<W>(from.x + r * from.stride, d, scale, to + r * width);
+        for (int64_t c = d; c < width; ++c) to[r * width + c] = 0.0f;
+    }
+    return all_finite<W>(to, tile_size * width);
+}
+
+template <int W>
+CSAE_INLINE void unpack(const float* rows, int64_t width, const float* scale, float* to, int64_t stride, int64_t count,
+                        int64_t d) {
+    for (int64_t r = 0; r < count; ++r) {
+        fetch_row({to, stride, count, d, nullptr}, r + rows_ahead);
+        scale_row<W>(rows + r * width, d, scale[r], to + r * stride);
+    }
+}
+
+// W rows and columns of `from`, transposed: x[i] is column c + i. To interleave the first half of the rows with the
+// second moves the highest bit of a number's row to the lowest of its column, and all other bits up by one: done as
+// often as a row has bits, it makes rows of columns.
+template <int W>
+CSAE_INLINE void load_transposed(const Rows& from, int64_t r, int64_t c, Register<W>* x) {
+    for (int i = 0; i < W; ++i) {
+        x[i] = Register<W>{};
+        if (!from.take_part(r + i)) continue;
+        const float* row = from.x + (r + i) * from.stride + c;
+        if (c + W <= from.d) {
+            x[i] = load<W>(row);
+        } else {
+            std::memcpy(&x[i].x, row, static_cast<size_t>(from.d - c) * sizeof(float));
+        }
+    }
+    for (int bit = 1; bit < W; bit *= 2) {
+        Register<W> mixed[W];
+        for (int i = 0; i < W / 2; ++i) {
+            mixed[2 * i] = interleave<W, 0>(x[i], x[i + W / 2]);
+            mixed[2 * i + 1] = interleave<W, W / 2>(x[i], x[i + W / 2]);
+        }
+        for (int i = 0; i < W; ++i) x[i] = mixed[i];
+    }
+}
+
+template <int W>
+CSAE_INLINE void transpose(const Rows& from, float* to) {
+    for (int64_t r = 0; r < tile_size; r += W) {
+        for (int i = 0; i < W; ++i) fetch_row(from, r + W + i);
+        for (int64_t c = 0; c < from.d; c += W) {
+            Register<W> columns[W];
+            load_transposed<W>(from, r, c, columns);
+            for (int i = 0; i < W; ++i) store<W>(to + (c + i) * tile_size + r, columns[i]);
+        }
+    }
+}
+
+template <int W>
+CSAE_INLINE void dots(const float* a, int64_t width, const Rows& b, float* delta) {
+    for (int64_t r = 0; r < tile_size; r += W) {
+        for (int i = 0; i < W; ++i) fetch_row(b, r + W + i);
+        Register<W> sum = {};
+        for (int64_t c = 0; c < b.d; c += W) {
+            Register<W> of_a[W], of_b[W];
+            load_transposed<W>({a, width, tile_size, width, nullptr}, r, c, of_a);
+            load_transposed<W>(b, r, c, of_b);
+            for (int i = 0; i < W; ++i) sum.x += of_a[i].x * of_b[i].x;
+        }
+        store<W>(delta + r, sum);
+    }
+}
+
 template <int W>
 CSAE_INLINE float largest_of(const Register<W>& r) {
     if constexpr (W == 1) {
@@ -62,6 +161,7 @@ CSAE_INLINE void product(const Product& of) {
         float* c = of.c + m * of.c_row;
         int64_t column = 0;
         for (; column + 2 * W <= n; column += 2 * W) {
+            if (of.soon != nullptr) of.soon->fetch(lines_of_block);
             product_block<W, R, 2>(a, of.a_row, of.a_column, b + column, of.b_row, c + column, of.c_row, to - from,
                                    of.add);
         }
@@ -70,26 +170,6 @@ CSAE_INLINE void product(const Product& of) {
                                    of.add);
         }
     }
-}
-
-#if defined(__FP_FAST_FMAF)
-constexpr bool always_fused = true;
-#else
-constexpr bool always_fused = false;
-#endif
-
-// Fused as the compiler fuses `product`; it wouldn't do it by itself in a sum of scalars that it vectorises.
-template <int W>
-CSAE_INLINE void dots(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t d, float* delta) {
-    constexpr bool fused = W > 4 || always_fused;
-    float sum[row_group] = {};
-    for (int64_t c = 0; c < d; ++c) {
-        for (int64_t r = 0; r < row_group; ++r) {
-            const float x = a[r * a_row + c], y = b[r * b_row + c];
-            sum[r] = fused ? __builtin_fmaf(x, y, sum[r]) : sum[r] + x * y;
-        }
-    }
-    for (int64_t r = 0; r < row_group; ++r) delta[r] = sum[r];
 }
 
 // x where row r sees columns [c, c + W), `hidden` elsewhere. Only one comparison makes the choice, of floats: GCC 12
@@ -185,19 +265,34 @@ CSAE_INLINE float weigh_back(const Pairs& pairs, float* scores, float* d_weights
 }
 
 #define CSAE_ATTENTION_TILES(NAME, TARGET, W, R)                                                                    \
+    TARGET bool pack_##NAME(const Rows& from, float scale, float* to, int64_t width) {                              \
+        return pack<W>(from, scale, to, width);                                                                     \
+    }                                                                                                               \
+    TARGET void transpose_##NAME(const Rows& from, float* to) { transpose<W>(from, to); }                           \
+    TARGET void unpack_##NAME(const float* rows, int64_t width, const float* scale, float* to, int64_t stride,      \
+                              int64_t count, int64_t d) {                                                           \
+        unpack<W>(rows, width, scale, to, stride, count, d);                                                        \
+    }                                                                                                               \
     TARGET void product_##NAME(const Product& of) { product<W, R>(of); }                                            \
     TARGET void weigh_##NAME(const Pairs& pairs, float* scores, float* maximum, float* sum, float* out,             \
                              int64_t width) {                                                                       \
         weigh<W>(pairs, scores, maximum, sum, out, width);                                                          \
     }                                                                                                               \
-    TARGET void dots_##NAME(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t d, float* delta) {   \
-        dots<W>(a, a_row, b, b_row, d, delta);                                                                      \
+    TARGET void dots_##NAME(const float* a, int64_t width, const Rows& b, float* delta) {                           \
+        dots<W>(a, width, b, delta);                                                                                \
     }                                                                                                               \
     TARGET float weigh_back_##NAME(const Pairs& pairs, float* scores, float* d_weights, const float* lse,           \
                                    const float* delta) {                                                            \
         return weigh_back<W>(pairs, scores, d_weights, lse, delta);                                                 \
     }                                                                                                               \
-    constexpr AttentionTiles NAME = {W, product_##NAME, weigh_##NAME, dots_##NAME, weigh_back_##NAME};
+    constexpr AttentionTiles NAME = {W,                                                                             \
+                                     pack_##NAME,                                                                   \
+                                     transpose_##NAME,                                                              \
+                                     unpack_##NAME,                                                                 \
+                                     product_##NAME,                                                                \
+                                     weigh_##NAME,                                                                  \
+                                     dots_##NAME,                                                                   \
+                                     weigh_back_##NAME};
 
 CSAE_ATTENTION_TILES(portable, , 4, 4)
 #if CSAE_X86

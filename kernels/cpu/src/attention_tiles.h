@@ -19,6 +19,39 @@ constexpr int64_t max_lanes = 16;
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// Up to 64 rows of d numbers. One that does not take part or does not exist is read as zeros: so nothing that is
+// hidden, NaN or not, gets into a sum.
+struct Rows {
+    const float* x;
+    int64_t stride, count, d;
+    const uint8_t* mask;  // [count] or null
+
+    bool take_part(int64_t r) const { return r < count && (mask == nullptr || mask[r] != 0); }
+};
+
+// Rows that will be read soon, the last one added first. `product` brings them into the cache, a few lines at a time:
+// it leaves memory idle, while packing them does nothing but wait for it.
+struct Soon {
+    Rows rows[5];
+    int64_t n = 0, column = 0;
+
+    void add(const Rows& of) {
+        if (of.count > 0 && of.d > 0) rows[n++] = of;
+    }
+
+    void fetch(int64_t lines) {
+        for (; n > 0 && lines > 0; --lines) {
+            Rows& of = rows[n - 1];
+            __builtin_prefetch(of.x + column);
+            column += 16;
+            if (column < of.d) continue;
+            column = 0;
+            of.x += of.stride;
+            if (--of.count == 0) --n;
+        }
+    }
+};
+
 // Of a product whose rows, columns or terms are those of a diagonal tile: what is of use.
 enum class Part { all, columns_to_row, terms_to_row, terms_from_row };
 
@@ -33,6 +66,7 @@ struct Product {
     int64_t m, n, p;
     Part part;
     bool add;
+    Soon* soon = nullptr;  // fetched meanwhile
 };
 
 // The pairs of a tile: `logs` [-r + c] is the log of the distance between row r and column c. Row r sees the columns
@@ -54,15 +88,25 @@ struct Pairs {
 struct AttentionTiles {
     int64_t lanes;
 
+    // to [64, width] = scale * from, zero in the columns from d on. Returns whether all of it is finite.
+    bool (*pack)(const Rows& from, float scale, float* to, int64_t width);
+
+    // from [64, d] -> to [d, 64], with zeros up to a whole number of registers of d.
+    void (*transpose)(const Rows& from, float* to);
+
+    // to [count, d] = scale[r] * rows[r] of [64, width]
+    void (*unpack)(const float* rows, int64_t width, const float* scale, float* to, int64_t stride, int64_t count,
+                   int64_t d);
+
     void (*product)(const Product& product);
 
     // One step of the running softmax. Turns <q, k> into exp(score - maximum), and brings `maximum` [rows], `sum`
     // [rows, lanes] (in any lane) and `out` [rows, width], which are relative to the maximum, up to date.
     void (*weigh)(const Pairs& pairs, float* scores, float* maximum, float* sum, float* out, int64_t width);
 
-    // delta[r] = <a_r, b_r> for r < row_group, added in the order in which `product` adds: where one weight is 1, the
+    // delta[r] = <a_r, b_r> for a [64, width], added in the order in which `product` adds: where one weight is 1, the
     // gradient of its score is then 0 to the last bit, and not a rounding error that a large query makes larger.
-    void (*dots)(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t d, float* delta);
+    void (*dots)(const float* a, int64_t width, const Rows& b, float* delta);
 
     // Turns <q, k> into the weights exp(score - lse), and <grad_out, v>, the gradient of the weights, into that of
     // the scores. Returns the sum of the latter times the log of the distance.

@@ -14,33 +14,30 @@ namespace {
 
 // The keys and values of one window and head, up to the tile that is needed, and the tile at work.
 struct ForwardSpace {
-    std::unique_ptr<float[]> keys;    // [n_tiles, d_head, 64]
-    std::unique_ptr<float[]> values;  // [n_tiles, 64, value_width]
+    Lines keys;    // [n_tiles, head_width, 64]
+    Lines values;  // [n_tiles, 64, value_width]
     std::unique_ptr<bool[]> finite_values;
     std::unique_ptr<TileOfKeys[]> in_mask;
-    std::unique_ptr<float[]> packed;  // [64, head_width]
-    std::unique_ptr<float[]> out;     // [64, value_width]
-    float scores[tile_size * tile_size];
-    float maximum[tile_size], sum[tile_size * max_lanes];
+    Lines packed;  // [64, head_width]
+    Lines out;     // [64, value_width]
+    alignas(64) float scores[tile_size * tile_size];
+    float maximum[tile_size], sum[tile_size * max_lanes], share[tile_size];
     TileOfQueries queries;
 
     explicit ForwardSpace(const Attention& of)
-        : keys(new float[of.n_tiles * of.d_head * tile_size]),
-          values(new float[of.n_tiles * tile_size * of.value_width]),
+        : keys(of.n_tiles * of.head_width * tile_size),
+          values(of.n_tiles * tile_size * of.value_width),
           finite_values(new bool[of.n_tiles]),
           in_mask(new TileOfKeys[of.n_tiles]),
-          packed(new float[tile_size * of.head_width]),
-          out(new float[tile_size * of.value_width]) {}
+          packed(tile_size * of.head_width),
+          out(tile_size * of.value_width) {}
 };
 
 void pack_keys(const Attention& of, int64_t b, int64_t h, int64_t tile, ForwardSpace& w) {
-    const uint8_t* mask = of.mask_of(b, tile);
-    const int64_t count = of.count(tile);
     w.in_mask[tile].set(of, b, tile);
-    pack(of.rows(of.k, b, h, tile), of.k.stride_t, count, of.d_head, mask, 1.0f, w.packed.get(), of.head_width);
-    transpose(w.packed.get(), of.head_width, of.d_head, w.keys.get() + tile * of.d_head * tile_size);
-    w.finite_values[tile] = pack(of.rows(of.v, b, h, tile), of.v.stride_t, count, of.d_value, mask, 1.0f,
-                                 w.values.get() + tile * tile_size * of.value_width, of.value_width);
+    of.tiles.transpose(of.rows(of.k, of.d_head, b, h, tile), w.keys.get() + tile * of.head_width * tile_size);
+    w.finite_values[tile] = of.tiles.pack(of.rows(of.v, of.d_value, b, h, tile), 1.0f,
+                                          w.values.get() + tile * tile_size * of.value_width, of.value_width);
 }
 
 void attend(const Attention& of, int64_t b, int64_t h, int64_t tile, ForwardSpace& w, float* out, float* lse) {
@@ -48,8 +45,7 @@ void attend(const Attention& of, int64_t b, int64_t h, int64_t tile, ForwardSpac
     const float null = of.null[h], scale = 1.0f / std::sqrt(static_cast<float>(of.d_head));
     w.queries.set(of, b, tile);
     const int64_t rows = w.queries.rows;
-    pack(of.rows(of.q, b, h, tile), of.q.stride_t, of.count(tile), of.d_head, of.mask_of(b, tile), scale,
-         w.packed.get(), of.head_width);
+    of.tiles.pack(of.rows(of.q, of.d_head, b, h, tile), scale, w.packed.get(), of.head_width);
     std::fill(w.out.get(), w.out.get() + tile_size * of.value_width, 0.0f);
     std::fill(w.maximum, w.maximum + tile_size, null);
     std::fill(w.sum, w.sum + tile_size * lanes, 0.0f);
@@ -59,7 +55,7 @@ void attend(const Attention& of, int64_t b, int64_t h, int64_t tile, ForwardSpac
     for (int64_t i = w.queries.first_tile; i <= tile; ++i) {
         const Pairs pairs = w.queries.with(of, h, i, w.in_mask[i]);
         const float* values = w.values.get() + i * tile_size * of.value_width;
-        of.tiles.product({w.packed.get(), of.head_width, 1, w.keys.get() + i * of.d_head * tile_size, tile_size,
+        of.tiles.product({w.packed.get(), of.head_width, 1, w.keys.get() + i * of.head_width * tile_size, tile_size,
                           w.scores, tile_size, rows, tile_size, of.d_head,
                           pairs.diagonal ? Part::columns_to_row : Part::all, false});
         of.tiles.weigh(pairs, w.scores, w.maximum, w.sum, w.out.get(), of.value_width);
@@ -75,12 +71,11 @@ void attend(const Attention& of, int64_t b, int64_t h, int64_t tile, ForwardSpac
         const int64_t t = tile * tile_size + r;
         float sum = 0;
         for (int64_t l = 0; l < lanes; ++l) sum += w.sum[r * lanes + l];
-        const float share = 1.0f / sum;
-        float* to = out + ((b * of.T + t) * of.H + h) * of.d_value;
-        const float* from = w.out.get() + r * of.value_width;
-        for (int64_t c = 0; c < of.d_value; ++c) to[c] = from[c] * share;
+        w.share[r] = 1.0f / sum;
         lse[(b * of.H + h) * of.T + t] = w.maximum[r] + std::log(sum);
     }
+    of.tiles.unpack(w.out.get(), of.value_width, w.share, out + ((b * of.T + tile * tile_size) * of.H + h) * of.d_value,
+                    of.H * of.d_value, of.count(tile), of.d_value);
 }
 
 }  // namespace

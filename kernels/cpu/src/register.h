@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "isa.h"
 
@@ -53,6 +54,21 @@ CSAE_INLINE Register<W> from_bits(const Integers<W>& bits) {
     Register<W> r;
     std::memcpy(&r.x, &bits.x, sizeof r.x);
     return r;
+}
+
+// From lane `first` on: a lane of a, the same of b, the next of a, and so on.
+template <int W, int first, int... L>
+CSAE_INLINE Register<W> interleave(const Register<W>& a, const Register<W>& b, std::integer_sequence<int, L...>) {
+#if defined(__clang__)
+    return {__builtin_shufflevector(a.x, b.x, (first + L / 2 + L % 2 * W)...)};
+#else
+    return {__builtin_shuffle(a.x, b.x, typename Register<W>::Bits{(first + L / 2 + L % 2 * W)...})};
+#endif
+}
+
+template <int W, int first>
+CSAE_INLINE Register<W> interleave(const Register<W>& a, const Register<W>& b) {
+    return interleave<W, first>(a, b, std::make_integer_sequence<int, W>{});
 }
 
 template <int W>
