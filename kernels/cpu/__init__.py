@@ -6,6 +6,7 @@ functions in `csae.kernels.portable` do the work in PyTorch.
 
 from .arguments import fresh
 from .feature_rows import adam_rows, feature_sums, sort_pairs
+from .float_products import multiply
 from .library import available, describe, has_matrix_units, warn_once, why_not
 from .lookback_attention import lookback_backward, lookback_forward
 from .read_memory import read_memory
@@ -29,6 +30,7 @@ __all__ = [
     "has_matrix_units",
     "lookback_backward",
     "lookback_forward",
+    "multiply",
     "paired_room",
     "read_memory",
     "round_pairs",

@@ -23,7 +23,7 @@ ISAS = ("portable", "avx2", "avx512", "amx")
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 # csae_status in src/csae_cpu.h
-OUT_OF_MEMORY, BAD_INDEX = 2, 3
+OUT_OF_MEMORY, BAD_INDEX, OUT_OF_RANGE = 2, 3, 4
 
 HOW_TO_GET_IT = (
     "install a C++17 compiler (g++ or clang++) and run "
@@ -155,6 +155,13 @@ _SIGNATURES = {
     "csae_sort_pairs": (c_int, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int]),
     "csae_feature_sums": (c_int, [POINTER(SortedPairs), POINTER(DenseGradient), c_int, c_int]),
     "csae_adam_rows": (c_int, [POINTER(SortedPairs), POINTER(AdamTable), c_int, POINTER(AdamStep), c_int]),
+    "csae_multiply": (
+        c_int,
+        [
+            *(c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64),
+            *(c_int64, c_int64, c_int64, c_void_p, c_int64, c_int),
+        ],
+    ),
     "csae_read_memory": (c_int, [POINTER(Memory), c_void_p, c_int64, c_int]),
     "csae_lookback_forward": (c_int, [POINTER(Attention), c_void_p, c_void_p, c_int]),
     "csae_lookback_backward": (

@@ -14,6 +14,7 @@ enum csae_status : int {
     csae_bad_argument = 1,
     csae_out_of_memory = 2,
     csae_bad_index = 3,  // one of indices is outside of [0, d_sae)
+    csae_out_of_range = 4,  // numbers too large, or not finite (csae_multiply)
 };
 
 // Raised by one whenever a signature below changes; the loader refuses a library of another version.
@@ -71,6 +72,14 @@ CSAE_EXPORT int csae_topk_settle(const csae_topk* best, int64_t k, const float* 
                                  int64_t table_stride, int64_t d_sae, int64_t d, int type, const float* bias,
                                  float* values, int64_t values_stride, int64_t* indices, int64_t indices_stride,
                                  uint8_t* settled, int n_threads);
+
+// out [m, n] = a [m, k] b [k, n], as exact as sums in float32, from products of bfloat16 (see float_products.cpp). One
+// of the two strides of a is 1, and one of b's. csae_out_of_range where a number is not finite or is 2^127 or more, or
+// the largest of a by the largest of b by k is: then sums might overflow. Whatever is below 2^-126, of a number or of a
+// product of parts, may count as zero; so numbers below 2^-103 lose digits.
+CSAE_EXPORT int csae_multiply(const float* a, int64_t a_row_stride, int64_t a_column_stride, const float* b,
+                              int64_t b_row_stride, int64_t b_column_stride, int64_t m, int64_t n, int64_t k,
+                              float* out, int64_t out_stride, int n_threads);
 
 // rounded [n, d]: rows [n, d] as bfloat16, to the nearest. lengths [n]: of the rows; errors [n]: the length of what
 // was taken by rounding.

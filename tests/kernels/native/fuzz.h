@@ -203,6 +203,7 @@ inline void check_near(float x, const Sum& sum, double rounding, const char* nam
 void topk_rows();
 void topk_settle();
 void topk_products();
+void products();
 void gather(bool dot);
 void feature_rows();
 void lookback();

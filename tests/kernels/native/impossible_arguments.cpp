@@ -221,8 +221,8 @@ void impossible_arguments() {
         return csae_scale_heads(heads, n_tokens, n_heads, d_of_head, 1, 1, nullptr, out, scale, n_threads);
     };
     const auto scale_backward = [&] {
-        return csae_scale_heads_backward(grad_heads, heads, scale, n_tokens, n_heads, d_of_head, 1, nullptr, out, d_gains,
-                                         n_threads);
+        return csae_scale_heads_backward(grad_heads, heads, scale, n_tokens, n_heads, d_of_head, 1, nullptr, out,
+                                         d_gains, n_threads);
     };
     const auto both_scales_refuse = [&](const auto& call) {
         refused<int64_t>(call, {&n_tokens, &n_heads, &d_of_head}, -1);
@@ -235,6 +235,17 @@ void impossible_arguments() {
     both_scales_refuse(scale_backward);
     refused<float*>(scale_backward, {&d_gains}, nullptr);
     refused<const float*>(scale_backward, {&grad_heads}, nullptr);
+
+    int64_t row = 2, column = 1;
+    const auto multiply = [&] {
+        return csae_multiply(first, row, column, second, row, column, n, d, k, out, out_stride, n_threads);
+    };
+    refused<int64_t>(multiply, {&row, &column, &n, &d, &k}, -1);
+    refused<int64_t>(multiply, {&column}, 3);
+    refused<int64_t>(multiply, {&out_stride}, 1);
+    refused<const float*>(multiply, {&first, &second}, nullptr);
+    refused<float*>(multiply, {&out}, nullptr);
+    refused(multiply, {&n_threads}, 0);
 
     int isa = csae_isa();
     refused([&] { return csae_use_isa(isa); }, {&isa}, -1);

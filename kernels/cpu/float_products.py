@@ -1,0 +1,44 @@
+"""Matrix products in float32 on the matrix units for bfloat16."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .arguments import check_strided, output_matrix
+from .library import OUT_OF_RANGE, check_status, native
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor | None:
+    """a [m, k] times b [k, n], float32, each contiguous along one of its dimensions -> [m, n], in `out` if given.
+
+    As exact as torch.mm, and faster where `has_matrix_units()`; elsewhere much slower. The result doesn't depend on the
+    number of threads. None where a number is not finite, or so large that sums might overflow: the largest of a by the
+    largest of b by k is 2^127 or more. Numbers below 2^-103 lose digits, those below 2^-126 may count as zero, as do
+    such products.
+    """
+    check_strided("a", a, torch.float32, (None, None))
+    (m, k), n = a.shape, b.shape[-1] if isinstance(b, Tensor) and b.ndim > 0 else None
+    check_strided("b", b, torch.float32, (k, n))
+    out = output_matrix("out", out, torch.float32, (m, b.shape[1]))
+    status = native().csae_multiply(
+        *(a.data_ptr(), *_strides("a", a), b.data_ptr(), *_strides("b", b)),
+        *(m, b.shape[1], k, out.data_ptr(), out.stride(0), torch.get_num_threads()),
+    )
+    if status == OUT_OF_RANGE:
+        return None
+    check_status("multiply", status)
+    return out
+
+
+def _strides(name: str, matrix: Tensor) -> tuple[int, int]:
+    """Its strides; one of them is 1."""
+    row, column = matrix.stride()
+    if 1 not in (row, column):
+        # Of a dimension of size 1, or of no elements, the stride is of no meaning.
+        if matrix.shape[1] <= 1:
+            return row, 1
+        if matrix.shape[0] <= 1:
+            return 1, column
+        raise ValueError(f"{name}: given strides {matrix.stride()}; needed a contiguous dimension")
+    return row, column
