@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from csae.factors import Trace
 from csae.heads import VALUE_BOUND, bounded_heads, unit_heads, value_scale
+from csae.linear import linear
 from csae.ops import lookback_attention, sparse_decode
 from csae.ops.topk_encode import encode_again, encode_and_keep, encoder, with_encode_gradient
 from csae.recurrence import State, advance, initial_state
@@ -260,7 +261,7 @@ class ContextualSAE(SAE):
         queries = kept
         if self.query == "current":
             # Zero, and the only way from the queries to b_dec: one vector where the gradient of x would be a product.
-            no_shift = None if trace is None else nn.functional.linear(self.b_dec.detach() - self.b_dec, self.W_Q)
+            no_shift = None if trace is None else linear(self.b_dec.detach() - self.b_dec, self.W_Q)
             queries = self.queries(given, no_shift)
         encode = encoder(self.W_enc, self.b_enc, self.k)
         if start is not None:
@@ -274,7 +275,7 @@ class ContextualSAE(SAE):
             if self.query == "past":
                 queries = self.queries(self._shifted(self._decoded(code, trace) + c))
             before, a = a, self._look_back(queries, code, mask, documents, trace)
-            c = nn.functional.linear(a, self.W_O)
+            c = linear(a, self.W_O)
             left = given - c
             values, indices = encode(left) if W_a is None else encode_again(kept, a - before, W_a, self.k)
             code = self._encoded(left, values, indices, mask, trace)
@@ -303,8 +304,10 @@ class ContextualSAE(SAE):
 
     def queries(self, query: Tensor, shift: Tensor | None = None) -> Tensor:
         """query [..., d_in] -> [..., n_heads, d_head]. shift [n_heads * d_head] is added before normalisation."""
-        heads = nn.functional.linear(query, self.W_Q, shift).unflatten(-1, (self.n_heads, self.d_head))
-        return unit_heads(heads, self.gain)
+        heads = linear(query, self.W_Q)
+        if shift is not None:
+            heads = heads + shift
+        return unit_heads(heads.unflatten(-1, (self.n_heads, self.d_head)), self.gain)
 
     def _look_back(
         self, queries: Tensor, code: Code, mask: Tensor | None, documents: Tensor | None, trace: Trace | None
@@ -315,13 +318,13 @@ class ContextualSAE(SAE):
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """memory [..., d_memory] -> keys [..., n_heads, d_head], values [..., n_heads, d_value]."""
-        keys = nn.functional.linear(memory, self.W_K).unflatten(-1, (self.n_heads, self.d_head))
-        values = nn.functional.linear(memory, self.W_V).unflatten(-1, (self.n_heads, self.d_value))
+        keys = linear(memory, self.W_K).unflatten(-1, (self.n_heads, self.d_head))
+        values = linear(memory, self.W_V).unflatten(-1, (self.n_heads, self.d_value))
         return unit_heads(keys), bounded_heads(values)
 
     def value_scale(self, memory: Tensor) -> Tensor:
         """memory [..., d_memory] -> [..., n_heads, 1]: what bounds the values of each head, 1 or less."""
-        return value_scale(nn.functional.linear(memory, self.W_V).unflatten(-1, (self.n_heads, self.d_value)))
+        return value_scale(linear(memory, self.W_V).unflatten(-1, (self.n_heads, self.d_value)))
 
     @staticmethod
     def _shifted(x: Tensor) -> Tensor:

@@ -26,26 +26,16 @@
 
 #include "csae_cpu.h"
 #include "isa.h"
+#include "matrix_units.h"
 #include "parallel.h"
 #include "register.h"
-
-#if CSAE_HAS_AMX
-#if !defined(__clang__)
-// GCC's own header leaves the unused operand of some intrinsics uninitialised on purpose.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#include <immintrin.h>
-#endif
 
 namespace csae {
 namespace {
 
-// A tile of a: 16 rows of 16 pairs; of b: 16 pairs of 16 columns. Of 32 numbers along k, number p is paired with number
-// p + 16: so a pair is made without a shuffle.
-constexpr int64_t tile = 16, depth = 32, side = 2 * tile;
 constexpr int64_t n_parts = 3;
 
+// Of 32 numbers along k, number p is paired with number p + 16: so a pair is made without a shuffle.
 struct alignas(64) Tile {
     uint32_t pairs[tile * tile];  // the lower half first
 };
@@ -139,8 +129,6 @@ CSAE_INLINE uint32_t split_lines(const Source& from, Tile* parts, int64_t parts_
 
 // --- portable ----------------------------------------------------------------------------------------------
 
-void nothing() {}
-
 uint32_t split_portable(const Source& from, bool columns, Tile* parts) {
     const uint32_t largest = split_lines<4>(from, parts, 2);
     if (columns) {
@@ -178,24 +166,11 @@ void multiply_portable(const Step* a, const Step* b, int64_t steps, bool more, f
     }
 }
 
-constexpr Units portable = {nothing, nothing, split_portable, multiply_portable};
+constexpr Units portable = {no_units, no_units, split_portable, multiply_portable};
 
 // --- matrix units ------------------------------------------------------------------------------------------
 
 #if CSAE_HAS_AMX
-
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes_a_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {tile, tile, tile, tile, tile, tile, tile, tile};
-};
-
-// Not in a function: GCC believes that the instruction reads eight bytes, and leaves out what else is written there.
-constexpr TileConfig eight_tiles;
-
-CSAE_AMX void begin_amx() { _tile_loadconfig(&eight_tiles); }
-
-CSAE_AMX void end_amx() { _tile_release(); }
 
 // Four numbers of each of four rows, which are 4 rows apart.
 CSAE_AMX CSAE_INLINE __m512i quarters_of(const uint32_t* from) {

@@ -15,26 +15,14 @@
 
 #include "csae_cpu.h"
 #include "isa.h"
+#include "matrix_units.h"
 #include "parallel.h"
 #include "register.h"
 #include "topk_list.h"
 #include "topk_scan.h"
 
-#if CSAE_HAS_AMX
-#if !defined(__clang__)
-// GCC's own header leaves the unused operand of some intrinsics uninitialised on purpose.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#include <immintrin.h>
-#endif
-
 namespace csae {
 namespace {
-
-// A tile: 16 rows of 32 numbers (of the table: 16 pairs of numbers of each of 16 rows), or 16 by 16 sums.
-constexpr int64_t tile = 16, depth = 32;
-constexpr int64_t side = 2 * tile;
 
 // Rows of x that one thread takes, at most, and what it goes over of the table at a time.
 constexpr int64_t rows_a_piece = 1024, bytes_in_l2 = 640 << 10;
@@ -55,8 +43,6 @@ struct Units {
 };
 
 // --- portable ----------------------------------------------------------------------------------------------
-
-void nothing() {}
 
 uint32_t multiply_portable(const BFloat16* x, int64_t x_stride, const BFloat16* first, const BFloat16* second,
                            int64_t width, uint32_t columns, Square& square) {
@@ -79,24 +65,11 @@ uint32_t multiply_portable(const BFloat16* x, int64_t x_stride, const BFloat16* 
     return any;
 }
 
-constexpr Units portable = {nothing, nothing, multiply_portable};
+constexpr Units portable = {no_units, no_units, multiply_portable};
 
 // --- matrix units ------------------------------------------------------------------------------------------
 
 #if CSAE_HAS_AMX
-
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes_a_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {tile, tile, tile, tile, tile, tile, tile, tile};
-};
-
-// Not in a function: GCC believes that the instruction reads eight bytes, and leaves out what else is written there.
-constexpr TileConfig eight_tiles;
-
-CSAE_AMX void begin_amx() { _tile_loadconfig(&eight_tiles); }
-
-CSAE_AMX void end_amx() { _tile_release(); }
 
 CSAE_AMX uint32_t multiply_amx(const BFloat16* x, int64_t x_stride, const BFloat16* first, const BFloat16* second,
                                int64_t width, uint32_t columns, Square& square) {

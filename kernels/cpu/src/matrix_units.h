@@ -1,0 +1,42 @@
+// Matrix units that multiply bfloat16: eight tiles, each 16 rows of 64 bytes.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+#if CSAE_HAS_AMX
+#if !defined(__clang__)
+// GCC's own header leaves the unused operand of some intrinsics uninitialised on purpose.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#endif
+
+namespace csae {
+
+// A tile holds 16 rows of 32 numbers, or 16 pairs of numbers of each of 16 columns, or 16 by 16 sums. Four of the last
+// kind are a square.
+constexpr int64_t tile = 16, depth = 32, side = 2 * tile;
+
+inline void no_units() {}
+
+#if CSAE_HAS_AMX
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes_a_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {tile, tile, tile, tile, tile, tile, tile, tile};
+};
+
+// Not in a function: GCC believes that the instruction reads eight bytes, and leaves out what else is written there.
+inline constexpr TileConfig eight_tiles;
+
+CSAE_AMX inline void begin_amx() { _tile_loadconfig(&eight_tiles); }
+
+CSAE_AMX inline void end_amx() { _tile_release(); }
+
+#endif
+
+}  // namespace csae
