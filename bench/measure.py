@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from csae.kernels import cpu
+
 from .data import Built
 
 
@@ -108,6 +110,7 @@ def map_large_blocks() -> None:
 
 
 def _return_what_is_free() -> None:
+    cpu.release()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

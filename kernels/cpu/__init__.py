@@ -4,11 +4,11 @@ Ask `available()` first. Where it is False the functions raise RuntimeError, `wh
 functions in `csae.kernels.portable` do the work in PyTorch.
 """
 
-from .arguments import fresh
 from .feature_rows import adam_rows, feature_sums, sort_pairs
 from .float_products import multiply
 from .library import available, describe, has_matrix_units, warn_once, why_not
 from .lookback_attention import lookback_backward, lookback_forward
+from .memory import fresh, release
 from .read_memory import read_memory
 from .round_rows import BESIDE, BLOCK, PairedRows, paired_room, round_pairs, round_rows
 from .scaled_heads import scale_heads, scale_heads_backward
@@ -33,6 +33,7 @@ __all__ = [
     "multiply",
     "paired_room",
     "read_memory",
+    "release",
     "round_pairs",
     "round_rows",
     "scale_heads",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import TYPES, native
+from .library import TYPES
+from .memory import fresh
 
 # What the dtype may be where a function takes each of TYPES.
 STORED = tuple(TYPES)
@@ -57,13 +58,6 @@ def output_matrix(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: t
     if tensor is None:
         return fresh(shape, dtype)
     check_output(name, tensor, dtype, shape)
-    return tensor
-
-
-def fresh(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A new tensor for a result, nothing written yet."""
-    tensor = torch.empty(shape, dtype=dtype)
-    native().csae_use_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..pairs import Pairs, Table
-from .arguments import STORED, check_count, check_matrix, check_output, check_strided, fresh
+from .arguments import STORED, check_count, check_matrix, check_output, check_strided
 from .library import BAD_INDEX, TYPES, AdamStep, AdamTable, DenseGradient, Gradient, SortedPairs, check_status, native
+from .memory import fresh
 
 
 def sort_pairs(features: Tensor, tokens: Tensor, d_sae: int) -> Pairs:

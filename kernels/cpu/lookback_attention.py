@@ -13,8 +13,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .arguments import check_strided, fresh
+from .arguments import check_strided
 from .library import Attention, Heads, check_status, native
+from .memory import fresh
 
 
 def lookback_forward(

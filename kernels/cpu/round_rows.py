@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import STORED, check_matrix, fresh, output_matrix
+from .arguments import STORED, check_matrix, output_matrix
 from .library import TYPES, check_status, native
+from .memory import fresh
 
 # Rows whose pairs lie side by side, and how many numbers `round_pairs` puts beside a row.
 BLOCK, BESIDE = 16, 4

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import STORED, check_matrix, check_strided, fresh, output_matrix
+from .arguments import STORED, check_matrix, check_strided, output_matrix
 from .library import BAD_INDEX, TYPES, Topk, check_status, native
+from .memory import fresh
 from .round_rows import PairedRows
 
 

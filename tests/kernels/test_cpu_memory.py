@@ -1,0 +1,130 @@
+"""Memory of large results: given out again when nothing sees it any more, and not before."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from csae.kernels import cpu
+from csae.kernels.cpu import memory
+
+if not cpu.available():
+    pytest.skip(f"native library: {cpu.why_not()}", allow_module_level=True)
+
+SHAPE = (9, 1 << 20)  # 36 MB of float32
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept() -> Iterator[None]:
+    cpu.release()
+    yield
+    cpu.release()
+
+
+def test_given_out_again_when_it_is_gone() -> None:
+    tensor = cpu.fresh(SHAPE, torch.float32)
+    assert tensor.shape == SHAPE
+    assert tensor.dtype == torch.float32
+    assert tensor.is_contiguous()
+    tensor.fill_(1)
+    address = tensor.data_ptr()
+    assert cpu.fresh(SHAPE, torch.float32).data_ptr() != address
+    del tensor
+    again = cpu.fresh((1 << 20, 18), torch.bfloat16)  # as large, whatever it is
+    assert again.data_ptr() == address
+    assert again.dtype == torch.bfloat16
+    assert again.shape == (1 << 20, 18)
+
+
+def as_gradient(tensor: Tensor) -> Tensor:
+    parameter = torch.zeros(SHAPE, requires_grad=True)
+    parameter.grad = tensor
+    return parameter
+
+
+@pytest.mark.parametrize(
+    ("hold", "look"),
+    [
+        pytest.param(lambda tensor: tensor[5, ::7], lambda view: float(view.max()), id="view"),
+        pytest.param(lambda tensor: tensor.numpy()[2], lambda array: float(array.max()), id="numpy"),
+        pytest.param(lambda tensor: memoryview(tensor.numpy()), lambda view: view[3, 4], id="buffer"),
+        pytest.param(Tensor.untyped_storage, lambda storage: storage[3] and 3, id="storage"),
+        pytest.param(as_gradient, lambda parameter: float(parameter.grad.max()), id="gradient"),
+    ],
+)
+def test_not_given_out_while_something_sees_it(hold: Callable[[Tensor], Any], look: Callable[[Any], float]) -> None:
+    tensor = cpu.fresh(SHAPE, torch.float32).fill_(3)
+    address, held = tensor.data_ptr(), hold(tensor)
+    del tensor
+    other = cpu.fresh(SHAPE, torch.float32).fill_(0)
+    assert other.data_ptr() != address
+    assert look(held) == 3
+    del held
+    assert cpu.fresh(SHAPE, torch.float32).data_ptr() == address
+
+
+def test_only_so_much_is_kept() -> None:
+    tensors = [cpu.fresh(SHAPE, torch.float32) for _ in range(6)]
+    assert len({tensor.data_ptr() for tensor in tensors}) == 6
+    del tensors
+    assert len(memory._free) == 4
+    del_me = cpu.fresh((memory.MOST_BYTES + 1,), torch.int8)
+    del del_me
+    small = cpu.fresh((100, 100), torch.float32)
+    del small
+    assert len(memory._free) == 4
+    assert all(len(block) == 36 << 20 for block in memory._free)
+    cpu.release()
+    assert len(memory._free) == 0
+
+
+def test_blocks_of_other_sizes_are_left() -> None:
+    sizes = (33, 47, 61)
+    tensors = [cpu.fresh((size << 20,), torch.int8) for size in sizes]
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    tensors.clear()
+    assert [cpu.fresh((size << 20,), torch.int8).data_ptr() for size in sizes] == addresses
+    assert cpu.fresh((50 << 20,), torch.int8).data_ptr() not in addresses
+
+
+def test_a_training_step_of_plain_autograd_faults_no_page() -> None:
+    """Its dense gradients, 2 of 40 MB, are 20,480 pages, or 40 huge ones."""
+    program = """
+import resource, torch
+from csae.ops import sparse_decode, topk_encode
+x, g = torch.randn(8, 512), torch.randn(8, 512)
+W_enc, W_dec = (torch.randn(20480, 512, requires_grad=True) for _ in range(2))
+b = torch.zeros(20480)
+def step():
+    W_enc.grad = W_dec.grad = None
+    sparse_decode(*topk_encode(x, W_enc, b, 4), W_dec).backward(g)
+for _ in range(4): step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4): step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert int(done.stdout) < 100
+
+
+def test_the_memory_is_a_process_s_own() -> None:
+    """A child that was forked writes to a copy."""
+    program = """
+import os, torch
+from csae.kernels import cpu
+torch.set_num_threads(1)  # a child has no other
+tensor = cpu.fresh((9, 1 << 20), torch.float32).fill_(1)
+if os.fork() == 0:
+    tensor.fill_(2)
+    os._exit(0)
+os.wait()
+print(float(tensor.max()))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "1.0\n"
