@@ -275,7 +275,7 @@ const Units& units() {
 int64_t panels_of(int64_t lines) { return (lines + side - 1) / side; }
 
 // One of the two matrices, as lines [n, k] whatever its strides are: rows of a, columns of b.
-struct Lines {
+struct Operand {
     const float* numbers;
     int64_t stride, stride_k, n, k;
     bool is_b;
@@ -353,7 +353,7 @@ void raise(std::atomic<uint32_t>& to, uint32_t value) {
 }
 
 struct Product {
-    Lines a, b;
+    Operand a, b;
     float* out;
     int64_t out_stride;
     const Units& units;
@@ -411,7 +411,7 @@ struct Product {
 
     // Whether all numbers were in range.
     bool run(int n_threads) const {
-        const Lines &one = a_in_parts() ? a : b, &other = a_in_parts() ? b : a;
+        const Operand &one = a_in_parts() ? a : b, &other = a_in_parts() ? b : a;
         const int64_t k = a.k, all_steps = (k + depth - 1) / depth;
         const int64_t n_blocks = (k + most_k - 1) / most_k;
         const int64_t block = (all_steps + n_blocks - 1) / n_blocks;
@@ -480,8 +480,8 @@ int csae_multiply(const float* a, int64_t a_row_stride, int64_t a_column_stride,
     }
     try {
         const csae::Units& units = csae::units();
-        const csae::Lines rows{a, a_row_stride, a_column_stride, m, k, false, units};
-        const csae::Lines columns{b, b_column_stride, b_row_stride, n, k, true, units};
+        const csae::Operand rows{a, a_row_stride, a_column_stride, m, k, false, units};
+        const csae::Operand columns{b, b_column_stride, b_row_stride, n, k, true, units};
         const csae::Product product{rows, columns, out, out_stride, units};
         return product.run(n_threads) ? csae_ok : csae_out_of_range;
     } catch (const std::bad_alloc&) {
