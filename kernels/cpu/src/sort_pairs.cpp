@@ -13,6 +13,13 @@ namespace {
 constexpr int64_t pairs_of_part = 32768;
 constexpr int64_t max_parts = 8;
 
+// One of the two. A compiler makes a branch of the plain choice, and here it could not be predicted.
+inline int64_t* either(bool first, int64_t* one, int64_t* other) {
+    const auto mask = -static_cast<uintptr_t>(first);
+    return reinterpret_cast<int64_t*>((reinterpret_cast<uintptr_t>(one) & mask) |
+                                      (reinterpret_cast<uintptr_t>(other) & ~mask));
+}
+
 // Each thread counts some of the pairs, then places those of some of the keys: of all pairs, which it goes through in
 // order. Two threads that placed pairs of the same keys would write to the same cache lines all the time.
 void sort_pairs(const int64_t* features, const int64_t* tokens, int64_t n_pairs, int64_t d_sae, int64_t* order,
@@ -41,12 +48,14 @@ void sort_pairs(const int64_t* features, const int64_t* tokens, int64_t n_pairs,
         // Keys are shared out so that each thread has about as many pairs to place.
         const auto key_at = [&](int64_t place) { return std::lower_bound(ends, ends + n_keys, place) - ends; };
         const int64_t first = key_at(share(part)), last = part + 1 == n_parts ? n_keys : key_at(share(part + 1));
+        // What is another thread's is placed in `nowhere`.
+        int64_t skipped = 0, nowhere;
         for (int64_t pair = 0; pair < n_pairs; ++pair) {
             const int64_t key = key_of(pair);
-            if (key < first || key >= last) continue;
-            const int64_t at = next[key]++;
-            order[at] = pair;
-            sorted_tokens[at] = tokens[pair];
+            const bool own = (key >= first) & (key < last);
+            const int64_t at = (*either(own, next + key, &skipped))++;
+            *either(own, order + at, &nowhere) = pair;
+            *either(own, sorted_tokens + at, &nowhere) = tokens[pair];
         }
     });
 }
