@@ -85,6 +85,7 @@ def test_other_dtypes_and_autocast_and_the_compiler_take_torchs(by_units: list[t
     assert torch.equal(linear.linear(x.double(), weight.double()), functional.linear(x.double(), weight.double()))
     with torch.autocast("cpu", torch.bfloat16):
         assert linear.linear(x, weight).dtype == torch.bfloat16
+    assert linear.linear(x.to("meta"), weight.to("meta")).shape == (20, 40)
     compiled = torch.compile(linear.linear, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x, weight), functional.linear(x, weight))
     assert by_units == []
