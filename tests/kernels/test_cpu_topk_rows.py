@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -80,22 +80,13 @@ def topk_cases(draw: st.DrawFn) -> tuple[Tensor, int, int, Tensor]:
     return pre_acts, k, width, bias
 
 
-@needs_library
-@pytest.mark.parametrize("name", library.ISAS)
-@settings(deadline=None, max_examples=150)
+# The fixture is the same for all examples: the instruction set.
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=topk_cases())
-def test_topk_rows_is_the_definition(name: str, case: tuple[Tensor, int, int, Tensor]) -> None:
-    best = str(cpu.describe()["isa"])
-    try:
-        library.use_isa(name)
-    except ValueError:
-        pytest.skip(f"this CPU doesn't have {name}")
+def test_topk_rows_is_the_definition(isa: str, case: tuple[Tensor, int, int, Tensor]) -> None:
     pre_acts, k, _, bias = case
     before = pre_acts.clone()
-    try:
-        assert_same(topk_rows(*case), pre_acts + bias, k)
-    finally:
-        library.use_isa(best)
+    assert_same(topk_rows(*case), pre_acts + bias, k)
     torch.testing.assert_close(pre_acts, before, rtol=0, atol=0, equal_nan=True)
 
 

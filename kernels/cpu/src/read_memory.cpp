@@ -21,17 +21,6 @@ struct Heads {
     float scale;
 };
 
-template <int W>
-CSAE_INLINE float dot(const float* a, const float* b, int64_t d) {
-    Register<W> sum = {};
-    int64_t c = 0;
-    for (; c + W <= d; c += W) sum.x += load<W>(a + c).x * load<W>(b + c).x;
-    float total = 0;
-    for (int l = 0; l < W; ++l) total += sum.x[l];
-    for (; c < d; ++c) total += a[c] * b[c];
-    return total;
-}
-
 // scores [H, stride], at column i: <q, key> * scale - slope * log of the distance.
 template <int W>
 CSAE_INLINE void score_row(const Heads& of, const float* q, const float* keys, const float* slope, float log,

@@ -95,4 +95,15 @@ CSAE_INLINE void store(BFloat16* p, const Register<W>& r) {
     store_rounded(p, r, Integers<W>{0x7FFFu + ((bits_of(r).x >> 16) & 1u)});
 }
 
+template <int W>
+CSAE_INLINE float dot(const float* a, const float* b, int64_t d) {
+    Register<W> sum = {};
+    int64_t c = 0;
+    for (; c + W <= d; c += W) sum.x += load<W>(a + c).x * load<W>(b + c).x;
+    float total = 0;
+    for (int l = 0; l < W; ++l) total += sum.x[l];
+    for (; c < d; ++c) total += a[c] * b[c];
+    return total;
+}
+
 }  // namespace csae

@@ -13,25 +13,6 @@
 namespace csae {
 namespace {
 
-template <int W>
-CSAE_INLINE float dot(const float* a, const float* b, int64_t d) {
-    Register<W> sums = {};
-    int64_t c = 0;
-    for (; c + W <= d; c += W) sums.x += load<W>(a + c).x * load<W>(b + c).x;
-    float sum = 0;
-    for (int l = 0; l < W; ++l) sum += sums.x[l];
-    for (; c < d; ++c) sum += a[c] * b[c];
-    return sum;
-}
-
-// out = a * x + b * y
-template <int W>
-CSAE_INLINE void combine(float a, const float* x, float b, const float* y, int64_t d, float* out) {
-    int64_t c = 0;
-    for (; c + W <= d; c += W) store<W>(out + c, {a * load<W>(x + c).x + b * load<W>(y + c).x});
-    for (; c < d; ++c) out[c] = a * x[c] + b * y[c];
-}
-
 struct Scaling {
     int64_t H, d;
     float least, weight;
@@ -45,7 +26,11 @@ CSAE_INLINE void forward(const Scaling& by, const float* heads, int64_t begin, i
     for (int64_t i = begin * by.H; i < end * by.H; ++i) {
         const float* x = heads + i * by.d;
         scale[i] = 1.0f / std::sqrt(by.least + by.weight * (dot<W>(x, x, by.d) / static_cast<float>(by.d)));
-        combine<W>(scale[i] * by.of(i % by.H), x, 0.0f, x, by.d, out + i * by.d);
+        const float factor = scale[i] * by.of(i % by.H);
+        float* to = out + i * by.d;
+        int64_t c = 0;
+        for (; c + W <= by.d; c += W) store<W>(to + c, {factor * load<W>(x + c).x});
+        for (; c < by.d; ++c) to[c] = factor * x[c];
     }
 }
 
@@ -57,7 +42,10 @@ CSAE_INLINE void backward(const Scaling& by, const float* grad, const float* hea
         d_gains[i] = dot<W>(g, x, by.d) * scale[i];
         const float factor = scale[i] * by.of(i % by.H);
         const float along = -factor * d_gains[i] * scale[i] * (by.weight / static_cast<float>(by.d));
-        combine<W>(factor, g, along, x, by.d, d_heads + i * by.d);
+        float* to = d_heads + i * by.d;
+        int64_t c = 0;
+        for (; c + W <= by.d; c += W) store<W>(to + c, {factor * load<W>(g + c).x + along * load<W>(x + c).x});
+        for (; c < by.d; ++c) to[c] = factor * g[c] + along * x[c];
     }
 }
 

@@ -6,8 +6,8 @@
 // (all but one in 80) never leaves L1.
 //
 // Costs 2 n F d operations in bfloat16, and the table's 2 F d bytes once for each share. Two threads of a Xeon with AMX
-// multiply 3.6 T a second on tiles in L1: 12.6 ms for n = 2048, F = 18432, d = 608. Measured there: 15 ms where nothing
-// is found, 17.5 ms where 230 candidates a row are (torch.mm in bfloat16: 20 ms, and its search 8 ms).
+// multiply 3.6 T a second on tiles in L1: 12.6 ms for n = 2048, F = 18432, d = 608. Measured there: 16 to 18 ms
+// where nothing is found, 19 to 21 ms where 220 candidates a row are.
 #include <algorithm>
 #include <cmath>
 #include <memory>
