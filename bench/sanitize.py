@@ -65,12 +65,15 @@ def cases(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[tup
                 hyper = torch.tensor([1e-3, 1.0, 1e-8, 0.1, 0.999, 0.001], device=device)
                 seed = torch.ones(1, dtype=torch.int64, device=device)
                 for moments in dict.fromkeys((torch.float32, dtypes[-1])):
-                    state = [torch.rand(d_sae, x.shape[1], device=device) for _ in range(3)]
-                    state = [state[0], *(moment.to(moments) for moment in state[1:])]
-                    bias = [torch.rand(d_sae, 1, device=device) for _ in range(3)]
+                    param, *moment = (torch.rand(d_sae, x.shape[1], device=device) for _ in range(3))
+                    exp_avg, exp_avg_sq = (of.to(moments) for of in moment)
+                    bias, bias_avg, bias_avg_sq = (torch.rand(d_sae, 1, device=device) for _ in range(3))
                     ones = torch.ones(x.shape[0], 1, device=device)
                     for lazy in (False, True):
-                        tables = [Table(*state, weights, x, lazy), Table(*bias, weights, ones, False)]
+                        tables = [
+                            Table(param, exp_avg, exp_avg_sq, weights, x, lazy),
+                            Table(bias, bias_avg, bias_avg_sq, weights, ones, False),
+                        ]
                         rows.adam_rows(pairs, tables, hyper, seed, lazy)
 
             if dtype != torch.float16:

@@ -190,7 +190,8 @@ def run(
 def trained(out: Path, cell: Cell) -> SAE:
     """The SAE of a cell that `run` trained."""
     folder = out / "runs" / cell.name
-    kind = {TOPK: TopKSAE, WIDE: TopKSAE, CURRENT: ContextualSAE, PAST: ContextualSAE, **BASELINES}[cell.arch]
+    ours: dict[str, type[SAE]] = {TOPK: TopKSAE, WIDE: TopKSAE, CURRENT: ContextualSAE, PAST: ContextualSAE}
+    kind = (ours | BASELINES)[cell.arch]
     assert (folder / CONFIG).is_file(), folder
     return kind.from_pretrained(str(folder)).eval()
 

@@ -110,7 +110,7 @@ def _adam_table(name: str, table: Table, pairs: Pairs) -> AdamTable:
     )
 
 
-def _check_vector(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None]) -> None:
+def _check_vector(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
     check_strided(name, tensor, dtype, shape)
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: given strides {tensor.stride()}; needed a contiguous tensor")

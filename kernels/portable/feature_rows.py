@@ -59,7 +59,8 @@ def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, la
     touched = (pairs.ends.diff() > 0)[:, None] if lazy else None
     for table in tables:
         gradient = _feature_sum(pairs, table.weights, table.rows).to(table.param.dtype)
-        for old, new in zip(table, _adam(table, gradient, hyper, seed), strict=False):
+        updated = (table.param, table.exp_avg, table.exp_avg_sq)
+        for old, new in zip(updated, _adam(table, gradient, hyper, seed), strict=True):
             old.copy_(new if touched is None else torch.where(touched, new, old))
 
 

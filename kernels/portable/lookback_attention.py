@@ -58,9 +58,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, slope and null, each in its own dtype."""
     if on_native(q, *NATIVE):
-        inputs = q, k, v, slope, null
-        gradients = cpu.lookback_backward(grad_out.float(), *_floats(*inputs), mask, starts, out.float(), lse)
-        return tuple(gradient.to(of.dtype) for gradient, of in zip(gradients, inputs, strict=True))
+        found = cpu.lookback_backward(grad_out.float(), *_floats(q, k, v, slope, null), mask, starts, out.float(), lse)
+        d_q, d_k, d_v, d_slope, d_null = found
+        return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), d_slope.to(slope.dtype), d_null.to(null.dtype)
     wide = lse.dtype
     B, T, H, d_head = q.shape
     scale = 1 / math.sqrt(d_head)
@@ -124,8 +124,10 @@ def read_memory(
     return torch.einsum("bhj,bjhd->bhd", weights, values).flatten(1)
 
 
-def _floats(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor.float() for tensor in tensors)
+def _floats(
+    q: Tensor, k: Tensor, v: Tensor, slope: Tensor, null: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return q.float(), k.float(), v.float(), slope.float(), null.float()
 
 
 def _query_blocks(B: int, T: int, H: int) -> Iterator[slice]:

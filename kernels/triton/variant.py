@@ -10,6 +10,7 @@ knows what they are multiples of, and loads 16 bytes at a time.
 
 import inspect
 import math
+from collections.abc import Mapping
 from itertools import groupby
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -71,7 +72,7 @@ class Variant(NamedTuple):
     num_warps: int
     num_stages: int
     # For each tensor that is passed as a TMA descriptor, the constants that are the shape of its blocks.
-    descriptors: dict[str, tuple[str, ...]] = MappingProxyType({})
+    descriptors: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
     def block(self, name: str) -> list[int]:
         """The shape of the blocks that a descriptor loads."""
@@ -80,7 +81,7 @@ class Variant(NamedTuple):
     def launch(self, grid: tuple[int, ...], *arguments: Tensor | TensorDescriptor | int | float) -> None:
         """Run on the device of the first argument. `arguments`: in the kernel's order, without the constants."""
         for (name, dtype), argument in zip(self.tensors.items(), arguments, strict=False):
-            tensor = argument.base if name in self.descriptors else argument
+            tensor = argument.base if isinstance(argument, TensorDescriptor) else argument
             if dtype not in _POINTERS:
                 raise TypeError(f"{name}: given {dtype}; needed float32, bfloat16 or float16")
             if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
