@@ -50,7 +50,7 @@ bench-peers: $(peers_ready)
 test-peers: $(peers_ready)
 	$(peers_bin)/python -m pytest tests/patches tests/interop tests/test_readme.py -k 'not make'
 
-$(ready): pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/cpu/src/*)
+$(ready): pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/cpu/src/*.* kernels/cpu/src/*/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "csae needs Python 3.11 or newer; given $$($(PYTHON) --version): make PYTHON=python3.11 ..."; exit 2; }
 	$(PYTHON) -m venv .venv
@@ -61,7 +61,7 @@ $(ready): pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/cpu/src/*)
 
 # torch is named again beside the peers, or torchvision, which they ask for, would bring another one. It goes at the
 # end: where it doesn't fit this torch, `import transformers` fails. SAEBench asks for older versions than work with it.
-$(peers_ready): pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/cpu/src/*)
+$(peers_ready): pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/cpu/src/*.* kernels/cpu/src/*/*)
 	$(PYTHON) -m venv .venv-peers
 	$(peers_bin)/python -m pip install --quiet "$(TORCH)"
 	$(peers_bin)/python -c 'import triton' 2>/dev/null || $(peers_bin)/python -m pip install --quiet "$(TRITON)"

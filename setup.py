@@ -98,7 +98,7 @@ class BuildNative(Command):
         return Path(self.build_lib, "csae", "kernels", "cpu", LIBRARY)
 
     def get_source_files(self) -> list[str]:
-        return ["CMakeLists.txt", *sorted(str(path) for path in Path("kernels/cpu/src").iterdir())]
+        return ["CMakeLists.txt", *sorted(str(path) for path in Path("kernels/cpu/src").rglob("*.[ch]*"))]
 
     def get_outputs(self) -> list[str]:
         built = self.in_sources if self.editable_mode else self.in_build

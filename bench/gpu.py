@@ -280,7 +280,7 @@ def key(here: Here, stage: str) -> str:
     digest = hashlib.sha256(repr((here.device, torch.__version__, sys.version, str(here.peers))).encode())
     folders = ("kernels", "csae", "bench", "tests")
     files = {file.resolve() for folder in folders for file in (ROOT / folder).rglob("*.py")}
-    files |= {file for file in (ROOT / "kernels" / "cpu" / "src").iterdir()}
+    files |= set((ROOT / "kernels" / "cpu" / "src").rglob("*.[ch]*"))
     for file in sorted(files):
         digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
     if stage == "bench" and here.tuned.exists():

@@ -156,7 +156,7 @@ def test_sdist_holds_what_a_build_needs(sdist: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     needed = [ROOT / name for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE")]
     needed += [path for folder in ("bench", "csae", "kernels") for path in (ROOT / folder).rglob("*.py")]
-    needed += (ROOT / "kernels" / "cpu" / "src").iterdir()
+    needed += (ROOT / "kernels" / "cpu" / "src").rglob("*.[ch]*")
     relative = {path.relative_to(ROOT).as_posix() for path in needed}
     assert {name for name in relative - names if not name.startswith("csae/kernels/")} == set()
     unwanted = [name for name in names if name.startswith(("csae/bench", "csae/kernels", "tests", "build"))]

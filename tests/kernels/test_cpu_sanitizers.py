@@ -58,7 +58,7 @@ def need_runtime(flags: list[str], folder: Path) -> None:
 def test_fuzz(tmp_path: Path, flags: list[str]) -> None:
     need_runtime(flags, tmp_path)
     program = tmp_path / "fuzz"
-    built = build([*sorted(SOURCES.glob("*.cpp")), *sorted((HERE / "native").glob("*.cpp"))], flags, program)
+    built = build([*sorted(SOURCES.rglob("*.cpp")), *sorted((HERE / "native").glob("*.cpp"))], flags, program)
     assert built.returncode == 0, built.stderr
     done = subprocess.run([program, str(SECONDS), "1"], capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
     assert done.returncode == 0, f"status {done.returncode}\n{done.stdout}{done.stderr}"

@@ -3,7 +3,7 @@
 #include <initializer_list>
 
 #include "csae_cpu.h"
-#include "isa.h"
+#include "simd/isa.h"
 
 #if CSAE_HAS_AMX
 #include <cpuid.h>

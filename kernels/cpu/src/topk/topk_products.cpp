@@ -14,12 +14,12 @@
 #include <new>
 
 #include "csae_cpu.h"
-#include "isa.h"
-#include "matrix_units.h"
+#include "simd/isa.h"
+#include "simd/matrix_units.h"
 #include "parallel.h"
-#include "register.h"
-#include "topk_list.h"
-#include "topk_scan.h"
+#include "simd/register.h"
+#include "topk/topk_list.h"
+#include "topk/topk_scan.h"
 
 namespace csae {
 namespace {

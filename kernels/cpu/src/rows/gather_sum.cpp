@@ -4,7 +4,7 @@
 
 #include "csae_cpu.h"
 #include "parallel.h"
-#include "row_sums.h"
+#include "rows/row_sums.h"
 
 namespace csae {
 namespace {

@@ -1,8 +1,8 @@
-#include "topk_scan.h"
+#include "topk/topk_scan.h"
 
 #include <limits>
 
-#include "isa.h"
+#include "simd/isa.h"
 
 #if CSAE_X86
 #if !defined(__clang__)

@@ -1,6 +1,6 @@
-#include "row_sums.h"
+#include "rows/row_sums.h"
 
-#include "isa.h"
+#include "simd/isa.h"
 
 namespace csae {
 namespace {

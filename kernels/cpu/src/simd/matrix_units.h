@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "isa.h"
+#include "simd/isa.h"
 
 #if CSAE_HAS_AMX
 #if !defined(__clang__)

@@ -1,10 +1,10 @@
-#include "feature_gradients.h"
+#include "rows/feature_gradients.h"
 
 #include <atomic>
 #include <limits>
 #include <type_traits>
 
-#include "row_sums.h"
+#include "rows/row_sums.h"
 
 namespace csae {
 namespace {

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <memory>
 
-#include "attention_tiles.h"
+#include "attention/attention_tiles.h"
 #include "csae_cpu.h"
 
 namespace csae {

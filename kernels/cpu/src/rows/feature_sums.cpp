@@ -1,7 +1,7 @@
 // Gradients written out: the transpose of gather_sum.
 #include "csae_cpu.h"
-#include "feature_gradients.h"
-#include "register.h"
+#include "rows/feature_gradients.h"
+#include "simd/register.h"
 
 namespace csae {
 namespace {

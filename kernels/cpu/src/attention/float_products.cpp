@@ -25,10 +25,10 @@
 #include <utility>
 
 #include "csae_cpu.h"
-#include "isa.h"
-#include "matrix_units.h"
+#include "simd/isa.h"
+#include "simd/matrix_units.h"
 #include "parallel.h"
-#include "register.h"
+#include "simd/register.h"
 
 namespace csae {
 namespace {

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "register.h"
+#include "simd/register.h"
 
 namespace csae {
 

@@ -18,9 +18,9 @@
 
 #include "csae_cpu.h"
 #include "parallel.h"
-#include "row_sums.h"
-#include "topk_list.h"
-#include "topk_scan.h"
+#include "rows/row_sums.h"
+#include "topk/topk_list.h"
+#include "topk/topk_scan.h"
 
 namespace csae {
 namespace {

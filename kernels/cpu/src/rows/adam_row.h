@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "csae_cpu.h"
-#include "register.h"
+#include "simd/register.h"
 
 namespace csae {
 

@@ -1,4 +1,4 @@
-#include "attention_head.h"
+#include "attention/attention_head.h"
 
 #include <algorithm>
 #include <cmath>

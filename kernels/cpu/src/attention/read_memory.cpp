@@ -9,7 +9,7 @@
 #include <new>
 
 #include "csae_cpu.h"
-#include "exponential.h"
+#include "simd/exponential.h"
 #include "parallel.h"
 
 namespace csae {

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <utility>
 
-#include "isa.h"
+#include "simd/isa.h"
 
 namespace csae {
 

@@ -1,10 +1,10 @@
-#include "attention_tiles.h"
+#include "attention/attention_tiles.h"
 
 #include <limits>
 
-#include "exponential.h"
-#include "isa.h"
-#include "register.h"
+#include "simd/exponential.h"
+#include "simd/isa.h"
+#include "simd/register.h"
 
 namespace csae {
 namespace {

@@ -8,7 +8,7 @@
 #include <memory>
 
 #include "csae_cpu.h"
-#include "topk_scan.h"
+#include "topk/topk_scan.h"
 
 namespace csae {
 

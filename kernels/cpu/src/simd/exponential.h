@@ -1,7 +1,7 @@
 // e^x of a register of floats.
 #pragma once
 
-#include "register.h"
+#include "simd/register.h"
 
 namespace csae {
 

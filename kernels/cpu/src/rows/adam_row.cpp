@@ -1,8 +1,8 @@
-#include "adam_row.h"
+#include "rows/adam_row.h"
 
 #include <cmath>
 
-#include "isa.h"
+#include "simd/isa.h"
 
 namespace csae {
 namespace {

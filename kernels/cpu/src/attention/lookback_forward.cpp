@@ -6,7 +6,7 @@
 #include <memory>
 #include <new>
 
-#include "attention_head.h"
+#include "attention/attention_head.h"
 #include "parallel.h"
 
 namespace csae {

@@ -11,8 +11,8 @@
 
 #include "csae_cpu.h"
 #include "parallel.h"
-#include "topk_list.h"
-#include "topk_scan.h"
+#include "topk/topk_list.h"
+#include "topk/topk_scan.h"
 
 namespace csae {
 namespace {

@@ -6,9 +6,9 @@
 #include <cmath>
 
 #include "csae_cpu.h"
-#include "isa.h"
+#include "simd/isa.h"
 #include "parallel.h"
-#include "register.h"
+#include "simd/register.h"
 
 namespace csae {
 namespace {

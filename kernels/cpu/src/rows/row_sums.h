@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "register.h"
+#include "simd/register.h"
 
 namespace csae {
 

@@ -10,9 +10,9 @@
 #include <type_traits>
 
 #include "csae_cpu.h"
-#include "isa.h"
+#include "simd/isa.h"
 #include "parallel.h"
-#include "register.h"
+#include "simd/register.h"
 
 namespace csae {
 namespace {
