@@ -132,11 +132,13 @@ class ShardActivations:
                 f"{where}: NaN or Inf in the activations; write it again (float16 ends at 65504, bfloat16 far above)"
             )
         mask = sink_mask(acts)
+        if any(window.mask is not None for window in windows):
+            is_text = sink_mask(acts, keep_first=True)
         documents = torch.zeros(mask.shape, dtype=torch.int64)
         tokens = torch.empty(mask.shape, dtype=torch.int64) if self._reader.has_tokens else None
         for row, window in enumerate(windows):
             if window.mask is not None:
-                mask[row] = window.mask
+                mask[row] = window.mask.bool() & is_text[row]
             if window.documents is not None:
                 documents[row] = window.documents
             if tokens is not None and window.tokens is not None:
@@ -154,17 +156,62 @@ class ShardActivations:
         }
 
 
-def sink_mask(acts: Tensor) -> Tensor:
+class Begun(NamedTuple):
+    """What `follow_mask` keeps of a text, from one part of it to the next; rows are texts."""
+
+    begun: Tensor  # [B] bool: position 0 has come
+    usual_norm: Tensor  # [B] float32: the median that norms are compared with; NaN before there is one
+
+
+def sink_mask(acts: Tensor, text: Tensor | None = None, keep_first: bool = False) -> Tensor:
     """Which positions take part: acts [B, T, d_in] -> [B, T] bool.
 
-    Out is position 0 of each window, and every position whose norm is more than ten times the median norm of
-    the other positions of its own window. So the mask of a window does not depend on the batch that it is in.
+    The one rule for padding and attention sinks, wherever activations come from. No text is where `text` [B, T], bool
+    or integers, is false, and where all of a position's activations are zero, as others write padding. Of the text,
+    out is position 0, the first of each row that is text, and every position whose norm is more than ten times the
+    median norm of the other text of its row. `keep_first`, for activations of what has no such sinks, keeps both. The
+    mask of a row does not depend on the rows beside it. A position with NaN or Inf takes part: it is to be seen.
+
+    Raises ValueError or TypeError where shapes or dtypes are others.
     """
-    mask = torch.zeros(acts.shape[:2], dtype=torch.bool, device=acts.device)
-    if acts.shape[1] > 1:
-        norms = acts[:, 1:].float().norm(dim=-1)
-        mask[:, 1:] = norms <= SINK_NORM * norms.median(dim=1, keepdim=True).values
-    return mask
+    return follow_mask(acts, None, text, keep_first)[0]
+
+
+@torch.no_grad()
+def follow_mask(
+    acts: Tensor, before: Begun | None = None, text: Tensor | None = None, keep_first: bool = False
+) -> tuple[Tensor, Begun]:
+    """`sink_mask` of texts that come in parts: the next T positions, and what their next parts need.
+
+    before: what the parts before gave, None where there are none. Norms are compared with the median of the first part
+    that has text beside position 0.
+    """
+    if acts.dim() != 3:
+        raise ValueError(f"acts: given shape {list(acts.shape)}; needed [B, T, d_in]")
+    B, T, d_in = acts.shape
+    is_text = torch.zeros(B, T, dtype=torch.bool, device=acts.device)
+    if d_in:
+        is_text = torch.linalg.vector_norm(acts, ord=math.inf, dim=-1) != 0  # a sum of squares may round to zero
+    if text is not None:
+        if text.shape != (B, T):
+            raise ValueError(f"text: given shape {list(text.shape)}; needed {[B, T]}, as acts")
+        if text.is_floating_point() or text.is_complex():
+            raise TypeError(f"text: given {text.dtype}; needed bool or integers")
+        is_text &= (text != 0).to(acts.device)
+    if before is None:
+        before = Begun(is_text.new_zeros(B), torch.full([B], math.nan, device=acts.device))
+    first = is_text & (is_text.cumsum(dim=1) == 1) & ~before.begun.unsqueeze(1)
+    begun = before.begun | is_text.any(dim=1)
+    if T == 0:
+        return is_text, before
+    norms = acts.float().norm(dim=-1)
+    finite = norms.isfinite()
+    counted = norms.where(is_text & ~first & finite, math.nan)
+    usual = before.usual_norm.where(before.usual_norm.isfinite(), counted.nanmedian(dim=1).values)
+    if keep_first:
+        return is_text, Begun(begun, usual)
+    sink = finite & (norms > SINK_NORM * usual.unsqueeze(1))
+    return is_text & ~first & ~sink, Begun(begun, usual)
 
 
 def window_order(n_windows: int, seed: int, epoch: int) -> list[int]:

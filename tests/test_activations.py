@@ -14,6 +14,7 @@ from csae.activations import (
     ModelActivations,
     ShardActivations,
     estimate_normalisation,
+    follow_mask,
     held_out,
     sink_mask,
     window_order,
@@ -187,6 +188,14 @@ def test_a_stored_mask_is_taken_as_it_is(tmp_path: Path) -> None:
     assert ShardActivations(tmp_path).read([0]).mask.tolist() == [[True, True, False, True]]
 
 
+def test_zeros_are_out_whatever_a_stored_mask_says(tmp_path: Path) -> None:
+    acts = torch.randn(2, 5, 3)
+    acts[:, 3:] = 0
+    save_file({"activations": acts[:1], "mask": torch.ones(1, 5, dtype=torch.bool)}, tmp_path / "a.safetensors")
+    save_file({"activations": acts[1:]}, tmp_path / "b.safetensors")
+    assert torch.equal(ShardActivations(tmp_path).read([0, 1]).mask, text_of("ttt..", ".tt.."))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_shards_that_hold_nan(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
@@ -247,6 +256,125 @@ def test_the_mask_of_a_window_does_not_depend_on_the_batch(B: int, T: int, seed:
     assert not mask[:, 0].any()
     for row in range(B):
         assert torch.equal(sink_mask(acts[row : row + 1])[0], mask[row])
+
+
+def text_of(*rows: str) -> torch.Tensor:
+    return torch.tensor([[mark == "t" for mark in row] for row in rows])
+
+
+@pytest.mark.parametrize(
+    ("text", "taking_part"),
+    [
+        ("ttttttttt", ".tttttttt"),
+        ("....ttttt", ".....tttt"),
+        ("ttttt....", ".tttt...."),
+        ("..tt.tt..", "...t.tt.."),
+        ("...t.....", "........."),
+        (".........", "........."),
+    ],
+)
+@pytest.mark.parametrize("padding", [0.0, 7.0, 1e6], ids=lambda size: f"padding={size:g}")
+def test_padding_is_no_text(text: str, taking_part: str, padding: float) -> None:
+    """Zeros are padding by themselves; any other value where `text` says so."""
+    acts = torch.randn(1, 9, 8)
+    acts[~text_of(text)] = padding
+    given = None if padding == 0 else text_of(text)
+    assert torch.equal(sink_mask(acts, given), text_of(taking_part))
+    assert torch.equal(sink_mask(acts, text_of(text).long()), text_of(taking_part)), "an attention_mask of 0 and 1"
+
+
+@pytest.mark.parametrize("padding", [0.0, 1e-3, 1e3], ids=lambda size: f"padding={size:g}")
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_no_median_counts_padding(padding: float, left: bool) -> None:
+    """More padding than text, with a sink in it."""
+    acts, alone = torch.full((1, 32, 8), padding), torch.randn(1, 9, 8)
+    alone[0, 5] = 40
+    text = torch.zeros(1, 32, dtype=torch.bool)
+    where = slice(23, 32) if left else slice(0, 9)
+    acts[:, where], text[:, where] = alone, True
+    mask = sink_mask(acts, text)
+    assert mask[:, where].tolist() == sink_mask(alone).tolist() == [[False, True, True, True, True, False] + [True] * 3]
+    assert not mask[~text].any()
+
+
+def test_keep_first_keeps_position_0_and_outliers() -> None:
+    acts = torch.randn(2, 9, 8)
+    acts[0, 4] *= 1e4
+    acts[1, :3] = 0
+    assert torch.equal(sink_mask(acts, keep_first=True), text_of("ttttttttt", "...tttttt"))
+    text = text_of(".tttttttt", "ttttttt..")
+    assert torch.equal(sink_mask(acts, text, keep_first=True), text_of(".tttttttt", "...tttt.."))
+
+
+def test_tiny_activations_are_no_zeros() -> None:
+    """Their squares round to zero."""
+    assert sink_mask(torch.full((1, 4, 8), 1e-30))[0].tolist() == [False, True, True, True]
+    assert sink_mask(torch.full((1, 4, 8), -0.0)).sum() == 0
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_nan_is_not_masked(value: float) -> None:
+    acts = torch.randn(1, 9, 8)
+    acts[0, 3, 2], acts[0, 5] = value, 1e3
+    assert torch.equal(sink_mask(acts), text_of(".tttt.ttt"))
+    acts[0, :, 0] = value
+    assert torch.equal(sink_mask(acts), text_of(".tttttttt"))
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3), (2, 5, 0), (2, 1, 3)], ids=str)
+def test_the_mask_of_little(shape: tuple[int, ...]) -> None:
+    mask = sink_mask(torch.ones(shape))
+    assert mask.shape == shape[:2]
+    assert mask.sum() == 0
+
+
+@given(
+    st.lists(st.integers(0, 7), min_size=1, max_size=6),
+    st.integers(1, 3),
+    st.booleans(),
+    st.integers(0, 2**32),
+)
+def test_parts_of_a_text_are_masked_as_the_whole(sizes: list[int], B: int, keep_first: bool, seed: int) -> None:
+    """Where the whole has no norm near the bound: the median of the first part stands for that of the whole."""
+    generator = torch.Generator().manual_seed(seed)
+    acts = torch.randn(B, sum(sizes), 64, generator=generator)
+    text = torch.rand(B, sum(sizes), generator=generator) > 0.4
+    acts[torch.rand(B, sum(sizes), generator=generator) < 0.1] = 0
+    seen, masks = None, []
+    for part, part_text in zip(acts.split(sizes, dim=1), text.split(sizes, dim=1), strict=True):
+        mask, seen = follow_mask(part, seen, part_text, keep_first)
+        masks.append(mask)
+    assert torch.equal(torch.cat(masks, dim=1), sink_mask(acts, text, keep_first))
+    assert seen is not None
+    assert torch.equal(seen.begun, (text & (acts != 0).any(dim=-1)).any(dim=1))
+
+
+def test_later_parts_are_compared_with_the_first_norms() -> None:
+    acts = torch.ones(2, 8, 4)
+    acts[0, 5:] = 9.9
+    acts[1, 5:] = 10.1
+    _, seen = follow_mask(acts[:, :1])
+    assert seen.begun.all()
+    assert seen.usual_norm.isnan().all(), "position 0 is no usual one"
+    _, seen = follow_mask(acts[:, 1:5], seen)
+    assert torch.equal(seen.usual_norm, torch.full((2,), 2.0))
+    assert follow_mask(acts[:, 5:], seen)[0].tolist() == [[True] * 3, [False] * 3]
+
+
+@pytest.mark.parametrize(
+    ("acts", "text", "error", "message"),
+    [
+        (torch.ones(4, 3), None, ValueError, r"acts: given shape \[4, 3\]; needed \[B, T, d_in\]"),
+        (torch.ones(2, 4, 3), torch.ones(1, 4).bool(), ValueError, r"text: given shape \[1, 4\]; needed \[2, 4\]"),
+        (torch.ones(2, 4, 3), torch.ones(2, 4), TypeError, r"text: given torch\.float32; needed bool or integers"),
+    ],
+    ids=["acts", "shape of text", "dtype of text"],
+)
+def test_what_no_mask_is_made_of(
+    acts: torch.Tensor, text: torch.Tensor | None, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        sink_mask(acts, text)
 
 
 # --- order, split, normalisation ---------------------------------------------------------------------

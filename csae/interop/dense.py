@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from csae.activations import SINK_NORM
+from csae.activations import sink_mask
 from csae.contextual_sae import ContextualSAE
 from csae.ops import topk_encode
 from csae.sae import Code
@@ -18,7 +18,7 @@ class DenseSAE(nn.Module):
     A contextual SAE runs in its exact form, on windows. What it carries to each position, c, is not in its feature
     activations; so `encode` leaves it with the tensor that it gives, and `decode` adds it. An edited copy is decoded
     with the c of the last `encode`: an edit of feature activations is an edit of what is new. Positions that
-    `window_mask` leaves out look at none and are looked at by none, as in training; since other libraries may count
+    `sink_mask` leaves out look at none and are looked at by none, as in training; since other libraries may count
     them, they are encoded by themselves, as a per-token SAE encodes them. There is no gradient through `encode` then.
 
     sae: with a scale of one, as `csae.interop.weights.unscaled` makes them.
@@ -79,7 +79,7 @@ class DenseSAE(nn.Module):
                 f"sae: in {acts.dtype}; needed torch.float32, which the exact form runs in: load and keep the SAE so "
                 "(activations are converted, whatever they are)"
             )
-        mask = window_mask(acts)
+        mask = sink_mask(acts)
         out = sae(acts, mask, exact=True)
         values, indices = topk_encode(acts[~mask] - sae.b_dec, sae.W_enc, sae.b_enc, sae.k)
         out.code.values[~mask], out.code.indices[~mask] = values, indices
@@ -103,15 +103,3 @@ class DenseSAE(nn.Module):
     def forward(self, acts: Tensor) -> Tensor:
         """acts -> the reconstruction, of the same shape."""
         return self.decode(self.encode(acts))
-
-
-def window_mask(acts: Tensor) -> Tensor:
-    """Which positions of windows [B, T, d_in] take part in a contextual SAE: [B, T] bool.
-
-    As in training, not position 0 and not attention sinks (`csae.activations.sink_mask`). Neither do those whose
-    activations are all zero, which is how SAEBench hands over padding and special tokens; no median counts them.
-    """
-    norms = acts.float().norm(dim=-1)
-    norms = norms.masked_fill(norms == 0, torch.nan)
-    norms[:, 0] = torch.nan
-    return norms <= SINK_NORM * norms.nanmedian(dim=1, keepdim=True).values  # no NaN is

@@ -8,7 +8,6 @@ import torch
 from interop_saes import D_IN, D_SAE, activations, contextual, dense, dense_windows, needs, topk
 
 from csae.activations import sink_mask
-from csae.interop.dense import window_mask
 from csae.interop.sae_bench import SAEBenchSAE
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -62,14 +61,13 @@ def test_a_contextual_sae_refuses_what_are_no_windows():
 def test_padding_with_zeros_changes_no_code_and_is_not_looked_at():
     theirs, windows = SAEBenchSAE(contextual(), "m", hook_layer=3), activations(2, 9)
     padded = torch.cat([windows, torch.zeros(2, 12, D_IN)], dim=1)  # more padding than text
-    assert torch.equal(theirs.encode(padded)[:, :9], theirs.encode(windows))
+    found, wanted = theirs.encode(padded)[:, :9], theirs.encode(windows)
+    assert torch.equal(found[:, 1:], wanted[:, 1:])
+    # Position 0 is encoded with all that the mask leaves out: more rows of a product may be summed in another order.
+    torch.testing.assert_close(found[:, 0], wanted[:, 0], **CLOSE)
     padded[1, 4] = 0
-    assert window_mask(padded)[1].tolist() == [False, True, True, True, False, *[True] * 4, *[False] * 12]
-    assert not window_mask(torch.zeros(2, 9, D_IN)).any()
+    assert sink_mask(padded)[1].tolist() == [False, True, True, True, False, *[True] * 4, *[False] * 12]
     assert theirs.encode(torch.zeros(2, 9, D_IN)).shape == (2, 9, D_SAE)
-    for sink in (1, 1000):
-        windows[0, 5] *= sink
-        assert torch.equal(window_mask(windows), sink_mask(windows))
 
 
 def test_windows_are_decoded_with_what_was_carried_there():
