@@ -13,7 +13,7 @@ enum csae_status : int {
     csae_ok = 0,
     csae_bad_argument = 1,
     csae_out_of_memory = 2,
-    csae_bad_index = 3,  // one of indices is outside of [0, d_sae)
+    csae_bad_index = 3,     // one of indices is outside of [0, d_sae)
     csae_out_of_range = 4,  // numbers too large, or not finite (csae_multiply)
 };
 
@@ -102,8 +102,8 @@ CSAE_EXPORT int csae_gather_sum(const float* values, int64_t values_stride, cons
 
 // out [n, k]: out_ij = <rows_i, table[indices_ij]>. rows [n, d], indices [n, k], table [d_sae, d] of that type.
 CSAE_EXPORT int csae_gather_dot(const float* rows, int64_t rows_stride, const int64_t* indices, int64_t indices_stride,
-                                int64_t n, int64_t k, const void* table, int64_t table_stride, int64_t d_sae,
-                                int64_t d, int type, float* out, int64_t out_stride, int n_threads);
+                                int64_t n, int64_t k, const void* table, int64_t table_stride, int64_t d_sae, int64_t d,
+                                int type, float* out, int64_t out_stride, int n_threads);
 
 // Pairs (feature, token) sorted by feature, contiguous: order [n_pairs], the pair at each place as it was given;
 // tokens [n_pairs], its token; ends [d_sae + 1], with the pairs of feature f at ends[f] to ends[f + 1] - 1. What

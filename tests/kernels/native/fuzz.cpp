@@ -50,16 +50,36 @@ int main(int n_arguments, char** arguments) {
         check(csae_use_isa(isa) == csae_ok && csae_isa() == isa, "doesn't use what this CPU has");
         choose_openmp(one_in(4));
         switch (case_number % 10) {
-            case 0: topk_rows(); break;
-            case 1: gather(true); break;
-            case 2: gather(false); break;
-            case 3: feature_rows(); break;
-            case 4: lookback(); break;
-            case 5: read_memory(); break;
-            case 6: topk_settle(); break;
-            case 7: topk_products(); break;
-            case 8: scaled_heads(); break;
-            case 9: products(); break;
+            case 0:
+                topk_rows();
+                break;
+            case 1:
+                gather(true);
+                break;
+            case 2:
+                gather(false);
+                break;
+            case 3:
+                feature_rows();
+                break;
+            case 4:
+                lookback();
+                break;
+            case 5:
+                read_memory();
+                break;
+            case 6:
+                topk_settle();
+                break;
+            case 7:
+                topk_products();
+                break;
+            case 8:
+                scaled_heads();
+                break;
+            case 9:
+                products();
+                break;
         }
     }
     std::printf("%u cases, instruction sets 0 to %d\n", case_number - first_case, best);

@@ -14,6 +14,7 @@
 #include <string>
 #include <thread>
 #include <vector>
+
 #include "csae_cpu.h"
 
 namespace fuzz {

@@ -49,9 +49,18 @@ void lookback() {
             for (int64_t h = 0; h < H; ++h) std::fill_n(of->at(i / T, i % T, h), d, NAN);
         }
     }
-    const csae_attention given = {
-        q.view, k.view, v.view, slope.data(), null.data(), masked ? mask.data() : nullptr,
-        bounded ? starts.data() : nullptr, B, T, H, d_head, d_value};
+    const csae_attention given = {q.view,
+                                  k.view,
+                                  v.view,
+                                  slope.data(),
+                                  null.data(),
+                                  masked ? mask.data() : nullptr,
+                                  bounded ? starts.data() : nullptr,
+                                  B,
+                                  T,
+                                  H,
+                                  d_head,
+                                  d_value};
 
     const auto run = [&](std::vector<Matrix<float>>& results, int n_threads) {
         const int64_t n = B * T * H;
@@ -62,10 +71,10 @@ void lookback() {
         check_status(csae_lookback_forward(&given, results[0].data(), results[1].data(), n_threads), csae_ok);
         function = "csae_lookback_backward";
         const csae_heads out = {results[0].data(), T * H * d_value, H * d_value, d_value};
-        check_status(csae_lookback_backward(&given, &grad.view, &out, results[1].data(), results[2].data(),
-                                            results[3].data(), results[4].data(), results[5].data(),
-                                            results[6].data(), n_threads),
-                     csae_ok);
+        check_status(
+            csae_lookback_backward(&given, &grad.view, &out, results[1].data(), results[2].data(), results[3].data(),
+                                   results[4].data(), results[5].data(), results[6].data(), n_threads),
+            csae_ok);
     };
     std::vector<Matrix<float>> results, alone;
     run(results, some_threads());
@@ -150,9 +159,23 @@ void read_memory() {
         start(0, b) = some[below(5)];
         looks(0, b) = !one_in(6);
     }
-    const csae_memory given = {q.data(), q.stride, memory.data(), stride_b, stride_l, takes_part.data(),
-                               takes_part.stride, slope.data(), null.data(), start.data(), looks.data(), B, L, H,
-                               d_head, d_value, t};
+    const csae_memory given = {q.data(),
+                               q.stride,
+                               memory.data(),
+                               stride_b,
+                               stride_l,
+                               takes_part.data(),
+                               takes_part.stride,
+                               slope.data(),
+                               null.data(),
+                               start.data(),
+                               looks.data(),
+                               B,
+                               L,
+                               H,
+                               d_head,
+                               d_value,
+                               t};
     const auto out = output<float>(B, H * d_value), alone = output<float>(B, H * d_value);
     check_status(csae_read_memory(&given, out.data(), out.stride, some_threads()), csae_ok);
     check_status(csae_read_memory(&given, alone.data(), alone.stride, 1), csae_ok);

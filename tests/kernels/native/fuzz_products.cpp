@@ -9,8 +9,7 @@ struct Operand {
     Matrix<float> lies;
     bool transposed;
 
-    Operand(int64_t rows, int64_t columns, Kind kind)
-        : Operand(rows, columns, kind, one_in(2)) {}
+    Operand(int64_t rows, int64_t columns, Kind kind) : Operand(rows, columns, kind, one_in(2)) {}
     Operand(int64_t rows, int64_t columns, Kind kind, bool transposed)
         : lies(transposed ? input_of(columns, rows, kind) : input_of(rows, columns, kind)), transposed(transposed) {}
     int64_t row_stride() const { return transposed ? 1 : lies.stride; }

@@ -101,8 +101,8 @@ struct AdamTable {
         }
     }
     csae_table view() const {
-        return {gradient->view,    param.data(), exp_avg.data(),      exp_avg_sq.data(), param.stride,
-                exp_avg.stride(), exp_avg_sq.stride(), exp_avg.type, unit_rows};
+        return {gradient->view,   param.data(),        exp_avg.data(), exp_avg_sq.data(), param.stride,
+                exp_avg.stride(), exp_avg_sq.stride(), exp_avg.type,   unit_rows};
     }
     void check_between_rows() const {
         param.check_between_rows();
@@ -243,8 +243,14 @@ void feature_rows() {
     const auto between = [](double low, double high) {
         return static_cast<float>(low + (high - low) * static_cast<double>(below(1000)) / 1000);
     };
-    const csae_adam step = {between(0, 0.1), between(1, 5),    between(1e-8, 1e-3), between(0, 1),
-                            between(0, 1),   between(0, 1), static_cast<uint32_t>(random_bits()), one_in(2)};
+    const csae_adam step = {between(0, 0.1),
+                            between(1, 5),
+                            between(1e-8, 1e-3),
+                            between(0, 1),
+                            between(0, 1),
+                            between(0, 1),
+                            static_cast<uint32_t>(random_bits()),
+                            one_in(2)};
     std::vector<AdamTable> before;
     for (const Gradient& of : gradients) {
         before.emplace_back(of, d_sae, csae_float32, one_in(2));

@@ -13,8 +13,7 @@ void add_tile(const csae_topk& best, const Matrix<float>& pre_acts, const Matrix
     const auto of_tile = allocate<float>(width);
     std::copy_n(bias.data() + first, width, of_tile.get());
     for (int64_t i = 0; i < n * width; ++i) tile(i / width, i % width) = pre_acts(i / width, first + i % width);
-    check_status(
-        csae_topk_add(&best, tile.data(), tile.stride, of_tile.get(), width, first, some_threads()), csae_ok);
+    check_status(csae_topk_add(&best, tile.data(), tile.stride, of_tile.get(), width, first, some_threads()), csae_ok);
 }
 
 }  // namespace
@@ -157,10 +156,10 @@ void topk_settle() {
     const auto values = output<float>(n, k);
     const auto indices = output<int64_t>(n, k);
     const auto settled = allocate<uint8_t>(n);
-    check_status(csae_topk_settle(&best, k, x.data(), x.stride, table.data(), table.stride(), d_sae, d, table.type,
-                                  bias.data(), values.data(), values.stride, indices.data(), indices.stride,
-                                  settled.get(), some_threads()),
-                 csae_ok);
+    check_status(
+        csae_topk_settle(&best, k, x.data(), x.stride, table.data(), table.stride(), d_sae, d, table.type, bias.data(),
+                         values.data(), values.stride, indices.data(), indices.stride, settled.get(), some_threads()),
+        csae_ok);
     values.check_between_rows();
     indices.check_between_rows();
     for (int64_t i = 0; i < n; ++i) {
@@ -245,9 +244,9 @@ void topk_products() {
             bounds.halves(first + i / width, i % width) = table.rows.halves(i / width, i % width);
         }
         function = "csae_topk_add_products";
-        check_status(csae_topk_add_products(&best, x.data(), x.stride(), table.pairs.get(), width, here, first,
-                                            some_threads()),
-                     csae_ok);
+        check_status(
+            csae_topk_add_products(&best, x.data(), x.stride(), table.pairs.get(), width, here, first, some_threads()),
+            csae_ok);
     }
     const auto values = output<float>(n, k);
     const auto indices = output<int64_t>(n, k);

@@ -44,9 +44,7 @@ void impossible_arguments() {
         count[0] = 2;
         return csae_topk_add(&best, first, first_stride, second, width, first_column, n_threads);
     };
-    const auto finish = [&] {
-        return csae_topk_finish(&best, out, out_stride, indices, indices_stride, n_threads);
-    };
+    const auto finish = [&] { return csae_topk_finish(&best, out, out_stride, indices, indices_stride, n_threads); };
     const auto both = [&](const auto& call) {
         refused<int64_t>(call, {&best.n, &best.k, &best.capacity}, -1);
         refused<int64_t>(call, {&best.k, &best.capacity}, 0);
@@ -187,8 +185,10 @@ void impossible_arguments() {
         return csae_lookback_backward(&given, &grad, &attended, lse, d_q, d_k, d_v, d_slope, d_null, n_threads);
     };
     const auto both_refuse = [&](const auto& call) {
-        refused<int64_t>(call, {&given.B, &given.T, &given.H, &given.d_head, &given.d_value, &given.q.stride_b,
-                                &given.k.stride_t, &given.v.stride_h}, -1);
+        refused<int64_t>(call,
+                         {&given.B, &given.T, &given.H, &given.d_head, &given.d_value, &given.q.stride_b,
+                          &given.k.stride_t, &given.v.stride_h},
+                         -1);
         refused<int64_t>(call, {&given.d_head}, 0);
         refused<const float*>(call, {&given.q.x, &given.k.x, &given.v.x, &given.slope, &given.null}, nullptr);
         refused<float*>(call, {&lse}, nullptr);
@@ -205,9 +205,10 @@ void impossible_arguments() {
     int64_t start[2] = {0, 0}, stride = 2;
     csae_memory memory = {zeros, 2, zeros, 2, 2, looks, 1, zeros, zeros, start, looks, 2, 1, 1, 1, 1, 1};
     const auto read = [&] { return csae_read_memory(&memory, out, stride, n_threads); };
-    refused<int64_t>(read, {&memory.B, &memory.L, &memory.H, &memory.d_head, &memory.d_value, &memory.t,
-                            &memory.q_stride, &memory.memory_stride_b, &memory.memory_stride_l,
-                            &memory.takes_part_stride}, -1);
+    refused<int64_t>(read,
+                     {&memory.B, &memory.L, &memory.H, &memory.d_head, &memory.d_value, &memory.t, &memory.q_stride,
+                      &memory.memory_stride_b, &memory.memory_stride_l, &memory.takes_part_stride},
+                     -1);
     refused<int64_t>(read, {&memory.d_head, &stride}, 0);
     refused<const float*>(read, {&memory.q, &memory.memory, &memory.slope, &memory.null}, nullptr);
     refused<const uint8_t*>(read, {&memory.takes_part, &memory.looks}, nullptr);

@@ -63,8 +63,8 @@ struct TileOfKeys {
 struct TileOfQueries {
     int64_t tile, rows;  // rows: a multiple of row_group
     int64_t start[tile_size];
-    int64_t first_tile;   // no query sees a key before this tile
-    int64_t latest_start;  // all queries see all earlier keys from here on
+    int64_t first_tile;                       // no query sees a key before this tile
+    int64_t latest_start;                     // all queries see all earlier keys from here on
     float first[tile_size], last[tile_size];  // for the pairs that were made last
 
     void set(const Attention& of, int64_t b, int64_t tile);

@@ -127,8 +127,8 @@ CSAE_INLINE int64_t diagonal_columns(int64_t row) {
 
 // R rows and V registers of columns of a product, summed in registers.
 template <int W, int R, int V>
-CSAE_INLINE void product_block(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row,
-                               float* c, int64_t c_row, int64_t p, bool add) {
+CSAE_INLINE void product_block(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, float* c,
+                               int64_t c_row, int64_t p, bool add) {
     Register<W> sum[R][V] = {};
     if (add) {
         for (int r = 0; r < R; ++r) {
@@ -264,35 +264,30 @@ CSAE_INLINE float weigh_back(const Pairs& pairs, float* scores, float* d_weights
     return sum;
 }
 
-#define CSAE_ATTENTION_TILES(NAME, TARGET, W, R)                                                                    \
-    TARGET bool pack_##NAME(const Rows& from, float scale, float* to, int64_t width) {                              \
-        return pack<W>(from, scale, to, width);                                                                     \
-    }                                                                                                               \
-    TARGET void transpose_##NAME(const Rows& from, float* to) { transpose<W>(from, to); }                           \
-    TARGET void unpack_##NAME(const float* rows, int64_t width, const float* scale, float* to, int64_t stride,      \
-                              int64_t count, int64_t d) {                                                           \
-        unpack<W>(rows, width, scale, to, stride, count, d);                                                        \
-    }                                                                                                               \
-    TARGET void product_##NAME(const Product& of) { product<W, R>(of); }                                            \
-    TARGET void weigh_##NAME(const Pairs& pairs, float* scores, float* maximum, float* sum, float* out,             \
-                             int64_t width) {                                                                       \
-        weigh<W>(pairs, scores, maximum, sum, out, width);                                                          \
-    }                                                                                                               \
-    TARGET void dots_##NAME(const float* a, int64_t width, const Rows& b, float* delta) {                           \
-        dots<W>(a, width, b, delta);                                                                                \
-    }                                                                                                               \
-    TARGET float weigh_back_##NAME(const Pairs& pairs, float* scores, float* d_weights, const float* lse,           \
-                                   const float* delta) {                                                            \
-        return weigh_back<W>(pairs, scores, d_weights, lse, delta);                                                 \
-    }                                                                                                               \
-    constexpr AttentionTiles NAME = {W,                                                                             \
-                                     pack_##NAME,                                                                   \
-                                     transpose_##NAME,                                                              \
-                                     unpack_##NAME,                                                                 \
-                                     product_##NAME,                                                                \
-                                     weigh_##NAME,                                                                  \
-                                     dots_##NAME,                                                                   \
-                                     weigh_back_##NAME};
+#define CSAE_ATTENTION_TILES(NAME, TARGET, W, R)                                                               \
+    TARGET bool pack_##NAME(const Rows& from, float scale, float* to, int64_t width) {                         \
+        return pack<W>(from, scale, to, width);                                                                \
+    }                                                                                                          \
+    TARGET void transpose_##NAME(const Rows& from, float* to) { transpose<W>(from, to); }                      \
+    TARGET void unpack_##NAME(const float* rows, int64_t width, const float* scale, float* to, int64_t stride, \
+                              int64_t count, int64_t d) {                                                      \
+        unpack<W>(rows, width, scale, to, stride, count, d);                                                   \
+    }                                                                                                          \
+    TARGET void product_##NAME(const Product& of) { product<W, R>(of); }                                       \
+    TARGET void weigh_##NAME(const Pairs& pairs, float* scores, float* maximum, float* sum, float* out,        \
+                             int64_t width) {                                                                  \
+        weigh<W>(pairs, scores, maximum, sum, out, width);                                                     \
+    }                                                                                                          \
+    TARGET void dots_##NAME(const float* a, int64_t width, const Rows& b, float* delta) {                      \
+        dots<W>(a, width, b, delta);                                                                           \
+    }                                                                                                          \
+    TARGET float weigh_back_##NAME(const Pairs& pairs, float* scores, float* d_weights, const float* lse,      \
+                                   const float* delta) {                                                       \
+        return weigh_back<W>(pairs, scores, d_weights, lse, delta);                                            \
+    }                                                                                                          \
+    constexpr AttentionTiles                                                                                   \
+        NAME = {W,           pack_##NAME,      transpose_##NAME, unpack_##NAME, product_##NAME, weigh_##NAME,  \
+                dots_##NAME, weigh_back_##NAME};
 
 CSAE_ATTENTION_TILES(portable, , 4, 4)
 #if CSAE_X86

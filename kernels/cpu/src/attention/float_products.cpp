@@ -25,9 +25,9 @@
 #include <utility>
 
 #include "csae_cpu.h"
+#include "parallel.h"
 #include "simd/isa.h"
 #include "simd/matrix_units.h"
-#include "parallel.h"
 #include "simd/register.h"
 
 namespace csae {
@@ -89,8 +89,8 @@ struct Units {
     // largest magnitude.
     uint32_t (*split)(const Source& from, bool columns, Tile* parts);
     // The square of two panels, or so much more. Meanwhile memory is fetched.
-    void (*multiply)(const Step* a, const Step* b, int64_t steps, bool more, float* sums, int64_t stride,
-                     Ahead& some, Ahead& other);
+    void (*multiply)(const Step* a, const Step* b, int64_t steps, bool more, float* sums, int64_t stride, Ahead& some,
+                     Ahead& other);
 };
 
 // Line l of each part as pairs.
@@ -221,10 +221,10 @@ CSAE_AMX void multiply_amx(const Step* a, const Step* b, int64_t steps, bool mor
         _tile_zero(2);
         _tile_zero(3);
     }
-#define LOAD_A(part)                              \
+#define LOAD_A(part)                               \
     _tile_loadd(4, a[s].parts[part][0].pairs, 64); \
     _tile_loadd(5, a[s].parts[part][1].pairs, 64)
-#define LOAD_B(part)                              \
+#define LOAD_B(part)                               \
     _tile_loadd(6, b[s].parts[part][0].pairs, 64); \
     _tile_loadd(7, b[s].parts[part][1].pairs, 64)
 #define MULTIPLY()           \
@@ -396,8 +396,12 @@ struct Product {
         next_part.lines_a_step = 2 * side / n_whole + 1;
         for (int64_t j = 0; j < n_whole; ++j) {
             const Step* of_whole = whole + j * whole_steps;
-            Ahead next_panel{reinterpret_cast<const char*>(of_whole + whole_steps), 0, steps * lines * 64,
-                             j + 1 < n_whole, lines / (last - first) + 1, 0};
+            Ahead next_panel{reinterpret_cast<const char*>(of_whole + whole_steps),
+                             0,
+                             steps * lines * 64,
+                             j + 1 < n_whole,
+                             lines / (last - first) + 1,
+                             0};
             for (int64_t i = first; i < last; ++i) {
                 if (i + 1 < last) {
                     fetch_square(square_of(i + 1, j));

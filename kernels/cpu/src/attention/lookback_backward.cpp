@@ -84,8 +84,8 @@ void unpack(const Attention& of, int64_t b, int64_t h, int64_t tile, const float
             float scale, float* out) {
     float scales[tile_size];
     std::fill_n(scales, tile_size, scale);
-    of.tiles.unpack(rows, width, scales, out + ((b * of.T + tile * tile_size) * of.H + h) * d, of.H * d,
-                    of.count(tile), d);
+    of.tiles.unpack(rows, width, scales, out + ((b * of.T + tile * tile_size) * of.H + h) * d, of.H * d, of.count(tile),
+                    d);
 }
 
 // The tile's part of d_slope and d_null is added to them.
@@ -116,8 +116,8 @@ void attend_back(const Attention& of, const Gradients& g, int64_t b, int64_t h, 
         of.tiles.product({w.grad.get(), of.value_width, 1, w.value_columns.get() + i * of.value_width * tile_size,
                           tile_size, w.d_scores, tile_size, rows, tile_size, of.d_value, part, false, &w.soon});
         d_slope -= of.tiles.weigh_back(pairs, w.scores, w.d_scores, w.lse, w.delta);
-        add_to_keys(of, pairs, w.scores, w.grad.get(), finite_grad,
-                    w.d_v.get() + i * tile_size * of.value_width, of.value_width, w.soon);
+        add_to_keys(of, pairs, w.scores, w.grad.get(), finite_grad, w.d_v.get() + i * tile_size * of.value_width,
+                    of.value_width, w.soon);
         add_to_keys(of, pairs, w.d_scores, w.q.get(), finite_q, w.d_k.get() + i * tile_size * of.head_width,
                     of.head_width, w.soon);
         if (w.finite_keys[i]) {

@@ -9,8 +9,8 @@
 #include <new>
 
 #include "csae_cpu.h"
-#include "simd/exponential.h"
 #include "parallel.h"
+#include "simd/exponential.h"
 
 namespace csae {
 namespace {
@@ -80,11 +80,11 @@ using ReadOne = void (*)(const Heads& of, const float* q, const float* memory, i
                          const float* slope, const float* null, const int64_t* rows, const float* logs, int64_t n,
                          float* scores, int64_t stride, float* out);
 
-#define CSAE_READ_ONE(NAME, TARGET, W)                                                                              \
-    TARGET void NAME(const Heads& of, const float* q, const float* memory, int64_t memory_stride,                   \
-                     const float* slope, const float* null, const int64_t* rows, const float* logs, int64_t n,      \
-                     float* scores, int64_t stride, float* out) {                                                   \
-        read_one<W>(of, q, memory, memory_stride, slope, null, rows, logs, n, scores, stride, out);                 \
+#define CSAE_READ_ONE(NAME, TARGET, W)                                                                                \
+    TARGET void NAME(const Heads& of, const float* q, const float* memory, int64_t memory_stride, const float* slope, \
+                     const float* null, const int64_t* rows, const float* logs, int64_t n, float* scores,             \
+                     int64_t stride, float* out) {                                                                    \
+        read_one<W>(of, q, memory, memory_stride, slope, null, rows, logs, n, scores, stride, out);                   \
     }
 
 CSAE_READ_ONE(portable, , 4)

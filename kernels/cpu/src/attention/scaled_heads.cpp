@@ -6,8 +6,8 @@
 #include <cmath>
 
 #include "csae_cpu.h"
-#include "simd/isa.h"
 #include "parallel.h"
+#include "simd/isa.h"
 #include "simd/register.h"
 
 namespace csae {
@@ -55,15 +55,15 @@ struct ScaledHeads {
                      int64_t end, float* d_heads, float* d_gains);
 };
 
-#define CSAE_SCALED_HEADS(NAME, TARGET, W)                                                                          \
-    TARGET void forward_##NAME(const Scaling& by, const float* heads, int64_t begin, int64_t end, float* out,       \
-                               float* scale) {                                                                      \
-        forward<W>(by, heads, begin, end, out, scale);                                                              \
-    }                                                                                                               \
-    TARGET void backward_##NAME(const Scaling& by, const float* grad, const float* heads, const float* scale,       \
-                                int64_t begin, int64_t end, float* d_heads, float* d_gains) {                       \
-        backward<W>(by, grad, heads, scale, begin, end, d_heads, d_gains);                                          \
-    }                                                                                                               \
+#define CSAE_SCALED_HEADS(NAME, TARGET, W)                                                                    \
+    TARGET void forward_##NAME(const Scaling& by, const float* heads, int64_t begin, int64_t end, float* out, \
+                               float* scale) {                                                                \
+        forward<W>(by, heads, begin, end, out, scale);                                                        \
+    }                                                                                                         \
+    TARGET void backward_##NAME(const Scaling& by, const float* grad, const float* heads, const float* scale, \
+                                int64_t begin, int64_t end, float* d_heads, float* d_gains) {                 \
+        backward<W>(by, grad, heads, scale, begin, end, d_heads, d_gains);                                    \
+    }                                                                                                         \
     constexpr ScaledHeads NAME = {forward_##NAME, backward_##NAME};
 
 CSAE_SCALED_HEADS(portable, , 4)
@@ -90,16 +90,15 @@ bool good(const void* heads, int64_t n, int64_t H, int64_t d, int n_threads) {
 }  // namespace
 }  // namespace csae
 
-int csae_scale_heads(const float* heads, int64_t n, int64_t H, int64_t d, float least, float weight,
-                     const float* gain, float* out, float* scale, int n_threads) {
+int csae_scale_heads(const float* heads, int64_t n, int64_t H, int64_t d, float least, float weight, const float* gain,
+                     float* out, float* scale, int n_threads) {
     if (!csae::good(heads, n, H, d, n_threads)) return csae_bad_argument;
     if (n == 0) return csae_ok;
     if (out == nullptr || scale == nullptr) return csae_bad_argument;
     const csae::Scaling by{H, d, least, weight, gain};
     const csae::ScaledHeads& loops = csae::scaled_heads();
-    csae::parallel_for(n, csae::piece(H, d), n_threads, [&](int, int64_t begin, int64_t end) {
-        loops.forward(by, heads, begin, end, out, scale);
-    });
+    csae::parallel_for(n, csae::piece(H, d), n_threads,
+                       [&](int, int64_t begin, int64_t end) { loops.forward(by, heads, begin, end, out, scale); });
     return csae_ok;
 }
 

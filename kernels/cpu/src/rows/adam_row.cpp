@@ -119,11 +119,11 @@ CSAE_INLINE void adam_row(const csae_adam& step, float* param, M* exp_avg, M* ex
     scale<1>(param, scale<W>(param, 0, d, factor), d, factor);
 }
 
-#define CSAE_ADAM_ROW(NAME, TARGET, W)                                                                              \
-    template <class M>                                                                                              \
-    TARGET void NAME(const csae_adam& step, float* param, M* exp_avg, M* exp_avg_sq, const float* gradient,         \
-                     int64_t d, uint32_t place, bool unit_row) {                                                    \
-        adam_row<W>(step, param, exp_avg, exp_avg_sq, gradient, d, place, unit_row);                                \
+#define CSAE_ADAM_ROW(NAME, TARGET, W)                                                                                 \
+    template <class M>                                                                                                 \
+    TARGET void NAME(const csae_adam& step, float* param, M* exp_avg, M* exp_avg_sq, const float* gradient, int64_t d, \
+                     uint32_t place, bool unit_row) {                                                                  \
+        adam_row<W>(step, param, exp_avg, exp_avg_sq, gradient, d, place, unit_row);                                   \
     }
 
 CSAE_ADAM_ROW(portable, , 4)

@@ -1,7 +1,7 @@
 // Adam on tables whose gradients are given in factors: a row's gradient is summed where it is used, so that parameters
 // and moments pass through memory once, and no dense gradient does.
-#include "rows/adam_row.h"
 #include "csae_cpu.h"
+#include "rows/adam_row.h"
 #include "rows/feature_gradients.h"
 
 namespace csae {

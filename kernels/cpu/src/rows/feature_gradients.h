@@ -19,7 +19,8 @@ struct FreeAligned {
 // Floats that begin with a cache line.
 using Floats = std::unique_ptr<float[], FreeAligned>;
 inline Floats allocate_floats(int64_t count) {
-    return Floats(static_cast<float*>(::operator new(static_cast<size_t>(count) * sizeof(float), std::align_val_t{64})));
+    return Floats(
+        static_cast<float*>(::operator new(static_cast<size_t>(count) * sizeof(float), std::align_val_t{64})));
 }
 
 class FeatureGradients {

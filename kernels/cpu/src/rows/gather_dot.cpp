@@ -52,7 +52,7 @@ int csae_gather_dot(const float* rows, int64_t rows_stride, const int64_t* indic
         return csae::gather_dot(rows, rows_stride, indices, indices_stride, n, k, typed_table, table_stride, d_sae, d,
                                 out, out_stride, n_threads);
     };
-    const bool good = type == csae_float32 ? run(static_cast<const float*>(table))
-                                           : run(static_cast<const csae::BFloat16*>(table));
+    const bool good =
+        type == csae_float32 ? run(static_cast<const float*>(table)) : run(static_cast<const csae::BFloat16*>(table));
     return good ? csae_ok : csae_bad_index;
 }

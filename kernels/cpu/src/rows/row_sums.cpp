@@ -71,19 +71,19 @@ CSAE_INLINE void dots(const T* table, int64_t stride, int64_t d, const int64_t* 
     for (; j < count; ++j) dots_of<W, 1>(table, stride, d, ids + j, ids + j, row, out + j);
 }
 
-#define CSAE_ROW_SUMS(NAME, TARGET, W)                                                                              \
-    template <class T, class Out>                                                                                   \
-    TARGET void weighted_sum_##NAME(const T* table, int64_t stride, int64_t d, const int64_t* ids,                  \
-                                    const float* weights, int64_t count, const int64_t* next_ids,                   \
-                                    int64_t next_count, Out* out) {                                                 \
-        weighted_sum<W>(table, stride, d, ids, weights, count, next_ids, next_count, out);                          \
-    }                                                                                                               \
-    template <class T>                                                                                              \
-    TARGET void dots_##NAME(const T* table, int64_t stride, int64_t d, const int64_t* ids, int64_t count,           \
-                            const float* row, float* out) {                                                         \
-        dots<W>(table, stride, d, ids, count, row, out);                                                            \
-    }                                                                                                               \
-    template <class T>                                                                                              \
+#define CSAE_ROW_SUMS(NAME, TARGET, W)                                                                                \
+    template <class T, class Out>                                                                                     \
+    TARGET void weighted_sum_##NAME(const T* table, int64_t stride, int64_t d, const int64_t* ids,                    \
+                                    const float* weights, int64_t count, const int64_t* next_ids, int64_t next_count, \
+                                    Out* out) {                                                                       \
+        weighted_sum<W>(table, stride, d, ids, weights, count, next_ids, next_count, out);                            \
+    }                                                                                                                 \
+    template <class T>                                                                                                \
+    TARGET void dots_##NAME(const T* table, int64_t stride, int64_t d, const int64_t* ids, int64_t count,             \
+                            const float* row, float* out) {                                                           \
+        dots<W>(table, stride, d, ids, count, row, out);                                                              \
+    }                                                                                                                 \
+    template <class T>                                                                                                \
     constexpr RowSums<T> NAME = {weighted_sum_##NAME<T, float>, weighted_sum_##NAME<T, T>, dots_##NAME<T>};
 
 CSAE_ROW_SUMS(portable, , 4)

@@ -10,8 +10,8 @@
 #include <type_traits>
 
 #include "csae_cpu.h"
-#include "simd/isa.h"
 #include "parallel.h"
+#include "simd/isa.h"
 #include "simd/register.h"
 
 namespace csae {
@@ -88,8 +88,8 @@ void pair_up(const BFloat16* rows, int64_t width, BFloat16* pairs) {
 }  // namespace
 }  // namespace csae
 
-int csae_round_rows(const float* rows, int64_t rows_stride, int64_t n, int64_t d, void* rounded,
-                    int64_t rounded_stride, float* lengths, float* errors, int n_threads) {
+int csae_round_rows(const float* rows, int64_t rows_stride, int64_t n, int64_t d, void* rounded, int64_t rounded_stride,
+                    float* lengths, float* errors, int n_threads) {
     if (n < 0 || d < 0 || rows_stride < 0 || n_threads < 1 || (n > 1 && rounded_stride < d)) return csae_bad_argument;
     if (n == 0) return csae_ok;
     if (lengths == nullptr || errors == nullptr) return csae_bad_argument;
@@ -111,7 +111,8 @@ int csae_round_pairs(const void* rows, int64_t rows_stride, int64_t n, int64_t d
     if (n < 0 || d < 0 || rows_stride < 0 || n_threads < 1) return csae_bad_argument;
     if (width < d + 4 || width % 2 != 0 || (type != csae_float32 && type != csae_bfloat16)) return csae_bad_argument;
     if (n == 0) return csae_ok;
-    if ((d > 0 && rows == nullptr) || bias == nullptr || pairs == nullptr || lengths == nullptr) return csae_bad_argument;
+    if ((d > 0 && rows == nullptr) || bias == nullptr || pairs == nullptr || lengths == nullptr)
+        return csae_bad_argument;
     using csae::BFloat16;
     using csae::block_rows;
     const int64_t n_blocks = (n + block_rows - 1) / block_rows, size = block_rows * width;

@@ -14,9 +14,9 @@
 #include <new>
 
 #include "csae_cpu.h"
+#include "parallel.h"
 #include "simd/isa.h"
 #include "simd/matrix_units.h"
-#include "parallel.h"
 #include "simd/register.h"
 #include "topk/topk_list.h"
 #include "topk/topk_scan.h"
@@ -82,8 +82,8 @@ CSAE_AMX uint32_t multiply_amx(const BFloat16* x, int64_t x_stride, const BFloat
     _tile_zero(3);
     for (int64_t c = 0; c < width; c += depth) {
         if (c / depth % 8 == 7) _tile_stored(7, unused, 64);
-        _tile_loadd(4, x + c, x_bytes);            // [16, 32]
-        _tile_loadd(6, first + c * tile, 64);      // [16, 16, 2]
+        _tile_loadd(4, x + c, x_bytes);        // [16, 32]
+        _tile_loadd(6, first + c * tile, 64);  // [16, 16, 2]
         _tile_loadd(5, x + tile * x_stride + c, x_bytes);
         _tile_loadd(7, second + c * tile, 64);
         _tile_dpbf16ps(0, 4, 6);

@@ -76,8 +76,7 @@ struct Tail {
     }
 };
 
-void add(const TopkScan& scan, const csae_topk& to, int64_t i, const Sums& row, int64_t width,
-         int64_t first_column) {
+void add(const TopkScan& scan, const csae_topk& to, int64_t i, const Sums& row, int64_t width, int64_t first_column) {
     if (to.count[i] == broken) return;
     Row best{scan, Candidates(to, i), to.threshold[i], to.k, to.capacity - block_width, false};
     const int64_t n_whole = width / block_width, whole = n_whole * block_width, rest = width - whole;

@@ -119,8 +119,7 @@ constexpr TopkScan portable = {find_portable, group_maxima_portable, bound_of_kt
 
 // --- AVX2 --------------------------------------------------------------------------------------------------
 
-CSAE_AVX2 int64_t find_avx2(const Sums& row, int64_t n_blocks, float threshold, int32_t* blocks,
-                            uint64_t* columns) {
+CSAE_AVX2 int64_t find_avx2(const Sums& row, int64_t n_blocks, float threshold, int32_t* blocks, uint64_t* columns) {
     const __m256 t = _mm256_set1_ps(threshold);
     int64_t found = 0;
     for (int64_t b = 0; b < n_blocks; ++b) {
@@ -159,7 +158,7 @@ CSAE_AVX512 inline __mmask16 not_below(const Sums& row, int64_t c, __m512 thresh
 }
 
 CSAE_AVX512 int64_t find_avx512(const Sums& row, int64_t n_blocks, float threshold, int32_t* blocks,
-                                     uint64_t* columns) {
+                                uint64_t* columns) {
     const __m512 t = _mm512_set1_ps(threshold);
     int64_t found = 0;
     for (int64_t b = 0; b < n_blocks; ++b) {

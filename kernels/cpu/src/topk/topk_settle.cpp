@@ -104,8 +104,7 @@ struct Settle {
 
 int csae_topk_settle(const csae_topk* best, int64_t k, const float* x, int64_t x_stride, const void* table,
                      int64_t table_stride, int64_t d_sae, int64_t d, int type, const float* bias, float* values,
-                     int64_t values_stride, int64_t* indices, int64_t indices_stride, uint8_t* settled,
-                     int n_threads) {
+                     int64_t values_stride, int64_t* indices, int64_t indices_stride, uint8_t* settled, int n_threads) {
     if (best == nullptr || !csae::possible(best, 0) || n_threads < 1) return csae_bad_argument;
     if (k < 1 || k >= best->k || d_sae < best->k || d < 1 || x_stride < 0 || table_stride < 0) return csae_bad_argument;
     if (type != csae_float32 && type != csae_bfloat16) return csae_bad_argument;
@@ -121,8 +120,8 @@ int csae_topk_settle(const csae_topk* best, int64_t k, const float* x, int64_t x
         for (int i = 0; i < n_threads; ++i) workspaces[i].reset(new csae::Workspace(best->k));
         const auto run = [&](auto* typed) {
             using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
-            const csae::Settle<T> settle{*best, k, typed, table_stride, d_sae, d, bias, csae::topk_scan(),
-                                         csae::row_sums<T>()};
+            const csae::Settle<T> settle{
+                *best, k, typed, table_stride, d_sae, d, bias, csae::topk_scan(), csae::row_sums<T>()};
             csae::parallel_for(n, csae::piece_of(n, n_threads), n_threads, [&](int thread, int64_t begin, int64_t end) {
                 for (int64_t i = begin; i < end; ++i) {
                     bool here = true;
