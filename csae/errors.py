@@ -1,5 +1,35 @@
-"""What a person at the command line did that can't work, said in one line that tells what to do."""
+"""What ends in one line: bad input, a disk that does not do as asked, a stop that was asked for."""
+
+from __future__ import annotations
+
+import unicodedata
+
+# Marks and spaces that are not printable, but text needs them: joiners, no-break space, ideographic space.
+HARMLESS = frozenset("\u00a0\u200c\u200d\u3000")
 
 
 class UserError(ValueError):
     """Bad input from a user: the command line prints the message and exits with code 2."""
+
+
+class Stopped(Exception):
+    """Work was asked to stop (Ctrl-C); the message says where it can go on."""
+
+
+def shown(text: object) -> str:
+    """A text that can be printed, and stand in a page or a JSON file: on one line, valid Unicode, without controls.
+
+    A byte that is no UTF-8 (in the name of a file) becomes \\xff, a control or escape sequence \\x1b, a line break \\n.
+    """
+    return "".join(character if _is_plain(character) else _escaped(character) for character in str(text))
+
+
+def _is_plain(character: str) -> bool:
+    return character.isprintable() or character in HARMLESS or unicodedata.category(character) == "Zs"
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # how Python holds a byte that is no UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode("ascii") if not 0xD800 <= code <= 0xDFFF else f"\\u{code:04x}"

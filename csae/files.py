@@ -1,16 +1,48 @@
-"""Files that are whole or not there: written under a temporary name, then renamed; and JSON read back."""
+"""Files that are whole or not there: written under a temporary name, then renamed; JSON read back; disk errors."""
 
 from __future__ import annotations
 
 import errno
 import json
+import math
 import os
-from collections.abc import Callable
-from contextlib import suppress
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from csae.errors import UserError
+
+# What the system says, whichever layer reports it, and what to do. What is not here is said as the system says it.
+ADVICE = {
+    errno.ENOSPC: "the disk is full: free some space, or choose another folder",
+    errno.EDQUOT: "the disk quota is used up, the disk is full for you: free some space, or choose another folder",
+    errno.EFBIG: "it is larger than this file system or its limits allow: choose another folder",
+    errno.EROFS: "Read-only file system: choose another folder",
+    errno.EIO: "the disk or the network behind it reports an input/output error: check it (dmesg), and try again",
+    errno.ENOTDIR: "a part of that path is a file, not a folder: choose another folder",
+    errno.EEXIST: "a part of that path is a file, not a folder: choose another folder",
+    errno.EISDIR: "it is a folder: give the name of a file",
+    errno.ENOENT: "no such file or folder",
+    errno.ELOOP: "its symbolic links go round in a circle: mend or remove them",
+    errno.ENAMETOOLONG: "the name is too long for this file system: give a shorter one",
+    errno.EMFILE: "too many open files: raise the limit with `ulimit -n 65536`",
+    errno.ENFILE: "too many open files on this machine: close some programs",
+    errno.ESTALE: "the network file system has lost it: mount it again, and try again",
+    errno.ENODEV: "it is no ordinary file: give a file on a disk",
+    errno.ENXIO: "it is no ordinary file: give a file on a disk",
+    errno.ENOMEM: "there is no memory left for it: close some programs",
+}
+NO_PERMISSION = {
+    "write": "no permission to write there: choose another folder",
+    "read": "no permission to read it: allow it with `chmod +r`, or ask its owner",
+}
+# Some libraries give a text without a number.
+IN_WORDS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EMFILE, errno.ESTALE)
+TEXTS = {os.strerror(number): number for number in IN_WORDS}
+# torch.save says no more than this of a disk that is full, of a quota and of a limit.
+UNFINISHED = ("PytorchStreamWriter failed", "iostream error", "inline_container.cc")
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -30,8 +62,8 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
-        reason = _disk_problem(error)
-        if reason:
+        reason = disk_problem(error, "write")
+        if reason and not isinstance(error, UserError):
             raise UserError(f"{path}: not written: {reason}; nothing half-written was left") from error
         raise
 
@@ -39,15 +71,13 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 def check_writable(path: Path) -> None:
     """Raises UserError now where `write_file` would after the work; a folder that it makes on the way stays."""
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path}: it is a folder: give the name of a file")
-    trial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with writing(path):
+        if path.is_dir():
+            raise UserError(f"{path}: it is a folder: give the name of a file")
+        trial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
         trial.touch()
         trial.unlink()
-    except OSError as error:
-        raise UserError(f"{path}: can't be written: {_disk_problem(error) or error}") from error
 
 
 def write_with_config(
@@ -73,35 +103,119 @@ def write_json(path: Path, content: object) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError where it holds something else."""
+    """The object in a JSON file. Raises UserError, in one line, where it can't be read or holds something else."""
+    path = Path(path)
+    with reading(path):
+        content = path.read_bytes()
+    return parse_json(content, str(path), "copy the folder again")
+
+
+def parse_json(content: bytes | str, where: str, advice: str) -> dict[str, Any]:
+    """The object that JSON text holds; UTF-8, a byte order mark is skipped.
+
+    Raises UserError, which begins with `where` and ends with `advice`, where it is no JSON or no object, nested too
+    deeply, or holds NaN, Infinity, or a number beyond what float64 (a whole one: beyond 4,300 digits) can hold.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}): copy the folder again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: given a JSON {type(content).__name__}; needed an object")
-    return content
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+        if not text.strip():
+            raise ValueError("it is empty")
+        found = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+    except RecursionError as error:
+        raise UserError(f"{where}: not JSON that can be read (nested too deeply): {advice}") from error
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({_reason(error)}): {advice}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: given a JSON {type(found).__name__}; needed an object: {advice}")
+    return found
+
+
+def _reason(error: ValueError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8"
+    text = str(error)
+    return "a number of more than 4,300 digits" if "integer string conversion" in text else text
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return number
+
+
+@contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """Disk errors inside become a UserError that says that `path` can't be read, why, and what to do."""
+    with _told(f"{path}: can't be read", "read"):
+        yield
+
+
+@contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Disk errors inside become a UserError that says that `path` can't be written, why, and what to do."""
+    with _told(f"{path}: can't be written", "write"):
+        yield
+
+
+@contextmanager
+def _told(what: str, doing: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = disk_problem(error, doing)
+        if reason is None:
+            raise
+        raise UserError(f"{what}: {reason}") from error
+
+
+def check_readable(path: Path) -> None:
+    """Raises UserError where a file can't be opened and read, whatever the reason; its content is not looked at.
+
+    Other libraries say "no such file" or "not whole" of whatever they can't open.
+    """
+    with reading(path), open(path, "rb") as file:
+        file.read(1)
+
+
+def disk_problem(error: BaseException | None, doing: str = "write") -> str | None:
+    """What a disk error means and what to do, or None where it is none. doing: "write" or "read".
+
+    It may be an OSError, or that of a library that was raised from one, or tells of one in its text.
+    """
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        number = _number_in(str(error)) if number is None else number
+        if number in (errno.EACCES, errno.EPERM):
+            return NO_PERMISSION[doing]
+        if number in ADVICE:
+            return _for_reading(ADVICE[number]) if doing == "read" else ADVICE[number]
+        if any(words in str(error) for words in UNFINISHED):
+            return "the disk did not take all of it, it may be full: free some space, or choose another folder"
+        if isinstance(error, OSError) and error.strerror and number is not None:
+            return f"{error.strerror}: choose another {'folder' if doing == 'write' else 'file'}"
+        error = error.__cause__
+    return None
+
+
+def _for_reading(advice: str) -> str:
+    return advice.replace(": choose another folder", ": check the path")
+
+
+def _number_in(text: str) -> int | None:
+    found = re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", text)
+    if found:
+        return int(found[1] or found[2])
+    return next((number for words, number in TEXTS.items() if words in text), None)
 
 
 def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
-
-
-def _disk_problem(error: BaseException) -> str | None:
-    # safetensors reports a full disk in the text of an error of its own.
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or "No space left" in str(error):
-        return "the disk is full: free some space, or choose another folder"
-    if isinstance(error, OSError) and error.errno == errno.EFBIG:
-        return "it is larger than this file system or its limits allow: choose another folder"
-    if isinstance(error, PermissionError):
-        return "no permission to write there: choose another folder"
-    if isinstance(error, NotADirectoryError | FileExistsError):
-        return "a part of that path is a file, not a folder: choose another folder"
-    if isinstance(error, IsADirectoryError):
-        return "it is a folder: give the name of a file"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: choose another folder"
-    return None

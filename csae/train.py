@@ -32,7 +32,7 @@ from csae.activations import ActivationSource, Batch, window_order
 from csae.adam import Adam
 from csae.checkpoint import last_checkpoint, restore_checkpoint, save_checkpoint
 from csae.contextual_sae import ContextualSAE
-from csae.errors import UserError
+from csae.errors import Stopped, UserError
 from csae.files import write_file, write_json
 from csae.progress import bar as progress_bar
 from csae.sae import CONFIG, SAE, Losses, fraction_unexplained
@@ -101,10 +101,6 @@ class TrainConfig:
                 raise UserError(
                     f"{name}: given {getattr(self, name)!r}; needed one of {', '.join(map(repr, PRECISIONS))}"
                 )
-
-
-class Stopped(Exception):
-    """Training was asked to stop (Ctrl-C); the message says where it can go on."""
 
 
 def train(
