@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 import csae
+from csae import versions
 from csae.kernels import cpu, triton
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "huggingface-hub", "transformers", "datasets")
@@ -34,7 +35,8 @@ class Fact(NamedTuple):
 def facts() -> list[Fact]:
     """All that `csae info` shows."""
     found = [
-        Fact("csae", csae.__version__),
+        Fact("csae", csae.__version__, versions.DISTRIBUTION),
+        *(Fact("another csae", "installed", line) for line in [versions.other_package()] if line),
         Fact("python", platform.python_version(), platform.platform()),
         *(_package(name) for name in PACKAGES),
         Fact(
@@ -70,6 +72,8 @@ def _on_cpu(native: str) -> str:
 
 def _package(name: str) -> Fact:
     try:
-        return Fact(name, version(name))
+        found = version(name)
     except PackageNotFoundError:
         return Fact(name, "not installed", f"pip install {name}")
+    outside = versions.out_of_range(name)
+    return Fact(name, found, outside[0] if outside else "")

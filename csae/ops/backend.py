@@ -7,12 +7,14 @@ from types import ModuleType
 
 import torch
 
+from csae import versions
 from csae.kernels import cpu, triton
 
 
 def kernels(op: str, device: torch.device) -> ModuleType:
     """The module that implements `op` on `device`."""
     if device.type == "cuda" and triton.available():
+        versions.check("triton")
         return import_module(f"csae.kernels.triton.{op}")
     if device.type == "cpu" and not cpu.available():
         cpu.warn_once()
