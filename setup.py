@@ -21,7 +21,7 @@ from setuptools.command.build import build
 LIBRARY = "libcsae_cpu.so"
 HOW_TO_GET_IT = (
     "the package works without it, slower; to get it, install a C++17 compiler (g++ or clang++) "
-    "and install csae again with `pip install --force-reinstall --no-deps --no-cache-dir`"
+    "and run `pip install --force-reinstall --no-deps --no-cache-dir {}` again"
 )
 
 
@@ -86,7 +86,8 @@ class BuildNative(Command):
         target.unlink(missing_ok=True)
         reason = compile_library(target)
         if reason is not None:
-            say(f"csae: the native CPU library was left out, since {reason}: {HOW_TO_GET_IT}.")
+            how = HOW_TO_GET_IT.format(self.distribution.get_name())
+            say(f"csae: the native CPU library was left out, since {reason}: {how}.")
 
     @property
     def in_sources(self) -> Path:

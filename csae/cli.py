@@ -12,16 +12,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from csae.errors import Stopped, UserError
+from csae.versions import DISTRIBUTION, check_name, pip_install
+
 try:
+    check_name()
     import click
     from rich.console import Console
     from rich.table import Table
+except UserError as error:
+    sys.exit(f"csae: {error}")
 except ImportError as error:  # the ops and modules do without
-    sys.exit(f"csae: the command line needs {error.name}: pip install 'csae[cli]'")
+    sys.exit(f"csae: the command line needs {error.name}: {pip_install('cli')}")
 
 import torch
 
-from csae.errors import UserError
+import csae
 
 MODEL = click.option("--model", help="Language model: a Hugging Face id, a folder, or a .gguf file.")
 LAYER = click.option("--layer", type=int, help="Read the residual stream after this many blocks.")
@@ -35,7 +41,7 @@ DEVICE = click.option("--device", help="cuda or cpu; cuda where there is one, if
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="csae")
+@click.version_option(csae.__version__, message=f"%(prog)s %(version)s ({DISTRIBUTION})")
 def cli() -> None:
     """Train sparse autoencoders fast; and the contextual one, which encodes only what is new."""
 
@@ -395,8 +401,6 @@ def _device(name: str | None) -> str:
 
 def main() -> None:
     """The program `csae`."""
-    from csae.train import Stopped
-
     try:
         cli(standalone_mode=False)
     except UserError as error:

