@@ -59,10 +59,18 @@ class ActivationSource(Protocol):
 class ModelActivations:
     """The residual stream of a language model after `layer` blocks, computed when it is read.
 
-    batch_size: how many windows go through the model at once. What is read lies on the model's device.
+    batch_size: how many windows go through the model at once. What is read lies on the model's device. keep_first:
+    position 0 and outliers take part (`sink_mask`).
     """
 
-    def __init__(self, lm: LanguageModel, layer: int, token_windows: TokenWindows, batch_size: int = 8) -> None:
+    def __init__(
+        self,
+        lm: LanguageModel,
+        layer: int,
+        token_windows: TokenWindows,
+        batch_size: int = 8,
+        keep_first: bool = False,
+    ) -> None:
         """Raises UserError where the model has no such layer, a shorter context, or other tokens."""
         if batch_size < 1:
             raise ValueError(f"batch_size: given {batch_size}; needed 1 or more")
@@ -72,6 +80,7 @@ class ModelActivations:
         self.layer = layer
         self.token_windows = token_windows
         self.batch_size = batch_size
+        self.keep_first = keep_first
         self.n_windows, self.n_ctx = token_windows.tokens.shape
         self.d_in = lm.d_in
 
@@ -91,13 +100,16 @@ class ModelActivations:
                 f"layer {self.layer} of {self.lm.name} gives NaN or Inf in window {int(chosen[~finite.cpu()][0])}, in "
                 f"{dtype}: {advice}"
             )
-        return Batch(acts, sink_mask(acts), documents, tokens)
+        special = self.token_windows.special
+        mask = sink_mask(acts, None, self.keep_first, None if special is None else special[chosen])
+        return Batch(acts, mask, documents, tokens)
 
     def describe(self) -> dict[str, Any]:
-        digest = hashlib.sha256()
-        for part in self.token_windows:
-            digest.update(part.int().numpy().tobytes())
-        return {
+        windows, digest = self.token_windows, hashlib.sha256()
+        for part in (windows.tokens, windows.documents, windows.special):
+            if part is not None:
+                digest.update(part.int().numpy().tobytes())
+        about = {
             "model": self.lm.name,
             "layer": self.layer,
             "n_ctx": self.n_ctx,
@@ -107,17 +119,25 @@ class ModelActivations:
             "batch_size": self.batch_size,
             "windows_sha256": digest.hexdigest(),
         }
+        # Only where they are: runs of before these options say neither.
+        if windows.begin:
+            about["bos"] = list(windows.begin)
+        if self.keep_first:
+            about["keep_first"] = True
+        return about
 
 
 class ShardActivations:
     """Activations in a folder of shards (the format is in csae.shards), read to the CPU.
 
-    A file without `documents` has one document a window. A file without `mask` gets that of sink_mask.
+    A file without `documents` has one document a window. A file without `mask` gets that of sink_mask, with keep_first
+    as given, or as activations.json says. Of a stored mask, positions whose activations are all zero are left out.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, keep_first: bool = False) -> None:
         """Raises UserError where the folder or a file in it is not as the format wants it."""
         self._reader = ShardReader(folder)
+        self.keep_first = keep_first or self._reader.about.get("keep_first") is True
         self.folder = self._reader.folder
         self.n_windows, self.n_ctx, self.d_in = self._reader.n_windows, self._reader.n_ctx, self._reader.d_in
 
@@ -131,7 +151,7 @@ class ShardActivations:
             raise UserError(
                 f"{where}: NaN or Inf in the activations; write it again (float16 ends at 65504, bfloat16 far above)"
             )
-        mask = sink_mask(acts)
+        mask = sink_mask(acts, keep_first=self.keep_first)
         if any(window.mask is not None for window in windows):
             is_text = sink_mask(acts, keep_first=True)
         documents = torch.zeros(mask.shape, dtype=torch.int64)
@@ -153,6 +173,7 @@ class ShardActivations:
             "n_windows": self.n_windows,
             "d_in": self.d_in,
             "dtype": str(self._reader.dtype).removeprefix("torch."),
+            **({"keep_first": True} if self.keep_first else {}),
         }
 
 
@@ -163,23 +184,31 @@ class Begun(NamedTuple):
     usual_norm: Tensor  # [B] float32: the median that norms are compared with; NaN before there is one
 
 
-def sink_mask(acts: Tensor, text: Tensor | None = None, keep_first: bool = False) -> Tensor:
+def sink_mask(
+    acts: Tensor, text: Tensor | None = None, keep_first: bool = False, special: Tensor | None = None
+) -> Tensor:
     """Which positions take part: acts [B, T, d_in] -> [B, T] bool.
 
     The one rule for padding and attention sinks, wherever activations come from. No text is where `text` [B, T], bool
     or integers, is false, and where all of a position's activations are zero, as others write padding. Of the text,
     out is position 0, the first of each row that is text, and every position whose norm is more than ten times the
-    median norm of the other text of its row. `keep_first`, for activations of what has no such sinks, keeps both. The
-    mask of a row does not depend on the rows beside it. A position with NaN or Inf takes part: it is to be seen.
+    median norm of the other text of its row. `keep_first`, for activations of what has no such sinks, keeps both.
+    Out are also the positions that are true in `special` [B, T], tokens that the model sees as text and an SAE does
+    not: they are in no median, but the first may be position 0. The mask of a row does not depend on the rows beside
+    it. A position with NaN or Inf takes part: it is to be seen.
 
     Raises ValueError or TypeError where shapes or dtypes are others.
     """
-    return follow_mask(acts, None, text, keep_first)[0]
+    return follow_mask(acts, None, text, keep_first, special)[0]
 
 
 @torch.no_grad()
 def follow_mask(
-    acts: Tensor, before: Begun | None = None, text: Tensor | None = None, keep_first: bool = False
+    acts: Tensor,
+    before: Begun | None = None,
+    text: Tensor | None = None,
+    keep_first: bool = False,
+    special: Tensor | None = None,
 ) -> tuple[Tensor, Begun]:
     """`sink_mask` of texts that come in parts: the next T positions, and what their next parts need.
 
@@ -192,11 +221,12 @@ def follow_mask(
     is_text = torch.zeros(B, T, dtype=torch.bool, device=acts.device)
     if d_in:
         is_text = torch.linalg.vector_norm(acts, ord=math.inf, dim=-1) != 0  # a sum of squares may round to zero
+    for name, marks in (("text", text), ("special", special)):
+        if marks is not None and marks.shape != (B, T):
+            raise ValueError(f"{name}: given shape {list(marks.shape)}; needed {[B, T]}, as acts")
+        if marks is not None and (marks.is_floating_point() or marks.is_complex()):
+            raise TypeError(f"{name}: given {marks.dtype}; needed bool or integers")
     if text is not None:
-        if text.shape != (B, T):
-            raise ValueError(f"text: given shape {list(text.shape)}; needed {[B, T]}, as acts")
-        if text.is_floating_point() or text.is_complex():
-            raise TypeError(f"text: given {text.dtype}; needed bool or integers")
         is_text &= (text != 0).to(acts.device)
     if before is None:
         before = Begun(is_text.new_zeros(B), torch.full([B], math.nan, device=acts.device))
@@ -206,12 +236,13 @@ def follow_mask(
         return is_text, before
     norms = acts.float().norm(dim=-1)
     finite = norms.isfinite()
-    counted = norms.where(is_text & ~first & finite, math.nan)
+    taking_part = is_text if special is None else is_text & (special == 0).to(acts.device)
+    counted = norms.where(taking_part & ~first & finite, math.nan)
     usual = before.usual_norm.where(before.usual_norm.isfinite(), counted.nanmedian(dim=1).values)
     if keep_first:
-        return is_text, Begun(begun, usual)
+        return taking_part, Begun(begun, usual)
     sink = finite & (norms > SINK_NORM * usual.unsqueeze(1))
-    return is_text & ~first & ~sink, Begun(begun, usual)
+    return taking_part & ~first & ~sink, Begun(begun, usual)
 
 
 def window_order(n_windows: int, seed: int, epoch: int) -> list[int]:

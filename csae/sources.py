@@ -8,7 +8,7 @@ from csae.activations import ActivationSource, ModelActivations, ShardActivation
 from csae.errors import UserError
 from csae.language_model import LanguageModel
 from csae.progress import Progress, quiet
-from csae.text import TokenWindows, load_token_dataset, read_documents, tokenize
+from csae.text import TokenWindows, beginning, load_token_dataset, read_documents, tokenize
 
 
 def open_source(
@@ -17,10 +17,14 @@ def open_source(
     """The activations that `origin` describes, and the language model where one makes them.
 
     origin: {"activations": folder}, or {"model", "layer", "n_ctx", "max_tokens"} with one of {"text": file or
-    folder} and {"dataset": name or folder}. Raises UserError where a part is missing or does not fit.
+    folder} and {"dataset": name or folder}. Beside those "keep_first", true where position 0 and outliers take part
+    (`csae.activations.sink_mask`), and with a model "bos", whether windows begin with a beginning of sequence: false
+    if it is not there, null for the tokenizer's own convention (`csae.text.beginning`). Raises UserError where a part
+    is missing or does not fit.
     """
+    keep_first = bool(origin.get("keep_first"))
     if origin.get("activations") is not None:
-        return ShardActivations(origin["activations"]), None
+        return ShardActivations(origin["activations"], keep_first), None
     for name in ("model", "layer"):
         if origin.get(name) is None:
             raise UserError(f"--{name}: not given; needed with --text or --dataset (or give --activations DIR)")
@@ -30,13 +34,22 @@ def open_source(
     lm.block(origin["layer"])
     windows = _windows(origin, lm, progress)
     lm.check_tokens(windows.tokens)
-    return ModelActivations(lm, origin["layer"], windows), lm
+    return ModelActivations(lm, origin["layer"], windows, keep_first=keep_first), lm
+
+
+def remembered(origin: dict[str, Any], source: ActivationSource) -> dict[str, Any]:
+    """`origin` for a run to keep: whether there is a beginning of sequence as it was found, and not as to be found."""
+    about = source.describe()
+    kept = {name: value for name, value in origin.items() if name not in ("bos", "keep_first")}
+    return kept | {name: True for name in ("bos", "keep_first") if about.get(name)}
 
 
 def _windows(origin: dict[str, Any], lm: LanguageModel, progress: Progress) -> TokenWindows:
     n_ctx, max_tokens = origin["n_ctx"], origin.get("max_tokens")
     if lm.max_ctx is not None and n_ctx > lm.max_ctx:
         raise UserError(f"--n-ctx: given {n_ctx}; the context of {lm.name} is {lm.max_ctx} tokens at most")
+    begin = beginning(lm.tokenizer, origin.get("bos", False))
     if origin.get("dataset") is not None:
-        return load_token_dataset(origin["dataset"], n_ctx, max_tokens)
-    return tokenize(read_documents(origin["text"]), lm.tokenizer, n_ctx, max_tokens, progress=progress)
+        return load_token_dataset(origin["dataset"], n_ctx, max_tokens, begin=begin, n_vocab=lm.n_vocab)
+    documents = read_documents(origin["text"])
+    return tokenize(documents, lm.tokenizer, n_ctx, max_tokens, progress=progress, begin=begin)
