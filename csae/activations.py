@@ -137,7 +137,13 @@ class ShardActivations:
     def __init__(self, folder: str | Path, keep_first: bool = False) -> None:
         """Raises UserError where the folder or a file in it is not as the format wants it."""
         self._reader = ShardReader(folder)
-        self.keep_first = keep_first or self._reader.about.get("keep_first") is True
+        kept = self._reader.about.get("keep_first") is True
+        if keep_first and self._reader.has_mask and not kept:
+            raise UserError(
+                f"--keep-first: {str(folder)!r} was written with masks that leave position 0 and outliers out; needed "
+                "activations without masks, or cached with --keep-first"
+            )
+        self.keep_first = keep_first or kept
         self.folder = self._reader.folder
         self.n_windows, self.n_ctx, self.d_in = self._reader.n_windows, self._reader.n_ctx, self._reader.d_in
 
@@ -254,8 +260,11 @@ def held_out(n_windows: int, amount: int | float) -> tuple[range, range]:
     """The windows to train on and those held out: the last ones, a number (int) or a share (float) of them.
 
     A share is one window at least. The documents were shuffled before they were packed, so the last windows are
-    like the others; a document on the border may be in both. Raises UserError where either part would be empty.
+    like the others; a document on the border may be in both. Raises UserError where the share is none, or where either
+    part would be empty.
     """
+    if isinstance(amount, float):
+        check_share(amount)
     count = max(1, round(amount * n_windows)) if isinstance(amount, float) else amount
     if not 1 <= count < n_windows:
         raise UserError(
@@ -263,6 +272,12 @@ def held_out(n_windows: int, amount: int | float) -> tuple[range, range]:
             "evaluate on; needed at least one each: give more text, or another amount"
         )
     return range(n_windows - count), range(n_windows - count, n_windows)
+
+
+def check_share(amount: float) -> None:
+    """Raises UserError where an amount to hold out is no share of the windows."""
+    if not 0 < amount < 1:
+        raise UserError(f"--held-out: given {amount}; needed a share of the windows, above 0 and below 1")
 
 
 class Normalisation(NamedTuple):

@@ -36,6 +36,16 @@ DATASET = click.option(
     "--dataset", help="A tokenized Hugging Face dataset with a column input_ids: a folder, or a hub id."
 )
 N_CTX = click.option("--n-ctx", type=int, default=256, show_default=True, help="Positions a window.")
+BOS = click.option(
+    "--bos/--no-bos",
+    default=None,
+    help="Begin each window with a beginning of sequence; as the tokenizer does if not given.",
+)
+KEEP_FIRST = click.option(
+    "--keep-first/--no-keep-first",
+    default=None,
+    help="Keep position 0 and outliers, which are left out as attention sinks: for what has none, such as images.",
+)
 ACTIVATIONS = click.option("--activations", type=click.Path(), help="A folder of activation shards instead of a model.")
 DEVICE = click.option("--device", help="cuda or cpu; cuda where there is one, if not given.")
 
@@ -76,6 +86,8 @@ def demo(**options: Any) -> None:
 @TEXT
 @DATASET
 @N_CTX
+@BOS
+@KEEP_FIRST
 @click.option("--max-tokens", type=int, help="Use at most so many tokens of the text.")
 @click.option("--d-sae", type=int, help="Number of features; 8 times the width if not given.")
 @click.option("--k", type=int, default=32, show_default=True, help="Active features a token.")
@@ -107,18 +119,20 @@ def demo(**options: Any) -> None:
 @DEVICE
 def train(**options: Any) -> None:
     """Train an SAE on activations: of a language model on the fly, or saved ones."""
-    from csae.activations import estimate_normalisation, held_out
+    from csae.activations import check_share, estimate_normalisation, held_out
     from csae.contextual_sae import ContextualSAE
     from csae.progress import track
     from csae.sae import SAE
-    from csae.sources import open_source
+    from csae.sources import open_source, remembered
     from csae.topk_sae import TopKSAE
-    from csae.train import TrainConfig
+    from csae.train import TrainConfig, read_origin
     from csae.train import train as run_training
 
+    check_share(options["held_out"])
     device = _device(options["device"])
-    origin = _origin(options)
+    origin = _origin(options, read_origin(options["out"]))
     source, _ = open_source(origin, device, track)
+    origin = remembered(origin, source)
     train_windows, _ = held_out(source.n_windows, options["held_out"])
     per_step = options["batch_windows"] * source.n_ctx
     tokens = len(train_windows) * source.n_ctx if options["tokens"] is None else options["tokens"]
@@ -149,6 +163,8 @@ def train(**options: Any) -> None:
 @TEXT
 @DATASET
 @click.option("--n-ctx", type=int, help="Positions a window; as trained if not given.")
+@BOS
+@KEEP_FIRST
 @click.option("--windows", type=int, default=256, show_default=True, help="Windows to evaluate on, at most.")
 @click.option("--ce-windows", type=int, default=16, show_default=True, help="Windows to run the language model on.")
 @DEVICE
@@ -192,6 +208,8 @@ def evaluate(runs: tuple[str, ...], windows: int, ce_windows: int, **options: An
 @click.option("--model", help="As the run was trained on, if not given.")
 @click.option("--layer", type=int, help="As the run was trained on, if not given.")
 @click.option("--n-ctx", type=int, help="Positions a window at most; 8 times as trained on if not given.")
+@BOS
+@KEEP_FIRST
 @click.option("--max-tokens", type=int, default=4000, show_default=True, help="Use at most so many tokens of the text.")
 @DEVICE
 def view(run: Path, text: Path, out: Path, beside: Path | None, max_tokens: int, **options: Any) -> None:
@@ -200,7 +218,7 @@ def view(run: Path, text: Path, out: Path, beside: Path | None, max_tokens: int,
     from csae.files import check_writable
     from csae.language_model import LanguageModel
     from csae.progress import track
-    from csae.text import read_documents
+    from csae.text import beginning, read_documents
     from csae.train import read_trained_on
     from csae.view import LONGER, read_windows
     from csae.view import view as view_text
@@ -209,7 +227,7 @@ def view(run: Path, text: Path, out: Path, beside: Path | None, max_tokens: int,
     check_writable(out)
     device = _device(options["device"])
     trained_on = read_trained_on(run)
-    given = {name: options[name] for name in ("model", "layer") if options[name] is not None}
+    given = {name: options[name] for name in ("model", "layer", "bos", "keep_first") if options[name] is not None}
     origin = trained_on | given
     for name in ("model", "layer"):
         if name not in origin:
@@ -220,12 +238,18 @@ def view(run: Path, text: Path, out: Path, beside: Path | None, max_tokens: int,
             raise UserError(
                 f"--beside: {beside} is of {name} {trained_beside[name]}; needed {trained_on[name]}, as {run}"
             )
+    for name, what in (("bos", "a beginning of sequence"), ("keep_first", "position 0")):
+        if trained_on and trained_beside and bool(trained_beside.get(name)) != bool(trained_on.get(name)):
+            with_it, without = (beside, run) if trained_beside.get(name) else (run, beside)
+            raise UserError(f"--beside: {with_it} was trained with {what}, {without} without; needed two that agree")
     sae = load_sae(run, device)
     other_sae = None if beside is None else load_sae(beside, device)
     lm = LanguageModel.load(origin["model"], device=device)
     longest = LONGER * trained_on.get("n_ctx", 256)
     n_ctx = min(longest, lm.max_ctx or longest) if options["n_ctx"] is None else options["n_ctx"]
-    windows, whole = read_windows(lm, origin["layer"], read_documents(text)[0], n_ctx, max_tokens)
+    begin = beginning(lm.tokenizer, origin.get("bos", False if trained_on else None))
+    keep_first = bool(origin.get("keep_first"))
+    windows, whole = read_windows(lm, origin["layer"], read_documents(text)[0], n_ctx, max_tokens, begin, keep_first)
     about = {
         "text": text.name,
         "run": run.resolve().name,
@@ -247,6 +271,8 @@ def view(run: Path, text: Path, out: Path, beside: Path | None, max_tokens: int,
 @TEXT
 @DATASET
 @N_CTX
+@BOS
+@KEEP_FIRST
 @click.option("--max-tokens", type=int, help="Use at most so many tokens of the text.")
 @click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), default="float16", show_default=True)
 @DEVICE
@@ -344,10 +370,19 @@ def evidence(tokens: int | None, d_sae: int | None, n_ctx: int | None, **options
     print(f"written: {options['out']}/evidence.json, {options['out']}/report.html")
 
 
-def _origin(options: dict[str, Any]) -> dict[str, Any]:
-    """Where activations come from, for `open_source`; paths made absolute, since it is kept in the run."""
-    names = ("activations", "model", "layer", "text", "dataset", "n_ctx", "max_tokens")
+def _origin(options: dict[str, Any], trained_on: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Where activations come from, for `open_source`; paths made absolute, since it is kept in the run.
+
+    trained_on: of a run, which says what begins a window where the options don't; without one the tokenizer does.
+    """
+    names = ("activations", "model", "layer", "text", "dataset", "n_ctx", "max_tokens", "bos", "keep_first")
     origin = {name: options[name] for name in names if options.get(name) is not None}
+    if "activations" in origin and "bos" in origin:
+        raise UserError("--bos, --no-bos: given with --activations, which are as they were made; needed with a text")
+    for name in ("bos", "keep_first"):
+        if name not in origin and trained_on:
+            origin[name] = bool(trained_on.get(name))
+    origin.setdefault("bos", None)
     for name in ("activations", "text"):
         if name in origin:
             origin[name] = str(Path(origin[name]).resolve())
@@ -364,8 +399,8 @@ def _evaluated_on(run: Path, options: dict[str, Any], device: str, opened: dict[
     from csae.sources import open_source
     from csae.train import read_origin
 
-    given = _origin(options)
     trained_on = read_origin(run)
+    given = _origin(options, trained_on)
     elsewhere = any(name in given for name in ("activations", "text", "dataset"))
     if elsewhere:
         origin = {name: trained_on[name] for name in ("model", "layer", "n_ctx") if name in trained_on} | given

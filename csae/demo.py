@@ -39,7 +39,7 @@ from csae.progress import Progress, track
 from csae.report import write_report
 from csae.sae import SAE
 from csae.shards import ABOUT_FILE
-from csae.text import python_prose, read_documents, tokenize
+from csae.text import beginning, python_prose, read_documents, tokenize
 from csae.topk_sae import TopKSAE
 from csae.train import METRICS, TrainConfig, train
 
@@ -100,7 +100,8 @@ def run_demo(
     lm = LanguageModel.load(smollm2() if model is None else model, device=device)
     documents = python_prose() if text is None else read_documents(text)
     wanted = tokens + eval_windows * n_ctx
-    token_windows = tokenize(documents, lm.tokenizer, n_ctx, max_tokens=wanted, seed=seed, progress=progress)
+    begin = beginning(lm.tokenizer)
+    token_windows = tokenize(documents, lm.tokenizer, n_ctx, wanted, seed, progress, begin)
     # Made before the long steps, so that sizes that don't fit are said at once.
     n_windows = len(token_windows.tokens)
     train_windows, test_windows = held_out(n_windows, max(1, min(eval_windows, n_windows // 5)))

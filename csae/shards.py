@@ -50,8 +50,8 @@ class Window(NamedTuple):
 class ShardReader:
     """Random access to the windows in a folder of shards. The files are memory-mapped: only what is asked is read.
 
-    n_windows, n_ctx, d_in: the sizes. dtype: of the first file's activations. has_tokens: whether all files hold
-    token ids. about: what activations.json says, or {}.
+    n_windows, n_ctx, d_in: the sizes. dtype: of the first file's activations. has_tokens, has_mask: whether all
+    files hold token ids, a mask. about: what activations.json says, or {}.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -81,6 +81,7 @@ class ShardReader:
         if self.n_windows * self.n_ctx * self.d_in == 0:
             raise UserError(f"activations {str(folder)!r} are empty: {self.n_windows} windows of {first.shape[1:]}")
         self.has_tokens = all("tokens" in shard.names for shard in self._shards)
+        self.has_mask = all("mask" in shard.names for shard in self._shards)
 
     def read(self, window: int) -> Window:
         """Window number `window`, 0 <= window < n_windows, as it is stored; NaN and Inf are not looked for."""

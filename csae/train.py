@@ -295,13 +295,15 @@ def read_origin(run: Path) -> dict[str, Any]:
 
 
 def read_trained_on(run: Path) -> dict[str, Any]:
-    """The model, layer and n_ctx of the activations that a run was trained on; of these what it knows."""
+    """The model, layer, n_ctx, bos and keep_first of what a run was trained on (`csae.sources`); what it knows."""
     try:
         job = json.loads((run / RUN).read_text(encoding="utf-8"))
         known = (job.get("data") or {}) | (job.get("origin") or {})
     except (OSError, ValueError, AttributeError):
         return {}
-    return {name: known[name] for name in ("model", "layer", "n_ctx") if known.get(name) is not None}
+    return {
+        name: known[name] for name in ("model", "layer", "n_ctx", "bos", "keep_first") if known.get(name) is not None
+    }
 
 
 def _claim(run: Path, job: dict[str, Any]) -> None:

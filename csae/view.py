@@ -47,29 +47,43 @@ class Window(NamedTuple):
     tokens: Tensor  # [T] int64
     acts: Tensor  # [T, d_in]
     mask: Tensor  # [T] bool, True where a position takes part
+    pieces: list[str] | None = None  # [T] of the text; those of the tokens by themselves if not given
 
 
 def read_windows(
-    lm: LanguageModel, layer: int, text: str, n_ctx: int, max_tokens: int = MAX_TOKENS
+    lm: LanguageModel,
+    layer: int,
+    text: str,
+    n_ctx: int,
+    max_tokens: int = MAX_TOKENS,
+    begin: Sequence[int] = (),
+    keep_first: bool = False,
 ) -> tuple[list[Window], bool]:
     """The first max_tokens tokens of a text with their activations, in as few windows of up to n_ctx as will do.
 
-    Also whether that is all of the text.
+    begin: tokens that each window begins with beside those of the text (`csae.text.beginning`). keep_first: position 0
+    and outliers take part (`csae.activations.sink_mask`). Also whether that is all of the text.
     """
-    for name, given, least in (("n_ctx", n_ctx, 2), ("max_tokens", max_tokens, 2)):
+    for name, given, least in (("n_ctx", n_ctx, len(begin) + 2), ("max_tokens", max_tokens, 2)):
         if given < least:
             raise UserError(f"{name}: given {given}; needed {least} or more")
     ids = lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     whole, ids = len(ids) <= max_tokens, ids[:max_tokens]
     if len(ids) < 2:
         raise UserError(f"the text is {len(ids)} tokens long; needed 2 or more: the first one is left out")
+    pieces = token_pieces(lm.tokenizer, ids)
     windows = []
-    for tokens in torch.tensor(ids).tensor_split(math.ceil(len(ids) / n_ctx)):
+    at = 0
+    for part in torch.tensor(ids).tensor_split(math.ceil(len(ids) / (n_ctx - len(begin)))):
+        tokens = torch.cat([torch.tensor(begin, dtype=part.dtype), part])
         lm.check_tokens(tokens[None])
         acts = lm.activations(tokens[None], layer).float()
         if not acts.isfinite().all():
             raise UserError(f"layer {layer} of {lm.name} gives NaN or Inf on this text: load it in float32")
-        windows.append(Window(tokens, acts[0], sink_mask(acts)[0]))
+        special = torch.arange(len(tokens)) < len(begin)
+        mask = sink_mask(acts, None, keep_first, special[None])[0]
+        windows.append(Window(tokens, acts[0], mask, [""] * len(begin) + pieces[at : at + len(part)]))
+        at += len(part)
     return windows, whole
 
 
@@ -93,8 +107,8 @@ def view(
 
     Returns a dictionary, in which `T` entries are one for each token of the text, and a position counts from 0 through
     all windows:
-        tokens: T pieces of text. cuts: the positions at which a window begins, but 0. left_out: positions out of
-            the mask, where all of the lists below are empty.
+        tokens: T pieces, which join to the text. cuts: the positions at which a window begins, but 0. left_out:
+            positions out of the mask, where all of the lists below are empty.
         new: T lists [feature, activity, feature, activity, ...], the most active first, in 1/ACTIVITY of the unit of
             normalised activations.
         carried: T lists [feature, share, ...]: the features with a share of CARRIED or more of c, all their parts
@@ -127,7 +141,9 @@ def view(
         raise UserError("the SAE beside it is a contextual one; needed one per token, that carries nothing")
     read = _read(sae, windows, progress)
     found = {
-        "tokens": [piece for window in windows for piece in token_pieces(lm.tokenizer, window.tokens.tolist())],
+        "tokens": [
+            piece for window in windows for piece in window.pieces or token_pieces(lm.tokenizer, window.tokens.tolist())
+        ],
         "cuts": _starts(windows)[1:],
         "left_out": (~torch.cat([window.mask for window in windows])).nonzero().squeeze(1).tolist(),
         "threshold": _fraction(CARRIED),

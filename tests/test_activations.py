@@ -394,7 +394,13 @@ def test_the_last_windows_are_held_out(amount: int | float, count: int) -> None:
     assert len(test) == count
 
 
-@pytest.mark.parametrize("amount", [0, 20, 25, -1, 1.0])
+@pytest.mark.parametrize("amount", [-0.5, 0.0, 1.0, 1.5, float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_share(amount: float) -> None:
+    with pytest.raises(UserError, match=rf"--held-out: given {amount}; needed a share of the windows, above 0 and"):
+        held_out(20, amount)
+
+
+@pytest.mark.parametrize("amount", [0, 20, 25, -1, 0.99])
 def test_nothing_to_train_or_evaluate_on(amount: int | float) -> None:
     with pytest.raises(UserError, match="needed at least one each: give more text, or another amount"):
         held_out(20, amount)

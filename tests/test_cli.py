@@ -205,7 +205,7 @@ def bad(name, tmp_path, model, text):
         ("nan activations", "NaN or Inf in the activations"),
         ("cut activations", "is no whole safetensors file"),
         ("foreign activations", "holds no tensor `activations`"),
-        ("held out all", "held out: "),
+        ("held out all", "--held-out: given 1.0; needed a share"),
         ("no device", "--device: given 'abacus'; it can't be used here"),
         ("negative lr", "lr: given -1.0; needed a positive number"),
         ("no run", "no such folder, and not to be had from the hub"),

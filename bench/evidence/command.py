@@ -200,7 +200,8 @@ def _long_windows(
     if not cells or (lm.max_ctx is not None and lm.max_ctx < n_ctx):
         return []
     windows = texts.windows("english", lm.tokenizer, n_ctx, seed=1)
-    source = ModelActivations(lm, cells[0].layer, TokenWindows(*(part[:LONG_WINDOWS] for part in windows)), 1)
+    first = TokenWindows(windows.tokens[:LONG_WINDOWS], windows.documents[:LONG_WINDOWS])
+    source = ModelActivations(lm, cells[0].layer, first, 1)
     return [
         _named(cell)
         | _part(
