@@ -18,6 +18,7 @@ from csae.factors import Gradients, Trace
 from csae.files import write_file, write_with_config
 from csae.ops import sparse_decode, topk_encode
 from csae.ops.checks import check_k
+from csae.trained_on import KEY, TrainedOn, card
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
@@ -75,6 +76,8 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
     arch: str
     look_back: tuple[str, ...] = ()
     """names of the parameters of the look-back, which train at a lower rate"""
+    trained_on: TrainedOn | None = None
+    """what it was trained on; None for one made by hand"""
 
     W_enc: nn.Parameter
     """[d_sae, d_in]"""
@@ -270,9 +273,9 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-        card = f"---\nlibrary_name: csae\ntags:\n- sparse-autoencoder\n- {self.arch}\n---\n"
-        write_file(save_directory / CARD, lambda path: path.write_text(card))
-        write_with_config(save_directory, WEIGHTS, lambda path: save_file(tensors, path), CONFIG, self.config)
+        write_file(save_directory / CARD, lambda path: path.write_text(card(self), encoding="utf-8"))
+        config = self.config | ({} if self.trained_on is None else {KEY: self.trained_on.to_config()})
+        write_with_config(save_directory, WEIGHTS, lambda path: save_file(tensors, path), CONFIG, config)
 
     @classmethod
     def _from_pretrained(
@@ -286,6 +289,7 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
         force_download: bool = False,
         local_files_only: bool = False,
         token: str | bool | None = None,
+        config: dict[str, Any] | None = None,
         **init: Any,
     ) -> Self:
         if Path(model_id).is_dir():
@@ -308,6 +312,7 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
         except (RuntimeError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{model_id}: not a saved {cls.__name__}, or of another version: {reason}") from error
+        sae.trained_on = TrainedOn.from_config(config or {}, f"{model_id}: {CONFIG}")
         return sae.to(map_location)
 
 

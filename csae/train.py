@@ -7,6 +7,7 @@ checkpoint is the parameters, the moments and the step.
     RUN/run.json           what was trained on what, and how
     RUN/metrics.jsonl      a line a step: step, tokens, loss, fvu, aux, l0, dead, lr, tokens_per_s; of a contextual
                            SAE, each `gap_every` steps, also fvu_exact and gap
+    RUN/windows.bin        which windows were trained on (csae.seen)
     RUN/checkpoint-STEP    the last checkpoint (csae.checkpoint)
     RUN/model.safetensors, RUN/config.json    the trained SAE, when it is done
 """
@@ -23,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ from csae.errors import Stopped, UserError
 from csae.files import write_file, write_json
 from csae.progress import bar as progress_bar
 from csae.sae import CONFIG, SAE, Losses, fraction_unexplained
+from csae.seen import log, open_log, settle
+from csae.trained_on import TrainedOn
 
 PRECISIONS = ("float32", "bfloat16")
 RUN, METRICS = "run.json", "metrics.jsonl"
@@ -138,8 +141,11 @@ def train(
     }
     _claim(run, job)
     optimizer = adam(sae, config)
+    sae.trained_on = TrainedOn.of(job["data"], origin)
     if (run / CONFIG).is_file():
-        sae.load_state_dict(type(sae).from_pretrained(str(run)).state_dict())
+        done = type(sae).from_pretrained(str(run))
+        sae.load_state_dict(done.state_dict())
+        sae.trained_on = done.trained_on
         sae.eval()
         return
     checkpoint = last_checkpoint(run)
@@ -148,11 +154,17 @@ def train(
     sae.train()
     sweeps = getattr(sae, "sweeps", 0)
     try:
-        with open(run / METRICS, "a", encoding="utf-8") as metrics, _stop_signal() as stop:
-            _steps(sae, optimizer, source, windows, run, config, first, metrics, stop)
+        with (
+            open(run / METRICS, "a", encoding="utf-8") as metrics,
+            open_log(run, first * config.batch_windows) as seen,
+            _stop_signal() as stop,
+        ):
+            train_fvu = _steps(sae, optimizer, source, windows, run, config, first, metrics, seen, stop)
     finally:
         if isinstance(sae, ContextualSAE):
             sae.sweeps, sae.from_exact = sweeps, False
+    settle(run)
+    sae.trained_on = dataclasses.replace(sae.trained_on, train_fvu=train_fvu)
     sae.save_pretrained(run)
     sae.eval()
     for leftover in run.glob("checkpoint-*"):
@@ -168,8 +180,11 @@ def _steps(
     config: TrainConfig,
     first: int,
     metrics: TextIO,
+    seen: BinaryIO,
     stop: threading.Event,
-) -> None:
+) -> float | None:
+    """Trains; gives the FVU of the last batch, of a contextual SAE in its exact form."""
+    line: dict[str, Any] = {}
     device = sae.W_dec.device
     sweeps = sae.sweeps if isinstance(sae, ContextualSAE) else 0
     gap = ""
@@ -177,6 +192,7 @@ def _steps(
         for step in range(first, config.steps):
             began = time.perf_counter()
             batch = source.read(batch_of(windows, step, config))
+            log(seen, batch.tokens, batch.acts)
             lr = learning_rate(step, config)
             if isinstance(sae, ContextualSAE):
                 set_sweeps(sae, step, config, sweeps)
@@ -203,11 +219,13 @@ def _steps(
             done = step + 1
             if stop.is_set() or (done % config.checkpoint_every == 0 and done < config.steps):
                 metrics.flush()
+                seen.flush()
                 save_checkpoint(run, done, sae, optimizer)
             if stop.is_set():
                 raise Stopped(
                     f"{run}: stopped after step {done} of {config.steps}; the same command goes on from there"
                 )
+    return line.get("fvu_exact", line.get("fvu"))
 
 
 def train_step(

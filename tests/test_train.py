@@ -80,7 +80,7 @@ def test_it_learns_and_leaves_a_run(kind, tmp_path):
     assert [set(line) - every for line in figures] == [compared if s in (0, 59) else set() for s in range(60)]
     assert all(every <= set(line) for line in figures)
     names = sorted(path.name for path in (tmp_path / "run").iterdir())
-    assert names == ["README.md", "config.json", "metrics.jsonl", "model.safetensors", "run.json"]
+    assert names == ["README.md", "config.json", "metrics.jsonl", "model.safetensors", "run.json", "windows.bin"]
     assert same(sae, load_sae(tmp_path / "run"))
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(12))
 
@@ -370,4 +370,4 @@ def test_a_full_disk_is_one_clear_line_and_leaves_no_half_written_file(small_dis
     with pytest.raises(UserError, match="the disk is full: free some space, or choose another folder"):
         train(sae, Windows(), range(12), small_disk / "run", config())
     left = sorted(path.name for path in (small_disk / "run").iterdir())
-    assert left == ["metrics.jsonl", "run.json"]
+    assert left == ["metrics.jsonl", "run.json", "windows.bin"]

@@ -1,0 +1,104 @@
+"""Which windows a run trained on: a hash of eight bytes each, by which they are recognised in other data.
+
+    RUN/windows.bin    a kind of eight bytes, then the hashes: in the order of training while it runs, sorted
+                       and each once when it is done
+
+A window is hashed by its tokens where they are known, otherwise by its activations. So it is recognised wherever it
+comes from, but only whole: the same text cut elsewhere makes other windows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from csae.errors import UserError
+from csae.files import reading, write_file
+
+WINDOWS = "windows.bin"
+TOKENS, ACTIVATIONS = b"tokens\0\0", b"activat\0"
+HASH_BYTES = 8
+ROWS = 16  # of a window's activations are hashed, the last among them: it depends on all before
+
+
+class Seen(NamedTuple):
+    """The windows that a run trained on."""
+
+    by_tokens: bool
+    """hashed by their tokens, not by their activations"""
+    hashes: np.ndarray
+    """[n] uint64, sorted, each once"""
+
+    def among(self, hashes: np.ndarray) -> np.ndarray:
+        """hashes [m] uint64 -> [m] bool: which of these windows were trained on."""
+        if not len(self.hashes):
+            return np.zeros(len(hashes), dtype=bool)
+        at = np.searchsorted(self.hashes, hashes).clip(max=len(self.hashes) - 1)
+        return self.hashes[at] == hashes
+
+
+def window_hashes(tokens: Tensor | None, acts: Tensor) -> np.ndarray:
+    """tokens [B, T] integer, or where they are not known acts [B, T, d_in] -> [B] uint64."""
+    if tokens is not None:
+        rows = tokens.to("cpu", torch.int64).numpy().astype("<i8", copy=False)
+    else:
+        chosen = torch.linspace(0, acts.shape[1] - 1, min(ROWS, acts.shape[1])).round().long()
+        rows = acts[:, chosen.to(acts.device)].to("cpu", torch.float32).numpy().astype("<f4", copy=False)
+    digests = [hashlib.blake2b(np.ascontiguousarray(row), digest_size=HASH_BYTES).digest() for row in rows]
+    return np.frombuffer(b"".join(digests), dtype="<u8")
+
+
+@contextmanager
+def open_log(run: Path, windows: int) -> Iterator[BinaryIO]:
+    """The file to which a run's hashes go (`log`), after those of the first `windows` that it trained on.
+
+    What an earlier start wrote after them is cut off, as it will be done again. A run that an earlier version of csae
+    began has none of the first ones: it stays without.
+    """
+    file = run / WINDOWS
+    wanted = len(TOKENS) + windows * HASH_BYTES if windows else 0
+    there = file.stat().st_size if file.is_file() else 0
+    with open(file if there >= wanted else os.devnull, "ab") as opened:
+        if there > wanted:
+            opened.truncate(wanted)
+            opened.seek(wanted)
+        yield opened
+
+
+def log(file: BinaryIO, tokens: Tensor | None, acts: Tensor) -> None:
+    """Write the hashes of a batch that is trained on; args as `window_hashes`."""
+    if file.tell() == 0:
+        file.write(ACTIVATIONS if tokens is None else TOKENS)
+    file.write(window_hashes(tokens, acts).tobytes())
+
+
+def read_seen(run: Path) -> Seen | None:
+    """The windows that a run trained on; None where it does not say. Raises UserError where the file is damaged."""
+    file = run / WINDOWS
+    if not file.is_file():
+        return None
+    with reading(file):
+        content = file.read_bytes()
+    kind, hashes = content[: len(TOKENS)], content[len(TOKENS) :]
+    if kind not in (TOKENS, ACTIVATIONS) and content:
+        raise UserError(
+            f"{file}: damaged: copy the run again, or remove the file: which windows were trained on is lost"
+        )
+    whole = len(hashes) // HASH_BYTES * HASH_BYTES  # a kill may have cut the last one
+    return Seen(kind == TOKENS, np.unique(np.frombuffer(hashes[:whole], dtype="<u8")))
+
+
+def settle(run: Path) -> None:
+    """Sort the hashes of a run that is done, each once: windows of later epochs are the same ones."""
+    seen = read_seen(run)
+    if seen is not None:
+        content = (TOKENS if seen.by_tokens else ACTIVATIONS) + seen.hashes.astype("<u8").tobytes()
+        write_file(run / WINDOWS, lambda path: path.write_bytes(content))

@@ -1,0 +1,223 @@
+"""What an SAE was trained on: kept with it, shown on its card, and compared with where it is used.
+
+Nothing in it names a folder of a machine: of a path only the last part is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import csae
+from csae.errors import UserError, shown
+
+KEY = "trained_on"
+RESIDUAL = "resid_post"  # the residual stream after `layer` blocks
+
+
+@dataclass(frozen=True)
+class TrainedOn:
+    """What an SAE was trained on; None where it is not known."""
+
+    model: str | None = None
+    """the language model: a hub id, or the name of its folder or file"""
+    layer: int | None = None
+    """after how many of its blocks"""
+    hook: str | None = None
+    """which activations there: "resid_post", the residual stream, or another name for others"""
+    n_ctx: int | None = None
+    """positions a window"""
+    data: str | None = None
+    """the text, data set or folder of activations"""
+    bos: bool | None = None
+    """whether windows begin with the model's beginning-of-sequence token"""
+    keep_first: bool | None = None
+    """whether position 0 takes part"""
+    version: str | None = None
+    """of csae"""
+    train_fvu: float | None = None
+    """fraction of variance unexplained of the last training batch, in the exact form"""
+    held_out_fvu: float | None = None
+    """the same of windows that were held out, as `csae eval` measured it"""
+
+    @classmethod
+    def of(cls, described: dict[str, Any], origin: dict[str, Any] | None = None) -> TrainedOn:
+        """From what a source of activations says of itself (`describe()`), and from where it was opened."""
+        known = {**described, **{name: value for name, value in (origin or {}).items() if value is not None}}
+        model, layer = known.get("model"), known.get("layer")
+        hook = known.get("hook")
+        if isinstance(hook, str):
+            of_hook, hook = hook_place(hook)
+            layer = of_hook if layer is None else layer
+        elif model is not None or layer is not None:
+            hook = RESIDUAL
+        return cls(
+            model=None if model is None else model_name(str(model)),
+            layer=layer if isinstance(layer, int) and not isinstance(layer, bool) else None,
+            hook=None if hook is None else shown(hook),
+            n_ctx=_whole(known.get("n_ctx")),
+            data=data_name(known),
+            bos=_flag(known.get("bos")),
+            keep_first=_flag(known.get("keep_first")),
+            version=csae.__version__,
+        )
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], where: str) -> TrainedOn | None:
+        """From what a saved config says; None where it does not. Raises UserError where it says something else."""
+        found = config.get(KEY)
+        if found is None:
+            return None
+        if not isinstance(found, dict):
+            raise UserError(f"{where}: {KEY} is {shown(repr(found))[:60]}; needed an object, or nothing")
+        kinds: dict[str, tuple[type, ...]] = {
+            **dict.fromkeys(("model", "hook", "data", "version"), (str,)),
+            **dict.fromkeys(("layer", "n_ctx"), (int,)),
+            **dict.fromkeys(("bos", "keep_first"), (bool,)),
+            **dict.fromkeys(("train_fvu", "held_out_fvu"), (int, float)),
+        }
+        # What a later version adds is left out.
+        known = {name: found[name] for name in kinds if found.get(name) is not None}
+        for name, value in known.items():
+            if not isinstance(value, kinds[name]) or (isinstance(value, bool) and bool not in kinds[name]):
+                raise UserError(f"{where}: {name} in {KEY} is {shown(repr(value))[:60]}; needed another type")
+        return cls(**known)
+
+    def to_config(self) -> dict[str, Any]:
+        """What config.json holds of it: what is known."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+    def place(self) -> str:
+        """Where the activations are from, in words; without what is not known."""
+        return _place(self.model, self.layer, self.hook)
+
+
+def check_place(
+    trained_on: TrainedOn | None,
+    model: str | None,
+    layer: int | None,
+    hook: str | None = None,
+    elsewhere: bool = False,
+    ask: str = "elsewhere=True",
+) -> None:
+    """Raises UserError where an SAE is used on other activations than it was trained on, unless `elsewhere`.
+
+    model, layer, hook: where it is used; None where not known. ask: what to give to use it there all the same.
+    """
+    if trained_on is None or elsewhere or (model is None and layer is None and hook is None):
+        return
+    if hook is None and layer is not None:
+        hook = RESIDUAL
+    other = trained_on.model is not None and model is not None and not same_model(trained_on.model, model)
+    other |= trained_on.layer is not None and layer is not None and trained_on.layer != layer
+    other |= trained_on.hook is not None and hook is not None and trained_on.hook != hook
+    here = _place(None if model is None else model_name(model), layer, hook)
+    if other:
+        raise UserError(f"the SAE was trained on {trained_on.place()}, and this is {here}: use it there, or give {ask}")
+    if trained_on.data is not None and trained_on.model is None and trained_on.layer is None:
+        raise UserError(
+            f"the SAE was trained on the activations in {trained_on.data!r}, which don't say what they are of, and "
+            f"this is {here}: give {ask} if they were the same"
+        )
+
+
+def model_name(name: str) -> str:
+    """What a model is called wherever it lies: a hub id as it is, of a path the last part."""
+    path = Path(name).expanduser()
+    cached = re.search(r"models--(.+)/snapshots/[^/]+/?$", name)  # the hub's cache: models--org--name/snapshots/hash
+    if cached:
+        return shown(cached[1].replace("--", "/"))
+    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith(".gguf") or path.exists()
+    return shown(path.name or path.resolve().name) if is_path else shown(name)
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two names are of one model: a hub id, the name of its folder, its name in TransformerLens, a .gguf file.
+
+    Owners, capitals and punctuation don't count, nor does how a .gguf file is quantised.
+    """
+    return _stem(one) == _stem(other)
+
+
+def _stem(name: str) -> str:
+    last = model_name(name).rpartition("/")[2].lower().removesuffix(".gguf")
+    last = re.sub(r"[.\-_](i?q\d\w*|f16|f32|bf16|fp16)$", "", last)
+    return {"gpt2small": "gpt2"}.get(stem := re.sub(r"[^a-z0-9]", "", last), stem)
+
+
+def data_name(known: dict[str, Any]) -> str | None:
+    """What the data is called: as it says, or by its text, data set or folder; of a path the last part."""
+    if known.get("data") is not None:
+        return shown(known["data"])
+    if known.get("dataset") is not None and not Path(known["dataset"]).exists():
+        return shown(known["dataset"])  # a hub id
+    for name in ("text", "dataset", "activations", "folder"):
+        if known.get(name) is not None:
+            return shown(Path(known[name]).name or Path(known[name]).resolve().name)
+    return None
+
+
+def hook_place(name: str) -> tuple[int | None, str]:
+    """The layer, counted in blocks that were run, and the kind of a hook point, as other libraries name it.
+
+    TransformerLens: blocks.11.hook_resid_post is layer 12, blocks.12.hook_resid_pre too. Modules: model.layers.11,
+    transformer.h.11, layers.11. dictionary_learning: resid_post_layer_11. Others keep their name as the kind.
+    """
+    if found := re.fullmatch(r"(?:blocks\.(\d+)\.)?(?:hook_)?(resid_post|resid_pre)", name):
+        block = None if found[1] is None else int(found[1])
+        return (None if block is None else block + (found[2] == "resid_post")), RESIDUAL
+    if found := re.fullmatch(r"(?:[\w.]+\.)?(?:layers|layer|h|blocks)\.(\d+)|resid_post_layer_(\d+)", name):
+        return int(found[1] or found[2]) + 1, RESIDUAL
+    block_of = re.search(r"(?:layers|layer|h|blocks)[._](\d+)", name)
+    return (None if block_of is None else int(block_of[1]) + 1), name
+
+
+def _place(model: str | None, layer: int | None, hook: str | None) -> str:
+    where = " of ".join(part for part in ("" if layer is None else f"layer {layer}", model) if part)
+    if hook in (None, RESIDUAL):
+        return where or "an unknown place"
+    return f"{hook} of {where}" if where else str(hook)
+
+
+def _whole(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _flag(value: object) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+def card(sae: Any) -> str:
+    """The README.md of a saved SAE (`csae.SAE`): what it is, and what it was trained on."""
+    on: TrainedOn = sae.trained_on or TrainedOn()
+    hub_id = on.model is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", on.model, re.ASCII)
+    head = ["---", "library_name: csae", "tags:", "- sparse-autoencoder", f"- {sae.arch}"]
+    head += [f"base_model: {on.model}", "---"] if hub_id else ["---"]
+    kind = "Contextual SAE" if sae.arch == "contextual" else "TopK SAE"
+    of = f" of {on.place()}" if on.model is not None or on.layer is not None else ""
+    facts = {
+        "model": on.model,
+        "layer": on.layer,
+        "hook point": on.hook,
+        "data": on.data,
+        "positions a window": on.n_ctx,
+        "windows begin with the BOS token": on.bos,
+        "position 0 takes part": on.keep_first,
+        "k": sae.k,
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "FVU, held-out": None if on.held_out_fvu is None else f"{on.held_out_fvu:.4f}",
+        "FVU, last training batch": None if on.train_fvu is None else f"{on.train_fvu:.4f}",
+        "csae": on.version,
+    }
+    rows = [f"| {name} | {_cell(value)} |" for name, value in facts.items() if value is not None]
+    return "\n".join([*head, f"# {kind}{_cell(of)}", "", "| | |", "|---|---|", *rows]) + "\n"
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return re.sub(r"([|<>`\[\]*\\])", r"\\\1", shown(value))
