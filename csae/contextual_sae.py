@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,11 @@ class ContextualSAE(SAE):
         super().__init__(d_in, d_sae, k, k_aux, aux_coef, dead_after)
         if query not in QUERIES:
             raise ValueError(f"query: given {query!r}; needed one of {', '.join(map(repr, QUERIES))}")
-        for name, size in (("n_heads", n_heads), ("d_head", d_head), ("d_value", d_value), ("d_memory", d_memory)):
+        sizes = {"n_heads": n_heads, "d_head": d_head, "d_value": d_value, "d_memory": d_memory}
+        for name, count in (sizes | {"k_mem": k if k_mem is None else k_mem, "sweeps": sweeps}).items():
+            if isinstance(count, bool) or not isinstance(count, int):
+                raise TypeError(f"{name}: given {count!r}; needed a whole number")
+        for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}: given {size}; needed at least 1")
         if k_mem is not None and not 1 <= k_mem <= k:
@@ -118,6 +123,29 @@ class ContextualSAE(SAE):
         self.gain = nn.Parameter(torch.ones(n_heads))
         self.slope = nn.Parameter(torch.linspace(0, QUERIES[query], n_heads))
         self.null = nn.Parameter(torch.zeros(n_heads))
+
+    @classmethod
+    def shapes(
+        cls,
+        *,
+        d_in: int,
+        d_sae: int,
+        n_heads: int = 8,
+        d_head: int = 32,
+        d_value: int = 64,
+        d_memory: int = 256,
+        **_: Any,
+    ) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor of an SAE that is made with these arguments."""
+        memory = {
+            "W_mem": (d_sae, d_memory),
+            "W_Q": (n_heads * d_head, d_in),
+            "W_K": (n_heads * d_head, d_memory),
+            "W_V": (n_heads * d_value, d_memory),
+            "W_O": (d_in, n_heads * d_value),
+        }
+        heads = dict.fromkeys(("gain", "slope", "null"), (n_heads,))
+        return super().shapes(d_in=d_in, d_sae=d_sae) | memory | heads
 
     @torch.no_grad()
     def c_bound(self) -> float:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import math
+import reprlib
 from abc import ABC, abstractmethod
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import safetensors
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from csae.errors import UserError
 from csae.factors import Gradients, Trace
-from csae.files import write_file, write_with_config
+from csae.files import read_json, write_file, write_with_config
 from csae.ops import sparse_decode, topk_encode
 from csae.ops.checks import check_k
+from csae.tensors import Header, load_tensors, read_header, save_tensors
 from csae.trained_on import KEY, TrainedOn, card
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+OUR_CARD = "library_name: csae"  # a line of each card that is written here
 
 
 class Code(NamedTuple):
@@ -271,11 +274,44 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
 
     # Saving and loading, through huggingface_hub's mixin: a local folder or a hub id. Safetensors only.
 
+    def save_pretrained(
+        self, save_directory: str | Path, *, repo_id: str | None = None, push_to_hub: bool = False, **push_options: Any
+    ) -> str | None:
+        """Write model.safetensors, config.json and a model card to a folder, made where it is not there.
+
+        With `push_to_hub` also to the hub, as `push_to_hub(repo_id, **push_options)` does; gives the commit's address.
+        Raises UserError where the folder can't be written; an SAE that was there is still there then.
+        """
+        # The mixin's own would remove config.json first, whatever comes after.
+        folder = Path(save_directory)
+        self._save_pretrained(folder)
+        return self.push_to_hub(repo_id=repo_id or folder.name, **push_options) if push_to_hub else None
+
     def _save_pretrained(self, save_directory: Path) -> None:
-        tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-        write_file(save_directory / CARD, lambda path: path.write_text(card(self), encoding="utf-8"))
+        if _is_our_card(save_directory / CARD):
+            write_file(save_directory / CARD, lambda path: path.write_text(card(self), encoding="utf-8"))
+        # Weights mean something else beside other arguments, so they know their own.
+        save = partial(save_tensors, self.state_dict(), about={CONFIG: json.dumps(self.config)})
         config = self.config | ({} if self.trained_on is None else {KEY: self.trained_on.to_config()})
-        write_with_config(save_directory, WEIGHTS, lambda path: save_file(tensors, path), CONFIG, config)
+        write_with_config(save_directory, WEIGHTS, save, CONFIG, config)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
+        """The SAE in a folder or of a hub id; `options` as huggingface_hub's mixin has them.
+
+        Raises UserError where config.json or the weights are damaged, or don't belong together.
+        """
+        config = Path(pretrained_model_name_or_path) / CONFIG
+        if config.is_file():
+            read_json(config)  # the mixin reads it without a check
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
+
+    @classmethod
+    def shapes(cls, *, d_in: int, d_sae: int, **_: Any) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor of an SAE that is made with these arguments."""
+        table, row, column = (d_sae, d_in), (d_sae,), (d_in,)
+        vectors = {"b_enc": row, "b_dec": column, "tokens_since_fired": row, "scale": ()}
+        return {"W_enc": table, "W_dec": table, **vectors}
 
     @classmethod
     def _from_pretrained(
@@ -293,27 +329,68 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
         **init: Any,
     ) -> Self:
         if Path(model_id).is_dir():
-            weights = str(Path(model_id) / WEIGHTS)
+            weights = Path(model_id) / WEIGHTS
         else:
-            weights = hf_hub_download(
-                repo_id=model_id,
-                filename=WEIGHTS,
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-                token=token,
+            weights = Path(
+                hf_hub_download(
+                    repo_id=model_id,
+                    filename=WEIGHTS,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                )
             )
+        header = read_header(weights)
+        if config is not None:
+            check_config(config, _saved_config(header), Path(model_id) / CONFIG, WEIGHTS)
         try:
+            # Before any memory is taken for them.
+            for name, shape in cls.shapes(**init).items():
+                if header.shapes.get(name) != shape:
+                    raise TypeError(f"{name} is {_listed(header.shapes.get(name))}; needed {_listed(shape)}")
             sae = cls(**init)
-            sae.load_state_dict(load_file(weights, device=map_location), strict=strict)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise UserError(f"{weights}: not a whole safetensors file ({error}): copy or train it again") from error
+            sae.load_state_dict(load_tensors(weights), strict=strict)
         except (RuntimeError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{model_id}: not a saved {cls.__name__}, or of another version: {reason}") from error
         sae.trained_on = TrainedOn.from_config(config or {}, f"{model_id}: {CONFIG}")
         return sae.to(map_location)
+
+
+def check_config(given: dict[str, Any], expected: dict[str, Any], file: Path, other: str) -> None:
+    """Raises UserError where the config.json `file` has not the arguments that another file, `other`, says."""
+    differing = [
+        f"{name} is {reprlib.repr(given[name]) if name in given else 'missing'}, not {reprlib.repr(value)}"
+        for name, value in expected.items()
+        if name not in given or given[name] != value
+    ]
+    if differing:
+        raise UserError(f"{file}: not as {other} says: {'; '.join(differing)}: copy the folder again")
+
+
+def _is_our_card(file: Path) -> bool:
+    """Whether a model card may be written here: what a person wrote is kept."""
+    try:
+        return OUR_CARD in file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+
+
+def _saved_config(header: Header) -> dict[str, Any]:
+    """The arguments that weights were saved with; empty where they don't say."""
+    try:
+        found = json.loads(header.about.get(CONFIG, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _listed(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else reprlib.repr(list(shape))
 
 
 def _energy(x: Tensor, weight: Tensor) -> Tensor:

@@ -293,7 +293,9 @@ def damaged(folder, damage):
         (folder / "config.json").write_text('{"arch": "topk", ')
     elif damage == "list config":
         (folder / "config.json").write_text("[]")
-    elif damage == "impossible config":
+    elif damage.startswith("impossible config"):
+        if damage.endswith("of an earlier version"):
+            save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors")
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"k": 99}))
     elif damage == "missing size":
@@ -312,7 +314,8 @@ def damaged(folder, damage):
         ("foreign config", "not an SAE of csae: arch is None"),
         ("broken config", "not JSON"),
         ("list config", "needed an object"),
-        ("impossible config", "k: given 99; needed 1 <= k <= d_sae = 15"),
+        ("impossible config", "not as model.safetensors says: k is 99, not 3"),
+        ("impossible config of an earlier version", "k: given 99; needed 1 <= k <= d_sae = 15"),
         ("missing size", "d_sae"),
         ("no config", "no saved SAE here"),
     ],
