@@ -7,11 +7,10 @@ holds the ops needs `import csae.ops`.)
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as typing has it, which takes a moment to import: the program is to hear Ctrl-C soon
 if TYPE_CHECKING:
+    from typing import Any
+
     from csae import interop
     from csae.adam import Adam
     from csae.contextual_sae import ContextualSAE
@@ -36,6 +35,9 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 def __getattr__(name: str) -> Any:
     """One of the names above, or a module of this package."""
+    from importlib import import_module
+    from importlib.util import find_spec
+
     if name in _HOME:
         found = getattr(import_module(f"csae.{_HOME[name]}"), name)
         globals()[name] = found

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from csae.errors import Stopped, UserError
+from csae.__main__ import main
+from csae.errors import UserError
 from csae.versions import DISTRIBUTION, check_name, pip_install
 
 try:
@@ -28,6 +29,8 @@ except ImportError as error:  # the ops and modules do without
 import torch
 
 import csae
+
+__all__ = ["cli", "main"]
 
 MODEL = click.option("--model", help="Language model: a Hugging Face id, a folder, or a .gguf file.")
 LAYER = click.option("--layer", type=int, help="Read the residual stream after this many blocks.")
@@ -432,21 +435,3 @@ def _device(name: str | None) -> str:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device: given {name!r}; it can't be used here: give cpu") from error
     return name
-
-
-def main() -> None:
-    """The program `csae`."""
-    try:
-        cli(standalone_mode=False)
-    except UserError as error:
-        print(f"csae: {error}", file=sys.stderr)
-        sys.exit(2)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
-    except Stopped as stopped:
-        print(f"\ncsae: {stopped}", file=sys.stderr)
-        sys.exit(130)
-    except (click.Abort, KeyboardInterrupt):
-        print("\ncsae: interrupted", file=sys.stderr)
-        sys.exit(130)

@@ -35,6 +35,7 @@ ADVICE = {
     errno.ENOMEM: "there is no memory left for it: close some programs",
 }
 NO_PERMISSION = {
+    "use": "no permission: choose another folder, or allow it with `chmod`",
     "write": "no permission to write there: choose another folder",
     "read": "no permission to read it: allow it with `chmod +r`, or ask its owner",
 }
@@ -185,7 +186,7 @@ def check_readable(path: Path) -> None:
 
 
 def disk_problem(error: BaseException | None, doing: str = "write") -> str | None:
-    """What a disk error means and what to do, or None where it is none. doing: "write" or "read".
+    """What a disk error means and what to do, or None where it is none. doing: "write", "read", or "use".
 
     It may be an OSError, or that of a library that was raised from one, or tells of one in its text.
     """
@@ -199,7 +200,7 @@ def disk_problem(error: BaseException | None, doing: str = "write") -> str | Non
         if any(words in str(error) for words in UNFINISHED):
             return "the disk did not take all of it, it may be full: free some space, or choose another folder"
         if isinstance(error, OSError) and error.strerror and number is not None:
-            return f"{error.strerror}: choose another {'folder' if doing == 'write' else 'file'}"
+            return f"{error.strerror}: choose another folder" if doing == "write" else error.strerror
         error = error.__cause__
     return None
 
