@@ -324,8 +324,8 @@ def write_cache(
 ) -> None:
     """Stores all windows of a source, with mask, documents and tokens, as shards of about shard_bytes each.
 
-    dtype: float16, bfloat16 or float32. All or nothing: on any failure nothing is left. Raises UserError where the
-    folder is not empty, the disk is full, or an activation is too large for the dtype.
+    dtype: float16, bfloat16 or float32. Goes on where the folder holds a part of the same job. Raises UserError where
+    it holds something else, the disk is full, or an activation is too large for the dtype; Stopped after Ctrl-C.
     """
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"dtype: given {dtype}; needed torch.float16, torch.bfloat16 or torch.float32")

@@ -176,7 +176,8 @@ def _cached(source: ModelActivations, folder: Path, progress: Progress) -> Activ
         if folder.exists():
             raise UserError(f"{folder} is there, but holds no activations of a demo: give another --out, or delete it")
         unfinished = folder.with_name(folder.name + ".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)  # a kill cut an earlier demo short
+        if not (unfinished / ABOUT_FILE).is_file():
+            shutil.rmtree(unfinished, ignore_errors=True)
         write_cache(source, unfinished, progress=progress)
         unfinished.rename(folder)
         return ShardActivations(folder)

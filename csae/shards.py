@@ -8,12 +8,14 @@ The format, which anyone may write. Each file holds
     tokens       [windows, T]        integer, optional: the token ids
 
 with the same T and d_in in all files; windows are numbered through the files in the order of their names. An
-optional activations.json beside them says in a JSON object where they come from.
+optional activations.json beside them says in a JSON object where they come from: `model`, `layer` (after how many of
+its blocks), `hook` (which activations there, such as "mlp_out"; the residual stream if not given), `data`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from bisect import bisect_right
 from collections import Counter
@@ -27,8 +29,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from csae.errors import UserError
-from csae.files import write_file, write_json
+from csae.errors import Stopped, UserError
+from csae.files import check_readable, parse_json, reading, write_file, write_json, writing
 from csae.progress import Progress, quiet
 
 ABOUT_FILE = "activations.json"
@@ -57,9 +59,10 @@ class ShardReader:
     def __init__(self, folder: str | Path) -> None:
         """Raises UserError where there is no such folder, or a file in it is not as the format wants it."""
         self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise UserError(f"activations {str(folder)!r}: no such folder")
-        files = sorted(self.folder.glob("*.safetensors"))
+        with reading(self.folder):
+            if not self.folder.is_dir():
+                raise UserError(f"activations {str(folder)!r}: no such folder")
+            files = _listed(self.folder)
         if not files:
             raise UserError(f"activations {str(folder)!r}: the folder holds no *.safetensors file")
         _check_complete(files)
@@ -105,10 +108,15 @@ class _Shard:
 
     def __init__(self, file: Path) -> None:
         self.file = file
+        check_readable(file)
         try:
-            self._tensors = safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is no whole safetensors file ({error}); delete it and write it again") from error
+            with reading(file):
+                self._tensors = safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise UserError(
+                f"{file} is no whole safetensors file ({error}): it was cut short or damaged; delete it and "
+                "write it again"
+            ) from error
         self.names = set(self._tensors.keys())
         if "activations" not in self.names:
             raise UserError(
@@ -142,20 +150,21 @@ def _check_complete(files: Sequence[Path]) -> None:
         if there != total:
             raise UserError(
                 f"activations {str(files[0].parent)!r}: {there} of {total} shards are there, so writing or copying "
-                "them was cut short; delete the folder and write it again"
+                "them was cut short; the command that wrote them goes on, or copy them again"
             )
 
 
 def _read_about(file: Path) -> dict[str, Any]:
-    try:
-        about = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file} is no JSON ({error}); repair or delete it, it is optional") from error
-    if not isinstance(about, dict):
-        raise UserError(f"{file} is no JSON object; repair or delete it, it is optional")
-    return about
+    with reading(file):
+        if not file.exists():
+            return {}
+        content = file.read_bytes()
+    return parse_json(content, str(file), "repair or delete it, it is optional")
+
+
+def _listed(folder: Path) -> list[Path]:
+    """The shards in a folder, by name."""
+    return sorted(folder / name for name in os.listdir(folder) if name.endswith(".safetensors"))
 
 
 def write_shards(
@@ -166,41 +175,118 @@ def write_shards(
     about: dict[str, Any],
     progress: Progress = quiet,
 ) -> None:
-    """Writes n_windows windows into a new or empty folder, all or nothing.
+    """Writes n_windows windows into a folder: a new or empty one, or one where the same job was cut short.
 
-    read: gives the tensors of a range of windows, by their names in the format. about: for activations.json.
-    Each file is written to a temporary name and then renamed. On any failure (a full disk, Ctrl-C, an error of
-    `read`) what was written is deleted. Raises UserError where the folder is in use or can't be written.
+    read: gives the tensors of a range of windows, by their names in the format. about: for activations.json; it
+    tells one job from another.
+    Each file is written to a temporary name and then renamed, so what is there after a kill, a full disk, Ctrl-C or an
+    error of `read` is whole, and stays; the same call goes on after it, to the same bytes. Where no file was whole, all
+    is as it was.
+
+    Raises UserError where the folder holds something else or can't be written, Stopped after Ctrl-C.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"activations {str(folder)!r} is a file; give a new or empty folder")
-    existed = folder.exists()
-    if existed and any(folder.iterdir()):
-        raise UserError(f"activations {str(folder)!r} is not empty; give a new or empty folder, or delete it first")
-    written: list[Path] = []
+    n_shards = -(-n_windows // windows_per_shard)
+    files = [folder / f"activations-{number:05d}-of-{n_shards:05d}.safetensors" for number in range(1, n_shards + 1)]
+    with writing(folder):
+        existed = folder.exists()
+        _check_folder(folder, files, about)
+        whole = [file for file in files if file.is_file()]
+    sizes = [min(windows_per_shard, n_windows - first) for first in range(0, n_windows, windows_per_shard)]
+    _check_whole(whole, dict(zip(files, sizes, strict=True)), read, files, windows_per_shard)
+    missing = [number for number, file in enumerate(files) if file not in whole]
     try:
-        n_shards = -(-n_windows // windows_per_shard)
-        for number, shard in enumerate(_shards(read, n_windows, windows_per_shard, progress), start=1):
-            written.append(folder / f"activations-{number:05d}-of-{n_shards:05d}.safetensors")
-            write_file(written[-1], partial(save_file, shard))
-        written.append(folder / ABOUT_FILE)
-        write_json(written[-1], about)
-    except BaseException:
-        for file in written:
-            file.unlink(missing_ok=True)
-        if not existed and folder.is_dir():
-            folder.rmdir()
+        write_json(folder / ABOUT_FILE, about)
+        shards = _shards(read, missing, n_windows, windows_per_shard, progress)
+        for number, shard in zip(missing, shards, strict=True):
+            write_file(files[number], partial(save_file, shard))
+            whole.append(files[number])
+    except BaseException as error:
+        if not whole:
+            (folder / ABOUT_FILE).unlink(missing_ok=True)
+            if not existed and folder.is_dir():
+                folder.rmdir()
+            raise
+        there = f"{len(whole)} of {n_shards} shards are whole and stay in {folder}"
+        if isinstance(error, KeyboardInterrupt):
+            raise Stopped(f"stopped; {there}: the same command goes on from there") from error
+        if isinstance(error, UserError):
+            raise UserError(f"{error}; {there}") from error
         raise
 
 
+def _check_folder(folder: Path, files: Sequence[Path], about: dict[str, Any]) -> None:
+    """Raises UserError unless the folder is free or holds a part of this job; removes what a kill left half-written."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"activations {str(folder)!r} is a file; give a new or empty folder")
+    ours = {file.name for file in (*files, folder / ABOUT_FILE)}
+    for name in os.listdir(folder):
+        half_written = re.fullmatch(r"\.(.+)\.\d+\.tmp", name)
+        if half_written and half_written[1] in ours:
+            (folder / name).unlink()
+    if not os.listdir(folder):
+        return
+    another = "give a new or empty folder, or delete it first"
+    if not (folder / ABOUT_FILE).is_file():
+        raise UserError(f"activations {str(folder)!r} is not empty; {another}")
+    earlier, now = _read_about(folder / ABOUT_FILE), json.loads(json.dumps(about))
+    differing = sorted(name for name in earlier.keys() | now.keys() if earlier.get(name) != now.get(name))
+    if differing:
+        changes = ", ".join(f"{name}: {earlier.get(name)!r}, now {now.get(name)!r}" for name in differing)
+        raise UserError(f"activations {str(folder)!r} is not empty, it holds others ({changes}); {another}")
+    for file in _listed(folder):
+        if file.name not in ours:
+            raise UserError(f"activations {str(folder)!r} is not empty, {file.name} is none of these; {another}")
+
+
+def _check_whole(
+    whole: Sequence[Path],
+    sizes: dict[Path, int],
+    read: Callable[[range], dict[str, Tensor]],
+    files: Sequence[Path],
+    windows_per_shard: int,
+) -> None:
+    """Raises UserError unless the shards of an earlier start are of this job: their sizes, and the last one's content.
+
+    Of that the first few windows are read again: what `about` can't tell, such as other weights, shows there.
+    """
+    other = "of another job; give a new or empty folder, or delete it first"
+    shards = [_Shard(file) for file in whole]
+    for shard in shards:
+        if shard.shape[0] != sizes[shard.file]:
+            raise UserError(f"{shard.file} holds {shard.shape[0]} windows, not {sizes[shard.file]}: it is {other}")
+    if shards:
+        first = files.index(shards[-1].file) * windows_per_shard
+        count = min(WINDOWS_AT_ONCE, shards[-1].shape[0])
+        there = [shards[-1].read(row) for row in range(count)]
+        for name, tensor in read(range(first, first + count)).items():
+            stored = [getattr(window, name) for window in there]
+            if any(part is None for part in stored) or not _alike(torch.stack(stored), tensor.cpu()):
+                raise UserError(f"{shards[-1].file} holds other {name} than are to be written: it is {other}")
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same, or activations of the same from another machine."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    return bool((one.float() - other.float()).norm() <= 0.02 * other.float().norm())
+
+
 def _shards(
-    read: Callable[[range], dict[str, Tensor]], n_windows: int, windows_per_shard: int, progress: Progress
+    read: Callable[[range], dict[str, Tensor]],
+    numbers: Sequence[int],
+    n_windows: int,
+    windows_per_shard: int,
+    progress: Progress,
 ) -> Iterator[dict[str, Tensor]]:
-    """The tensors of each shard, filled a few windows at a time, so that no more than one shard is held."""
+    """The tensors of shards, filled a few windows at a time, so that no more than one shard is held."""
     steps = [
         range(start, min(start + WINDOWS_AT_ONCE, first + windows_per_shard, n_windows))
-        for first in range(0, n_windows, windows_per_shard)
+        for first in (number * windows_per_shard for number in numbers)
         for start in range(first, min(first + windows_per_shard, n_windows), WINDOWS_AT_ONCE)
     ]
     shard: dict[str, Tensor] = {}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from csae import shards
-from csae.errors import UserError
+from csae.errors import Stopped, UserError
+from csae.files import reading
 from csae.shards import ShardReader, write_shards
 
 
@@ -205,41 +207,160 @@ def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("existed", [True, False])
-def test_a_full_disk_leaves_nothing(tmp_path: Path, existed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "cache"
-    if existed:
-        folder.mkdir()
+def failing_save(monkeypatch: pytest.MonkeyPatch, at: int, number: int = errno.ENOSPC) -> None:
+    """The save number `at` ends in an error of the system, half-way."""
     calls = []
 
     def save(tensors: dict[str, torch.Tensor], file: Path) -> None:
         calls.append(file)
-        if len(calls) == 3:
+        if len(calls) == at:
             Path(file).write_bytes(b"half a file")
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(number, os.strerror(number))
         save_file(tensors, file)
 
     monkeypatch.setattr(shards, "save_file", save)
+
+
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_full_disk_at_the_first_shard_leaves_nothing(
+    tmp_path: Path, existed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cache"
+    if existed:
+        folder.mkdir()
+    failing_save(monkeypatch, 1)
     with pytest.raises(UserError, match="the disk is full") as error:
         write(folder, some_tensors(20), 4)
     one_line(error)
-    assert len(calls) == 3
     assert folder.exists() == existed
     assert not existed or not list(folder.iterdir())
 
 
-@pytest.mark.parametrize("failure", [KeyboardInterrupt, UserError("NaN")])
-def test_a_failing_source_leaves_nothing(tmp_path: Path, failure: BaseException) -> None:
-    tensors = some_tensors(20)
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (KeyboardInterrupt(), "^stopped; 2 of 5 shards are whole and stay in .*: the same command goes on from there"),
+        (UserError("NaN"), "^NaN; 2 of 5 shards are whole and stay in "),
+        (RuntimeError("out of memory"), "^out of memory"),
+    ],
+    ids=["Ctrl-C", "user error", "other error"],
+)
+def test_a_cache_that_was_cut_short_goes_on_to_the_same_bytes(
+    tmp_path: Path, failure: BaseException, message: str
+) -> None:
+    tensors, reads = some_tensors(18), []
 
     def read(windows: range) -> dict[str, torch.Tensor]:
-        if windows.start >= 8:
+        reads.append(windows)
+        if windows.start >= 8 and failing:
             raise failure
         return {name: tensor[windows.start : windows.stop] for name, tensor in tensors.items()}
 
-    with pytest.raises((KeyboardInterrupt, UserError)):
-        write_shards(tmp_path / "cache", read, 20, 4, {})
-    assert not list(tmp_path.iterdir())
+    failing = True
+    with pytest.raises((Stopped, UserError, RuntimeError), match=message):
+        write_shards(tmp_path / "cache", read, 18, 4, {"of": "this"})
+    (tmp_path / "cache" / f".activations-00003-of-00005.safetensors.{2**22}.tmp").write_bytes(b"a kill left this")
+    (tmp_path / "cache" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="2 of 5 shards are there"):
+        ShardReader(tmp_path / "cache")
+
+    failing = False
+    reads.clear()
+    write_shards(tmp_path / "cache", read, 18, 4, {"of": "this"})
+    assert sum(map(len, reads)) == 18 - 8 + 4  # the last whole shard is looked at again
+    write(tmp_path / "at once", tensors, 4, {"of": "this"})
+    assert contents(tmp_path / "cache") == contents(tmp_path / "at once") | {"notes.txt": b"mine"}
+    write_shards(tmp_path / "cache", read, 18, 4, {"of": "this"})  # all is there
+    assert contents(tmp_path / "cache") == contents(tmp_path / "at once") | {"notes.txt": b"mine"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT], ids=os.strerror)
+def test_a_disk_error_keeps_what_is_whole(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing_save(monkeypatch, 3, number)
+    with pytest.raises(UserError, match=r"not written: .*; 2 of 5 shards are whole and stay in ") as error:
+        write(tmp_path, some_tensors(20), 4)
+    one_line(error)
+    assert sorted(contents(tmp_path)) == [
+        "activations-00001-of-00005.safetensors",
+        "activations-00002-of-00005.safetensors",
+        "activations.json",
+    ]
+
+
+def test_a_shard_that_is_gone_is_written_again(tmp_path: Path) -> None:
+    write(tmp_path, some_tensors(20), 4)
+    before = contents(tmp_path)
+    (tmp_path / "activations-00002-of-00005.safetensors").unlink()
+    write(tmp_path, some_tensors(20), 4)
+    assert contents(tmp_path) == before
+
+
+def test_another_job_is_refused_and_nothing_is_touched(tmp_path: Path) -> None:
+    write(tmp_path, some_tensors(20), 4, {"of": "this"})
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"it holds others \(of: 'this', now 'that'\)"):
+        write(tmp_path, some_tensors(20), 4, {"of": "that"})
+    with pytest.raises(UserError, match="is none of these"):
+        write(tmp_path, some_tensors(20), 5, {"of": "this"})
+    (tmp_path / "activations-00005-of-00005.safetensors").unlink()
+    with pytest.raises(UserError, match="is none of these"):
+        write(tmp_path, some_tensors(24), 4, {"of": "this"})
+    other = some_tensors(20)
+    other["tokens"] = other["tokens"] + 1
+    with pytest.raises(UserError, match="holds other tokens than are to be written"):
+        write(tmp_path, other, 4, {"of": "this"})
+    other = some_tensors(20)
+    other["activations"] = other["activations"] * 1.1
+    with pytest.raises(UserError, match="holds other activations than are to be written"):
+        write(tmp_path, other, 4, {"of": "this"})
+    del before["activations-00005-of-00005.safetensors"]
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [(errno.EACCES, "no permission to read it"), (errno.EIO, "input/output error"), (errno.EMFILE, "ulimit -n")],
+    ids=["permission", "input and output", "open files"],
+)
+def test_a_shard_that_the_system_does_not_give_is_not_called_damaged(
+    tmp_path: Path, number: int, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, some_tensors(8), 4)
+
+    def refuse(path: Path) -> None:
+        with reading(path):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(shards, "check_readable", refuse)
+    with pytest.raises(UserError, match=rf"00001-of-00002\.safetensors: can't be read: .*{reason}") as error:
+        ShardReader(tmp_path)
+    assert "delete" not in one_line(error)
+
+
+@pytest.mark.parametrize("kind", ["folder", "circle of links", "link to nothing"])
+def test_what_is_no_file_is_not_called_damaged(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "a.safetensors"
+    if kind == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to(file if kind.startswith("circle") else tmp_path / "nothing")
+    reason = {"folder": "it is a folder", "circle of links": "in a circle", "link to nothing": "no such file"}[kind]
+    with pytest.raises(UserError, match=rf"a\.safetensors: can't be read: .*{reason}") as error:
+        ShardReader(tmp_path)
+    assert "delete" not in one_line(error)
+
+
+def test_a_folder_that_can_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(shards.os, "listdir", refuse)
+    with pytest.raises(UserError, match="can't be read: no permission"):
+        ShardReader(tmp_path)
 
 
 def test_an_unfinished_shard_is_not_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
