@@ -109,7 +109,7 @@ def _adam_rows(
     o_c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     m_c = o_c < d
     o_f, m_f, b_starts, b_ends = runs(ends_ptr, d_sae, FEATURES)
-    m_f = m_f & ((lazy == 0) | (b_starts < b_ends))
+    m_f = tl.where(lazy == 0, m_f, m_f & (b_starts < b_ends))
     if tl.max(m_f.to(tl.int32), axis=0) > 0:
         b_grad = sum_runs(
             order_ptr, tokens_ptr, weights_ptr, rows_ptr, partial_ptr, b_starts, b_ends, piece, d, o_c, m_c,
