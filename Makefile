@@ -1,19 +1,21 @@
-# `make demo` and `make test` do all the set-up they need. Other targets: test-slow, test-peers, lint, memory, bench,
-# bench-peers, gpu, clean.
+# `make demo` and `make test` do all the set-up they need. Other targets: test-slow, test-peers, test-versions, lint,
+# memory, bench, bench-peers, gpu, wheel, lock, clean.
 
 PYTHON ?= python3
-# CUDA where PyPI has it (Linux). Without a GPU a CPU build is quicker to get: point pip at one, as pytorch.org says.
-TORCH ?= torch==2.13.0
-# A CPU build of torch brings no triton; its kernels are then interpreted and compiled, and tested with the oldest
-# version supported.
-TRITON ?= triton==3.6.0
+# What is installed is what was tested: constraints.txt names a version of everything, `make lock` renews it. torch comes
+# with CUDA where PyPI has it (Linux). Without a GPU a CPU build of the same version is quicker to get: point pip at one,
+# as pytorch.org says.
+export PIP_CONSTRAINT = constraints.txt
+export PIP_BUILD_CONSTRAINT = constraints.txt
+TORCH = torch==2.13.0
+PEERS_PACKAGES = 'sae-lens==6.54.*' 'eai-sparsify==1.3.*' 'dictionary-learning==0.1.*' 'pytest>=8' tabulate
 
 bin = .venv/bin
 ready = .venv/.ready
 peers_bin = .venv-peers/bin
 peers_ready = .venv-peers/.ready
 
-.PHONY: demo test test-slow test-peers lint memory gpu bench peers bench-peers clean
+.PHONY: demo test test-slow test-peers test-versions lint memory gpu bench peers bench-peers wheel lock clean
 
 demo: $(ready)
 	$(bin)/csae demo
@@ -50,26 +52,49 @@ bench-peers: $(peers_ready)
 test-peers: $(peers_ready)
 	$(peers_bin)/python -m pytest tests/patches tests/interop tests/test_readme.py -k 'not make'
 
-$(ready): pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/cpu/src/*.* kernels/cpu/src/*/*)
+# The tests that touch other libraries, at the oldest and the newest version of each; ENVIRONMENTS="name name": only
+# those. Several gigabytes an environment. What was run is written into docs/versions.md.
+test-versions: $(ready)
+	$(bin)/python tests/versions.py $(ENVIRONMENTS)
+
+# A wheel that says which systems it runs on (manylinux), in dist/.
+wheel: $(ready)
+	$(bin)/python -m build --wheel --outdir build/wheel
+	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/python -m auditwheel repair --wheel-dir dist build/wheel/*.whl
+
+# The newest versions that pyproject.toml and the other SAE libraries allow together, beside this torch, for every
+# Python that is supported.
+lock:
+	$(PYTHON) -m venv .venv-lock
+	PIP_CONSTRAINT= .venv-lock/bin/python -m pip install --quiet uv
+	{ echo "# Versions that were tested, installed by \`make\`; renewed by \`make lock\`."; \
+	  printf '%s\n' '$(TORCH)' $(PEERS_PACKAGES) $$($(PYTHON) -c "$$build_requires") \
+	  | .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --all-extras \
+	    --no-header --no-annotate --no-emit-index-url pyproject.toml -; } > constraints.new
+	mv constraints.new constraints.txt
+
+define build_requires
+import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")
+endef
+export build_requires
+
+sources = pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard kernels/cpu/src/*.* kernels/cpu/src/*/*)
+
+$(ready): $(sources)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "csae needs Python 3.11 or newer; given $$($(PYTHON) --version): make PYTHON=python3.11 ..."; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(bin)/python -m pip install --quiet "$(TORCH)"
-	$(bin)/python -c 'import triton' 2>/dev/null || $(bin)/python -m pip install --quiet "$(TRITON)"
 	$(bin)/python -m pip install --quiet --editable '.[cli,datasets,dev]'
 	touch $@
 
-# torch is named again beside the peers, or torchvision, which they ask for, would bring another one. It goes at the
-# end: where it doesn't fit this torch, `import transformers` fails. SAEBench asks for older versions than work with it.
-$(peers_ready): pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/cpu/src/*.* kernels/cpu/src/*/*)
+# torchvision, which the peers ask for, goes at the end: where it doesn't fit this torch, `import transformers` fails.
+# SAEBench asks for older versions than work with it.
+$(peers_ready): $(sources)
 	$(PYTHON) -m venv .venv-peers
-	$(peers_bin)/python -m pip install --quiet "$(TORCH)"
-	$(peers_bin)/python -c 'import triton' 2>/dev/null || $(peers_bin)/python -m pip install --quiet "$(TRITON)"
-	$(peers_bin)/python -m pip install --quiet "$(TORCH)" --editable '.[cli]' \
-		'sae-lens==6.54.*' 'eai-sparsify==1.3.*' 'dictionary-learning==0.1.*' 'pytest>=8'
-	$(peers_bin)/python -m pip install --quiet --no-deps 'sae-bench==0.6.*' tabulate
+	$(peers_bin)/python -m pip install --quiet --editable '.[cli]' $(PEERS_PACKAGES)
+	$(peers_bin)/python -m pip install --quiet --no-deps 'sae-bench==0.6.0'
 	$(peers_bin)/python -m pip uninstall --quiet --yes torchvision
 	touch $@
 
 clean:
-	rm -rf .venv .venv-peers build dist demo runs *.egg-info kernels/cpu/*.so
+	rm -rf .venv .venv-peers .venv-lock .venv-versions build dist demo runs *.egg-info kernels/cpu/*.so
