@@ -6,6 +6,8 @@ Each works on a copy of the checkout, in an empty environment that borrows torch
 from __future__ import annotations
 
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import csae
 
 pytestmark = pytest.mark.slow
 
@@ -109,8 +113,8 @@ print(cpu.available(), cpu.why_not())
 
 @needs_compiler
 def test_wheel_holds_what_it_must(wheel: Path) -> None:
-    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-    assert wheel.name.endswith(f"-py3-none-{platform}.whl")
+    here = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert wheel.name == f"contextual_sae-{csae.__version__}-py3-none-{here}.whl"
     names = names_in(wheel)
     assert LIBRARY in names
     assert {name for name in names if name.endswith(".py")} == modules_of_checkout()
@@ -118,6 +122,20 @@ def test_wheel_holds_what_it_must(wheel: Path) -> None:
     assert templates <= names
     top = {name.split("/")[0] for name in names}
     assert len(top) == 2, f"besides csae and its dist-info: {top}"
+
+
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="manylinux is Linux")
+def test_wheel_for_others_names_the_systems_that_it_runs_on(wheel: Path, tmp_path: Path) -> None:
+    # As `make wheel` makes it: auditwheel looks at every symbol that the library needs of the system's.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", tmp_path, wheel, env={"PATH": path})
+    (repaired,) = tmp_path.iterdir()
+    tag = re.search(rf"-py3-none-.*(manylinux_2_\d+_{platform.machine()})\.whl$", repaired.name)
+    assert tag is not None, repaired.name
+    assert names_in(repaired) == names_in(wheel), "no library of the system is packed"
+    shown = run(sys.executable, "-m", "auditwheel", "show", repaired)
+    assert f'consistent with the following platform tag: "{tag[1]}"' in " ".join(shown.split())
 
 
 @needs_compiler
