@@ -59,6 +59,7 @@ test-versions: $(ready)
 
 # A wheel that says which systems it runs on (manylinux), in dist/.
 wheel: $(ready)
+	rm -rf build/wheel
 	$(bin)/python -m build --wheel --outdir build/wheel
 	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/python -m auditwheel repair --wheel-dir dist build/wheel/*.whl
 

@@ -133,7 +133,8 @@ def test_wheel_for_others_names_the_systems_that_it_runs_on(wheel: Path, tmp_pat
     (repaired,) = tmp_path.iterdir()
     tag = re.search(rf"-py3-none-.*(manylinux_2_\d+_{platform.machine()})\.whl$", repaired.name)
     assert tag is not None, repaired.name
-    assert names_in(repaired) == names_in(wheel), "no library of the system is packed"
+    files = {name for name in names_in(repaired) if not name.endswith("/")}
+    assert files == names_in(wheel), "no library of the system is packed"
     shown = run(sys.executable, "-m", "auditwheel", "show", repaired)
     assert f'consistent with the following platform tag: "{tag[1]}"' in " ".join(shown.split())
 
