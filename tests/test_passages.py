@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_model import make_tokenizer
 
 from csae import ContextualSAE
 from csae.activations import ModelActivations
@@ -14,7 +15,6 @@ from csae.errors import UserError
 from csae.language_model import LanguageModel
 from csae.passages import BEFORE, NEW_SHOWN, explain, token_pieces
 from csae.text import TokenWindows, tokenize
-from tests.tiny_model import make_tokenizer
 
 LAYER, N_CTX, K = 2, 24, 10
 

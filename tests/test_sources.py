@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizer_kinds import with_bos
 from transformers import AutoTokenizer
 
 from csae.cli import main
@@ -19,7 +20,6 @@ from csae.language_model import LanguageModel
 from csae.sources import open_source
 from csae.text import beginning
 from csae.view import read_windows
-from tests.tokenizer_kinds import with_bos
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
 BOS = 0

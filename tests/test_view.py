@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tiny_model import D_IN, PROSE
 from torch import Tensor
 
 from csae import ContextualSAE, TopKSAE
@@ -26,7 +27,6 @@ from csae.language_model import LanguageModel
 from csae.sae import SAE
 from csae.view import ACTIVITY, CARRIED, FRACTION, PARTS_SHOWN, ROWS, Window, final_norm_weights, read_windows, view
 from csae.view_page import running_mean, write_view
-from tests.tiny_model import D_IN, PROSE
 
 LAYER, N_CTX, D_SAE, K = 2, 40, 90, 5
 TEXT = PROSE + "Quelqu'un ouvrit la vanne — « enfin » !\n\n日本語も。\n" + PROSE[:60]
