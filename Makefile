@@ -5,8 +5,7 @@ PYTHON ?= python3
 # What is installed is what was tested: constraints.txt names a version of everything, `make lock` renews it. torch comes
 # with CUDA where PyPI has it (Linux). Without a GPU a CPU build of the same version is quicker to get: point pip at one,
 # as pytorch.org says.
-export PIP_CONSTRAINT = constraints.txt
-export PIP_BUILD_CONSTRAINT = constraints.txt
+LOCKED = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 TORCH = torch==2.13.0
 PEERS_PACKAGES = 'sae-lens==6.54.*' 'eai-sparsify==1.3.*' 'dictionary-learning==0.1.*' 'pytest>=8' tabulate
 
@@ -60,14 +59,14 @@ test-versions: $(ready)
 # A wheel that says which systems it runs on (manylinux), in dist/.
 wheel: $(ready)
 	rm -rf build/wheel
-	$(bin)/python -m build --wheel --outdir build/wheel
+	$(LOCKED) $(bin)/python -m build --wheel --outdir build/wheel
 	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/python -m auditwheel repair --wheel-dir dist build/wheel/*.whl
 
 # The newest versions that pyproject.toml and the other SAE libraries allow together, beside this torch, for every
 # Python that is supported.
 lock:
 	$(PYTHON) -m venv .venv-lock
-	PIP_CONSTRAINT= .venv-lock/bin/python -m pip install --quiet uv
+	.venv-lock/bin/python -m pip install --quiet uv
 	{ echo "# Versions that were tested, installed by \`make\`; renewed by \`make lock\`."; \
 	  printf '%s\n' '$(TORCH)' $(PEERS_PACKAGES) $$($(PYTHON) -c "$$build_requires") \
 	  | .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --all-extras \
@@ -85,14 +84,14 @@ $(ready): $(sources)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "csae needs Python 3.11 or newer; given $$($(PYTHON) --version): make PYTHON=python3.11 ..."; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(bin)/python -m pip install --quiet --editable '.[cli,datasets,dev]'
+	$(LOCKED) $(bin)/python -m pip install --quiet --editable '.[cli,datasets,dev]'
 	touch $@
 
 # torchvision, which the peers ask for, goes at the end: where it doesn't fit this torch, `import transformers` fails.
 # SAEBench asks for older versions than work with it.
 $(peers_ready): $(sources)
 	$(PYTHON) -m venv .venv-peers
-	$(peers_bin)/python -m pip install --quiet --editable '.[cli]' $(PEERS_PACKAGES)
+	$(LOCKED) $(peers_bin)/python -m pip install --quiet --editable '.[cli]' $(PEERS_PACKAGES)
 	$(peers_bin)/python -m pip install --quiet --no-deps 'sae-bench==0.6.0'
 	$(peers_bin)/python -m pip uninstall --quiet --yes torchvision
 	touch $@

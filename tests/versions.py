@@ -128,11 +128,7 @@ def make(name: str, environment: Environment, wheel: Path) -> Path:
 
 
 def pip(python: Path, *arguments: str | Path) -> None:
-    # Not what `make` is constrained to.
-    plain = {
-        name: value for name, value in os.environ.items() if name not in ("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT")
-    }
-    subprocess.run([python, "-m", "pip", "install", "-q", *arguments], check=True, env=plain)
+    subprocess.run([python, "-m", "pip", "install", "-q", *arguments], check=True)
 
 
 def declared() -> list[Requirement]:
