@@ -16,6 +16,7 @@ from csae.attribution import Attribution, attribute
 from csae.contextual_sae import ContextualSAE
 from csae.errors import UserError
 from csae.evaluate import run_form
+from csae.pieces import token_pieces
 from csae.progress import Progress, quiet
 
 BATCH_WINDOWS = 16
@@ -24,7 +25,6 @@ SOURCES_SHOWN = 6  # earlier tokens at a token
 CARRIED_SHOWN = 3  # features from an earlier token
 EXAMPLES = 4  # of a feature, a window each
 BEFORE, AFTER = 10, 4  # tokens of context around an example
-BYTES_OF_A_CHARACTER = 4
 
 
 @torch.no_grad()
@@ -78,33 +78,6 @@ def explain(
         passages.append({"window": int(windows[row]), "tokens": described})
     features = _features(torch.cat(values), torch.cat(indices), n_counted, _mentioned(passages), pieces)
     return {"passages": passages, "features": features}
-
-
-def token_pieces(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
-    """The text of each token, such that they join to the text of all.
-
-    A character of several tokens is shown at the first of them, and the others are empty. Bytes that are no
-    whole character (where a window begins or ends inside of one) show as U+FFFD.
-    """
-    pieces: list[str] = []
-    at = 0
-    while at < len(tokens):
-        # Decoded behind the token before it, as some tokenizers drop a space where the text begins.
-        before = list(tokens[max(0, at - 1) : at])
-        lead = len(_decode(tokenizer, before))
-        for length in range(1, BYTES_OF_A_CHARACTER + 1):
-            text = _decode(tokenizer, before + list(tokens[at : at + length]))[lead:]
-            if text and "\ufffd" not in text:
-                break
-        else:
-            length, text = 1, _decode(tokenizer, tokens[at : at + 1])
-        pieces += [text] + [""] * (length - 1)
-        at += length
-    return pieces
-
-
-def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
-    return tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 class _Pieces:

@@ -24,7 +24,7 @@ from csae.attribution import attribute
 from csae.contextual_sae import ContextualSAE
 from csae.errors import UserError
 from csae.language_model import LanguageModel
-from csae.passages import token_pieces
+from csae.pieces import text_pieces, token_piece, token_pieces
 from csae.progress import Progress, quiet
 from csae.sae import SAE
 
@@ -71,7 +71,7 @@ def read_windows(
     whole, ids = len(ids) <= max_tokens, ids[:max_tokens]
     if len(ids) < 2:
         raise UserError(f"the text is {len(ids)} tokens long; needed 2 or more: the first one is left out")
-    pieces = token_pieces(lm.tokenizer, ids)
+    pieces = text_pieces(lm.tokenizer, text, ids)
     windows = []
     at = 0
     for part in torch.tensor(ids).tensor_split(math.ceil(len(ids) / (n_ctx - len(begin)))):
@@ -336,7 +336,7 @@ def logits(lm: LanguageModel, directions: Tensor, at_once: int = 256) -> list[di
         both: list[Any] = []
         for token, score in zip(tokens.tolist(), scores.tolist(), strict=True):
             if token not in pieces:
-                pieces[token] = token_pieces(lm.tokenizer, [token])[0]
+                pieces[token] = token_piece(lm.tokenizer, token)
             both += [pieces[token], round(score, 1)]
         return both
 

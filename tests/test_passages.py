@@ -1,4 +1,4 @@
-"""Pieces of text for tokens, and what is said about a passage, against the model's own output."""
+"""What is said about a passage, against the model's own output."""
 
 from __future__ import annotations
 
@@ -13,51 +13,10 @@ from csae import ContextualSAE
 from csae.activations import ModelActivations
 from csae.errors import UserError
 from csae.language_model import LanguageModel
-from csae.passages import BEFORE, NEW_SHOWN, explain, token_pieces
+from csae.passages import BEFORE, NEW_SHOWN, explain
 from csae.text import TokenWindows, tokenize
 
 LAYER, N_CTX, K = 2, 24, 10
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return make_tokenizer()
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["The lower mill.\n\n  was  opened", "naïve — “q” ẞ", "日本語 🤖🤖x", "a\ufffdb", "", "<script>&amp;</script>"],
-)
-def test_pieces_join_to_the_text(tokenizer: Any, text: str) -> None:
-    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    pieces = token_pieces(tokenizer, tokens)
-    assert len(pieces) == len(tokens)
-    assert "".join(pieces) == text
-
-
-def test_a_character_of_several_tokens_is_at_the_first(tokenizer: Any) -> None:
-    tokens = tokenizer("x日y🤖", add_special_tokens=False)["input_ids"]
-    assert len(tokens) == 9, "this tokenizer has a token for each byte of these"
-    assert token_pieces(tokenizer, tokens) == ["x", "日", "", "", "y", "🤖", "", "", ""]
-
-
-def test_a_character_that_the_window_cuts(tokenizer: Any) -> None:
-    tokens = tokenizer("日the y日", add_special_tokens=False)["input_ids"]
-    pieces = token_pieces(tokenizer, tokens[2:-1])
-    assert len(pieces) == len(tokens) - 3
-    assert pieces[0] == "\ufffd", "the last byte of a character"
-    assert "".join(pieces[1:]).rstrip("\ufffd") == "the y"
-
-
-class DroppingTokenizer:
-    """Like SentencePiece, drops the space that a text begins with."""
-
-    def decode(self, tokens: list[int], **options: Any) -> str:
-        return "".join([" the", " mill", "s"][token] for token in tokens).removeprefix(" ")
-
-
-def test_a_tokenizer_that_drops_the_first_space() -> None:
-    assert token_pieces(DroppingTokenizer(), [0, 1, 2, 0]) == ["the", " mill", "s", " the"]
 
 
 @pytest.fixture(scope="module")
