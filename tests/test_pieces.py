@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizer_kinds import KINDS, byte_fallback, byte_level, with_added, with_bos, word_piece
 
 from csae.pieces import NO_CHARACTER, text_pieces, token_piece, token_pieces
-from tests.tokenizer_kinds import KINDS, byte_fallback, byte_level, with_added, with_bos, word_piece
 
 TEXTS = {
     "plain": "The lower mill.\n\n  was  opened",
