@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_model import make_tokenizer
 
 from csae import ContextualSAE
 from csae.activations import ModelActivations
