@@ -121,7 +121,7 @@ class ModelActivations:
         }
         # Only where they are: runs of before these options say neither.
         if windows.begin:
-            about["bos"] = list(windows.begin)
+            about["bos"] = True
         if self.keep_first:
             about["keep_first"] = True
         return about

@@ -134,6 +134,11 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
         """
 
     @property
+    def keep_first(self) -> bool:
+        """Whether position 0 and outliers take part, as they did in training (`csae.activations.sink_mask`)."""
+        return self.trained_on is not None and bool(self.trained_on.keep_first)
+
+    @property
     def config(self) -> dict[str, Any]:
         """What config.json holds: arch, and the arguments that the SAE was made with."""
         return {"arch": self.arch, **(self._hub_mixin_config or {})}  # type: ignore[dict-item]

@@ -9,6 +9,7 @@ from interop_saes import D_IN, D_SAE, activations, contextual, dense, dense_wind
 
 from csae.activations import sink_mask
 from csae.interop.sae_bench import SAEBenchSAE
+from csae.trained_on import TrainedOn
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 SAES = {
@@ -68,6 +69,15 @@ def test_padding_with_zeros_changes_no_code_and_is_not_looked_at():
     padded[1, 4] = 0
     assert sink_mask(padded)[1].tolist() == [False, True, True, True, False, *[True] * 4, *[False] * 12]
     assert theirs.encode(torch.zeros(2, 9, D_IN)).shape == (2, 9, D_SAE)
+
+
+def test_position_0_takes_part_where_it_did_in_training():
+    sae, windows = contextual(), activations(2, 9)
+    assert not sae.keep_first
+    sae.trained_on = TrainedOn(keep_first=True)
+    assert sae.keep_first
+    theirs = SAEBenchSAE(sae, "m", hook_layer=3)
+    torch.testing.assert_close(theirs(windows), sae(windows, torch.ones(2, 9, dtype=torch.bool)).x_hat, **CLOSE)
 
 
 def test_windows_are_decoded_with_what_was_carried_there():
