@@ -92,14 +92,16 @@ def check_name() -> None:
     """Compare with another project's distribution csae, whose files go into the folder of this one.
 
     Beside this one: an UntestedVersion warning, the first time. Where its `__init__` has taken the place of this
-    one's: VersionError.
+    one's, or took it along when it was uninstalled: VersionError.
     """
     line = other_package()
-    if line is None or _is_former(metadata.metadata(IMPORTED_AS)):
-        return
+    if line is not None and _is_former(metadata.metadata(IMPORTED_AS)):
+        line = None
     if not hasattr(import_module(IMPORTED_AS), "_HOMES"):
-        raise VersionError(line)
-    _warn(line)
+        gone = f"{IMPORTED_AS}/__init__.py is not this project's: another project's package {IMPORTED_AS} was there"
+        raise VersionError(line or f"{gone}; run `pip install --force-reinstall --no-deps {DISTRIBUTION}`")
+    if line is not None:
+        _warn(line)
 
 
 def _is_former(other: PackageMetadata) -> bool:

@@ -225,20 +225,25 @@ def test_its_own_former_name(site: Path) -> None:
 
 
 @pytest.mark.parametrize("program", [COMMAND, "import csae.ops"], ids=["command", "library"])
-def test_another_project_in_its_place(site: Path, program: str) -> None:
+@pytest.mark.parametrize("still", [True, False], ids=["installed", "not any more"])
+def test_another_project_in_its_place(site: Path, program: str, still: bool) -> None:
     import csae
 
-    install(site, "csae", "0.2.0", summary=FOREIGN)
     (site / "csae").mkdir()
-    package = Path(csae.__file__).parent
-    for path in package.iterdir():
+    for path in Path(csae.__file__).parent.iterdir():
         if path.name != "__init__.py":
             (site / "csae" / path.name).symlink_to(path)
     (site / "csae" / "__init__.py").write_text("def attest(): ...\n")
+    if still:
+        install(site, "csae", "0.2.0", summary=FOREIGN)
     done = run(site, program, "info")
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
-    assert "csae 0.2.0 (another project's package)" in last
-    assert last.endswith(ADVICE)
+    if still:
+        assert "csae 0.2.0 (another project's package)" in last
+        assert last.endswith(ADVICE)
+    else:
+        assert "csae/__init__.py is not this project's" in last
+        assert last.endswith("run `pip install --force-reinstall --no-deps contextual-sae`")
     if program == COMMAND:
         assert done.stderr.count("\n") == 1
