@@ -191,21 +191,26 @@ class Begun(NamedTuple):
 
 
 def sink_mask(
-    acts: Tensor, text: Tensor | None = None, keep_first: bool = False, special: Tensor | None = None
+    acts: Tensor,
+    text: Tensor | None = None,
+    keep_first: bool = False,
+    special: Tensor | None = None,
+    bos: bool = False,
 ) -> Tensor:
     """Which positions take part: acts [B, T, d_in] -> [B, T] bool.
 
     The one rule for padding and attention sinks, wherever activations come from. No text is where `text` [B, T], bool
     or integers, is false, and where all of a position's activations are zero, as others write padding. Of the text,
     out is position 0, the first of each row that is text, and every position whose norm is more than ten times the
-    median norm of the other text of its row. `keep_first`, for activations of what has no such sinks, keeps both.
+    median norm of the other text of its row. `keep_first`, for activations of what has no such sinks, keeps both; with
+    `bos` only the latter, as position 0 is a beginning of sequence.
     Out are also the positions that are true in `special` [B, T], tokens that the model sees as text and an SAE does
     not: they are in no median, but the first may be position 0. The mask of a row does not depend on the rows beside
     it. A position with NaN or Inf takes part: it is to be seen.
 
     Raises ValueError or TypeError where shapes or dtypes are others.
     """
-    return follow_mask(acts, None, text, keep_first, special)[0]
+    return follow_mask(acts, None, text, keep_first, special, bos)[0]
 
 
 @torch.no_grad()
@@ -215,6 +220,7 @@ def follow_mask(
     text: Tensor | None = None,
     keep_first: bool = False,
     special: Tensor | None = None,
+    bos: bool = False,
 ) -> tuple[Tensor, Begun]:
     """`sink_mask` of texts that come in parts: the next T positions, and what their next parts need.
 
@@ -246,7 +252,7 @@ def follow_mask(
     counted = norms.where(taking_part & ~first & finite, math.nan)
     usual = before.usual_norm.where(before.usual_norm.isfinite(), counted.nanmedian(dim=1).values)
     if keep_first:
-        return taking_part, Begun(begun, usual)
+        return taking_part & ~first if bos else taking_part, Begun(begun, usual)
     sink = finite & (norms > SINK_NORM * usual.unsqueeze(1))
     return taking_part & ~first & ~sink, Begun(begun, usual)
 
@@ -336,6 +342,8 @@ def write_cache(
         if not activations.isfinite().all():
             largest = float(batch.acts.abs().max())
             raise UserError(f"an activation of {largest:.0f} is too large for {dtype}; store bfloat16 or float32")
+        if (batch.mask & ~sink_mask(activations, keep_first=True)).any():  # who reads zeros takes them for padding
+            raise UserError(f"activations are so small that {dtype} rounds them to zero; store bfloat16 or float32")
         stored = {
             "activations": activations,
             "mask": batch.mask,

@@ -134,9 +134,10 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
         """
 
     @property
-    def keep_first(self) -> bool:
-        """Whether position 0 and outliers take part, as they did in training (`csae.activations.sink_mask`)."""
-        return self.trained_on is not None and bool(self.trained_on.keep_first)
+    def masking(self) -> dict[str, bool]:
+        """What else `csae.activations.sink_mask` is to know, so that positions take part as they did in training."""
+        on = self.trained_on
+        return {"keep_first": on is not None and bool(on.keep_first), "bos": on is not None and bool(on.bos)}
 
     @property
     def config(self) -> dict[str, Any]:

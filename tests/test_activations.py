@@ -227,6 +227,17 @@ def test_too_large_for_float16(tmp_path: Path) -> None:
     assert ShardActivations(tmp_path / "cache").read([1]).tokens is None
 
 
+def test_too_small_for_float16(tmp_path: Path) -> None:
+    """Zeros would be taken for padding."""
+    small = torch.ones(2, 4, 3)
+    small[1, 2] = 1e-9
+    with pytest.raises(UserError, match=r"so small that torch\.float16 rounds them to zero; store bfloat16 or float32"):
+        write_cache(Given(small), tmp_path / "cache", torch.float16)
+    assert not list(tmp_path.iterdir())
+    write_cache(Given(small), tmp_path / "cache", torch.bfloat16)
+    assert ShardActivations(tmp_path / "cache").read([1]).mask.all()
+
+
 def test_dtype_of_a_cache(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"dtype: given torch\.int8; needed torch\.float16, "):
         write_cache(Given(torch.ones(2, 4, 3)), tmp_path, torch.int8)
@@ -304,6 +315,20 @@ def test_keep_first_keeps_position_0_and_outliers() -> None:
     assert torch.equal(sink_mask(acts, keep_first=True), text_of("ttttttttt", "...tttttt"))
     text = text_of(".tttttttt", "ttttttt..")
     assert torch.equal(sink_mask(acts, text, keep_first=True), text_of(".tttttttt", "...tttt.."))
+    assert torch.equal(sink_mask(acts, text, keep_first=True, bos=True), text_of("..ttttttt", "....ttt.."))
+    assert torch.equal(sink_mask(acts, text, bos=True), sink_mask(acts, text))
+
+
+def test_special_tokens_take_no_part_and_may_be_position_0() -> None:
+    acts = torch.ones(3, 9, 8)
+    acts[:, 1:4] = 20  # in the median they would hide the sink
+    acts[1, 7] = 11
+    acts[2, 0] = 0
+    special = text_of(".ttt.....", "tttt.....", "..tt.....")
+    assert torch.equal(sink_mask(acts, special=special), text_of("....ttttt", "....ttt.t", "....ttttt"))
+    assert torch.equal(
+        sink_mask(acts, special=special, keep_first=True), text_of("t...ttttt", "....ttttt", ".t..ttttt")
+    )
 
 
 def test_tiny_activations_are_no_zeros() -> None:

@@ -71,13 +71,15 @@ def test_padding_with_zeros_changes_no_code_and_is_not_looked_at():
     assert theirs.encode(torch.zeros(2, 9, D_IN)).shape == (2, 9, D_SAE)
 
 
-def test_position_0_takes_part_where_it_did_in_training():
+@pytest.mark.parametrize("bos", [False, True])
+def test_position_0_takes_part_where_it_did_in_training(bos):
     sae, windows = contextual(), activations(2, 9)
-    assert not sae.keep_first
-    sae.trained_on = TrainedOn(keep_first=True)
-    assert sae.keep_first
+    windows[:, 5] *= 1000
+    sae.trained_on = TrainedOn(keep_first=True, bos=bos)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[:, 0] = not bos
     theirs = SAEBenchSAE(sae, "m", hook_layer=3)
-    torch.testing.assert_close(theirs(windows), sae(windows, torch.ones(2, 9, dtype=torch.bool)).x_hat, **CLOSE)
+    torch.testing.assert_close(theirs(windows)[mask], sae(windows, mask).x_hat[mask], **CLOSE)
 
 
 def test_windows_are_decoded_with_what_was_carried_there():
