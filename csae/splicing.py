@@ -4,25 +4,31 @@
         model.generate(...)
 
 In generation the model sees one token at a time; a contextual SAE follows it on a streaming state, with the same
-codes as if it had seen the whole text at once.
+codes as if it had seen the whole text at once. `csae.following` says which text a pass goes on with.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from csae.activations import SINK_NORM, sink_mask
+from csae.activations import Begun, follow_mask
 from csae.contextual_sae import ContextualSAE
+from csae.following import Content, Text, caches_in, content_of, is_known, named
 from csae.language_model import LanguageModel, find_blocks, replacing_hook
 from csae.recurrence import State, advance, carried_by, initial_state
 from csae.sae import SAE, Code, Output
+from csae.visible import first_position, visible
 
 PARTS = ("new", "carried", "both")
 
@@ -57,8 +63,37 @@ class Edit:
         return wanted - active
 
 
+@dataclass
+class _Remembered(Text):
+    """A text that went through the model, and what the SAE remembers of it."""
+
+    state: State | None = None
+    overwritten: tuple[int, Tensor, Tensor] | None = None
+    """of a bounded memory: the position, memory and takes_part of what the last pass wrote over"""
+
+
+@dataclass
+class _Pass:
+    """A call of the model, from its outermost module to the end."""
+
+    thread: int
+    entered: list[tuple[Any, Content]] = field(default_factory=list)
+    """the caches that hold something, as they were before it"""
+    caches: list[Any] = field(default_factory=list)
+    """all that were seen, the last of them the first to ask what they hold after it"""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """by name, of the innermost module around the block"""
+    text: _Remembered | None = None
+    """what it goes on with"""
+    new: dict[str, Tensor] | None = None
+    """what went through the block, tables [B, T, ...]"""
+    state: State | None = None
+    """of the SAE, after it"""
+    overwritten: tuple[int, Tensor, Tensor] | None = None
+
+
 class Spliced:
-    """What an SAE makes of the text that goes through the model: the hook, and its state."""
+    """What an SAE makes of the text that goes through the model."""
 
     output: Output | None = None
     """of the last pass through the model, before edits: [B, T, ...], in generation T = 1"""
@@ -71,38 +106,191 @@ class Spliced:
         self._features = features
         self._directions = sae.W_dec.detach()[features]  # [m, d_in]
         self._carried_directions = carried_by(sae, features) if isinstance(sae, ContextualSAE) else None
-        self._state: State | None = None
-        self._usual_norm: Tensor | None = None  # [B], of the first pass over a text
-        self._visible: Tensor | None = None
+        self._texts: list[_Remembered] = []  # the last one first
+        self._pass: _Pass | None = None
+        self._passes = 0
+        self._replaced: Tensor | None = None  # scalar bool
 
-    def begin(self, attention_mask: Tensor | None, continued: bool) -> None:
-        """Called before each pass through the model. continued: with the keys and values of an earlier pass."""
-        self._visible = attention_mask
-        if not continued:
-            self._state = self._usual_norm = None
+    def around(self, signature: inspect.Signature, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A module around the block runs."""
+        with self._running() as (running, outermost):
+            values = (*args, *kwargs.values())
+            for cache in caches_in(values):
+                content = None if any(cache is known for known in running.caches) else content_of(cache)
+                running.caches.append(cache)
+                if content is not None:
+                    running.entered.append((cache, content))
+            running.arguments = _by_name(signature, args, kwargs)
+            output = forward(*args, **kwargs)
+            running.caches += caches_in(
+                output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
+            )
+            if outermost:
+                self._remember(running)
+        return output
+
+    def at_block(self, signature: inspect.Signature, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The block runs, and its output is replaced."""
+        with self._running() as (running, outermost):
+            caches = list(
+                caches_in(value for value in (*args, *kwargs.values()) if not isinstance(value, list | tuple))
+            )
+            if outermost:
+                running.arguments = _by_name(signature, args, kwargs)
+                if any(content_of(cache) is not None for cache in caches):
+                    raise ValueError(
+                        "the block was called by itself with a cache; needed a call of the model around it"
+                    )
+            running.caches += caches
+            return self._put_in(None, args, forward(*args, **kwargs))
+
+    @contextmanager
+    def _running(self) -> Iterator[tuple[_Pass, bool]]:
+        """The pass that runs, and whether it begins here. One that fails has not been."""
+        outermost = self._pass is None
+        running = self._pass = self._pass or _Pass(threading.get_ident())
+        if running.thread != threading.get_ident():
+            raise ValueError(
+                "the model is called from two threads at once; needed one pass after the other in a splice"
+            )
+        try:
+            yield running, outermost
+        finally:
+            if outermost:
+                self._pass = None
+                if running.overwritten is not None and running.state is not None:
+                    _restore(running.state, running.overwritten, running.overwritten[0])
+
+    def _put_in(self, module: Any, args: Any, output: Any) -> Any:
+        return replacing_hook(self.replace)(module, args, output)
 
     @torch.no_grad()
+    @torch.inference_mode(False)
     def replace(self, given: Tensor) -> Tensor:
         """The residual stream [B, T, d_in] -> what is put in its place."""
-        sae, acts = self.sae, given.to(self.sae.W_dec)
-        self.mask = mask = self._mask(acts)
+        sae, running = self.sae, self._pass
+        if not isinstance(given, Tensor) or given.dim() != 3 or given.shape[-1] != sae.d_in:
+            raise ValueError(f"the block gave {_described(given)}; needed a stream [B, T, d_in] with d_in = {sae.d_in}")
+        if running is None or running.new is not None:
+            raise ValueError(
+                "the block ran twice in one pass through the model; needed once: its positions are counted"
+            )
+        B, T = given.shape[:2]
+        text = running.text = self._continued(running, B)
+        seen, earlier = visible(running.arguments, B, T, text.length)
+        seen = given.new_ones(B, T, dtype=torch.bool) if seen is None else seen.to(given.device)
+        if text.length == 0 and first_position(running.arguments) > 0:
+            raise ValueError(
+                f"a pass begins at position {first_position(running.arguments)}, and no cache shows what went before; "
+                "needed whole texts: use_cache=False"
+            )
+        begun = None
+        if text.length:
+            before = text.table("seen")
+            if earlier is not None and not torch.equal(earlier.to(before.device), before):
+                raise ValueError(
+                    "attention_mask: says otherwise of positions that went before; needed the same for them"
+                )
+            begun = Begun(before.any(dim=1), text.table("usual")[:, -1])
+        self.mask, begun = follow_mask(given, begun, seen)
+        new = {"seen": seen & (given != 0).any(dim=-1), "usual": begun.usual_norm.unsqueeze(1).expand(B, T)}
+        acts = given.to(sae.W_dec)
         carried = None
         if isinstance(sae, ContextualSAE):
-            if self._state is None:
-                room = self.look_back or max(256, acts.shape[1])
-                self._state = initial_state(sae, len(acts), room, self.look_back is not None, self._features)
-            if len(acts) != self._state.memory.shape[0]:
-                raise ValueError(
-                    f"the batch changed from {self._state.memory.shape[0]} to {len(acts)} sequences inside a text; "
-                    "needed the same ones: generate without beams"
-                )
-            x_hat, code, c, carried, self._state = advance(sae, acts / sae.scale, self._state, mask, None)
+            mask = self.mask.to(acts.device)
+            state = text.state
+            if state is None:
+                room = self.look_back or max(256, T)
+                state = initial_state(sae, B, room, self.look_back is not None, self._features)
+            running.overwritten = _to_overwrite(state, T)
+            running.state = state
+            x_hat, code, c, carried, running.state = advance(sae, acts / sae.scale, state, mask, None)
             self.output = Output(x_hat * sae.scale, Code(*code), c * sae.scale)
+            if sae.query == "past":
+                new["past"] = x_hat - sae.b_dec
         else:
-            self.output = sae(acts, mask)
+            self.output = sae(acts, self.mask)
         base = acts if self.keep_error else self.output.x_hat
         replaced = (base + self._edited(self.output.code, carried) * sae.scale).to(given)
-        return torch.where(mask.unsqueeze(-1), replaced, given)
+        running.new = new
+        self._passes += 1
+        replaced_any = self.mask.any()
+        self._replaced = (
+            replaced_any if self._replaced is None else self._replaced | replaced_any.to(self._replaced.device)
+        )
+        return torch.where(self.mask.unsqueeze(-1), replaced, given)
+
+    def _continued(self, running: _Pass, B: int) -> _Remembered:
+        """The text that a pass goes on with, by the caches that it was given; an empty one if they hold nothing."""
+        given = [(cache, content) for cache, content in reversed(running.entered) if is_known(cache)]
+        given = given or running.entered
+        if not given:
+            return _Remembered()
+        for cache, content in given:
+            for text in sorted(self._texts, key=lambda text: not text.owned_by(cache)):
+                found = text.found_in(content)
+                if found is None:
+                    continue
+                rows, kept = found
+                if content.marks.shape[0] != B:
+                    raise ValueError(f"{named(cache)} holds {content.marks.shape[0]} rows; needed {B}, as in the pass")
+                if rows is None and kept == text.length and text.owned_by(cache) and len(text.owners) == 1:
+                    return text
+                return _part(text, rows, kept)
+        cache, content = given[0]
+        holds = f"{content.length} positions" if content.length else "a state"
+        raise ValueError(
+            f"{named(cache)} holds {holds} that did not go through this splice as they are; needed a text that is "
+            "in it from its first token: run the prompt inside the splice, and change its cache as generate does"
+        )
+
+    def _remember(self, running: _Pass) -> None:
+        """After a pass: which cache holds it, and the marks that it is known by."""
+        text, new = running.text, running.new
+        if text is None or new is None:
+            return  # it ended before the block
+        B, T = next(iter(new.values())).shape[:2]
+        known = [cache for cache in running.caches if is_known(cache)] or running.caches
+        grown = []
+        for cache in reversed(known):
+            content = content_of(cache)
+            if content is None:
+                continue
+            before = next((content for entered, content in running.entered if entered is cache), None)
+            if before is not None and before.length == content.length and torch.equal(before.marks, content.marks):
+                continue  # it did not keep the pass
+            if content.length is not None and content.length != text.length + T:
+                grown.append(f"{named(cache)} holds {content.length} positions")
+                continue
+            if content.marks.shape[0] != B:
+                grown.append(f"{named(cache)} holds {content.marks.shape[0]} rows")
+                continue
+            marks = torch.zeros(B, text.length + T, dtype=torch.int64, device=new["seen"].device)
+            marks[:, (-1 if content.first is None else content.first) :] = content.marks.to(marks.device)
+            text.append(new | {"marks": marks[:, text.length :]})
+            text.state, text.overwritten, running.overwritten = running.state, running.overwritten, None
+            for other in self._texts:
+                other.disown(cache)
+            text.own(cache)
+            self._texts = [text] + [other for other in self._texts if other is not text and other.is_alive()]
+            return
+        if grown:
+            raise ValueError(
+                f"after a pass of {T} positions in {B} rows, with {text.length} before, {grown[0]}; needed what went "
+                "through the splice: it can't be followed"
+            )
+
+    def check_used(self) -> None:
+        """Raises RuntimeError where the block never ran, and warns where nothing was put in at any position."""
+        if self._passes == 0:
+            raise RuntimeError(
+                "splice: left without having replaced anything: the block never ran; needed a call of the model that "
+                "was given, not of a copy, nor of an exported form of it"
+            )
+        if self._replaced is not None and not bool(self._replaced):
+            warnings.warn(
+                "splice: left without having replaced anything: all positions were padding or first ones", stacklevel=4
+            )
 
     def _edited(self, code: Code, carried: Tensor | None) -> Tensor:
         """What the edits add to the reconstruction, [B, T, d_in], in normalised units."""
@@ -116,17 +304,97 @@ class Spliced:
                 added += change @ self._carried_directions[:, number]
         return added
 
-    def _mask(self, acts: Tensor) -> Tensor:
-        """[B, T] bool: what takes part. Not padding, nor what `sink_mask` leaves out of a window."""
-        norms = acts.norm(dim=-1)
-        if self._usual_norm is None:
-            self._usual_norm = norms[:, 1:].median(dim=1).values if acts.shape[1] > 1 else norms[:, 0]
-            mask = sink_mask(acts)
-        else:
-            mask = norms <= SINK_NORM * self._usual_norm.unsqueeze(1)
-        if self._visible is not None:
-            mask = mask & self._visible[:, -acts.shape[1] :].to(mask)
-        return mask
+
+def _by_name(signature: inspect.Signature, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward by name, those in its ** too; given by place or by name."""
+    try:
+        arguments = dict(signature.bind(*args, **kwargs).arguments)
+    except TypeError:
+        return dict(kwargs)  # it will say so itself
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(name, {})
+    return arguments
+
+
+def _described(value: Any) -> str:
+    return f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _part(text: _Remembered, rows: Tensor | None, kept: int) -> _Remembered:
+    """A text of its own, of these rows of it and so many of its positions."""
+    plain = text.part(rows, kept)
+    part = _Remembered()
+    part.length, part.tables = plain.length, plain.tables
+    if text.state is not None:
+        state = text.state.clone() if rows is None else _rows(text.state, rows.to(text.state.memory.device))
+        if kept < state.position:
+            overwritten = text.overwritten
+            if state.bounded and state.position > state.memory.shape[1]:
+                if overwritten is None or kept < overwritten[0]:
+                    raise ValueError(
+                        f"look_back: the text was cut from {state.position} to {kept} positions, and what went before "
+                        "is no longer remembered; needed no look_back, to remember all"
+                    )
+                if rows is not None:
+                    rows = rows.to(state.memory.device)
+                    overwritten = overwritten[0], overwritten[1][rows], overwritten[2][rows]
+                _restore(state, overwritten, kept)
+            past = part.table("past")[:, -1] if "past" in part.tables else state.past
+            state = state._replace(position=kept, past=past)
+        part.state = state
+    return part
+
+
+def _rows(state: State, rows: Tensor) -> State:
+    """The state of these rows, a copy."""
+    return state._replace(
+        **{name: getattr(state, name)[rows] for name in ("memory", "takes_part", "start", "document", "past")}
+    )
+
+
+def _to_overwrite(state: State, n: int) -> tuple[int, Tensor, Tensor] | None:
+    """What the next n positions write over in a bounded memory: their first, and its memory and takes_part."""
+    room = state.memory.shape[1]
+    if not state.bounded or state.position + n <= room or n > room:
+        return None
+    slots = torch.arange(state.position, state.position + n, device=state.memory.device) % room
+    return state.position, state.memory[:, slots], state.takes_part[:, slots]
+
+
+def _restore(state: State, overwritten: tuple[int, Tensor, Tensor], first: int) -> None:
+    """Put back, in place, what positions from `first` on wrote over."""
+    position, memory, takes_part = overwritten
+    slots = torch.arange(first, position + memory.shape[1], device=memory.device) % state.memory.shape[1]
+    state.memory[:, slots] = memory[:, first - position :]
+    state.takes_part[:, slots] = takes_part[:, first - position :]
+
+
+@contextmanager
+def _wrapped(module: nn.Module, around: Callable[..., Any]) -> Iterator[None]:
+    """module.forward runs inside `around(signature, forward, args, kwargs)`, while the context lasts.
+
+    Not by a hook: transformers 4.57 records hidden states inside the forward, before any hook, and 5 in hooks of its
+    own. What is put in here is what they record.
+    """
+    forward, own = module.forward, vars(module).get("forward")
+    signature = inspect.signature(forward)
+    lasts = True
+
+    @functools.wraps(forward)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return around(signature, forward, args, kwargs) if lasts else forward(*args, **kwargs)
+
+    module.forward = wrapper  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        lasts = False  # who has wrapped it again in the meantime keeps a wrapper that does nothing
+        if vars(module).get("forward") is wrapper:
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
 
 
 @contextmanager
@@ -171,20 +439,17 @@ def splice(
             raise ValueError("edits: part 'carried' with a per-token SAE; it carries nothing: needed 'new' or 'both'")
     spliced = Spliced(sae, edits, keep_error, look_back)
     block = find_blocks(model, config.num_hidden_layers, type(model).__name__)[layer - 1]
-
-    def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
-        spliced.begin(kwargs.get("attention_mask"), cache is not None and cache.get_seq_length() > 0)
-
-    handles = [
-        model.register_forward_pre_hook(before, with_kwargs=True),
-        block.register_forward_hook(replacing_hook(spliced.replace)),
-    ]
+    block = getattr(block, "_orig_mod", block)  # of torch.compile
     was_training = sae.training
-    sae.eval()
-    try:
+    with ExitStack() as stack:
+        # What was compiled before knows nothing of the splice, and what is compiled in it would keep it.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for module in model.modules():
+            inside = module is not block and any(part is block for part in module.modules())
+            if inside and not isinstance(module, nn.ModuleList) and not hasattr(module, "_orig_mod"):
+                stack.enter_context(_wrapped(module, spliced.around))
+        stack.enter_context(_wrapped(block, spliced.at_block))
+        stack.callback(sae.train, was_training)
+        sae.eval()
         yield spliced
-    finally:
-        sae.train(was_training)
-        for handle in handles:
-            handle.remove()
+    spliced.check_used()
