@@ -171,6 +171,12 @@ class ShardActivations:
                 tokens[row] = window.tokens
         return Batch(acts, mask, documents, tokens)
 
+    def tokens(self, window_indices: Sequence[int]) -> Tensor | None:
+        """The token ids [B, T] of windows; None where not all files hold them."""
+        if not self._reader.has_tokens:
+            return None
+        return torch.stack([self._reader.tokens(int(window)) for window in window_indices])
+
     def describe(self) -> dict[str, Any]:
         return {
             **self._reader.about,

@@ -7,13 +7,12 @@ can mend ends in one line and exit code 2.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from csae.__main__ import main
-from csae.errors import UserError
+from csae.errors import UserError, shown
 from csae.versions import DISTRIBUTION, check_name, pip_install
 
 try:
@@ -21,6 +20,7 @@ try:
     import click
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 except UserError as error:
     sys.exit(f"csae: {error}")
 except ImportError as error:  # the ops and modules do without
@@ -50,6 +50,7 @@ KEEP_FIRST = click.option(
     help="Keep position 0 and outliers, which are left out as attention sinks: for what has none, such as images.",
 )
 ACTIVATIONS = click.option("--activations", type=click.Path(), help="A folder of activation shards instead of a model.")
+ELSEWHERE = click.option("--elsewhere", is_flag=True, help="Even where the SAE was trained on another model or layer.")
 DEVICE = click.option("--device", help="cuda or cpu; cuda where there is one, if not given.")
 
 
@@ -155,7 +156,7 @@ def train(**options: Any) -> None:
     mean, scale = estimate_normalisation(source, train_windows)
     sae.to(device).initialise(mean.to(device), scale)
     run_training(sae, source, train_windows, options["out"], config, origin | {"held_out": options["held_out"]})
-    print(f"trained: {options['out']} (look at it: csae eval {options['out']})")
+    print(f"trained: {shown(options['out'])} (look at it: csae eval {shown(options['out'])})")
 
 
 @cli.command(name="eval")
@@ -170,32 +171,40 @@ def train(**options: Any) -> None:
 @KEEP_FIRST
 @click.option("--windows", type=int, default=256, show_default=True, help="Windows to evaluate on, at most.")
 @click.option("--ce-windows", type=int, default=16, show_default=True, help="Windows to run the language model on.")
+@click.option("--trained-windows", is_flag=True, help="Evaluate also on windows that the run trained on.")
+@ELSEWHERE
 @DEVICE
-def evaluate(runs: tuple[str, ...], windows: int, ce_windows: int, **options: Any) -> None:
+def evaluate(
+    runs: tuple[str, ...], windows: int, ce_windows: int, trained_windows: bool, elsewhere: bool, **options: Any
+) -> None:
     """Evaluate trained SAEs: a table, and eval.json in each run's folder.
 
-    On the windows that a run held out, or on other activations or text if given. With a language model also the
-    next-token cross-entropy with the reconstruction spliced in.
+    On the windows that a run held out; or on other activations or text if given, without the windows that the run
+    trained on. With a language model also the next-token cross-entropy with the reconstruction spliced in.
     """
     from csae.checkpoint import load_sae
     from csae.evaluate import EVAL, table
-    from csae.evaluate import evaluate as evaluate_sae
-    from csae.files import write_json
+    from csae.evaluate_run import evaluate_run, keep_held_out_fvu
+    from csae.files import check_writable, write_json
     from csae.progress import track
 
     device = _device(options["device"])
     for name, count in (("--windows", windows), ("--ce-windows", ce_windows)):
         if count < 1:
             raise UserError(f"{name}: given {count}; needed at least 1")
+    given, how = _given(options), {"trained_windows": trained_windows, "elsewhere": elsewhere}
+    folders = [Path(run) for run in runs if Path(run).is_dir()]
+    for folder in folders:
+        check_writable(folder / EVAL)
     opened: dict[str, Any] = {}
     results = []
     for run in runs:
         sae = load_sae(run, device)
-        source, lm, layer, chosen = _evaluated_on(Path(run), options, device, opened)
-        found = evaluate_sae(sae, source, chosen[:windows], lm, layer, ce_windows=ce_windows, progress=track)
-        if Path(run).is_dir():
+        found = evaluate_run(run, sae, given, windows, ce_windows, **how, device=device, progress=track, opened=opened)
+        if Path(run) in folders:
             write_json(Path(run) / EVAL, found)
-        results.append({"name": Path(run).name} | found)
+            keep_held_out_fvu(Path(run), sae, found)
+        results.append({"name": Path(run).name or Path(run).resolve().name} | found)
     Console().print(table(results))
 
 
@@ -214,8 +223,11 @@ def evaluate(runs: tuple[str, ...], windows: int, ce_windows: int, **options: An
 @BOS
 @KEEP_FIRST
 @click.option("--max-tokens", type=int, default=4000, show_default=True, help="Use at most so many tokens of the text.")
+@ELSEWHERE
 @DEVICE
-def view(run: Path, text: Path, out: Path, beside: Path | None, max_tokens: int, **options: Any) -> None:
+def view(
+    run: Path, text: Path, out: Path, beside: Path | None, max_tokens: int, elsewhere: bool, **options: Any
+) -> None:
     """Show a text as an SAE sees it: a page with what is new at each token, and what is carried from where."""
     from csae.checkpoint import load_sae
     from csae.files import check_writable
@@ -223,6 +235,7 @@ def view(run: Path, text: Path, out: Path, beside: Path | None, max_tokens: int,
     from csae.progress import track
     from csae.text import beginning, read_documents
     from csae.train import read_trained_on
+    from csae.trained_on import check_place, model_name
     from csae.view import LONGER, read_windows
     from csae.view import view as view_text
     from csae.view_page import write_view
@@ -247,6 +260,9 @@ def view(run: Path, text: Path, out: Path, beside: Path | None, max_tokens: int,
             raise UserError(f"--beside: {with_it} was trained with {what}, {without} without; needed two that agree")
     sae = load_sae(run, device)
     other_sae = None if beside is None else load_sae(beside, device)
+    for loaded in (sae, other_sae):
+        if loaded is not None:
+            check_place(loaded.trained_on, origin["model"], origin["layer"], elsewhere=elsewhere)
     lm = LanguageModel.load(origin["model"], device=device)
     longest = LONGER * trained_on.get("n_ctx", 256)
     n_ctx = min(longest, lm.max_ctx or longest) if options["n_ctx"] is None else options["n_ctx"]
@@ -254,17 +270,17 @@ def view(run: Path, text: Path, out: Path, beside: Path | None, max_tokens: int,
     keep_first = bool(origin.get("keep_first"))
     windows, whole = read_windows(lm, origin["layer"], read_documents(text)[0], n_ctx, max_tokens, begin, keep_first)
     about = {
-        "text": text.name,
-        "run": run.resolve().name,
-        "beside": None if beside is None else beside.resolve().name,
-        "model": Path(lm.name).name if Path(lm.name).exists() else lm.name,
+        "text": shown(text.name),
+        "run": shown(run.resolve().name),
+        "beside": None if beside is None else shown(beside.resolve().name),
+        "model": model_name(lm.name),
         "layer": origin["layer"],
         "n_ctx": n_ctx,
         "trained_on": trained_on.get("n_ctx"),
         "whole": whole,
     }
     write_view(out, about, view_text(sae, windows, lm, trained_on.get("n_ctx"), other_sae, track))
-    print(f"written: {out}")
+    print(f"written: {shown(out)}")
 
 
 @cli.command()
@@ -287,7 +303,7 @@ def cache(**options: Any) -> None:
 
     source, _ = open_source(_origin(options), _device(options["device"]), track)
     write_cache(source, options["out"], getattr(torch, options["dtype"]), track)
-    print(f"cached: {source.n_windows} windows of {source.n_ctx} positions in {options['out']}")
+    print(f"cached: {source.n_windows} windows of {source.n_ctx} positions in {shown(options['out'])}")
 
 
 @cli.command()
@@ -299,7 +315,7 @@ def info() -> None:
     for _ in range(3):
         table.add_column(overflow="fold")
     for fact in facts():
-        table.add_row(fact.name, fact.value, fact.note)
+        table.add_row(*map(Text, (fact.name, fact.value, fact.note)))  # what it says is no markup
     Console().print(table)
 
 
@@ -332,7 +348,7 @@ def bench(context: click.Context, growth: bool, out: Path | None, device: str | 
         print(report.table(found))
     report.write(found, out)
     (growing if growth else report).draw(found, plot)
-    print(f"written: {out}, {plot}")
+    print(f"written: {shown(out)}, {shown(plot)}")
 
 
 @bench.command()
@@ -370,7 +386,7 @@ def evidence(tokens: int | None, d_sae: int | None, n_ctx: int | None, **options
         sizes["distinct"] = max(1, tokens // 2)
     given = {name: value for name, value in options.items() if value is not None and value != ()}
     run_evidence(budget=Budget(**sizes), **given)
-    print(f"written: {options['out']}/evidence.json, {options['out']}/report.html")
+    print(f"written: {shown(options['out'])}/evidence.json, {shown(options['out'])}/report.html")
 
 
 def _origin(options: dict[str, Any], trained_on: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -378,53 +394,23 @@ def _origin(options: dict[str, Any], trained_on: dict[str, Any] | None = None) -
 
     trained_on: of a run, which says what begins a window where the options don't; without one the tokenizer does.
     """
-    names = ("activations", "model", "layer", "text", "dataset", "n_ctx", "max_tokens", "bos", "keep_first")
-    origin = {name: options[name] for name in names if options.get(name) is not None}
-    if "activations" in origin and "bos" in origin:
-        raise UserError("--bos, --no-bos: given with --activations, which are as they were made; needed with a text")
+    origin = _given(options)
     for name in ("bos", "keep_first"):
         if name not in origin and trained_on:
             origin[name] = bool(trained_on.get(name))
-    origin.setdefault("bos", None)
-    for name in ("activations", "text"):
-        if name in origin:
-            origin[name] = str(Path(origin[name]).resolve())
-    if "model" in origin and Path(origin["model"]).exists():
-        origin["model"] = str(Path(origin["model"]).resolve())
-    return origin
+    return {"bos": None} | origin
 
 
-def _evaluated_on(run: Path, options: dict[str, Any], device: str, opened: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
-    """Source, language model, layer and windows to evaluate a run on. `opened` keeps what runs share."""
-    from csae.activations import held_out
-    from csae.language_model import LanguageModel
-    from csae.progress import track
-    from csae.sources import open_source
-    from csae.train import read_origin
-
-    trained_on = read_origin(run)
-    given = _origin(options, trained_on)
-    elsewhere = any(name in given for name in ("activations", "text", "dataset"))
-    if elsewhere:
-        origin = {name: trained_on[name] for name in ("model", "layer", "n_ctx") if name in trained_on} | given
-        if "activations" in given and "model" not in given:
-            origin.pop("model", None)
-    elif trained_on:
-        origin = trained_on | given
-    else:
-        raise UserError(
-            f"{run}: it does not say what it was trained on: give --activations DIR, or --model, --layer, --text"
-        )
-    origin.setdefault("n_ctx", 256)
-    key = json.dumps(origin, sort_keys=True)
-    if key not in opened:
-        source, lm = open_source(origin, device, track)
-        if lm is None and "model" in origin:  # saved activations, and a model to splice into
-            lm = LanguageModel.load(origin["model"], device=device)
-        opened[key] = source, lm
-    source, lm = opened[key]
-    windows = range(source.n_windows) if elsewhere else held_out(source.n_windows, trained_on["held_out"])[1]
-    return source, lm, origin.get("layer"), windows
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """What of `open_source`'s description was given, with absolute paths."""
+    names = ("activations", "model", "layer", "text", "dataset", "n_ctx", "max_tokens", "bos", "keep_first")
+    given = {name: options[name] for name in names if options.get(name) is not None}
+    if "activations" in given and "bos" in given:
+        raise UserError("--bos, --no-bos: given with --activations, which are as they were made; needed with a text")
+    for name in ("activations", "text", "model", "dataset"):
+        if name in given and (name in ("activations", "text") or Path(given[name]).exists()):
+            given[name] = str(Path(given[name]).resolve())
+    return given
 
 
 def _device(name: str | None) -> str:

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from csae.activations import ActivationSource, Batch
 from csae.contextual_sae import ContextualSAE
-from csae.errors import UserError
+from csae.errors import UserError, shown
 from csae.language_model import LanguageModel
 from csae.progress import Progress, quiet
 from csae.sae import SAE, Output
+from csae.trained_on import TrainedOn, check_place
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,6 +41,7 @@ def evaluate(
     batch_windows: int = BATCH_WINDOWS,
     ce_windows: int = CE_WINDOWS,
     progress: Progress = quiet,
+    elsewhere: bool = False,
 ) -> dict[str, Any]:
     """The figures of an SAE on some windows of a source, over the positions in the mask; JSON as it is.
 
@@ -51,9 +53,12 @@ def evaluate(
         layer: the layer of `lm` that the activations are from; by default what source.describe() says.
         batch_windows: windows encoded at once.
         ce_windows: how many of the windows go through the language model; the first ones.
+        elsewhere: evaluate also where the activations are of another model, layer or hook point than the SAE was
+            trained on (`csae.trained_on`).
 
     Returns:
         arch, k, d_in, d_sae, n_params; windows, and tokens, the positions evaluated.
+        data, model, layer, hook, n_ctx: what the activations are of; None where the source does not say.
         fvu: squared error over variance, both summed over all positions and dimensions; the variance is
             around the mean of these positions.
         l0: active features a token. cosine: mean cosine of x and x_hat, as they are (their common mean
@@ -70,13 +75,17 @@ def evaluate(
             ce_sae_sweeps, loss_recovered_sweeps. gap: fvu_exact / fvu_sweeps - 1.
 
     Raises UserError where a figure would be NaN: weights or activations that are not finite, no position
-    in the mask, activations that are all the same; and where `lm` or the source don't fit the SAE.
+    in the mask, activations that are all the same; where `lm` or the source don't fit the SAE, or are of another place
+    than it was trained on.
     """
     _check_finite_weights(sae)
+    here = TrainedOn.of(source.describe())
+    check_place(sae.trained_on, here.model, here.layer, here.hook, elsewhere)
     if source.d_in != sae.d_in:
         raise UserError(f"the activations are {source.d_in} wide, the SAE {sae.d_in}: they don't belong together")
     if lm is not None:
         layer = _layer_of(lm, source, sae, layer)
+        check_place(sae.trained_on, lm.name, layer, elsewhere=elsewhere)
     was_training = sae.training
     sae.eval()
     try:
@@ -85,7 +94,7 @@ def evaluate(
             result |= _cross_entropies(sae, source, windows[:ce_windows], lm, layer, progress)
     finally:
         sae.train(was_training)
-    return result
+    return result | {name: getattr(here, name) for name in ("data", "model", "layer", "hook", "n_ctx")}
 
 
 class _Form:
@@ -248,28 +257,29 @@ def _now(device: torch.device) -> float:
 def table(results: Sequence[dict[str, Any]]) -> Table:
     """A row for each SAE, and for a contextual one a second row for the form in sweeps.
 
-    results: as `evaluate` gives them; where there is a key `name`, it is shown instead of arch.
+    results: as `evaluate` or `csae.evaluate_run` gives them; where there is a key `name`, it is shown instead of arch.
+    Below it stands what was evaluated on.
     """
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     with_lm = any("ce_sae" in result for result in results)
     headers = ["SAE", "k", "d_sae", "params", "FVU", "L0", "dead", "cosine", "eval\ntokens/s"]
-    shown = Table(box=box.SIMPLE_HEAD, padding=0)
+    rows = Table(box=box.SIMPLE_HEAD, padding=0, caption=Text(_evaluated_on(results)), caption_justify="left")
     for header in headers + (["CE", "loss\nrecovered"] if with_lm else []):
         # Where a terminal is narrow, a name may break, a figure not.
         figure = header != "SAE"
-        shown.add_column(
-            header, justify="right" if figure else "left", no_wrap=figure, min_width=None if figure else 11
-        )
+        rows.add_column(header, justify="right" if figure else "left", no_wrap=figure, min_width=None if figure else 11)
     for result in results:
         contextual = "fvu_sweeps" in result
         for form in ["", "_sweeps"] if contextual else [""]:
-            name = str(result.get("name", result["arch"]))
+            name = shown(result.get("name", result["arch"]))
             if contextual:
                 name += f", {result['sweeps']} sweeps" if form else ", exact"
             row = [
-                name,
+                escape(name),
                 str(result["k"]),
                 str(result["d_sae"]),
                 f"{result['n_params'] / 1e6:.2f}M",
@@ -283,5 +293,30 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
                 recovered = result.get("loss_recovered" + form)
                 row.append(f"{result['ce_sae' + form]:.3f}" if "ce_sae" in result else "-")
                 row.append("-" if recovered is None else f"{recovered:.1%}")
-            shown.add_row(*row)
-    return shown
+            rows.add_row(*row)
+    return rows
+
+
+def _evaluated_on(results: Sequence[dict[str, Any]]) -> str:
+    """What each SAE was evaluated on, once where it is the same for all."""
+    said = [data_in_words(result) for result in results]
+    if len(set(said)) <= 1:
+        return said[0] if said else ""
+    names = [shown(result.get("name", result["arch"])) for result in results]
+    return "\n".join(f"{name}: {what}" for name, what in zip(names, said, strict=True))
+
+
+def data_in_words(result: dict[str, Any]) -> str:
+    """On which windows of what an SAE was evaluated, from its figures."""
+    count, trained, left_out = result["windows"], result.get("trained_windows"), result.get("left_out_windows")
+    which = {"held out": "held-out windows", "not trained on": "windows that it did not train on"}
+    said = f"on {count} {which.get(result.get('which', ''), 'windows')} of {result.get('data') or 'activations'}"
+    where = [f"layer {result['layer']}" if result.get("layer") is not None else "", result.get("model") or ""]
+    said += "".join(f", {part}" for part in [" of ".join(part for part in where if part)] if part)
+    if trained:
+        said += f"; {trained} of them are windows that it trained on"
+    if left_out:
+        said += f"; {left_out} that it trained on were left out"
+    if result.get("which") == "unknown":
+        said += "; which it trained on can't be told"
+    return said

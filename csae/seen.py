@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from csae.activations import ActivationSource
 from csae.errors import UserError
 from csae.files import reading, write_file
 
@@ -54,6 +55,16 @@ def window_hashes(tokens: Tensor | None, acts: Tensor) -> np.ndarray:
         rows = acts[:, chosen.to(acts.device)].to("cpu", torch.float32).numpy().astype("<f4", copy=False)
     digests = [hashlib.blake2b(np.ascontiguousarray(row), digest_size=HASH_BYTES).digest() for row in rows]
     return np.frombuffer(b"".join(digests), dtype="<u8")
+
+
+def hashes_of(source: ActivationSource, windows: Sequence[int]) -> tuple[np.ndarray, bool]:
+    """The hashes [n] of windows of a source, and whether they are of tokens. A model is run only where it must be."""
+    of = getattr(source, "tokens", None)
+    tokens = None if of is None else of(windows)
+    if tokens is not None:
+        return window_hashes(tokens, tokens), True
+    batch = source.read(windows)
+    return window_hashes(batch.tokens, batch.acts), batch.tokens is not None
 
 
 @contextmanager

@@ -91,6 +91,11 @@ class ShardReader:
         shard, row = self._locate(window)
         return shard.read(row)
 
+    def tokens(self, window: int) -> Tensor:
+        """The token ids [T] of a window alone; only where has_tokens."""
+        shard, row = self._locate(window)
+        return shard.tokens(row)
+
     def where(self, window: int) -> str:
         """The file that holds a window and its number in there, for messages."""
         shard, row = self._locate(window)
@@ -140,6 +145,9 @@ class _Shard:
 
     def read(self, row: int) -> Window:
         return Window(**{name: self._tensors.get_slice(name)[row] for name in Window._fields if name in self.names})
+
+    def tokens(self, row: int) -> Tensor:
+        return self._tensors.get_slice("tokens")[row]
 
 
 def _check_complete(files: Sequence[Path]) -> None:

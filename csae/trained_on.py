@@ -15,6 +15,7 @@ import csae
 from csae.errors import UserError, shown
 
 KEY = "trained_on"
+ASKED = "elsewhere=True (--elsewhere)"
 RESIDUAL = "resid_post"  # the residual stream after `layer` blocks
 
 
@@ -60,8 +61,8 @@ class TrainedOn:
             hook=None if hook is None else shown(hook),
             n_ctx=_whole(known.get("n_ctx")),
             data=data_name(known),
-            bos=_flag(known.get("bos")),
-            keep_first=_flag(known.get("keep_first")),
+            bos=_flag(known, "bos"),
+            keep_first=_flag(known, "keep_first"),
             version=csae.__version__,
         )
 
@@ -101,11 +102,10 @@ def check_place(
     layer: int | None,
     hook: str | None = None,
     elsewhere: bool = False,
-    ask: str = "elsewhere=True",
 ) -> None:
     """Raises UserError where an SAE is used on other activations than it was trained on, unless `elsewhere`.
 
-    model, layer, hook: where it is used; None where not known. ask: what to give to use it there all the same.
+    model, layer, hook: where it is used; None where not known.
     """
     if trained_on is None or elsewhere or (model is None and layer is None and hook is None):
         return
@@ -116,11 +116,13 @@ def check_place(
     other |= trained_on.hook is not None and hook is not None and trained_on.hook != hook
     here = _place(None if model is None else model_name(model), layer, hook)
     if other:
-        raise UserError(f"the SAE was trained on {trained_on.place()}, and this is {here}: use it there, or give {ask}")
+        raise UserError(
+            f"the SAE was trained on {trained_on.place()}, and this is {here}: use it there, or give {ASKED}"
+        )
     if trained_on.data is not None and trained_on.model is None and trained_on.layer is None:
         raise UserError(
             f"the SAE was trained on the activations in {trained_on.data!r}, which don't say what they are of, and "
-            f"this is {here}: give {ask} if they were the same"
+            f"this is {here}: give {ASKED} if they are of the same"
         )
 
 
@@ -186,7 +188,9 @@ def _whole(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _flag(value: object) -> bool | None:
+def _flag(known: dict[str, Any], name: str) -> bool | None:
+    # Our own sources, which hash their windows, say it where it is so.
+    value = known.get(name, False if "windows_sha256" in known else None)
     return value if isinstance(value, bool) else None
 
 

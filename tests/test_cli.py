@@ -71,10 +71,12 @@ def test_train_cache_eval_from_end_to_end(from_model, text, tmp_path, capsys, mo
     assert plain["arch"] == "topk"
     assert "ce_clean" not in plain  # it was trained on saved activations, and no model was named
 
-    # On other activations, by another route, and with a model to splice into.
-    code, _, err = csae(
-        "eval", "plain", *args, "--windows", "5", "--model", from_model[1], "--layer", "2", capsys=capsys
-    )
+    # By another route, and with a model to splice into. The text repeats itself: each window was trained on.
+    again = ["eval", "plain", *args, "--windows", "5", "--model", from_model[1], "--layer", "2"]
+    code, _, err = csae(*again, capsys=capsys)
+    assert code == 2
+    assert "it trained on all" in err
+    code, _, err = csae(*again, "--trained-windows", capsys=capsys)
     assert code == 0, err
     again = json.loads((tmp_path / "plain" / "eval.json").read_text())
     assert again["windows"] == 5
@@ -88,7 +90,9 @@ def test_a_folder_that_someone_else_wrote(tmp_path, capsys):
     code, _, err = csae("train", "-o", run, *args, *SMALL, "--held-out", "0.2", "--tokens", "400", capsys=capsys)
     assert code == 0, err
     assert csae("eval", run, *args, capsys=capsys)[0] == 0
-    assert json.loads((run / "eval.json").read_text())["tokens"] == 20 * 8  # position 0 is left out
+    assert json.loads((run / "eval.json").read_text())["tokens"] == 4 * 8  # position 0 is left out
+    assert csae("eval", run, *args, "--trained-windows", capsys=capsys)[0] == 0
+    assert json.loads((run / "eval.json").read_text())["tokens"] == 20 * 8
 
 
 def test_the_same_command_goes_on(from_model, tmp_path, capsys):

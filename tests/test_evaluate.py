@@ -224,12 +224,12 @@ def test_other_errors(source: Windows, tiny_lm: LanguageModel) -> None:
 
 def test_table(source: Windows) -> None:
     results = [evaluate(make(arch), source, range(N)) for arch in ("topk", "contextual")]
-    results[0]["name"] = "mine"
+    results[0]["name"] = "[red]mine"
     for result in results:
         result |= {"ce_sae": 3.21, "loss_recovered": 0.9, "ce_sae_sweeps": 3.2, "loss_recovered_sweeps": None}
     shown = table(results)
     columns = [list(column.cells) for column in shown.columns]
-    assert columns[0] == ["mine", "contextual, exact", "contextual, 1 sweeps"]
+    assert columns[0] == [r"\[red]mine", "contextual, exact", "contextual, 1 sweeps"]
     fvu = [results[0]["fvu"], results[1]["fvu"], results[1]["fvu_sweeps"]]
     assert columns[4] == [f"{figure:.4f}" for figure in fvu]
     assert columns[6] == ["12.5%"] * 3
@@ -238,4 +238,5 @@ def test_table(source: Windows) -> None:
     narrow = Console(width=80, file=io.StringIO())
     narrow.print(shown)
     words = narrow.file.getvalue().split()
+    assert "[red]mine" in words  # a name is no markup
     assert all(cell in words for column in columns[1:] for cell in column), "a figure was cut"
