@@ -1,25 +1,29 @@
 """A causal language model, read at one layer: its residual stream, and its loss when that is replaced.
 
-The residual stream after L blocks is what Hugging Face calls hidden_states[L]. The blocks are found by
-their number, so any causal language model of transformers will do.
+The residual stream after L blocks is what Hugging Face calls hidden_states[L]. The blocks are found by what they do in
+a pass over a few tokens, not by their names, so any causal language model of transformers will do that hands one
+stream [B, T, d_in] from block to block. Another one is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import os
 import subprocess
 import sys
 import tempfile
+import weakref
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from csae import versions
@@ -38,15 +42,15 @@ class LanguageModel:
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+        """Runs the model once, on a few tokens: see `find_blocks`. Raises UserError where it is of no use here."""
+        model = getattr(model, "_orig_mod", model)  # a compiled model calls no hook that it was not compiled with
+        self._blocks, self.d_in = find_blocks(model, name)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
-        config = model.config.get_text_config()
-        self.d_in: int = config.hidden_size
-        self.n_layers: int = config.num_hidden_layers
-        self.max_ctx: int | None = getattr(config, "max_position_embeddings", None)
-        self.n_vocab: int = model.get_input_embeddings().num_embeddings
-        self._blocks = find_blocks(model, self.n_layers, name)
+        self.n_layers = len(self._blocks)
+        self.max_ctx = _max_ctx(_text_config(model, name))
+        self.n_vocab = _n_vocab(model, name)
 
     @classmethod
     def load(
@@ -87,7 +91,8 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        """Where tokens go in and results come out; of a model on several devices, the first."""
+        return _device(self.model)
 
     def block(self, layer: int) -> nn.Module:
         """The block whose output is the residual stream after `layer` blocks, 1 <= layer <= n_layers."""
@@ -122,12 +127,14 @@ class LanguageModel:
 
         handle = self.block(layer).register_forward_hook(capture_and_stop)
         try:
-            self.model(input_ids=tokens.to(self.device), use_cache=False)
+            _run(self.model, tokens.to(self.device))
         except _Stop:
             pass
         finally:
             handle.remove()
-        return captured[0]
+        if not captured:
+            raise UserError(f"model {self.name!r} did not run its block {layer}, where it had at first")
+        return captured[0].to(self.device)
 
     @torch.no_grad()
     def cross_entropy(
@@ -147,16 +154,77 @@ class LanguageModel:
         if (layer is None) != (replace is None):
             raise ValueError("layer and replace: given one without the other; needed both or neither")
         tokens = tokens.to(self.device)
+        replaced: list[bool] = []
+
+        def replace_and_note(acts: Tensor) -> Tensor:
+            replaced.append(True)
+            return replace(acts)  # type: ignore[misc]
+
         with contextlib.ExitStack() as stack:
-            if layer is not None and replace is not None:
-                splice = replacing_hook(replace, None if mask is None else mask.to(self.device))
+            if layer is not None:
+                splice = replacing_hook(replace_and_note, mask)
                 stack.callback(self.block(layer).register_forward_hook(splice).remove)
-            logits = self.model(input_ids=tokens, use_cache=False).logits  # [B, T, vocabulary]
+            logits = self._logits(_run(self.model, tokens), *tokens.shape)
+        if layer is not None and not replaced:
+            raise UserError(f"model {self.name!r} did not run its block {layer}, where it had at first")
         losses = [
             F.cross_entropy(window[:-1].float(), following[1:].long(), reduction="none")
-            for window, following in zip(logits, tokens, strict=True)
+            for window, following in zip(logits, tokens.to(logits.device), strict=True)
         ]
-        return torch.stack(losses)
+        return torch.stack(losses).to(self.device)
+
+    @torch.no_grad()
+    def logit_effects(self, directions: Tensor) -> Tensor:
+        """What directions in the stream after the last block do to the next token's logits, by the model's own way.
+
+        directions [m, d_in], m >= 1 -> [m, vocabulary] float32, on the model's device: the derivative of the logits
+        along each direction, where the stream is zero. There a final norm is linear: it centres where it is a
+        LayerNorm, multiplies each dimension with its weight, and all of them with one factor, which is large.
+        Projections, scales and caps behind it are in, biases are not. So an effect is right up to a positive factor,
+        the same for all directions. Raises UserError where the model gives no logits, or no derivative.
+        """
+        m = len(directions)
+
+        def put_in(module: nn.Module, args: Any, output: Any) -> Any:
+            stream = _hidden(output)
+            zero = torch.zeros(m, 1, self.d_in, dtype=stream.dtype, device=stream.device)
+            return _with_hidden(output, forward_ad.make_dual(zero, directions.unsqueeze(1).to(zero)))
+
+        def follow(rows: int) -> Tensor | None:
+            tokens = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
+            handle = self._blocks[-1].register_forward_hook(put_in)
+            try:
+                with forward_ad.dual_level():
+                    return forward_ad.unpack_dual(self._logits(_run(self.model, tokens), m, 1)).tangent
+            finally:
+                handle.remove()
+
+        try:
+            # One row goes through the blocks, and as many as there are directions go on: most models don't mind.
+            effects = follow(1)
+        except (UserError, RuntimeError):
+            try:
+                effects = follow(m)
+            except RuntimeError as error:
+                raise UserError(
+                    f"model {self.name!r}: what its last block does to the logits can't be followed "
+                    f"({_first_line(error)}); needed plain layers of PyTorch behind it"
+                ) from error
+        if effects is None or not effects.isfinite().all():
+            what = "do not follow from" if effects is None else "have no finite derivative by"
+            raise UserError(f"model {self.name!r}: its logits {what} what its last block gives")
+        return effects.squeeze(1).float().to(self.device)
+
+    def _logits(self, output: Any, B: int, T: int) -> Tensor:
+        """The logits [B, T, vocabulary] in what the model gives."""
+        logits = output[0] if isinstance(output, tuple) else getattr(output, "logits", None)
+        if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != (B, T):
+            gives = f"logits {list(logits.shape)}" if isinstance(logits, Tensor) else "no logits"
+            raise UserError(
+                f"model {self.name!r}: a {type(self.model).__name__} gives {gives} for {B} windows of {T} tokens; "
+                f"needed [{B}, {T}, vocabulary]: a causal language model with its head"
+            )
+        return logits
 
 
 def smollm2(cache_dir: str | Path | None = None) -> Path:
@@ -195,8 +263,16 @@ class _Stop(Exception):
 
 
 def _hidden(output: Any) -> Tensor:
-    """The residual stream in what a block returns: a tensor, or a tuple that begins with it."""
-    return output[0] if isinstance(output, tuple) else output
+    """The residual stream in what a block gives: a tensor, or a tuple or list that begins with it."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def _with_hidden(output: Any, stream: Tensor) -> Any:
+    """What a block gives, with another residual stream in it."""
+    if not isinstance(output, (tuple, list)):
+        return stream
+    parts = (stream, *output[1:])
+    return output._make(parts) if hasattr(output, "_make") else type(output)(parts)
 
 
 def replacing_hook(replace: Callable[[Tensor], Tensor], mask: Tensor | None = None) -> Callable[..., Any]:
@@ -209,18 +285,184 @@ def replacing_hook(replace: Callable[[Tensor], Tensor], mask: Tensor | None = No
             raise ValueError(f"replace: gave {tuple(replaced.shape)}; needed the shape of acts, {tuple(acts.shape)}")
         replaced = replaced.to(acts)
         if mask is not None:
-            replaced = torch.where(mask[..., None], replaced, acts)
-        return (replaced, *output[1:]) if isinstance(output, tuple) else replaced
+            replaced = torch.where(mask.to(acts.device)[..., None], replaced, acts)
+        return _with_hidden(output, replaced)
 
     return hook
 
 
-def find_blocks(model: nn.Module, n_layers: int, name: str) -> nn.ModuleList:
-    """The list of the model's blocks: of the lists that are as long as the model is deep, the heaviest."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == n_layers]
-    if not lists:
-        raise UserError(f"model {name!r} has no list of its {n_layers} blocks; csae can't read its residual stream")
-    return max(lists, key=lambda module: sum(parameter.numel() for parameter in module.parameters()))
+class Blocks(NamedTuple):
+    """The blocks of a causal language model: block L - 1 gives the residual stream after L blocks."""
+
+    modules: tuple[nn.Module, ...]
+    d_in: int  # the width of the stream
+
+
+PROBE_TOKENS = 4
+_found: weakref.WeakKeyDictionary[nn.Module, tuple[nn.Module, Blocks]] = weakref.WeakKeyDictionary()
+
+
+def find_blocks(model: Any, name: str) -> Blocks:
+    """The blocks of a causal language model of transformers, recognised by what they do.
+
+    The first time for a model, it runs on 2 windows of 4 tokens, in evaluation mode and without a cache. Its blocks are
+    the heaviest list of as many modules as the model is deep, of which each one runs once, in order, gives a stream
+    [B, T, d_in] and takes the one before it as it was given. What they give at a token must not depend on later ones.
+    Raises UserError, in one line, where there are no such blocks.
+    """
+    model = getattr(model, "_orig_mod", model)
+    config = _text_config(model, name)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UserError(f"model {name!r} is an encoder with a decoder; csae reads models that are a decoder alone")
+    if model in _found:
+        container, blocks = _found[model]
+        if tuple(container.children()) == blocks.modules and any(module is container for module in model.modules()):
+            return blocks
+    n_layers = getattr(config, "num_hidden_layers", None)
+    lists = [module for module in model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict))]
+    as_deep = [module for module in lists if len(module) and n_layers in (None, len(module))]
+    if not as_deep:
+        lengths = ", ".join(map(str, sorted({len(module) for module in lists} - {0}))) or "none"
+        raise UserError(
+            f"model {name!r} has no list of its {n_layers} blocks; csae can't read its residual stream (the lengths of "
+            f"its lists: {lengths})"
+        )
+    as_deep.sort(key=lambda module: -sum(parameter.numel() for parameter in module.parameters()))
+    faults = []
+    for container in as_deep:
+        modules = tuple(container.children())
+        try:
+            stream = _probe(model, modules, name)
+        except UserError as error:
+            faults.append(error)
+            continue
+        _check_causal(stream, name)
+        _found[model] = container, Blocks(modules, stream.shape[-1])
+        return _found[model][1]
+    raise faults[0]
+
+
+def _probe(model: Any, blocks: tuple[nn.Module, ...], name: str) -> Tensor:
+    """What the last block gives for two windows that differ in the last token, where blocks hand on a stream."""
+    n_vocab = _n_vocab(model, name)
+    tokens = (n_vocab // 2 + torch.arange(PROBE_TOKENS).repeat(2, 1)) % n_vocab
+    tokens[1, -1] = (tokens[1, -1] + 1) % n_vocab
+    refused = f"model {name!r}: csae can't read its residual stream: "
+    outputs: list[Any] = []
+
+    def before(number: int, given: list[Any]) -> None:
+        if number != len(outputs):
+            ran = f"block {number + 1} of {len(blocks)} runs after {len(outputs)} runs of blocks"
+            raise UserError(f"{refused}{ran}; needed each one once, in order")
+        if number == 0:
+            return
+        if not any(_same(one, _hidden(outputs[-1])) for one in given):
+            raise UserError(f"{refused}block {number + 1} is not given what block {number} gave first")
+        others = outputs[-1][1:] if isinstance(outputs[-1], (tuple, list)) else ()
+        like = [other for other in others if isinstance(other, Tensor) and other.shape == _hidden(outputs[-1]).shape]
+        if any(_same(one, other) for one in given for other in like):
+            raise UserError(f"{refused}block {number} hands on more than one stream")
+
+    def after(number: int, output: Any) -> None:
+        stream = _hidden(output) if isinstance(output, (tuple, list)) and len(output) else output
+        if not isinstance(stream, Tensor) or stream.dim() != 3 or stream.shape[:2] != tokens.shape:
+            gives = list(stream.shape) if isinstance(stream, Tensor) else f"a {type(stream).__name__}"
+            raise UserError(f"{refused}block {number + 1} gives {gives} for 2 windows of 4 tokens; needed [2, 4, d_in]")
+        outputs.append(output)
+
+    handles = []
+    for number, block in enumerate(blocks):
+        handles += [
+            block.register_forward_pre_hook(
+                lambda _, args, kwargs, number=number: before(number, [*args, *kwargs.values()]), with_kwargs=True
+            ),
+            block.register_forward_hook(lambda _, args, output, number=number: after(number, output)),
+        ]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            _run(model, tokens.to(_device(model)))
+    except UserError:
+        raise
+    # A model may raise anything on what it was not made for.
+    except Exception as error:
+        raise UserError(f"{refused}it does not run on {PROBE_TOKENS} tokens ({_first_line(error)})") from error
+    finally:
+        for module, training in modes:
+            module.training = training
+        for handle in handles:
+            handle.remove()
+    if len(outputs) != len(blocks):
+        raise UserError(f"{refused}{len(outputs)} of its {len(blocks)} blocks ran; needed each one once")
+    widths = sorted({_hidden(output).shape[-1] for output in outputs})
+    if len(widths) > 1:
+        raise UserError(f"{refused}its blocks give streams of widths {widths}; needed one")
+    return _hidden(outputs[-1])
+
+
+def _check_causal(stream: Tensor, name: str) -> None:
+    """stream: for two windows that differ in the last token only."""
+    one, other = stream[:, :-1].float()
+    if (one - other).norm() > torch.finfo(stream.dtype).eps ** 0.5 * one.norm():
+        raise UserError(
+            f"model {name!r} is no causal one: what it gives at a token depends on later tokens; give a language model "
+            "that predicts the next token"
+        )
+
+
+def _same(one: Any, other: Tensor) -> bool:
+    """Whether one is the tensor other, or a copy of it, perhaps on another device."""
+    if one is other:
+        return True
+    return isinstance(one, Tensor) and one.shape == other.shape and torch.equal(one.to(other), other)
+
+
+def _run(model: Any, tokens: Tensor) -> Any:
+    """What the model gives for tokens [B, T], as it is without a cache and without being compiled."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    takes_it = any(one.name == "use_cache" or one.kind is one.VAR_KEYWORD for one in parameters)
+    # A compiled module does not call hooks that it was not compiled with. Before dynamo is imported, there is none.
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+    with eager:
+        return model(input_ids=tokens, **({"use_cache": False} if takes_it else {}))
+
+
+def _text_config(model: Any, name: str) -> Any:
+    config = getattr(model, "config", None)
+    if not isinstance(model, nn.Module) or config is None:
+        raise UserError(f"model {name!r}: given a {type(model).__name__}; needed a causal language model of transformers")
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _max_ctx(config: Any) -> int | None:
+    """How many tokens the model takes at most, under the names that configs have for it; None where none says."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "context_length"):
+        length = getattr(config, name, None)
+        if isinstance(length, int) and length > 0:
+            return length
+    return None
+
+
+def _n_vocab(model: Any, name: str) -> int:
+    try:
+        return len(model.get_input_embeddings().weight)
+    except (AttributeError, NotImplementedError, TypeError):
+        n_vocab = getattr(_text_config(model, name), "vocab_size", None)
+    if not isinstance(n_vocab, int):
+        raise UserError(f"model {name!r} has no table of token embeddings; needed a causal language model")
+    return n_vocab
+
+
+def _device(model: Any) -> torch.device:
+    """Where the model's first weights are. Weights that are loaded when they are used take tokens from the CPU."""
+    device = next(model.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
 
 
 def _locate(name: str) -> tuple[str, dict[str, str]]:
@@ -245,8 +487,7 @@ def _locate(name: str) -> tuple[str, dict[str, str]]:
 
 def _advice(error: Exception, source: str) -> str:
     """One line out of an error of transformers, and what to do."""
-    text = str(error).strip()
-    reason = text.splitlines()[0].rstrip(".") if text else type(error).__name__
+    reason = _first_line(error)
     if not os.path.isdir(source):
         return (
             f"there is no such local folder, and the Hugging Face hub did not give it ({reason}); "

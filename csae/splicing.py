@@ -410,7 +410,8 @@ def splice(
 
     Forward passes over whole texts and `generate` work, with the model's own cache; a contextual SAE runs in its
     exact form. Position 0, attention sinks and padding stay as they are, as in training (`csae.activations.sink_mask`;
-    with a cache, norms are compared with those of the first pass). No gradient goes through the SAE.
+    with a cache, norms are compared with those of the first pass). No gradient goes through the SAE. The first splice of
+    a model runs it once on a few tokens, to see which of its parts the blocks are (`csae.language_model.find_blocks`).
 
     Args:
         model: a causal language model of transformers, or a `LanguageModel`.
@@ -422,14 +423,14 @@ def splice(
 
     Yields a `Spliced`, whose `output` is what the SAE made of the last pass.
 
-    Raises ValueError where the layer, the width or an edit does not fit, and where the batch changes inside a text.
+    Raises ValueError where the layer, the width, an edit or the model does not fit, and where the batch changes inside a text.
     """
     model = model.model if isinstance(model, LanguageModel) else model
-    config = model.config.get_text_config()
-    if not 1 <= layer <= config.num_hidden_layers:
-        raise ValueError(f"layer: given {layer}; needed 1 to {config.num_hidden_layers}")
-    if config.hidden_size != sae.d_in:
-        raise ValueError(f"sae: {sae.d_in} wide; needed {config.hidden_size}, as wide as the model")
+    blocks, d_in = find_blocks(model, type(model).__name__)
+    if not 1 <= layer <= len(blocks):
+        raise ValueError(f"layer: given {layer}; needed 1 to {len(blocks)}")
+    if d_in != sae.d_in:
+        raise ValueError(f"sae: {sae.d_in} wide; needed {d_in}, as wide as the model")
     if look_back is not None and look_back < 1:
         raise ValueError(f"look_back: given {look_back}; needed at least 1")
     for edit in edits:
@@ -438,7 +439,7 @@ def splice(
         if edit.part == "carried" and not isinstance(sae, ContextualSAE):
             raise ValueError("edits: part 'carried' with a per-token SAE; it carries nothing: needed 'new' or 'both'")
     spliced = Spliced(sae, edits, keep_error, look_back)
-    block = find_blocks(model, config.num_hidden_layers, type(model).__name__)[layer - 1]
+    block = blocks[layer - 1]
     block = getattr(block, "_orig_mod", block)  # of torch.compile
     was_training = sae.training
     with ExitStack() as stack:

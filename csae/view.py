@@ -322,14 +322,12 @@ def _effects(sae: SAE, lm: LanguageModel, read: _Reading) -> dict[str, dict[str,
 def logits(lm: LanguageModel, directions: Tensor, at_once: int = 256) -> list[dict[str, list[Any]]]:
     """The tokens that directions in the residual stream raise and lower most, by the direct path to the logits.
 
-    The direct path is the unembedding behind the weights of the final norm. What else the norm does, to divide by the
-    length of the stream, is left out: it is a positive factor, and scores are relative. directions [m, d_in] -> m times
-    {"up", "down"}, each a list [token, score, ...] of LOGITS_SHOWN tokens, the strongest first; a score is in standard
-    deviations from the mean of all tokens.
+    The direct path skips the blocks above, and is the model's own from there on (`LanguageModel.logit_effects`): the
+    final norm, projections, the unembedding, scales. What the norm divides by, the length of the stream, is left out:
+    it is a positive factor, and scores are relative. directions [m, d_in] -> m times {"up", "down"}, each a list
+    [token, score, ...] of LOGITS_SHOWN tokens, the strongest first; a score is in standard deviations from the mean of
+    all tokens.
     """
-    W_U = lm.model.get_output_embeddings().weight.float()  # [vocabulary, d_in]
-    weights = final_norm_weights(lm).to(W_U)
-    n = min(LOGITS_SHOWN, len(W_U))
     pieces: dict[int, str] = {}
 
     def listed(tokens: Tensor, scores: Tensor) -> list[Any]:
@@ -342,9 +340,11 @@ def logits(lm: LanguageModel, directions: Tensor, at_once: int = 256) -> list[di
 
     found = []
     for some in directions.split(at_once):
-        scores = (some.to(W_U) * weights) @ W_U.T  # [at most at_once, vocabulary]
+        # Of one length, so that half precision neither overflows nor vanishes.
+        scores = lm.logit_effects(nn.functional.normalize(some.float(), dim=1))  # [at most at_once, vocabulary]
         scores -= scores.mean(dim=1, keepdim=True)
         scores /= scores.std(dim=1, keepdim=True).clamp_min(1e-12)
+        n = min(LOGITS_SHOWN, scores.shape[1])
         up, down = scores.topk(n), scores.topk(n, largest=False)
         for row in range(len(some)):
             found.append(
@@ -354,26 +354,3 @@ def logits(lm: LanguageModel, directions: Tensor, at_once: int = 256) -> list[di
                 }
             )
     return found
-
-
-def final_norm_weights(lm: LanguageModel) -> Tensor:
-    """What the final norm multiplies each dimension with, [d_in]; ones where the model has no final norm."""
-    blocks = [lm.block(layer) for layer in range(1, lm.n_layers + 1)]
-    inside = {id(module) for block in blocks for module in block.modules()}
-    norms = [
-        module
-        for module in lm.model.modules()
-        if id(module) not in inside and "norm" in type(module).__name__.lower() and _is_vector(module, lm.d_in)
-    ]
-    if not norms:
-        return torch.ones(lm.d_in)
-    # A probe of mean zero and mean square one gives the weights back, whichever norm it is and however it stores them.
-    weight: Any = norms[-1].weight
-    probe = torch.ones_like(weight)
-    probe[1::2] = -1
-    return (norms[-1](probe) - norms[-1](torch.zeros_like(probe))).float() * probe.float()
-
-
-def _is_vector(module: nn.Module, d_in: int) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.shape == (d_in,)
