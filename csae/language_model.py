@@ -210,9 +210,14 @@ class LanguageModel:
                     f"model {self.name!r}: what its last block does to the logits can't be followed "
                     f"({_first_line(error)}); needed plain layers of PyTorch behind it"
                 ) from error
-        if effects is None or not effects.isfinite().all():
-            what = "do not follow from" if effects is None else "have no finite derivative by"
-            raise UserError(f"model {self.name!r}: its logits {what} what its last block gives")
+        if effects is None:
+            raise UserError(f"model {self.name!r}: its logits do not follow from what its last block gives")
+        if not effects.isfinite().all():
+            advice = "load it in float32 or bfloat16" if effects.dtype == torch.float16 else "its weights may be broken"
+            raise UserError(
+                f"model {self.name!r}: its logits have no finite derivative by what its last block gives, in "
+                f"{effects.dtype}: {advice}"
+            )
         return effects.squeeze(1).float().to(self.device)
 
     def _logits(self, output: Any, B: int, T: int) -> Tensor:
@@ -431,7 +436,9 @@ def _run(model: Any, tokens: Tensor) -> Any:
 def _text_config(model: Any, name: str) -> Any:
     config = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or config is None:
-        raise UserError(f"model {name!r}: given a {type(model).__name__}; needed a causal language model of transformers")
+        raise UserError(
+            f"model {name!r}: given a {type(model).__name__}; needed a causal language model of transformers"
+        )
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -439,7 +446,7 @@ def _max_ctx(config: Any) -> int | None:
     """How many tokens the model takes at most, under the names that configs have for it; None where none says."""
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "context_length"):
         length = getattr(config, name, None)
-        if isinstance(length, int) and length > 0:
+        if type(length) is int and length > 0:
             return length
     return None
 

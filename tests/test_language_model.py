@@ -4,39 +4,30 @@ import shutil
 import subprocess
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from architectures import ARCHITECTURES, D_IN, N_LAYERS, VOCABULARY
+from torch import nn
 from torch.nn import functional as F
 
 from csae import language_model
 from csae.errors import UserError
-from csae.language_model import LanguageModel, smollm2
+from csae.language_model import LanguageModel, find_blocks, smollm2
 
 transformers = pytest.importorskip("transformers")
 
 SMALL = {"vocab_size": 50, "num_hidden_layers": 3, "num_attention_heads": 2, "max_position_embeddings": 32}
-CONFIGS = {
-    "llama": transformers.LlamaConfig(**SMALL, hidden_size=16, intermediate_size=32),
-    "gpt2": transformers.GPT2Config(vocab_size=50, n_layer=3, n_head=2, n_embd=16, n_positions=32),
-    "gpt-neox": transformers.GPTNeoXConfig(**SMALL, hidden_size=16, intermediate_size=32),
-    "opt": transformers.OPTConfig(**SMALL, hidden_size=16, ffn_dim=32, word_embed_proj_dim=16),
-    # caps its logits after the head
-    "gemma2": transformers.Gemma2Config(
-        **SMALL, hidden_size=16, intermediate_size=32, num_key_value_heads=1, head_dim=8, final_logit_softcapping=3.0
-    ),
-    # its blocks hold lists of experts
-    "mixtral": transformers.MixtralConfig(
-        **SMALL, hidden_size=16, intermediate_size=32, num_key_value_heads=1, num_local_experts=3
-    ),
-}
+LLAMA = transformers.LlamaConfig(**SMALL, hidden_size=16, intermediate_size=32)
+# transformers gives what is after the first block of these as hidden_states[0]
+AFTER_THE_BLOCK = {"mamba", "mamba2", "falcon-mamba", "rwkv"}
 
 
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(params=ARCHITECTURES, scope="module")
 def lm(request: pytest.FixtureRequest) -> LanguageModel:
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[request.param])
-    return LanguageModel(model, tokenizer=None, name=request.param)
+    return LanguageModel(ARCHITECTURES[request.param](), tokenizer=None, name=request.param)
 
 
 @pytest.fixture
@@ -54,7 +45,8 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
 
 
 def test_attributes(lm: LanguageModel) -> None:
-    assert (lm.d_in, lm.n_layers, lm.max_ctx, lm.n_vocab) == (16, 3, 32, 50)
+    assert (lm.d_in, lm.n_layers, lm.n_vocab) == (D_IN, N_LAYERS, VOCABULARY)
+    assert lm.max_ctx is None or lm.max_ctx >= 128
 
 
 @pytest.mark.parametrize("layer", [1, 2])
@@ -62,9 +54,10 @@ def test_activations_are_the_hidden_states_of_the_whole_model(
     lm: LanguageModel, tokens: torch.Tensor, layer: int
 ) -> None:
     with torch.no_grad():
-        expected = lm.model(input_ids=tokens, output_hidden_states=True).hidden_states[layer]
+        states = lm.model(input_ids=tokens, output_hidden_states=True).hidden_states
+    expected = states[layer - 1 if lm.name in AFTER_THE_BLOCK else layer]
     acts = lm.activations(tokens, layer)
-    assert acts.shape == (4, 20, 16)
+    assert acts.shape == (4, 20, D_IN)
     torch.testing.assert_close(acts, expected)
 
 
@@ -115,12 +108,529 @@ def test_tokens_of_another_tokenizer(tiny_lm: LanguageModel, token: int) -> None
         tiny_lm.check_tokens(torch.tensor([[5, token]]))
 
 
-def test_a_model_without_a_list_of_blocks() -> None:
-    config = transformers.LlamaConfig(**SMALL, hidden_size=16, intermediate_size=32)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    model.model.layers = torch.nn.Sequential(*model.model.layers)
-    with pytest.raises(UserError, match="has no list of its 3 blocks"):
-        LanguageModel(model, tokenizer=None, name="odd")
+@pytest.mark.parametrize(
+    ("name", "longest"), [("gpt2", 256), ("mpt", 256), ("rwkv", 256), ("mamba", None), ("bloom", None)]
+)
+def test_the_longest_window(name: str, longest: int | None) -> None:
+    assert LanguageModel(ARCHITECTURES[name](), None, name).max_ctx == longest
+
+
+# --- the blocks --------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """A residual block."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+
+    def forward(self, acts: torch.Tensor) -> torch.Tensor:
+        return acts + self.inner(acts).tanh()
+
+
+class Toy(nn.Module):
+    """A language model that knows no other tokens than the one it sees; how its blocks run is for others to say."""
+
+    blocks: nn.Module
+
+    def __init__(self, make: type[nn.Module] = Block, width: int = 8) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(num_hidden_layers=3, vocab_size=50)
+        self.embedding = nn.Embedding(50, width)
+        self.blocks = nn.ModuleList(make() for _ in range(3))
+        self.head = nn.Linear(width, 50)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def run(self, acts: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks.children():
+            acts = block(acts)
+        return acts
+
+    def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.head(self.run(self.embedding(input_ids))))
+
+
+class InASequential(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*self.blocks)
+
+    def run(self, acts: torch.Tensor) -> torch.Tensor:
+        return self.blocks(acts)
+
+
+class InADict(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleDict({f"h{number}": block for number, block in enumerate(self.blocks)})
+
+
+class BesideAHeavyListThatDoesNotRun(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = nn.ModuleList(Block(20) for _ in range(3))
+
+
+class WithALighterChainInABlock(Toy):
+    """Which is as long, and hands on what looks like a stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[1].inner = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Tanh())
+
+
+class ListBlock(Block):
+    def forward(self, acts: torch.Tensor) -> list[torch.Tensor]:  # type: ignore[override]
+        return [super().forward(acts)]
+
+
+class Named(NamedTuple):
+    stream: torch.Tensor
+    weights: torch.Tensor
+
+
+class NamedBlock(Block):
+    def forward(self, acts: torch.Tensor) -> Named:  # type: ignore[override]
+        return Named(super().forward(acts), torch.ones(3))
+
+
+class GivesLists(Toy):
+    def __init__(self) -> None:
+        super().__init__(ListBlock)
+
+    def run(self, acts: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            acts = block(acts)[0]
+        return acts
+
+
+class GivesNamedTuples(Toy):
+    def __init__(self) -> None:
+        super().__init__(NamedBlock)
+
+    def run(self, acts: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            acts = block(acts).stream
+        return acts
+
+
+class MovesTheStream(Toy):
+    """As between devices: what the next block gets is a copy."""
+
+    def run(self, acts: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            acts = block(acts).clone()
+        return acts
+
+
+class TakesNoCacheAndGivesATuple(Toy):
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor]:  # type: ignore[override]
+        return (super().forward(input_ids).logits,)
+
+
+class NamesItsDepthAsNobodyDoes(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(depth=3)
+
+
+FOLLOWED = [
+    InASequential,
+    InADict,
+    BesideAHeavyListThatDoesNotRun,
+    WithALighterChainInABlock,
+    GivesLists,
+    GivesNamedTuples,
+    MovesTheStream,
+    TakesNoCacheAndGivesATuple,
+    NamesItsDepthAsNobodyDoes,
+]
+
+
+@pytest.mark.parametrize("toy", FOLLOWED)
+def test_blocks_are_found_by_what_they_do(toy: type[Toy], tokens: torch.Tensor) -> None:
+    model = toy()
+    lm = LanguageModel(model, None, "toy")
+    assert (lm.d_in, lm.n_layers, lm.n_vocab) == (8, 3, 50)
+    assert [lm.block(layer) for layer in (1, 2, 3)] == list(model.blocks.children())
+    with torch.no_grad():
+        stream = model.embedding(tokens)
+        for layer in (1, 2, 3):
+            stream = stream + lm.block(layer).inner(stream).tanh()
+            torch.testing.assert_close(lm.activations(tokens, layer), stream)
+        expected = F.cross_entropy(model.head.bias.expand(4, 19, 50).transpose(1, 2), tokens[:, 1:], reduction="none")
+    torch.testing.assert_close(lm.cross_entropy(tokens, 3, torch.zeros_like), expected)
+
+
+class AsAttributes(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.h0, self.h1, self.h2 = self.blocks
+        self.blocks = nn.Identity()
+
+    def run(self, acts: torch.Tensor) -> torch.Tensor:
+        return self.h2(self.h1(self.h0(acts)))
+
+
+class Looped(Toy):
+    def run(self, acts: torch.Tensor) -> torch.Tensor:
+        return super().run(super().run(acts))
+
+
+class SkipsOne(Toy):
+    def run(self, acts: torch.Tensor) -> torch.Tensor:
+        return self.blocks[1](self.blocks[0](acts))
+
+
+class InAnotherOrder(Toy):
+    def run(self, acts: torch.Tensor) -> torch.Tensor:
+        return self.blocks[2](self.blocks[0](self.blocks[1](acts)))
+
+
+class SideBySide(Toy):
+    def run(self, acts: torch.Tensor) -> torch.Tensor:
+        return sum(block(acts) for block in self.blocks)  # type: ignore[return-value]
+
+
+class ChangedBetween(Toy):
+    def run(self, acts: torch.Tensor) -> torch.Tensor:
+        return self.blocks[2](self.blocks[1](self.blocks[0](acts)) / 2)
+
+
+class CalledPastItsHooks(Toy):
+    def run(self, acts: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            acts = block.forward(acts)
+        return acts
+
+
+class DictBlock(Block):
+    def forward(self, acts: torch.Tensor) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        return {"stream": super().forward(acts)}
+
+
+class GivesDicts(Toy):
+    def __init__(self) -> None:
+        super().__init__(DictBlock)
+
+    def run(self, acts: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            acts = block(acts)["stream"]
+        return acts
+
+
+class TimeFirst(Toy):
+    def run(self, acts: torch.Tensor) -> torch.Tensor:
+        return super().run(acts.transpose(0, 1)).transpose(0, 1)
+
+
+class Flat(Toy):
+    def run(self, acts: torch.Tensor) -> torch.Tensor:
+        return super().run(acts.flatten(0, 1)).unflatten(0, acts.shape[:2])
+
+
+class AStreamForEachExpert(Toy):
+    def run(self, acts: torch.Tensor) -> torch.Tensor:
+        return super().run(acts.unsqueeze(2).expand(-1, -1, 4, -1)).mean(dim=2)
+
+
+class TwoStreamBlock(Block):
+    def forward(self, acts: torch.Tensor, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        return self.inner(acts), acts + rest
+
+
+class TwoStreams(Toy):
+    def __init__(self) -> None:
+        super().__init__(TwoStreamBlock)
+
+    def run(self, acts: torch.Tensor) -> torch.Tensor:
+        rest = torch.zeros_like(acts)
+        for block in self.blocks:
+            acts, rest = block(acts, rest)
+        return acts + rest
+
+
+class SeesLaterTokens(Toy):
+    def run(self, acts: torch.Tensor) -> torch.Tensor:
+        return super().run(acts + acts.mean(dim=1, keepdim=True))
+
+
+class WantsMoreTokens(Toy):
+    def run(self, acts: torch.Tensor) -> torch.Tensor:
+        raise IndexError("chunks of 64 tokens\nand more")
+
+
+REFUSED = [
+    (AsAttributes, "has no list of its 3 blocks"),
+    (Looped, "block 1 of 3 runs after 3 runs of blocks; needed each one once, in order"),
+    (SkipsOne, "2 of its 3 blocks ran"),
+    (InAnotherOrder, "block 2 of 3 runs after 0 runs of blocks"),
+    (SideBySide, "block 2 is not given what block 1 gave"),
+    (ChangedBetween, "block 3 is not given what block 2 gave"),
+    (CalledPastItsHooks, "0 of its 3 blocks ran"),
+    (GivesDicts, "block 1 gives a dict for 2 windows of 4 tokens"),
+    (TimeFirst, r"block 1 gives \[4, 2, 8\] for 2 windows of 4 tokens; needed \[2, 4, d_in\]"),
+    (Flat, r"block 1 gives \[8, 8\]"),
+    (AStreamForEachExpert, r"block 1 gives \[2, 4, 4, 8\]"),
+    (TwoStreams, "block 1 hands on more than one stream"),
+    (SeesLaterTokens, "is no causal one: what it gives at a token depends on later tokens"),
+    (WantsMoreTokens, r"does not run on 4 tokens \(chunks of 64 tokens\)"),
+]
+
+
+@pytest.mark.parametrize(("toy", "message"), REFUSED, ids=[toy.__name__ for toy, _ in REFUSED])
+def test_what_has_no_stream_is_refused(toy: type[Toy], message: str) -> None:
+    model = toy()
+    with pytest.raises(UserError, match=message) as error:
+        LanguageModel(model, None, "odd")
+    assert "model 'odd'" in one_line(error)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def encoder_or_decoder(name: str) -> Any:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "d_model": 16, "encoder_layers": 3, "decoder_layers": 3, "encoder_ffn_dim": 32}
+    bart = transformers.BartConfig(
+        **sizes, decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=32
+    )
+    bert = transformers.BertConfig(**SMALL, hidden_size=16, intermediate_size=32)
+    if name == "bert":
+        return transformers.BertLMHeadModel(bert)
+    if name == "bert as a decoder":
+        bert.is_decoder = True
+        return transformers.BertLMHeadModel(bert)
+    if name == "t5":
+        sizes = {"vocab_size": 50, "d_model": 16, "num_layers": 3, "num_heads": 2, "d_ff": 32, "d_kv": 8}
+        return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+    if name == "xlnet":
+        return transformers.XLNetLMHeadModel(
+            transformers.XLNetConfig(vocab_size=50, d_model=16, n_layer=3, n_head=2, d_inner=32)
+        )
+    if name == "decoder of bart":
+        return transformers.BartForCausalLM(bart)
+    return transformers.BartForConditionalGeneration(bart)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bert", "is no causal one"),
+        ("bart", "is an encoder with a decoder; csae reads models that are a decoder alone"),
+        ("t5", "is an encoder with a decoder"),
+        ("xlnet", r"gives \[4, 2, 16\] for 2 windows of 4 tokens"),
+    ],
+)
+def test_what_predicts_no_next_token_is_refused(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        LanguageModel(encoder_or_decoder(name), None, name)
+    one_line(error)
+
+
+@pytest.mark.parametrize("name", ["bert as a decoder", "decoder of bart"])
+def test_a_decoder_alone_is_taken(name: str, tokens: torch.Tensor) -> None:
+    lm = LanguageModel(encoder_or_decoder(name), None, name)
+    assert lm.activations(tokens, 2).shape == (4, 20, 16)
+
+
+@pytest.mark.parametrize("given", [nn.Linear(3, 3), "HuggingFaceTB/SmolLM2-135M", None])
+def test_what_is_no_model_of_transformers(given: Any) -> None:
+    with pytest.raises(UserError, match="needed a causal language model of transformers"):
+        LanguageModel(given, None, "none")
+
+
+def test_a_model_without_its_head_has_no_loss(tokens: torch.Tensor) -> None:
+    lm = LanguageModel(transformers.LlamaModel(LLAMA), None, "headless")
+    assert lm.activations(tokens, 2).shape == (4, 20, 16)
+    with pytest.raises(UserError, match="a LlamaModel gives no logits for 4 windows of 20 tokens"):
+        lm.cross_entropy(tokens)
+    with pytest.raises(UserError, match="a LlamaModel gives no logits"):
+        lm.logit_effects(torch.randn(2, 16))
+
+
+def test_a_model_with_fewer_layers_than_its_config_says() -> None:
+    model = transformers.LlamaForCausalLM(LLAMA)
+    model.model.layers = model.model.layers[:2]
+    with pytest.raises(UserError, match=r"no list of its 3 blocks.*the lengths of its lists: 2"):
+        LanguageModel(model, None, "short")
+
+
+def test_finding_the_blocks_leaves_no_trace() -> None:
+    model = transformers.LlamaForCausalLM(LLAMA).train()
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    random = torch.random.get_rng_state()
+    blocks = find_blocks(model, "llama")
+    assert blocks.modules == tuple(model.model.layers)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_model_is_tried_once_as_long_as_it_keeps_its_blocks() -> None:
+    model = transformers.LlamaForCausalLM(LLAMA)
+    ran: list[int] = []
+    model.register_forward_pre_hook(lambda *_: ran.append(1))
+    first = find_blocks(model, "llama")
+    assert find_blocks(model, "llama") is first
+    assert len(ran) == 1
+    model.model.layers[1] = transformers.LlamaForCausalLM(LLAMA).model.layers[1]
+    assert find_blocks(model, "llama").modules == tuple(model.model.layers)
+    model.model.layers = nn.ModuleList(transformers.LlamaForCausalLM(LLAMA).model.layers)
+    assert find_blocks(model, "llama").modules == tuple(model.model.layers)
+    assert len(ran) == 3
+
+
+@pytest.mark.parametrize("where", ["the model", "in place", "each block"])
+def test_a_compiled_model_is_read_as_it_is(where: str, tokens: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    model: Any = transformers.LlamaForCausalLM(LLAMA).eval()
+    expected = LanguageModel(model, None, "llama").activations(tokens, 2)
+    loss = LanguageModel(model, None, "llama").cross_entropy(tokens, 2, torch.zeros_like)
+    if where == "the model":
+        model = torch.compile(model, backend="eager")
+    elif where == "in place":
+        model.compile(backend="eager")
+    else:
+        for block in model.model.layers:
+            block.compile(backend="eager")
+    with torch.no_grad():
+        model(input_ids=tokens)
+    lm = LanguageModel(model, None, "compiled")
+    torch.testing.assert_close(lm.activations(tokens, 2), expected)
+    torch.testing.assert_close(lm.cross_entropy(tokens, 2, torch.zeros_like), loss)
+
+
+def test_weights_that_are_loaded_when_they_are_used(tokens: torch.Tensor) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(LLAMA)
+    expected = LanguageModel(model, None, "llama").activations(tokens, 2)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    lm = LanguageModel(model, None, "offloaded")
+    torch.testing.assert_close(lm.activations(tokens, 2), expected)
+    assert lm.cross_entropy(tokens, 2, torch.zeros_like).isfinite().all()
+    assert lm.logit_effects(torch.eye(16)).isfinite().all()
+
+
+@pytest.mark.parametrize("length", [None, -1, 0, True, "long"])
+def test_a_length_that_says_nothing(length: Any) -> None:
+    model = Toy()
+    model.config.max_position_embeddings = length
+    assert LanguageModel(model, None, "any length").max_ctx is None
+    model.config.n_positions = 32
+    assert LanguageModel(model, None, "of 32").max_ctx == 32
+
+
+# --- the way to the logits ---------------------------------------------------------------------------
+
+
+def test_effects_are_the_derivative_of_the_logits_where_the_stream_is_zero(lm: LanguageModel) -> None:
+    directions = F.normalize(torch.randn(4, D_IN, generator=torch.Generator().manual_seed(0)), dim=1)
+
+    def logits_at(stream: torch.Tensor) -> torch.Tensor:
+        def put_in(module: nn.Module, args: Any, output: Any) -> Any:
+            return (stream, *output[1:]) if isinstance(output, tuple) else stream
+
+        handle = lm.block(N_LAYERS).register_forward_hook(put_in)
+        with torch.no_grad():
+            logits = lm.model(input_ids=torch.full((4, 1), 5), use_cache=False).logits[:, 0]
+        handle.remove()
+        return logits
+
+    step = 1e-5 * directions.unsqueeze(1)
+    expected = (logits_at(step) - logits_at(-step)) / 2e-5
+    hooks = list(lm.block(N_LAYERS)._forward_hooks)
+    effects = lm.logit_effects(directions)
+    assert effects.shape == (4, VOCABULARY)
+    assert list(lm.block(N_LAYERS)._forward_hooks) == hooks
+    torch.testing.assert_close(effects, expected, rtol=1e-3, atol=1e-3 * float(expected.std()))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "gemma2", "gpt2", "cohere", "granite", "opt-narrow"])
+def test_effects_are_what_the_unembedding_says(name: str) -> None:
+    lm = LanguageModel(ARCHITECTURES[name](), None, name)
+    model, directions = lm.model, torch.randn(5, D_IN)
+    after = {"gpt2": "transformer.ln_f", "opt-narrow": "model.decoder.final_layer_norm"}
+    norm = model.get_submodule(after.get(name, "model.norm"))
+    nn.init.normal_(norm.weight)
+    if getattr(norm, "bias", None) is not None:
+        nn.init.normal_(norm.bias)
+    centred = directions - directions.mean(dim=1, keepdim=True)
+    given = centred if name in ("gpt2", "cohere", "opt-narrow") else directions
+    given = given * (norm.weight + (name.startswith("gemma")))
+    if name == "opt-narrow":
+        given = model.model.decoder.project_out(given)
+    expected = given @ model.get_output_embeddings().weight.T
+    effects = lm.logit_effects(directions)
+    ratio = effects.norm() / expected.norm()
+    torch.testing.assert_close(effects / ratio, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("llama", torch.bfloat16), ("gpt2", torch.bfloat16), ("opt-narrow", torch.bfloat16), ("llama", torch.float16)],
+)
+def test_effects_in_half_precision(name: str, dtype: torch.dtype) -> None:
+    directions = F.normalize(torch.randn(5, D_IN), dim=1)
+    exact = LanguageModel(ARCHITECTURES[name](), None, name).logit_effects(directions)
+    found = LanguageModel(ARCHITECTURES[name]().to(dtype), None, name).logit_effects(directions)
+    torch.testing.assert_close(found, exact, rtol=0.02, atol=0.02 * float(exact.std()))
+
+
+def test_a_derivative_that_half_precision_has_not() -> None:
+    lm = LanguageModel(ARCHITECTURES["gpt2"]().half(), None, "gpt2")
+    with pytest.raises(UserError, match=r"no finite derivative .* in torch.float16: load it in float32 or bfloat16"):
+        lm.logit_effects(torch.randn(2, D_IN))
+
+
+def test_a_head_that_wants_as_many_rows_as_went_in() -> None:
+    config = transformers.GPTBigCodeConfig(vocab_size=50, n_embd=16, n_layer=3, n_head=2, n_positions=32)
+    lm = LanguageModel(transformers.GPTBigCodeForCausalLM(config), None, "gpt-bigcode")
+    directions = torch.randn(5, 16)
+    expected = (directions - directions.mean(dim=1, keepdim=True)) @ lm.model.get_output_embeddings().weight.T
+    effects = lm.logit_effects(directions)
+    torch.testing.assert_close(effects / effects.norm() * expected.norm(), expected, rtol=1e-4, atol=1e-4)
+
+
+class LogitsFromElsewhere(Toy):
+    def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
+        acts = self.embedding(input_ids)
+        self.run(acts)
+        return SimpleNamespace(logits=self.head(acts))
+
+
+class Unfollowable(Toy):
+    def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
+        given = super().forward(input_ids).logits
+        return SimpleNamespace(logits=torch.from_numpy(given.detach().numpy()).sqrt())
+
+
+class LogitsOfTheLastTokenOnly(Toy):
+    def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=super().forward(input_ids).logits[:, -1])
+
+
+@pytest.mark.parametrize(
+    ("toy", "message"),
+    [
+        (LogitsFromElsewhere, "logits do not follow from what its last block gives"),
+        (Unfollowable, "can't be followed|do not follow"),
+        (LogitsOfTheLastTokenOnly, r"gives logits \[1, 50\] for 5 windows of 1 tokens|gives logits \[5, 50\]"),
+    ],
+)
+def test_effects_that_are_not_to_be_had(toy: type[Toy], message: str) -> None:
+    lm = LanguageModel(toy(), None, "odd")
+    with pytest.raises(UserError, match=message) as error:
+        lm.logit_effects(torch.randn(5, 8))
+    one_line(error)
+
+
+def test_logits_of_the_last_token_only_are_no_loss(tokens: torch.Tensor) -> None:
+    with pytest.raises(UserError, match=r"gives logits \[4, 50\] for 4 windows of 20 tokens; needed \[4, 20, voc"):
+        LanguageModel(LogitsOfTheLastTokenOnly(), None, "odd").cross_entropy(tokens)
 
 
 # --- cross-entropy -----------------------------------------------------------------------------------
@@ -139,6 +649,8 @@ def test_cross_entropy_is_the_loss_of_the_next_token(lm: LanguageModel, tokens: 
 @pytest.mark.parametrize("layer", [1, 2, 3])
 def test_the_residual_stream_is_replaced_after_the_layer(lm: LanguageModel, tokens: torch.Tensor, layer: int) -> None:
     """What runs above a block depends on its output alone, so swapped windows give swapped predictions."""
+    if lm.name == "zamba2" and layer == 1:
+        pytest.skip("its shared block reads the embeddings too")
     seen = []
 
     def swap(acts: torch.Tensor) -> torch.Tensor:

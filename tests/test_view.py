@@ -15,9 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from tiny_model import D_IN, PROSE
-from torch import Tensor
+from architectures import ARCHITECTURES
+from tiny_model import D_IN, PROSE, make_tokenizer
 
 from csae import ContextualSAE, TopKSAE
 from csae.attribution import attribute
@@ -25,7 +24,7 @@ from csae.cli import main
 from csae.errors import UserError
 from csae.language_model import LanguageModel
 from csae.sae import SAE
-from csae.view import ACTIVITY, CARRIED, FRACTION, PARTS_SHOWN, ROWS, Window, final_norm_weights, read_windows, view
+from csae.view import ACTIVITY, CARRIED, FRACTION, PARTS_SHOWN, ROWS, Window, read_windows, view
 from csae.view_page import running_mean, write_view
 
 LAYER, N_CTX, D_SAE, K = 2, 40, 90, 5
@@ -234,29 +233,21 @@ def test_texts_in_which_little_happens(
 # ---- the effect on the next token ----
 
 
-def model_with_norm(kind: str) -> tuple[LanguageModel, Tensor]:
-    """A tiny language model whose final norm has random weights, and what they multiply each dimension with."""
-    sizes = {"vocab_size": 50, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 12}
-    wide = sizes | {"intermediate_size": 16, "num_key_value_heads": 1}
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_effects_of_any_model(name: str) -> None:
+    """Narrow unembeddings, capped and scaled logits among them, and tables of more tokens than the tokenizer knows."""
+    lm = LanguageModel(ARCHITECTURES[name](), make_tokenizer(), name)
+    windows, _ = read_windows(lm, LAYER, PROSE, 100, max_tokens=24)
     torch.manual_seed(0)
-    if kind == "llama":
-        model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**wide))
-        norm = model.model.norm
-    elif kind == "gemma":
-        model = transformers.GemmaForCausalLM(transformers.GemmaConfig(**wide, head_dim=6))
-        norm = model.model.norm
-    else:
-        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_embd=12, n_layer=2, n_head=2))
-        norm = model.transformer.ln_f
-        torch.nn.init.normal_(norm.bias)
-    torch.nn.init.normal_(norm.weight)
-    return LanguageModel(model, None, kind), norm.weight.detach() + (kind == "gemma")
-
-
-@pytest.mark.parametrize("kind", ["llama", "gemma", "gpt2"])
-def test_final_norm_weights(kind: str) -> None:
-    lm, weights = model_with_norm(kind)
-    torch.testing.assert_close(final_norm_weights(lm), weights, rtol=1e-4, atol=1e-4)
+    sae = fitted(ContextualSAE(32, D_SAE, K, n_heads=2, d_head=4, d_value=6), windows)
+    found = view(sae, windows, lm)
+    json.dumps(found, allow_nan=False)
+    scores = lm.logit_effects(sae.W_dec)
+    for feature, effect in list(found["features"].items())[:5]:
+        of_this = scores[int(feature)]
+        wanted = (of_this - of_this.mean()) / of_this.std()
+        assert effect["new"]["up"][1::2] == pytest.approx(wanted.topk(6).values.tolist(), abs=0.051)
+        assert effect["new"]["down"][1::2] == pytest.approx(wanted.topk(6, largest=False).values.tolist(), abs=0.051)
 
 
 def test_effects(contextual: ContextualSAE, windows: list[Window], tiny_lm: LanguageModel, facts: dict) -> None:
@@ -264,7 +255,8 @@ def test_effects(contextual: ContextualSAE, windows: list[Window], tiny_lm: Lang
     for window in windows:
         features, sums = attribute(contextual, window.acts, window.mask).written()
         written.index_add_(0, features, sums)
-    W_U = tiny_lm.model.get_output_embeddings().weight.double() * final_norm_weights(tiny_lm).double()
+    model = tiny_lm.model
+    W_U = model.get_output_embeddings().weight.double() * model.model.norm.weight.double()
     mentioned = {feature for new in facts["new"] for feature in new[::2]}
     assert {int(feature) for feature in facts["features"]} == mentioned
     vocabulary = [tiny_lm.tokenizer.decode([token]) for token in range(len(W_U))]
