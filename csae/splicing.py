@@ -410,8 +410,8 @@ def splice(
 
     Forward passes over whole texts and `generate` work, with the model's own cache; a contextual SAE runs in its
     exact form. Position 0, attention sinks and padding stay as they are, as in training (`csae.activations.sink_mask`;
-    with a cache, norms are compared with those of the first pass). No gradient goes through the SAE. The first splice of
-    a model runs it once on a few tokens, to see which of its parts the blocks are (`csae.language_model.find_blocks`).
+    with a cache, norms are compared with those of the first pass). No gradient goes through the SAE. The first splice
+    of a model runs it once on a few tokens, to see what its blocks are (`csae.language_model.find_blocks`).
 
     Args:
         model: a causal language model of transformers, or a `LanguageModel`.
@@ -423,7 +423,8 @@ def splice(
 
     Yields a `Spliced`, whose `output` is what the SAE made of the last pass.
 
-    Raises ValueError where the layer, the width, an edit or the model does not fit, and where the batch changes inside a text.
+    Raises ValueError where the model, the layer, the width or an edit does not fit, and where the batch changes inside
+    a text.
     """
     model = model.model if isinstance(model, LanguageModel) else model
     blocks, d_in = find_blocks(model, type(model).__name__)
