@@ -30,8 +30,9 @@ from csae.activations import (
     write_cache,
 )
 from csae.contextual_sae import ContextualSAE
-from csae.errors import UserError
+from csae.errors import UserError, shown
 from csae.evaluate import EVAL, evaluate, table
+from csae.evaluate_run import HELD_OUT, keep_held_out_fvu
 from csae.files import write_json
 from csae.language_model import LanguageModel, smollm2
 from csae.passages import explain
@@ -42,6 +43,7 @@ from csae.shards import ABOUT_FILE
 from csae.text import beginning, python_prose, read_documents, tokenize
 from csae.topk_sae import TopKSAE
 from csae.train import METRICS, TrainConfig, train
+from csae.trained_on import model_name
 
 TOKENS = 420_000
 EPOCHS = 2
@@ -112,17 +114,22 @@ def run_demo(
     saes = _make_saes(lm.d_in, d_sae, k, seed)
     runs = {name: out / "runs" / name for name in saes}
 
-    source = _cached(activations, out / "activations", progress)
+    cached = out / "activations"
+    source = _cached(activations, cached, progress)
     mean, scale = estimate_normalisation(source, train_windows, seed=seed)
+    prose = "the prose that comes with Python" if text is None else shown(Path(text).name)
+    origin = {"activations": str(cached.resolve()), "held_out": len(test_windows), "data": prose}
     for name, sae in saes.items():
         _say(f"{name}: training {sae.n_params / 1e6:.2f}M parameters on {config.steps * batch_windows} windows")
         sae.initialise(mean, scale)
-        train(sae.to(device), source, train_windows, runs[name], config)
+        train(sae.to(device), source, train_windows, runs[name], config, origin)
     rows: list[dict[str, Any]] = []
     figures: list[dict[str, Any]] = []
     for name, sae in saes.items():
         _say(f"{name}: evaluating on {len(test_windows)} held-out windows")
         found = evaluate(sae, source, test_windows, lm=lm, layer=layer, ce_windows=CE_WINDOWS, progress=progress)
+        found |= {"data": prose, "which": HELD_OUT}
+        keep_held_out_fvu(runs[name], sae, found)
         write_json(runs[name] / EVAL, found)
         rows.append(found | {"name": name})
         # In results.json tokens_per_s is the speed of training, which is what trained models are compared by.
@@ -130,12 +137,12 @@ def run_demo(
         figures.append(found | {"arch": name} | speeds)
 
     results = {
-        "model": Path(lm.name).name if Path(lm.name).exists() else lm.name,
+        "model": model_name(lm.name),
         "layer": layer,
         "tokens": config.steps * batch_windows * n_ctx,
         "distinct_tokens": len(train_windows) * n_ctx,
         "n_ctx": n_ctx,
-        "text": "the prose that comes with Python" if text is None else Path(text).name,
+        "text": prose,
         "seed": seed,
         "saes": figures,
     }
@@ -146,7 +153,7 @@ def run_demo(
     explained = explain(contextual, source, test_windows, lm.tokenizer, PASSAGES, progress)
     write_report(out / "report.html", results, runs, explained)
     Console().print(table(rows))
-    _say(f"figures: {out / 'results.json'}\nreport:  {out / 'report.html'}")
+    _say(f"figures: {shown(out / 'results.json')}\nreport:  {shown(out / 'report.html')}")
     return results
 
 
