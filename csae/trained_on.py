@@ -126,6 +126,31 @@ def check_place(
         )
 
 
+# The key under which another library's config keeps all of it, and what the library itself calls the parts.
+ELSEWHERE_KEY = "csae_trained_on"
+MODEL_KEYS = ("model_name", "lm_name", "model")
+HOOK_KEYS = ("hook_name", "hook_point", "hookpoint", "submodule_name")
+
+
+def named_in(metadata: dict[str, Any]) -> TrainedOn | None:
+    """What the metadata of another library say of where an SAE is of; None where nothing.
+
+    Their layers count from 0: layer 11 is that of the block whose output is our layer 12.
+    """
+    model = next((metadata[key] for key in MODEL_KEYS if isinstance(metadata.get(key), str)), None)
+    name = next((metadata[key] for key in HOOK_KEYS if isinstance(metadata.get(key), str)), None)
+    layer, hook = (None, None) if name is None else hook_place(name)
+    if layer is None:
+        block = next(
+            (found for key in ("layer", "hook_layer") if (found := _whole(metadata.get(key))) is not None), None
+        )
+        layer = None if block is None else block + 1
+    if model is None and layer is None and hook is None:
+        return None
+    model = None if model is None else model_name(model)
+    return TrainedOn(model, layer, hook or (None if layer is None else RESIDUAL), _whole(metadata.get("context_size")))
+
+
 def model_name(name: str) -> str:
     """What a model is called wherever it lies: a hub id as it is, of a path the last part."""
     path = Path(name).expanduser()

@@ -20,6 +20,7 @@ from typing import Any
 from csae.contextual_sae import ContextualSAE
 from csae.sae import SAE
 from csae.topk_sae import TopKSAE
+from csae.trained_on import check_place, named_in
 
 LIBRARIES = ("sae_lens", "sparsify", "dictionary_learning")
 
@@ -41,7 +42,13 @@ def load(library: str, name: str | Path) -> TopKSAE | ContextualSAE:
     return _module(library).load(name)
 
 
-def save(library: str, sae: SAE, folder: str | Path, metadata: dict[str, Any] | None = None) -> None:
+def save(
+    library: str,
+    sae: SAE,
+    folder: str | Path,
+    metadata: dict[str, Any] | None = None,
+    elsewhere: bool = False,
+) -> None:
     """Write an SAE so that the library's own loader reads it; files of the same names are replaced.
 
     The libraries know no scale of the activations, so the biases are multiplied by ours: feature activations are
@@ -53,12 +60,19 @@ def save(library: str, sae: SAE, folder: str | Path, metadata: dict[str, Any] | 
         folder: where to; made where it is not there.
         metadata: what else the library's config is to say, such as which model the activations come from.
             SAELens: model_name, hook_name, context_size, prepend_bos and the like. dictionary_learning: lm_name,
-            layer, submodule_name. sparsify has no place for it.
+            layer, submodule_name. sparsify has no place for it. What the SAE was trained on (`sae.trained_on`) is
+            written in any case, and comes back with `load`; it fills in these names where they are not given.
+        elsewhere: write it also where metadata names another model, layer or hook point than it was trained on. Their
+            layers count from 0: our layer 12 is their block 11.
 
     Raises ValueError for another library, UserError where it can't express the SAE, metadata is not JSON or the folder
     can't be written; what was there is still there then.
     """
-    _module(library).save(sae, Path(folder), metadata or {})
+    module, metadata = _module(library), metadata or {}
+    named = named_in(metadata)
+    if named is not None:
+        check_place(sae.trained_on, named.model, named.layer, named.hook, elsewhere)
+    module.save(sae, Path(folder), metadata)
 
 
 def _module(library: str) -> ModuleType:

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from csae.errors import UserError
 from csae.files import read_json
-from csae.interop.source import find, write
+from csae.interop.source import find, record, trained_on, write
 from csae.interop.weights import Weights, check_names, topk_sae, topk_weights
 from csae.sae import SAE
 from csae.topk_sae import TopKSAE
+from csae.trained_on import RESIDUAL
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 NAMES = ("encoder.weight", "encoder.bias", "decoder.weight", "b_dec")  # in the order of `Weights`
@@ -47,7 +48,9 @@ def load(name: str | Path) -> TopKSAE:
         raise UserError(f"{path}: without a k, as is {config_file.name}; needed it in one of them")
     check_names(path, tensors, NAMES)
     W_enc, b_enc, W_dec, b_dec = (tensors[key] for key in NAMES)
-    return topk_sae(path, Weights(W_enc, b_enc, W_dec.T, b_dec), k)
+    sae = topk_sae(path, Weights(W_enc, b_enc, W_dec.T, b_dec), k)
+    sae.trained_on = trained_on(config, config, config_file)
+    return sae
 
 
 def save(sae: SAE, folder: Path, metadata: dict[str, Any]) -> None:
@@ -56,6 +59,13 @@ def save(sae: SAE, folder: Path, metadata: dict[str, Any]) -> None:
     tensors = dict(zip(NAMES, (W_enc, b_enc, W_dec.T.contiguous(), b_dec), strict=True))
     tensors |= {"k": torch.tensor(sae.k, dtype=torch.int32), "threshold": torch.tensor(-1.0)}
     sizes = {"activation_dim": sae.d_in, "dict_size": sae.d_sae, "k": sae.k}
+    on = sae.trained_on
+    names: dict[str, Any] = {}
+    if on is not None and on.hook == RESIDUAL and on.layer is not None:
+        names = {"layer": on.layer - 1, "submodule_name": f"resid_post_layer_{on.layer - 1}"}
+    if on is not None and on.model is not None:
+        names["lm_name"] = on.model
+    metadata = names | metadata | record(sae)
     config = {"trainer": {**metadata, "trainer_class": "TopKTrainer", "dict_class": CLASS, **sizes}}
     write(folder, WEIGHTS, lambda path: torch.save(tensors, path), CONFIG, config)
 

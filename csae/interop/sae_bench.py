@@ -13,6 +13,7 @@ from csae.contextual_sae import ContextualSAE
 from csae.interop.dense import DenseSAE
 from csae.interop.weights import unscaled
 from csae.topk_sae import TopKSAE
+from csae.trained_on import check_place, named_in
 
 
 @dataclass
@@ -53,6 +54,7 @@ class SAEBenchSAE(DenseSAE):
         hook_layer: of TransformerLens: what `csae train --layer 12` was trained on is hook_layer 11.
         hook_name: where the activations come from; the residual stream after that layer if not given.
         context_size: tokens in a window, for the evaluations that ask the SAE for it.
+        elsewhere: evaluate it also at another model, layer or hook point than it was trained on.
     """
 
     def __init__(
@@ -62,9 +64,13 @@ class SAEBenchSAE(DenseSAE):
         hook_layer: int,
         hook_name: str | None = None,
         context_size: int | None = None,
+        elsewhere: bool = False,
     ) -> None:
         if hook_layer < 0:
             raise ValueError(f"hook_layer: given {hook_layer}; needed 0 or more")
+        named = named_in({"model_name": model_name, "hook_name": hook_name, "hook_layer": hook_layer})
+        assert named is not None
+        check_place(sae.trained_on, named.model, named.layer, named.hook, elsewhere)
         super().__init__(unscaled(sae).eval())
         self.cfg = SAEBenchConfig(
             model_name=model_name,

@@ -24,7 +24,7 @@ from torch import Tensor
 from csae.contextual_sae import ContextualSAE
 from csae.errors import UserError
 from csae.files import read_json
-from csae.interop.source import find, read_tensors, write
+from csae.interop.source import find, read_tensors, record, trained_on, write
 from csae.interop.weights import (
     DTYPES,
     Weights,
@@ -37,6 +37,7 @@ from csae.interop.weights import (
 )
 from csae.sae import SAE
 from csae.topk_sae import TopKSAE
+from csae.trained_on import RESIDUAL
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 FORMAT = "6.54.0"  # the version of SAELens whose files these are
@@ -60,12 +61,17 @@ def load(name: str | Path) -> TopKSAE | ContextualSAE:
             raise UserError(f"{config_file}: {field} is {config[field]!r}; needed {needed!r}{advice}")
     path = find(name, WEIGHTS)
     tensors = _read_as(path, config.get("dtype", "float32"))
+    sae: TopKSAE | ContextualSAE
     if architecture == CONTEXTUAL:
-        return _contextual_sae(path, config, tensors)
-    check_names(path, tensors, Weights._fields)
-    weights = Weights(**tensors)
-    weights = weights._replace(W_enc=_transposed(weights.W_enc))
-    return topk_sae(path, _folded(weights, config), config.get("k", 100))
+        sae = _contextual_sae(path, config, tensors)
+    else:
+        check_names(path, tensors, Weights._fields)
+        weights = Weights(**tensors)
+        weights = weights._replace(W_enc=_transposed(weights.W_enc))
+        sae = topk_sae(path, _folded(weights, config), config.get("k", 100))
+    metadata = _object(config_file, config, "metadata")
+    sae.trained_on = trained_on(metadata, metadata, config_file)
+    return sae
 
 
 def save(sae: SAE, folder: Path, metadata: dict[str, Any]) -> None:
@@ -78,6 +84,14 @@ def save(sae: SAE, folder: Path, metadata: dict[str, Any]) -> None:
         tensors = weights._replace(W_enc=weights.W_enc.T.contiguous())._asdict()
         sizes = {"d_in": sae.d_in, "d_sae": sae.d_sae, "k": sae.k}
         config = {"architecture": "topk", **sizes, "rescale_acts_by_decoder_norm": False}
+    on = sae.trained_on
+    names: dict[str, Any] = {}
+    if on is not None:
+        known = {"model_name": on.model, "context_size": on.n_ctx, "prepend_bos": on.bos}
+        names = {name: value for name, value in known.items() if value is not None}
+        if on.hook == RESIDUAL and on.layer is not None and on.layer > 0:
+            names["hook_name"] = f"blocks.{on.layer - 1}.hook_resid_post"
+    metadata = names | metadata | record(sae)
     config |= {
         "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
         "device": "cpu",

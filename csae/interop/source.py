@@ -14,6 +14,8 @@ from torch import Tensor
 
 from csae.errors import UserError
 from csae.files import write_with_config
+from csae.sae import SAE
+from csae.trained_on import ELSEWHERE_KEY, KEY, TrainedOn, named_in
 
 
 def find(name: str | Path, filename: str) -> Path:
@@ -42,6 +44,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error}): copy it again") from error
+
+
+def trained_on(config: dict[str, Any], metadata: dict[str, Any], file: Path) -> TrainedOn | None:
+    """What an SAE of another library's file was trained on: as we wrote it in `config`, or as `metadata` names it."""
+    if config.get(ELSEWHERE_KEY) is not None:
+        return TrainedOn.from_config({KEY: config[ELSEWHERE_KEY]}, str(file))
+    return named_in(metadata)
+
+
+def record(sae: SAE) -> dict[str, Any]:
+    """What to add to the config of another library for `trained_on` to read."""
+    return {} if sae.trained_on is None else {ELSEWHERE_KEY: sae.trained_on.to_config()}
 
 
 def write(folder: Path, weights: str, save: Callable[[Path], object], config: str, content: dict[str, Any]) -> None:

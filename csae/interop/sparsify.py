@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from csae.errors import UserError
 from csae.files import read_json
-from csae.interop.source import find, read_tensors, write
+from csae.interop.source import find, read_tensors, record, trained_on, write
 from csae.interop.weights import Weights, check_names, topk_sae, topk_weights
 from csae.sae import SAE
 from csae.topk_sae import TopKSAE
@@ -38,7 +38,9 @@ def load(name: str | Path) -> TopKSAE:
     path = find(name, WEIGHTS)
     tensors = read_tensors(path)
     check_names(path, tensors, NAMES)
-    return topk_sae(path, Weights(*(tensors[key] for key in NAMES)), config.get("k", 32))
+    sae = topk_sae(path, Weights(*(tensors[key] for key in NAMES)), config.get("k", 32))
+    sae.trained_on = trained_on(config, {}, config_file)
+    return sae
 
 
 def save(sae: SAE, folder: Path, metadata: dict[str, Any]) -> None:
@@ -49,5 +51,7 @@ def save(sae: SAE, folder: Path, metadata: dict[str, Any]) -> None:
         )
     weights = topk_weights(sae, "sparsify")
     tensors = dict(zip(NAMES, weights, strict=True))
-    config = FIELDS | {"k": sae.k, "num_latents": sae.d_sae, "d_in": sae.d_in}
+    config = (
+        FIELDS | {"k": sae.k, "num_latents": sae.d_sae, "d_in": sae.d_in} | record(sae)
+    )  # it leaves out what is ours
     write(folder, WEIGHTS, lambda path: save_file(tensors, path), CONFIG, config)

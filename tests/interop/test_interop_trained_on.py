@@ -1,0 +1,105 @@
+"""What an SAE was trained on goes along into other libraries' files and back; other names than its own are refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from interop_saes import contextual, topk
+
+from csae import interop
+from csae.errors import UserError
+from csae.interop.sae_bench import SAEBenchSAE
+from csae.trained_on import RESIDUAL, TrainedOn, named_in
+
+ON = TrainedOn("org/lm", 12, RESIDUAL, 256, "prose.txt", True, False, "0.1.0", 0.2, 0.25)
+
+
+@pytest.mark.parametrize("library", interop.LIBRARIES)
+def test_it_comes_back(library, tmp_path):
+    sae = topk()
+    interop.save(library, sae, tmp_path / "by hand")
+    assert interop.load(library, tmp_path / "by hand").trained_on is None
+    sae.trained_on = ON
+    interop.save(library, sae, tmp_path / "trained")
+    assert interop.load(library, tmp_path / "trained").trained_on == ON
+
+
+def test_that_of_a_contextual_one_comes_back(tmp_path):
+    sae = contextual()
+    sae.trained_on = ON
+    interop.save("sae_lens", sae, tmp_path)
+    assert interop.load("sae_lens", tmp_path).trained_on == ON
+
+
+@pytest.mark.parametrize(
+    ("library", "file", "expected"),
+    [
+        ("sae_lens", "cfg.json", {"model_name": "org/lm", "hook_name": "blocks.11.hook_resid_post"}),
+        (
+            "dictionary_learning",
+            "config.json",
+            {"lm_name": "org/lm", "layer": 11, "submodule_name": "resid_post_layer_11"},
+        ),
+    ],
+)
+def test_the_library_s_own_names_are_filled_in(library, file, expected, tmp_path):
+    sae = topk()
+    sae.trained_on = ON
+    interop.save(library, sae, tmp_path)
+    config = json.loads((tmp_path / file).read_text())
+    assert expected.items() <= config["metadata" if library == "sae_lens" else "trainer"].items()
+
+
+@pytest.mark.parametrize(
+    ("library", "metadata"),
+    [
+        ("sae_lens", {"model_name": "other"}),
+        ("sae_lens", {"hook_name": "blocks.12.hook_resid_post"}),
+        ("sae_lens", {"hook_name": "blocks.11.hook_mlp_out"}),
+        ("dictionary_learning", {"lm_name": "other"}),
+        ("dictionary_learning", {"layer": 12}),
+        ("dictionary_learning", {"submodule_name": "resid_post_layer_12"}),
+    ],
+    ids=lambda part: "-".join(map(str, part.values())) if isinstance(part, dict) else part,
+)
+def test_other_names_are_refused_unless_asked_for(library, metadata, tmp_path):
+    sae = topk()
+    sae.trained_on = ON
+    with pytest.raises(UserError, match=r"trained on layer 12 of org/lm, and this is .* or give elsewhere=True"):
+        interop.save(library, sae, tmp_path, metadata)
+    assert list(tmp_path.iterdir()) == []
+    interop.save(library, sae, tmp_path, metadata, elsewhere=True)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"model_name": "lm", "hook_name": "blocks.11.hook_resid_post"},
+        {"model_name": "/models/lm", "hook_name": "blocks.12.hook_resid_pre"},
+        {"hook_name": "model.layers.11", "dataset_path": "org/data"},
+    ],
+)
+def test_the_same_place_under_another_name_is_none(metadata, tmp_path):
+    sae = topk()
+    sae.trained_on = ON
+    interop.save("sae_lens", sae, tmp_path, metadata)
+
+
+def test_what_another_library_says_is_known_here(tmp_path):
+    interop.save(
+        "sae_lens", topk(), tmp_path / "a", {"model_name": "gpt2-small", "hook_name": "blocks.5.hook_resid_pre"}
+    )
+    assert interop.load("sae_lens", tmp_path / "a").trained_on == TrainedOn("gpt2-small", 5, RESIDUAL)
+    interop.save("dictionary_learning", topk(), tmp_path / "b", {"lm_name": "org/lm", "layer": 3})
+    assert interop.load("dictionary_learning", tmp_path / "b").trained_on == TrainedOn("org/lm", 4, RESIDUAL)
+    assert named_in({"dataset_path": "org/data"}) is None
+
+
+def test_sae_bench_at_another_layer_is_refused():
+    sae = topk()
+    sae.trained_on = ON
+    with pytest.raises(UserError, match="trained on layer 12 of org/lm, and this is layer 13 of lm"):
+        SAEBenchSAE(sae, "lm", 12)
+    assert SAEBenchSAE(sae, "lm", 11).cfg.hook_name == "blocks.11.hook_resid_post"
+    assert SAEBenchSAE(sae, "lm", 12, elsewhere=True).cfg.hook_layer == 12
