@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, linear, pad, scaled_dot_product_attention
 
-from csae.heads import bounded_heads, unit_heads
+from csae.ops.heads import bounded_heads, unit_heads
 
 from .data import Built, Data, Skip
 from .plain import sparse_encode

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from csae.factors import Trace
-from csae.heads import VALUE_BOUND, bounded_heads, unit_heads, value_scale
-from csae.linear import linear
 from csae.ops import lookback_attention, sparse_decode
+from csae.ops.heads import VALUE_BOUND, bounded_heads, unit_heads, value_scale
+from csae.ops.linear import linear
 from csae.ops.topk_encode import encode_again, encode_and_keep, encoder, with_encode_gradient
-from csae.recurrence import State, advance, initial_state
+from csae.recurrence import State, advance, initial_state, whole
 from csae.sae import SAE, Code, Output
 
 # The two queries, and the steepest slope that a head begins with. What predicts x_t from the past alone lies near;
@@ -368,9 +368,7 @@ class ContextualSAE(SAE):
         self, given: Tensor | Code, mask: Tensor | None, documents: Tensor | None
     ) -> tuple[Tensor, Code, Tensor]:
         """x_hat, code and c of whole windows, exactly, in normalised units: of x [B, T, d_in], or of its code."""
-        B, T = (given if isinstance(given, Tensor) else given.values).shape[:2]
-        state = initial_state(self, B, T, bounded=False)
-        x_hat, code, c, _, _ = advance(self, given, state, mask, documents)
+        x_hat, code, c = whole(self, given, mask, documents)
         return x_hat, Code(*code), c
 
     def _check_acts(self, acts: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> None:

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from csae import ContextualSAE, recurrence, reference
+from csae import ContextualSAE, reference
 from csae.kernels.portable import lookback_attention as portable
+from csae.ops import recurrence
 
 D_IN, B, T = 10, 3, 21
 

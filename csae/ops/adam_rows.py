@@ -16,7 +16,7 @@ from torch import Tensor
 
 from csae.kernels.pairs import Pairs, Table
 
-from .backend import kernels
+from .backend import kernels, operator
 
 
 def sort_pairs(features: Tensor, tokens: Tensor, d_sae: int) -> Pairs:
@@ -43,7 +43,7 @@ def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, la
     _adam_rows(*pairs, params, exp_avgs, exp_avg_sqs, weights, rows, unit_rows, hyper, seed, lazy)
 
 
-@torch.library.custom_op("csae::sort_pairs", mutates_args=())
+@operator("sort_pairs")
 def _sort_pairs(features: Tensor, tokens: Tensor, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(kernels("feature_rows", features.device).sort_pairs(features, tokens, d_sae))  # type: ignore[return-value]
 
@@ -53,7 +53,7 @@ def _(features: Tensor, tokens: Tensor, d_sae: int) -> tuple[Tensor, Tensor, Ten
     return torch.empty_like(features), torch.empty_like(tokens), features.new_empty(d_sae + 1)
 
 
-@torch.library.custom_op("csae::adam_rows", mutates_args=("params", "exp_avgs", "exp_avg_sqs"))
+@operator("adam_rows", ("params", "exp_avgs", "exp_avg_sqs"))
 def _adam_rows(
     order: Tensor,
     tokens: Tensor,
@@ -82,7 +82,7 @@ def feature_sums(pairs: Pairs, weights: list[Tensor], rows: list[Tensor]) -> lis
     return _feature_sums(*pairs, weights, rows)
 
 
-@torch.library.custom_op("csae::feature_sums", mutates_args=())
+@operator("feature_sums")
 def _feature_sums(
     order: Tensor, tokens: Tensor, ends: Tensor, weights: list[Tensor], rows: list[Tensor]
 ) -> list[Tensor]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from csae import versions
 from csae.kernels import cpu, triton
@@ -19,3 +23,33 @@ def kernels(op: str, device: torch.device) -> ModuleType:
     if device.type == "cpu" and not cpu.available():
         cpu.warn_once()
     return import_module(f"csae.kernels.portable.{op}")
+
+
+def operator(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """`torch.library.custom_op`: what a tracer sees of a native or a Triton call.
+
+    Kernels take pointers, so nothing but the function of an operator may call them: there tensors are real, whoever
+    traces, transforms or compiles. Dtypes are settled before, so that it runs without autocast.
+    """
+
+    def register(function: Callable[..., Any]) -> Any:
+        @functools.wraps(function)
+        def precisely(*given: Any) -> Any:
+            kind = next(tensor.device.type for tensor in given if isinstance(tensor, Tensor))
+            if not torch.is_autocast_enabled(kind):
+                return function(*given)
+            with torch.autocast(kind, enabled=False):
+                return function(*given)
+
+        return torch.library.custom_op(f"csae::{name}", precisely, mutates_args=mutates_args)
+
+    return register
+
+
+def refuse_second_derivative(backward: Any) -> None:
+    """Make an operator that is the backward pass of another say that it has none itself."""
+
+    def refuse(ctx: Any, *gradients: Any) -> None:
+        raise RuntimeError(f"{backward._qualname}: trying to differentiate twice; needed a first derivative only")
+
+    backward.register_autograd(refuse)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import kernels
+from .backend import kernels, operator, refuse_second_derivative
 from .checks import INTEGERS, autocast_to, check_device, check_floats, check_shape, check_tensor
 
 
@@ -79,7 +79,7 @@ def document_starts(documents: Tensor) -> Tensor:
     return position.masked_fill(same, 0).cummax(dim=1).values.to(torch.int32)
 
 
-@torch.library.custom_op("csae::lookback_attention", mutates_args=())
+@operator("lookback_attention")
 def _lookback_attention(
     q: Tensor, k: Tensor, v: Tensor, slope: Tensor, null: Tensor, mask: Tensor | None, starts: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -93,7 +93,7 @@ def _(q, k, v, slope, null, mask, starts):
     return v.new_empty(v.shape), q.new_empty(B, H, T, dtype=wide)
 
 
-@torch.library.custom_op("csae::lookback_attention_backward", mutates_args=())
+@operator("lookback_attention_backward")
 def _lookback_attention_backward(
     grad: Tensor,
     q: Tensor,
@@ -112,6 +112,9 @@ def _lookback_attention_backward(
 @_lookback_attention_backward.register_fake
 def _(grad, q, k, v, slope, null, mask, starts, out, lse):
     return tuple(tensor.new_empty(tensor.shape) for tensor in (q, k, v, slope, null))
+
+
+refuse_second_derivative(_lookback_attention_backward)
 
 
 def _setup_context(ctx, inputs, output):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import kernels
+from .backend import kernels, operator, refuse_second_derivative
 from .checks import autocast_to, check_device, check_floats, check_shape, check_tensor
 
 
@@ -43,7 +43,7 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     return _sparse_decode(values, indices, W_dec)
 
 
-@torch.library.custom_op("csae::sparse_decode", mutates_args=())
+@operator("sparse_decode")
 def _sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     pairs = _pairs(indices)
     out = kernels("sparse_decode", values.device).gather_sum(values.reshape(pairs.shape), pairs, W_dec)
@@ -55,7 +55,7 @@ def _(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     return values.new_empty(*values.shape[:-1], W_dec.shape[1])
 
 
-@torch.library.custom_op("csae::sparse_decode_backward", mutates_args=())
+@operator("sparse_decode_backward")
 def _sparse_decode_backward(
     grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, need_values: bool, need_W: bool
 ) -> tuple[Tensor, Tensor]:
@@ -75,6 +75,9 @@ def _(grad, values, indices, W_dec, need_values, need_W):
         values.new_empty(values.shape) if need_values else values.new_empty(0),
         W_dec.new_empty(W_dec.shape) if need_W else values.new_empty(0),
     )
+
+
+refuse_second_derivative(_sparse_decode_backward)
 
 
 def _pairs(indices: Tensor) -> Tensor:

@@ -7,7 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .backend import kernels
+from csae.kernels.portable import topk_coarse
+from csae.kernels.portable import topk_encode as portable
+from csae.kernels.portable.topk_coarse import LEAST_ROWS
+
+from .backend import kernels, operator, refuse_second_derivative
 from .checks import autocast_to, check_floats, check_k, check_shape, check_tensor
 
 
@@ -48,7 +52,7 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor
     return _topk_encode(x, W_enc, b_enc, k)
 
 
-@torch.library.custom_op("csae::topk_encode", mutates_args=())
+@operator("topk_encode")
 def _topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     values, indices = kernels("topk_encode", x.device).topk_encode(rows, W_enc, b_enc, k)
@@ -61,7 +65,7 @@ def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(shape), x.new_empty(shape, dtype=torch.int64)
 
 
-@torch.library.custom_op("csae::topk_encode_backward", mutates_args=())
+@operator("topk_encode_backward")
 def _topk_encode_backward(
     grad_values: Tensor,
     values: Tensor,
@@ -102,6 +106,9 @@ def _(grad_values, values, indices, x, W_enc, need_x, need_W, need_b):
     )
 
 
+refuse_second_derivative(_topk_encode_backward)
+
+
 def _setup_context(ctx, inputs, output):
     x, W_enc, _, _ = inputs
     values, indices = output
@@ -123,20 +130,59 @@ def encoder(W_enc: Tensor, b_enc: Tensor, k: int) -> Callable[[Tensor], tuple[Te
     """`topk_encode` by the same weights again and again: what can be made of them once is made once. No gradient flows.
 
     Returns:
-        what makes values and indices [..., k] of x [..., d_in].
+        what makes values and indices [..., k] of x [..., d_in]. It is of the weights as they are now.
     """
     W_enc, b_enc = autocast_to(W_enc.detach(), b_enc.detach())
-    once = None if torch.compiler.is_compiling() else kernels("topk_encode", W_enc.device).Encoder(W_enc, b_enc, k)
+    encoded, table, last = 0, None, None
 
     def encode(x: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal encoded, table, last
         (x,) = autocast_to(x.detach())
-        if once is None:
+        encoded += x.shape[:-1].numel()
+        if table is None and encoded >= LEAST_ROWS:
+            table = round_table(W_enc, b_enc, k)
+        if not table:
             return topk_encode(x, W_enc, b_enc, k)
         check_floats(x=x, W_enc=W_enc, b_enc=b_enc)
-        values, indices = once(x.reshape(x.shape[:-1].numel(), x.shape[-1]))
-        return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
+        check_shape("W_enc", W_enc, (None, x.shape[-1]), "[d_sae, d_in]")
+        values, indices, last = _encode_by_table(x, W_enc, b_enc, k, table, last)
+        return values, indices
 
     return encode
+
+
+def round_table(W_enc: Tensor, b_enc: Tensor, k: int) -> list[Tensor]:
+    """What is made of the weights once, for `encoder` and the recurrence; empty where that is no gain."""
+    return _round_table(W_enc.detach(), b_enc.detach(), k)
+
+
+@operator("round_table")
+def _round_table(W_enc: Tensor, b_enc: Tensor, k: int) -> list[Tensor]:
+    return portable.round_table(W_enc, b_enc, k)  # only a CPU's units gain by it
+
+
+@_round_table.register_fake
+def _(W_enc: Tensor, b_enc: Tensor, k: int) -> list[Tensor]:
+    if not topk_coarse.worthwhile(W_enc, k):
+        return []
+    tables = W_enc, W_enc[:: topk_coarse.every(k)]
+    return [of for rows in tables for of in topk_coarse.like_rounded(rows)]
+
+
+@operator("encode_by_table")
+def _encode_by_table(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, table: list[Tensor], last: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    values, indices, reached = portable.encode_by_table(rows, W_enc, b_enc, k, table, last)
+    return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k), reached
+
+
+@_encode_by_table.register_fake
+def _(x, W_enc, b_enc, k, table, last):
+    shape = (*x.shape[:-1], k)
+    reached = x.new_empty(2, x.shape[:-1].numel(), dtype=torch.float32)
+    return x.new_empty(shape), x.new_empty(shape, dtype=torch.int64), reached
 
 
 def encode_and_keep(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,7 +217,7 @@ def with_encode_gradient(x: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor
     return _with_encode_gradient(x, W_enc, b_enc, values, indices)
 
 
-@torch.library.custom_op("csae::encode_and_keep", mutates_args=())
+@operator("encode_and_keep")
 def _encode_and_keep(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     values, indices, kept = kernels("topk_encode", x.device).encode_and_keep(rows, W_enc, b_enc, k)
@@ -186,7 +232,7 @@ def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor, 
     return x.new_empty(shape), x.new_empty(shape, dtype=torch.int64), kept
 
 
-@torch.library.custom_op("csae::encode_again", mutates_args=("kept",))
+@operator("encode_again", ("kept",))
 def _encode_again(kept: Tensor, a: Tensor, W_a: Tensor, k: int) -> tuple[Tensor, Tensor]:
     rows = a.reshape(a.shape[:-1].numel(), a.shape[-1])
     values, indices = kernels("topk_encode", a.device).encode_again(kept, rows, W_a, k)
@@ -199,7 +245,7 @@ def _(kept: Tensor, a: Tensor, W_a: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return a.new_empty(shape), a.new_empty(shape, dtype=torch.int64)
 
 
-@torch.library.custom_op("csae::with_encode_gradient", mutates_args=())
+@operator("with_encode_gradient")
 def _with_encode_gradient(x: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor, indices: Tensor) -> Tensor:
     return values.clone()
 

@@ -84,6 +84,14 @@ def rounded(W_enc: Tensor, bias: Tensor, out: Tensor | None = None) -> cpu.Paire
     return cpu.round_pairs(W_enc, in_two(bias, d_in), _unseen(d_in), ABOVE, out)
 
 
+def like_rounded(W_enc: Tensor) -> tuple[Tensor, Tensor]:
+    """The pairs and lengths that `rounded` gives, of that shape and dtype, nothing written yet."""
+    m, d_in = W_enc.shape
+    blocks = -(-m // cpu.BLOCK)
+    pairs = W_enc.new_empty(blocks, width(d_in) // 2, cpu.BLOCK, 2, dtype=torch.bfloat16)
+    return pairs, W_enc.new_empty(m, dtype=torch.float32)
+
+
 def in_two(bias: Tensor, d_in: int) -> Tensor:
     """bias [m] float32 -> [m, 2] bfloat16 that add up to no less, whatever sums of d_in numbers lose of them."""
     first = bias.bfloat16().float()
@@ -139,11 +147,13 @@ def topk_encode(
     indices: Tensor,
     table: cpu.PairedRows | None = None,
     last: Reached | None = None,
+    sample: cpu.PairedRows | None = None,
 ) -> tuple[Tensor, Reached | None]:
     """x [rows, d_in], bias [d_sae] float32, W_enc [d_sae, d_in] float32 or bfloat16 -> values, indices [rows, k].
 
     table: W_enc rounded; a tile at a time is, if not given.
     last: of a search of rows like these. What is found does not depend on it, only how soon.
+    sample: `sample_of` the table, if it was made already.
 
     Gives settled [rows] bool, False where values and indices hold nothing; and what the next search may be given,
     nothing where the rows are too few.
@@ -151,7 +161,10 @@ def topk_encode(
     acts, lengths = rounded_acts(x)
     if last is None and len(x) < LEAST_SAMPLED:
         return _search(x, acts, lengths, W_enc, bias, k, values, indices, table, None)[0], None
-    sample = _sample(W_enc, bias, k) if last is None else last.sample
+    if last is not None:
+        sample = last.sample
+    elif sample is None:
+        sample = sample_of(W_enc, bias, k)
     if last is None:
         threshold = _reached(acts, sample, SAMPLE_RANK)
     else:
@@ -204,15 +217,19 @@ def _search(
     return settled & (lengths * longest < TOO_LONG), best.threshold
 
 
-def _sample(W_enc: Tensor, bias: Tensor, k: int) -> cpu.PairedRows:
+def sample_of(W_enc: Tensor, bias: Tensor, k: int) -> cpu.PairedRows:
     """Some of the features: SAMPLE_RANK of them reach a bound that about 2.3 candidates(k) of all features reach.
 
     The result does not depend on which ones: features whose bounds are below are no candidates, and a row that would
     need one of them is left unsettled. Were the sample drawn at random, fewer than 1.4 k would reach that bound in 1 of
     10^7 rows for k = 32, in 5 of 10^5 for k = 512.
     """
-    every = max(1, candidates(k) // CANDIDATES_PER_SAMPLED)
-    return rounded(W_enc[::every], bias[::every])
+    return rounded(W_enc[:: every(k)], bias[:: every(k)])
+
+
+def every(k: int) -> int:
+    """One feature in so many is in the sample."""
+    return max(1, candidates(k) // CANDIDATES_PER_SAMPLED)
 
 
 def _reached(acts: Tensor, sample: cpu.PairedRows, rank: int) -> Tensor:

@@ -48,24 +48,26 @@ class Encoder:
 
     It is fastest where each row is much like the same row of the call before.
     It sees what is written into them as torch counts that: not what goes through `.data`.
+
+    table: what `round_table` made of these weights, if it was made already.
     """
 
-    def __init__(self, W_enc: Tensor, b_enc: Tensor, k: int) -> None:
+    def __init__(self, W_enc: Tensor, b_enc: Tensor, k: int, table: Sequence[Tensor] = ()) -> None:
         self._weights, self._k = (W_enc, b_enc), k
         # Of what was made in inference mode torch doesn't count the writes.
         self._coarsely = topk_coarse.worthwhile(W_enc, k) and not (W_enc.is_inference() or b_enc.is_inference())
-        self._rows = W_enc
-        self._table: cpu.PairedRows | None = None
-        self._versions = (-1, -1)
-        self._encoded = 0  # rows, by the weights of these versions
+        self._rows = with_rows(W_enc) if table else W_enc
+        self._table = cpu.PairedRows(*table[:2]) if table else None
+        self._versions = self._now() if table else (-1, -1)
+        self._encoded = topk_coarse.LEAST_ROWS if table else 0  # rows, by the weights of these versions
         self._last: list[topk_coarse.Reached | None] = []  # in each chunk of the rows of the last call
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         W_enc, b_enc = self._weights
         if not self._coarsely or x.dtype != W_enc.dtype:
             return topk_encode(x, W_enc, b_enc, self._k)
-        if self._versions != (W_enc._version, b_enc._version):
-            self._table, self._versions, self._encoded, self._last = None, (W_enc._version, b_enc._version), 0, []
+        if self._versions != self._now():
+            self._table, self._versions, self._encoded, self._last = None, self._now(), 0, []
         self._encoded += x.shape[0]
         if self._encoded < topk_coarse.LEAST_ROWS:
             return topk_encode(x, W_enc, b_enc, self._k)
@@ -76,6 +78,45 @@ class Encoder:
         values, indices = _output(x, self._k)
         self._last = _encode_coarsely(x, self._rows, bias, self._k, values, indices, self._table, self._last)
         return values.to(x.dtype), indices
+
+    def _now(self) -> tuple[int, int]:
+        W_enc, b_enc = self._weights
+        return (-1, -1) if W_enc.is_inference() or b_enc.is_inference() else (W_enc._version, b_enc._version)
+
+
+def round_table(W_enc: Tensor, b_enc: Tensor, k: int) -> list[Tensor]:
+    """What can be made of the weights once: the pairs and lengths (`cpu.PairedRows`) of all rows, and of a sample.
+
+    For `encode_by_table` and `Encoder`. Empty where it is no gain.
+    """
+    if not topk_coarse.worthwhile(W_enc, k):
+        return []
+    rows, bias = with_rows(W_enc), b_enc.float()
+    return [*topk_coarse.rounded(rows, bias), *topk_coarse.sample_of(rows, bias, k)]
+
+
+def encode_by_table(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, table: list[Tensor], last: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """topk_encode by weights whose `round_table` is not empty, and what the next call of rows like these may be given.
+
+    last: that, of the call before. What is found does not depend on it, only how soon.
+
+    -> values [n, k], indices [n, k], and [2, n] float32.
+    """
+    rounded, sample = cpu.PairedRows(*table[:2]), cpu.PairedRows(*table[2:])
+    values, indices = _output(x, k)
+    before: list[topk_coarse.Reached | None] = []
+    if last is not None and last.shape[1] == x.shape[0]:
+        for here in _coarse_chunks(x, W_enc, k):
+            sampled = here.stop - here.start >= topk_coarse.LEAST_SAMPLED
+            before.append(topk_coarse.Reached(*last[:, here], sample) if sampled else None)
+    found = _encode_coarsely(x, with_rows(W_enc), b_enc.float(), k, values, indices, rounded, before, sample)
+    reached = x.new_zeros(2, x.shape[0], dtype=torch.float32)
+    for here, of in zip(_coarse_chunks(x, W_enc, k), found, strict=True):
+        if of is not None:
+            reached[0, here], reached[1, here] = of.bounds, of.lengths
+    return values.to(x.dtype), indices, reached
 
 
 def _encode(x: Tensor, W_enc: Tensor, bias: Tensor, k: int, values: Tensor, indices: Tensor) -> None:
@@ -96,20 +137,20 @@ def _encode_coarsely(
     indices: Tensor,
     table: cpu.PairedRows | None = None,
     last: Sequence[topk_coarse.Reached | None] = (),
+    sample: cpu.PairedRows | None = None,
 ) -> list[topk_coarse.Reached | None]:
     """The same by `topk_coarse`, and as ever for the rows that it leaves unsettled.
 
     last: what this gave in the call before.
     """
-    rows, _ = _tile(x, W_enc.shape[0], topk_coarse.candidates(k))
-    chunks = list(_slices(x.shape[0], rows))
+    chunks = _coarse_chunks(x, W_enc, k)
     # Other rows than these, if they are not as many.
     if [None if of is None else len(of.bounds) for of in last] != [here.stop - here.start for here in chunks]:
         last = [None] * len(chunks)
     reached = []
     for here, before in zip(chunks, last, strict=True):
         acts, found = x[here].float().contiguous(), (values[here], indices[here])
-        settled, now = topk_coarse.topk_encode(acts, W_enc, bias, k, *found, table, before)
+        settled, now = topk_coarse.topk_encode(acts, W_enc, bias, k, *found, table, before, sample)
         reached.append(now)
         if not settled.all():
             left = (~settled).nonzero().squeeze(1)
@@ -117,6 +158,11 @@ def _encode_coarsely(
             _encode(acts[left], W_enc, bias, k, *exactly)
             found[0][left], found[1][left] = exactly
     return reached
+
+
+def _coarse_chunks(x: Tensor, W_enc: Tensor, k: int) -> list[slice]:
+    rows, _ = _tile(x, W_enc.shape[0], topk_coarse.candidates(k))
+    return list(_slices(x.shape[0], rows))
 
 
 def encode_and_keep(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

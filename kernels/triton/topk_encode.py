@@ -99,7 +99,7 @@ def topk_encode(
     return ordered(keys, columns, x.dtype)
 
 
-def Encoder(W_enc: Tensor, b_enc: Tensor, k: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def Encoder(W_enc: Tensor, b_enc: Tensor, k: int, table: object = ()) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """topk_encode by the same weights again and again, as the portable one has it; here there is nothing to prepare."""
     return partial(topk_encode, W_enc=W_enc, b_enc=b_enc, k=k)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from csae.heads import bounded_heads, unit_heads
+from csae.ops.heads import bounded_heads, unit_heads
 from csae.kernels import cpu
 
 if not cpu.available():

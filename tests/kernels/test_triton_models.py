@@ -14,17 +14,19 @@ from csae import SAE, Adam, ContextualSAE, TopKSAE, contextual_sae
 
 pytestmark = needs_triton
 
-CALLERS = ("csae.ops.topk_encode", "csae.ops.sparse_decode", "csae.ops.lookback_attention", "csae.ops.adam_rows")
+CALLERS = [
+    f"csae.ops.{name}" for name in ("topk_encode", "sparse_decode", "lookback_attention", "adam_rows", "recurrence")
+]
 
 
 def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ops take the Triton kernels wherever the tensors are: in the interpreter they are on the CPU."""
-    for name in (*CALLERS, "csae.recurrence"):
+    for name in CALLERS:
         monkeypatch.setattr(sys.modules[name], "kernels", lambda op, device: import_module(f"csae.kernels.triton.{op}"))
 
 
 def on_portable(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*CALLERS, "csae.recurrence"):
+    for name in CALLERS:
         kernels = lambda op, device: import_module(f"csae.kernels.portable.{op}")  # noqa: E731
         monkeypatch.setattr(sys.modules[name], "kernels", kernels)
 

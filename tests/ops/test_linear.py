@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from csae import ContextualSAE, linear
+from csae import ContextualSAE
+from csae.ops import linear
 from csae.kernels import cpu
 
 

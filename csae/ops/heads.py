@@ -1,0 +1,105 @@
+"""The lengths of a look-back's heads: queries and keys have unit length, values a bounded one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from csae.kernels.portable import scaled_heads
+
+from .backend import operator, refuse_second_derivative
+
+# What the root mean square of a head's values stays below.
+VALUE_BOUND = 4.0
+# A head is multiplied by (least + weight * mean square)^(-1/2), with this least and weight.
+UNIT, BOUNDED = (1e-6, 1.0), (1.0, VALUE_BOUND**-2)
+
+
+def unit_heads(heads: Tensor, gain: Tensor | None = None) -> Tensor:
+    """heads [..., n_heads, d] -> the same with a mean square of one in each head, times its gain; zero stays zero.
+
+    gain: [n_heads]. As queries and keys are normalised in Henry et al. 2020 (arXiv 2010.04245).
+    """
+    return _scaled(heads, gain, *UNIT)
+
+
+def bounded_heads(values: Tensor) -> Tensor:
+    """values [..., n_heads, d_value] -> the same with a mean square below VALUE_BOUND squared in each head."""
+    return _scaled(values, None, *BOUNDED)
+
+
+def value_scale(values: Tensor) -> Tensor:
+    """values [..., n_heads, d_value] -> [..., n_heads, 1]: what `bounded_heads` multiplies them with."""
+    return scaled_heads.head_scale(values, *BOUNDED)
+
+
+def _scaled(heads: Tensor, gain: Tensor | None, least: float, weight: float) -> Tensor:
+    if heads.device.type == "cpu":
+        return _scale_heads(heads, gain, least, weight)[0]
+    return _Scaled.apply(heads, gain, least, weight)
+
+
+class _Scaled(torch.autograd.Function):
+    """Elsewhere it is plain PyTorch, which a compiler may fuse; with a backward pass that autograd would not find."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, gain: Tensor | None, least: float, weight: float) -> Tensor:
+        out, scale = scaled_heads.scale_heads(heads, gain, least, weight)
+        ctx.save_for_backward(heads, gain, scale)
+        ctx.weight = weight
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        heads, gain, scale = ctx.saved_tensors
+        d_heads, d_gain = scaled_heads.scale_heads_backward(grad, heads, gain, scale, ctx.weight)
+        return d_heads, None if gain is None else d_gain, None, None
+
+
+@operator("scale_heads")
+def _scale_heads(heads: Tensor, gain: Tensor | None, least: float, weight: float) -> tuple[Tensor, Tensor]:
+    out, scale = scaled_heads.scale_heads(heads, gain, least, weight)
+    return out.contiguous(), scale.contiguous()
+
+
+@_scale_heads.register_fake
+def _(heads, gain, least, weight):
+    wide = torch.promote_types(heads.dtype, torch.float32)
+    return heads.new_empty(heads.shape), heads.new_empty(*heads.shape[:-1], 1, dtype=wide)
+
+
+@operator("scale_heads_backward")
+def _scale_heads_backward(
+    grad: Tensor, heads: Tensor, gain: Tensor | None, scale: Tensor, weight: float
+) -> tuple[Tensor, Tensor]:
+    d_heads, d_gain = scaled_heads.scale_heads_backward(grad, heads, gain, scale, weight)
+    return d_heads.contiguous(), d_gain
+
+
+@_scale_heads_backward.register_fake
+def _(grad, heads, gain, scale, weight):
+    return heads.new_empty(heads.shape), (scale if gain is None else gain).new_empty(heads.shape[-2])
+
+
+refuse_second_derivative(_scale_heads_backward)
+
+
+def _setup_context(ctx, inputs, output):
+    heads, gain, _, weight = inputs
+    out, scale = output
+    ctx.mark_non_differentiable(scale)
+    ctx.save_for_backward(heads, gain, scale)
+    ctx.weight = weight
+
+
+def _backward(ctx, grad, _grad_scale):
+    heads, gain, scale = ctx.saved_tensors
+    d_heads, d_gain = _scale_heads_backward(grad, heads, gain, scale, ctx.weight)
+    return d_heads, None if gain is None else d_gain, None, None
+
+
+_scale_heads.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,277 @@
+"""recur: the positions of a contextual SAE, one after the other, as one operator.
+
+A position is some small products and three or four native calls, which cost as much as an operator's own overhead; so
+the operator is the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from csae.kernels.portable.scaled_heads import scale_heads
+
+from .backend import kernels, operator
+from .heads import BOUNDED, UNIT
+from .linear import linear
+
+# Positions from which on a CUDA graph is worth its capture, which costs about as much as a few positions.
+CAPTURED = 16
+LEAST_ROWS = 64
+
+
+class Weights(NamedTuple):
+    """The parameters that the recurrence runs on, as `ContextualSAE` has them; all of one dtype, on one device."""
+
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    W_mem: Tensor
+    W_Q: Tensor
+    W_K: Tensor
+    W_V: Tensor
+    W_O: Tensor
+    gain: Tensor
+    slope: Tensor
+    null: Tensor
+
+
+class Recurred(NamedTuple):
+    """What n positions of B sequences give."""
+
+    values: Tensor
+    """[B, n, k]; empty where a code was given"""
+    indices: Tensor
+    """[B, n, k] int64; likewise"""
+    c: Tensor
+    """[B, n, d_in]"""
+    carried: Tensor
+    """[B, n, n_heads, m]: how active each head finds the m followed features"""
+    past: Tensor
+    """[B, d_in]: the last reconstruction less b_dec; as given where the queries don't need it"""
+
+
+def recur(
+    given: Tensor | tuple[Tensor, Tensor],
+    mask: Tensor,
+    starts: Tensor,
+    memory: Tensor,
+    takes_part: Tensor,
+    past: Tensor,
+    position: int,
+    followed: Tensor,
+    weights: Weights,
+    k: int,
+    k_mem: int,
+    from_past: bool,
+    table: Sequence[Tensor] = (),
+) -> Recurred:
+    """The next n positions of B sequences. No gradient flows.
+
+    Args:
+        given: x [B, n, d_in] less b_dec, to be encoded, or its code, values and indices [B, n, k], to be decoded.
+        mask: [B, n] bool. starts: [B, n] int64, where the document of each position began.
+        memory: [B, L, n_heads * (d_head + d_value + m)], as `csae.recurrence.State` has it; written.
+        takes_part: [B, L] bool; written.
+        past: [B, d_in], the reconstruction before, less b_dec.
+        position: the number of the first.
+        followed: [m] int64, features whose share in what is carried is to be known.
+        k, k_mem: features of a code, and how many of them are remembered.
+        from_past: whether queries are made of the reconstruction before, or of x.
+        table: `round_table` of W_enc, if it was made already.
+    """
+    x, values, indices = (given, None, None) if isinstance(given, Tensor) else (None, *given)
+    state = mask, starts, memory, takes_part, past, position, followed
+    return Recurred(*_recur(x, values, indices, *state, list(weights), k, k_mem, from_past, list(table)))
+
+
+@operator("recur", ("memory", "takes_part"))
+def _recur(
+    x: Tensor | None,
+    values: Tensor | None,
+    indices: Tensor | None,
+    mask: Tensor,
+    starts: Tensor,
+    memory: Tensor,
+    takes_part: Tensor,
+    past: Tensor,
+    position: int,
+    followed: Tensor,
+    weights: list[Tensor],
+    k: int,
+    k_mem: int,
+    from_past: bool,
+    table: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    by = Weights(*weights)
+    B, n = mask.shape
+    run = _Run(
+        weights=by,
+        k_mem=k_mem,
+        followed=followed,
+        encode=kernels("topk_encode", memory.device).Encoder(by.W_enc, by.b_enc, k, table),
+        attend=kernels("lookback_attention", memory.device),
+        gather=kernels("sparse_decode", memory.device),
+    )
+    chunk = _Chunk(
+        x=x,
+        queries=run.queries(x) if x is not None and not from_past else None,
+        values=memory.new_empty(B, n, k) if values is None else values,
+        indices=torch.empty(B, n, k, dtype=torch.int64, device=memory.device) if indices is None else indices,
+        c=memory.new_empty(B, n, by.W_O.shape[0]),
+        carried=memory.new_empty(B, n, len(by.slope), len(followed)),
+        starts=starts,
+        mask=mask,
+    )
+    captured = memory.device.type == "cuda" and n >= CAPTURED and not torch.cuda.is_current_stream_capturing()
+    state = memory, takes_part, past, position
+    past = replay(run, chunk, *state, _captured) if captured else _loop(run, chunk, *state)
+    code = (memory.new_empty(0), chunk.indices.new_empty(0)) if x is None else (chunk.values, chunk.indices)
+    return *code, chunk.c, chunk.carried, past.clone(memory_format=torch.contiguous_format)
+
+
+@_recur.register_fake
+def _(
+    x, values, indices, mask, starts, memory, takes_part, past, position, followed, weights, k, k_mem, from_past, table
+):
+    by = Weights(*weights)
+    (B, n), H, m = mask.shape, by.slope.shape[0], followed.shape[0]
+    code = (0,) if x is None else (B, n, k)
+    return (
+        memory.new_empty(code),
+        memory.new_empty(code, dtype=torch.int64),
+        memory.new_empty(B, n, by.W_O.shape[0]),
+        memory.new_empty(B, n, H, m),
+        past.new_empty(past.shape),
+    )
+
+
+class _Run(NamedTuple):
+    """What is the same at each position."""
+
+    weights: Weights
+    k_mem: int
+    followed: Tensor  # [m]
+    encode: Callable[[Tensor], tuple[Tensor, Tensor]]
+    attend: ModuleType
+    gather: ModuleType
+
+    def queries(self, query: Tensor) -> Tensor:
+        """query [..., d_in] -> [..., n_heads, d_head]."""
+        return scale_heads(self._heads(query, self.weights.W_Q), self.weights.gain, *UNIT)[0]
+
+    def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """memory [..., d_memory] -> keys [..., n_heads, d_head], values [..., n_heads, d_value], and their scale."""
+        keys, values = self._heads(memory, self.weights.W_K), self._heads(memory, self.weights.W_V)
+        return scale_heads(keys, None, *UNIT)[0], *scale_heads(values, None, *BOUNDED)
+
+    def _heads(self, x: Tensor, W: Tensor) -> Tensor:
+        return linear(x, W).unflatten(-1, (len(self.weights.slope), -1))
+
+
+class _Chunk(NamedTuple):
+    """n positions of B sequences. values, indices, c and carried are written, the first two only where x is given."""
+
+    x: Tensor | None  # [B, n, d_in], less b_dec
+    queries: Tensor | None  # [B, n, n_heads, d_head], where they don't depend on the codes
+    values: Tensor  # [B, n, k]
+    indices: Tensor  # [B, n, k]
+    c: Tensor  # [B, n, d_in]
+    carried: Tensor  # [B, n, n_heads, m]
+    starts: Tensor  # [B, n] int64
+    mask: Tensor  # [B, n] bool
+
+
+def _loop(run: _Run, chunk: _Chunk, memory: Tensor, takes_part: Tensor, past: Tensor, position: int) -> Tensor:
+    """The positions one after the other; gives the last reconstruction, as `Recurred.past`."""
+    for i in range(chunk.mask.shape[1]):
+        here = _Chunk(*(None if tensor is None else tensor[:, i] for tensor in chunk))  # type: ignore[arg-type]
+        t = position + i
+        left, past = _position(run, here, memory, takes_part, past, t)
+        memory[:, t % memory.shape[1]] = left
+        takes_part[:, t % memory.shape[1]] = here.mask
+    return past
+
+
+def _position(
+    run: _Run, here: _Chunk, memory: Tensor, takes_part: Tensor, past: Tensor, t: int | Tensor
+) -> tuple[Tensor, Tensor]:
+    """One position, t, of B sequences: `here` without its second dimension. -> what it leaves in the memory, past."""
+    by, followed = run.weights, run.followed
+    H = len(by.slope)
+    query = run.queries(past) if here.queries is None else here.queries
+    read = run.attend.read_memory(query, memory, takes_part, by.slope, by.null, here.starts, here.mask, t)
+    if len(followed):
+        heads = read.unflatten(-1, (H, -1))
+        d_value = heads.shape[-1] - len(followed)
+        here.carried.copy_(heads[..., d_value:])
+        read = heads[..., :d_value].flatten(-2)
+    here.c.copy_(functional.linear(read, by.W_O))
+    if here.x is not None:
+        values, indices = run.encode(here.x - here.c)
+        here.values.copy_(values.masked_fill_(~here.mask[:, None], 0))
+        here.indices.copy_(indices)
+    values, indices = here.values[:, : run.k_mem], here.indices[:, : run.k_mem]
+    keys, heads, scale = run.keys_values(run.gather.gather_sum(values, indices, by.W_mem))
+    if len(followed):
+        activity = torch.where(indices.unsqueeze(-1) == followed, values.unsqueeze(-1), 0).sum(dim=1)  # [B, m]
+        heads = torch.cat([heads, scale * activity.unsqueeze(1)], dim=-1)
+    left = torch.cat([keys.flatten(-2), heads.flatten(-2)], dim=-1)
+    if here.queries is None:
+        past = run.gather.gather_sum(here.values, here.indices, by.W_dec) + here.c
+    return left, past
+
+
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+
+
+def replay(
+    run: _Run, chunk: _Chunk, memory: Tensor, takes_part: Tensor, past: Tensor, first: int, capture: Capture
+) -> Tensor:
+    """`_loop`, as one position that is captured, with its number on the device, and run n times.
+
+    Attention reads as many rows as the positions up to the next power of two are: a capture for each such number.
+    """
+    n, room = chunk.mask.shape[1], memory.shape[1]
+    i = torch.zeros(1, dtype=torch.int64, device=memory.device)
+    here = _Chunk(*(None if tensor is None else tensor[:, 0].clone() for tensor in chunk))  # type: ignore[arg-type]
+    past = past.clone()
+    written = ("values", "indices", "c", "carried") if chunk.x is not None else ("c", "carried")
+    given = [name for name in _Chunk._fields if name not in written and getattr(chunk, name) is not None]
+
+    def position(rows: int) -> None:
+        for name in given:
+            getattr(here, name).copy_(getattr(chunk, name).index_select(1, i).squeeze(1))
+        t = i + first
+        left, new_past = _position(run, here, memory[:, :rows], takes_part[:, :rows], past, t)
+        past.copy_(new_past)
+        memory.index_copy_(1, t % room, left.unsqueeze(1))
+        takes_part.index_copy_(1, t % room, here.mask.unsqueeze(1))
+        for name in written:
+            getattr(chunk, name).index_copy_(1, i, getattr(here, name).unsqueeze(1))
+        i.add_(1)
+
+    work, again, rows = None, None, 0
+    for t in range(first, first + n):
+        if work is None or (t > rows and rows < room):
+            rows = min(room, max(LEAST_ROWS, 1 << max(0, t - 1).bit_length()))
+            work, again = partial(position, rows), None
+            work()  # not captured: it may compile and load kernels
+        else:
+            again = again or capture(work)
+            again()
+    return past
+
+
+def _captured(work: Callable[[], None]) -> Callable[[], None]:
+    """`work` as a CUDA graph: captured, which does not run it; a call runs it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
