@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from csae.ops import sparse_decode
 from csae.ops.linear import linear
 from csae.ops.recurrence import Weights, recur
 from csae.ops.topk_encode import LEAST_ROWS, round_table
@@ -135,17 +134,16 @@ def _advance(
         starts = _starts(documents, state)
         mask = torch.ones(B, n, dtype=torch.bool, device=state.memory.device) if mask is None else mask
         state = _with_table(_with_room(state, n), weights, sae.k)
-        x = given.to(dtype) - sae.b_dec if isinstance(given, Tensor) else (given[0].to(dtype), given[1])
+        x = given.to(dtype) if isinstance(given, Tensor) else (given[0].to(dtype), given[1])
         run = recur(
             *(x, mask, starts, state.memory, state.takes_part, state.past, state.position, state.followed, weights),
             *(sae.k, sae.k_mem, sae.query == "past", state.table or ()),
         )
         code = (run.values, run.indices) if isinstance(x, Tensor) else x
-        x_hat = sparse_decode(*code, sae.W_dec) + run.c + sae.b_dec
         if n:
             state = state._replace(start=starts[:, -1], document=documents[:, -1])
         state = state._replace(position=state.position + n, past=run.past, encoded=state.encoded + B * n)
-        return x_hat, code, run.c, run.carried, state
+        return run.x_hat, code, run.c, run.carried, state
 
 
 def carried_by(sae: ContextualSAE, features: Tensor) -> Tensor:
@@ -180,7 +178,7 @@ def _owner(sae: ContextualSAE) -> Owner:
 
 
 def _weights(sae: ContextualSAE) -> list[Tensor]:
-    return [*(getattr(sae, name) for name in Weights._fields), sae.b_dec, sae.scale]
+    return [*(getattr(sae, name) for name in Weights._fields), sae.scale]
 
 
 def _mark(tensor: Tensor) -> tuple[object, ...]:

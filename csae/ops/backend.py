@@ -31,19 +31,36 @@ def operator(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callabl
     Kernels take pointers, so nothing but the function of an operator may call them: there tensors are real, whoever
     traces, transforms or compiles. Dtypes are settled before, so that it runs without autocast.
     """
+    return lambda function: torch.library.custom_op(f"csae::{name}", _precisely(function), mutates_args=mutates_args)
+
+
+def operator_without_gradient(name: str, mutates_args: tuple[str, ...], fake: Callable[..., Any]) -> Any:
+    """The same, of less overhead for many arguments that are written to (0.1 ms for twenty): no gradient is recorded,
+    and what is written is not counted as a version of its tensor."""
 
     def register(function: Callable[..., Any]) -> Any:
-        @functools.wraps(function)
-        def precisely(*given: Any) -> Any:
-            kind = next(tensor.device.type for tensor in given if isinstance(tensor, Tensor))
-            if not torch.is_autocast_enabled(kind):
-                return function(*given)
-            with torch.autocast(kind, enabled=False):
-                return function(*given)
-
-        return torch.library.custom_op(f"csae::{name}", precisely, mutates_args=mutates_args)
+        schema = torch.library.infer_schema(function, mutates_args=mutates_args)
+        LIBRARY.define(name + schema)
+        LIBRARY.impl(name, _precisely(function), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"csae::{name}", fake, lib=LIBRARY)
+        return getattr(torch.ops.csae, name).default
 
     return register
+
+
+LIBRARY = torch.library.Library("csae", "FRAGMENT")
+
+
+def _precisely(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def run(*given: Any) -> Any:
+        kind = next(tensor.device.type for tensor in given if isinstance(tensor, Tensor))
+        if not torch.is_autocast_enabled(kind):
+            return function(*given)
+        with torch.autocast(kind, enabled=False):
+            return function(*given)
+
+    return run
 
 
 def refuse_second_derivative(backward: Any) -> None:

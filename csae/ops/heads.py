@@ -90,7 +90,7 @@ refuse_second_derivative(_scale_heads_backward)
 
 def _setup_context(ctx, inputs, output):
     heads, gain, _, weight = inputs
-    out, scale = output
+    _, scale = output
     ctx.mark_non_differentiable(scale)
     ctx.save_for_backward(heads, gain, scale)
     ctx.weight = weight

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from csae.kernels.portable.scaled_heads import scale_heads
 
-from .backend import kernels, operator
+from .backend import kernels, operator_without_gradient
 from .heads import BOUNDED, UNIT
 from .linear import linear
 
@@ -32,6 +32,7 @@ class Weights(NamedTuple):
     W_enc: Tensor
     b_enc: Tensor
     W_dec: Tensor
+    b_dec: Tensor
     W_mem: Tensor
     W_Q: Tensor
     W_K: Tensor
@@ -45,6 +46,8 @@ class Weights(NamedTuple):
 class Recurred(NamedTuple):
     """What n positions of B sequences give."""
 
+    x_hat: Tensor
+    """[B, n, d_in]"""
     values: Tensor
     """[B, n, k]; empty where a code was given"""
     indices: Tensor
@@ -75,7 +78,7 @@ def recur(
     """The next n positions of B sequences. No gradient flows.
 
     Args:
-        given: x [B, n, d_in] less b_dec, to be encoded, or its code, values and indices [B, n, k], to be decoded.
+        given: x [B, n, d_in], to be encoded, or its code, values and indices [B, n, k], to be decoded.
         mask: [B, n] bool. starts: [B, n] int64, where the document of each position began.
         memory: [B, L, n_heads * (d_head + d_value + m)], as `csae.recurrence.State` has it; written.
         takes_part: [B, L] bool; written.
@@ -91,7 +94,23 @@ def recur(
     return Recurred(*_recur(x, values, indices, *state, list(weights), k, k_mem, from_past, list(table)))
 
 
-@operator("recur", ("memory", "takes_part"))
+def _like_recur(
+    x, values, indices, mask, starts, memory, takes_part, past, position, followed, weights, k, k_mem, from_past, table
+):
+    by = Weights(*weights)
+    (B, n), H, m = mask.shape, by.slope.shape[0], followed.shape[0]
+    code = (0,) if x is None else (B, n, k)
+    return (
+        memory.new_empty(B, n, by.W_O.shape[0]),
+        memory.new_empty(code),
+        memory.new_empty(code, dtype=torch.int64),
+        memory.new_empty(B, n, by.W_O.shape[0]),
+        memory.new_empty(B, n, H, m),
+        past.new_empty(past.shape),
+    )
+
+
+@operator_without_gradient("recur", ("memory", "takes_part"), fake=_like_recur)
 def _recur(
     x: Tensor | None,
     values: Tensor | None,
@@ -108,9 +127,10 @@ def _recur(
     k_mem: int,
     from_past: bool,
     table: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     by = Weights(*weights)
     B, n = mask.shape
+    x = None if x is None else x - by.b_dec
     run = _Run(
         weights=by,
         k_mem=k_mem,
@@ -132,24 +152,10 @@ def _recur(
     captured = memory.device.type == "cuda" and n >= CAPTURED and not torch.cuda.is_current_stream_capturing()
     state = memory, takes_part, past, position
     past = replay(run, chunk, *state, _captured) if captured else _loop(run, chunk, *state)
-    code = (memory.new_empty(0), chunk.indices.new_empty(0)) if x is None else (chunk.values, chunk.indices)
-    return *code, chunk.c, chunk.carried, past.clone(memory_format=torch.contiguous_format)
-
-
-@_recur.register_fake
-def _(
-    x, values, indices, mask, starts, memory, takes_part, past, position, followed, weights, k, k_mem, from_past, table
-):
-    by = Weights(*weights)
-    (B, n), H, m = mask.shape, by.slope.shape[0], followed.shape[0]
-    code = (0,) if x is None else (B, n, k)
-    return (
-        memory.new_empty(code),
-        memory.new_empty(code, dtype=torch.int64),
-        memory.new_empty(B, n, by.W_O.shape[0]),
-        memory.new_empty(B, n, H, m),
-        past.new_empty(past.shape),
-    )
+    code = chunk.values.flatten(0, 1), chunk.indices.flatten(0, 1)
+    x_hat = run.gather.gather_sum(*code, by.W_dec).view(chunk.c.shape) + chunk.c + by.b_dec
+    found = (memory.new_empty(0), chunk.indices.new_empty(0)) if x is None else (chunk.values, chunk.indices)
+    return x_hat, *found, chunk.c, chunk.carried, past.clone(memory_format=torch.contiguous_format)
 
 
 class _Run(NamedTuple):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from csae.ops.heads import bounded_heads, unit_heads
 from csae.kernels import cpu
+from csae.ops.heads import bounded_heads, unit_heads
 
 if not cpu.available():
     pytest.skip(f"native library: {cpu.why_not()}", allow_module_level=True)

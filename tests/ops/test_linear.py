@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from csae import ContextualSAE
-from csae.ops import linear
 from csae.kernels import cpu
+from csae.ops import linear
 
 
 @pytest.fixture

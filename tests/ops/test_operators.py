@@ -36,7 +36,7 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {"contiguous": lambda t: t, "apar
 
 def weights(dtype: torch.dtype = torch.float32) -> Weights:
     """Of width 6, 11 features, 2 heads of width 3 and values of width 4, a memory of width 5."""
-    shapes = [(11, 6), (11,), (11, 6), (11, 5), (6, 6), (6, 5), (8, 5), (6, 8), (2,), (2,), (2,)]
+    shapes = [(11, 6), (11,), (11, 6), (6,), (11, 5), (6, 6), (6, 5), (8, 5), (6, 8), (2,), (2,), (2,)]
     return Weights(*(normal(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes)))
 
 
@@ -118,12 +118,11 @@ def calls(name: str, B: int, T: int, form: Callable[[Tensor], Tensor]) -> Iterat
         raise AssertionError(f"{name}: an operator without a check; give its arguments here")
 
 
-NAMES = sorted(
-    name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("csae::")
-)
+NAMES = sorted(name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("csae::"))
 SIZES = {"two windows": (2, 3), "one position": (1, 1), "nothing": (0, 3), "no positions": (2, 0)}
 # Those with a gradient.
-DIFFERENTIABLE = ("topk_encode", "with_encode_gradient", "sparse_decode", "lookback_attention", "scale_heads", "multiply")
+DIFFERENTIABLE = ["topk_encode", "with_encode_gradient", "sparse_decode", "lookback_attention", "scale_heads"]
+DIFFERENTIABLE += ["multiply"]
 
 
 @pytest.fixture(autouse=True)
