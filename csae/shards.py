@@ -3,13 +3,15 @@
 The format, which anyone may write. Each file holds
 
     activations  [windows, T, d_in]  float16, bfloat16 or float32
-    mask         [windows, T]        bool or uint8, optional: true where a position takes part
+    mask         [windows, T]        bool or uint8, optional: true where a position takes part; without it
+                                     csae.activations.sink_mask decides, and zeros are padding in any case
     documents    [windows, T]        integer, optional: a document is a run of equal ids
     tokens       [windows, T]        integer, optional: the token ids
 
 with the same T and d_in in all files; windows are numbered through the files in the order of their names. An
 optional activations.json beside them says in a JSON object where they come from: `model`, `layer` (after how many of
-its blocks), `hook` (which activations there, such as "mlp_out"; the residual stream if not given), `data`.
+its blocks), `hook` (which activations there, such as "mlp_out"; the residual stream if not given), `data`, `bos` (true
+where windows begin with a beginning of sequence), `keep_first` (true where position 0 and outliers take part).
 """
 
 from __future__ import annotations

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from tokenizer_kinds import with_bos
 from transformers import AutoTokenizer
 
+from csae import demo
 from csae.cli import main
 from csae.errors import UserError
 from csae.language_model import LanguageModel
 from csae.sources import open_source
-from csae.text import beginning
+from csae.text import TokenWindows, beginning
 from csae.view import read_windows
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
@@ -129,6 +130,28 @@ def test_a_cache_has_a_beginning_and_says_so(bos_model: Path, text: Path, tmp_pa
     assert stored["mask"][:, 1:].all()
     csae("train", "-o", tmp_path / "run", "--activations", tmp_path / "acts", "--device", "cpu", *SMALL)
     assert remembered(tmp_path / "run") == (True, True)
+
+
+@pytest.mark.parametrize("convention", [False, True])
+def test_the_demo_begins_as_the_tokenizer_does(
+    convention: bool,
+    bos_model: Path,
+    tiny_model_path: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Enough(Exception):
+        pass
+
+    def look(lm: LanguageModel, layer: int, windows: TokenWindows) -> None:
+        assert (windows.tokens[:, 0] == BOS).all() == convention
+        assert windows.begin == ((BOS,) if convention else ())
+        raise Enough
+
+    monkeypatch.setattr(demo, "ModelActivations", look)
+    with pytest.raises(Enough):
+        demo.run_demo(tmp_path / "demo", str(bos_model if convention else tiny_model_path), text, 2, n_ctx=16)
 
 
 @pytest.mark.parametrize("keep", [False, True])

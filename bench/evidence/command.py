@@ -29,7 +29,7 @@ from csae.errors import UserError
 from csae.files import write_json
 from csae.language_model import LanguageModel, smollm2
 from csae.progress import Progress, track
-from csae.text import TokenWindows
+from csae.text import TokenWindows, beginning
 
 KS = (4, 8, 16, 32, 64)
 LAYERS = (6, 12, 20)
@@ -71,6 +71,11 @@ def run_evidence(
     out, budget = Path(out), budget or Budget()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     lm = LanguageModel.load(smollm2() if model is None else model, device=device)
+    if beginning(lm.tokenizer):
+        raise UserError(
+            f"model {lm.name!r} wants texts to begin with a beginning of sequence, and these windows begin with none: "
+            "give a model that wants none"
+        )
     for layer in layers:
         lm.block(layer)
     about = _about(out, lm, budget)

@@ -78,6 +78,17 @@ def test_from_nothing_to_a_report_and_on_from_there(
         command.run_evidence(out, tiny_model_path, **TINY | {"budget": Budget()})  # type: ignore[arg-type]
 
 
+def test_a_model_that_wants_a_beginning_is_refused(
+    tiny_model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "beginning", lambda tokenizer: (0,))
+    with pytest.raises(
+        UserError, match="wants texts to begin with a beginning of sequence, and these windows begin with"
+    ):
+        command.run_evidence(tmp_path / "out", tiny_model_path, device="cpu", **TINY)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
