@@ -101,7 +101,7 @@ class ModelActivations:
                 f"{dtype}: {advice}"
             )
         special = self.token_windows.special
-        mask = sink_mask(acts, None, self.keep_first, None if special is None else special[chosen])
+        mask = sink_mask(acts, None, self.keep_first, special=None if special is None else special[chosen])
         return Batch(acts, mask, documents, tokens)
 
     def describe(self) -> dict[str, Any]:
@@ -200,8 +200,8 @@ def sink_mask(
     acts: Tensor,
     text: Tensor | None = None,
     keep_first: bool = False,
-    special: Tensor | None = None,
     bos: bool = False,
+    special: Tensor | None = None,
 ) -> Tensor:
     """Which positions take part: acts [B, T, d_in] -> [B, T] bool.
 
@@ -216,7 +216,7 @@ def sink_mask(
 
     Raises ValueError or TypeError where shapes or dtypes are others.
     """
-    return follow_mask(acts, None, text, keep_first, special, bos)[0]
+    return follow_mask(acts, None, text, keep_first, bos, special)[0]
 
 
 @torch.no_grad()
@@ -225,8 +225,8 @@ def follow_mask(
     before: Begun | None = None,
     text: Tensor | None = None,
     keep_first: bool = False,
-    special: Tensor | None = None,
     bos: bool = False,
+    special: Tensor | None = None,
 ) -> tuple[Tensor, Begun]:
     """`sink_mask` of texts that come in parts: the next T positions, and what their next parts need.
 

@@ -134,10 +134,10 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
         """
 
     @property
-    def masking(self) -> dict[str, bool]:
-        """What else `csae.activations.sink_mask` is to know, so that positions take part as they did in training."""
+    def masking(self) -> tuple[bool, bool]:
+        """keep_first and bos for `csae.activations.sink_mask`, so that positions take part as they did in training."""
         on = self.trained_on
-        return {"keep_first": on is not None and bool(on.keep_first), "bos": on is not None and bool(on.bos)}
+        return on is not None and bool(on.keep_first), on is not None and bool(on.bos)
 
     @property
     def config(self) -> dict[str, Any]:

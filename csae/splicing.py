@@ -192,7 +192,7 @@ class Spliced:
                     "attention_mask: says otherwise of positions that went before; needed the same for them"
                 )
             begun = Begun(before.any(dim=1), text.table("usual")[:, -1])
-        self.mask, begun = follow_mask(given, begun, seen)
+        self.mask, begun = follow_mask(given, begun, seen, *sae.masking)
         new = {"seen": seen & (given != 0).any(dim=-1), "usual": begun.usual_norm.unsqueeze(1).expand(B, T)}
         acts = given.to(sae.W_dec)
         carried = None

@@ -81,7 +81,7 @@ def read_windows(
         if not acts.isfinite().all():
             raise UserError(f"layer {layer} of {lm.name} gives NaN or Inf on this text: load it in float32")
         special = torch.arange(len(tokens)) < len(begin)
-        mask = sink_mask(acts, None, keep_first, special[None])[0]
+        mask = sink_mask(acts, None, keep_first, special=special[None])[0]
         windows.append(Window(tokens, acts[0], mask, [""] * len(begin) + pieces[at : at + len(part)]))
         at += len(part)
     return windows, whole

@@ -12,6 +12,7 @@ from torch import Tensor
 from csae import SAE, ContextualSAE, Edit, TopKSAE, splice
 from csae.attribution import attribute
 from csae.language_model import LanguageModel
+from csae.trained_on import TrainedOn
 
 LAYER = 2
 
@@ -157,6 +158,18 @@ def test_padding_takes_no_part(lm: LanguageModel) -> None:
         assert spliced.output is not None
         assert not spliced.output.code.values[1, :8].any()
         assert not spliced.output.c[1, :9].any()  # nothing was remembered of the padding
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("keep_first", [False, True])
+def test_position_0_takes_part_where_it_did_in_training(keep_first: bool, bos: bool, lm: LanguageModel) -> None:
+    sae = make("current", lm)
+    sae.trained_on = TrainedOn(keep_first=keep_first, bos=bos)
+    with splice(lm, LAYER, sae) as spliced:
+        logits(lm, tokens())
+        assert spliced.mask is not None
+        assert spliced.mask[:, 1:].all()
+        assert spliced.mask[:, 0].tolist() == [keep_first and not bos] * 2
 
 
 def test_a_bounded_look_back(lm: LanguageModel) -> None:

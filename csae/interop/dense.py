@@ -79,7 +79,7 @@ class DenseSAE(nn.Module):
                 f"sae: in {acts.dtype}; needed torch.float32, which the exact form runs in: load and keep the SAE so "
                 "(activations are converted, whatever they are)"
             )
-        mask = sink_mask(acts, **sae.masking)
+        mask = sink_mask(acts, None, *sae.masking)
         out = sae(acts, mask, exact=True)
         values, indices = topk_encode(acts[~mask] - sae.b_dec, sae.W_enc, sae.b_enc, sae.k)
         out.code.values[~mask], out.code.indices[~mask] = values, indices
