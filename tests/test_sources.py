@@ -170,9 +170,9 @@ def test_position_0_is_kept_where_asked_for(keep: bool, tmp_path: Path, capsys: 
     csae("eval", run, "--device", "cpu")
     per_window = json.loads((run / "eval.json").read_text())["tokens"]
     assert per_window == 16 if keep else 14
-    csae("eval", run, *where)
+    csae("eval", run, *where, "--trained-windows")
     assert json.loads((run / "eval.json").read_text())["tokens"] == 24 * (16 if keep else 14)
-    csae("eval", run, *where, "--no-keep-first")
+    csae("eval", run, *where, "--trained-windows", "--no-keep-first")
     assert json.loads((run / "eval.json").read_text())["tokens"] == 24 * 14
 
 
