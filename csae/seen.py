@@ -53,7 +53,7 @@ def window_hashes(tokens: Tensor | None, acts: Tensor) -> np.ndarray:
     else:
         chosen = torch.linspace(0, acts.shape[1] - 1, min(ROWS, acts.shape[1])).round().long()
         rows = acts[:, chosen.to(acts.device)].to("cpu", torch.float32).numpy().astype("<f4", copy=False)
-    digests = [hashlib.blake2b(np.ascontiguousarray(row), digest_size=HASH_BYTES).digest() for row in rows]
+    digests = [hashlib.blake2b(np.ascontiguousarray(row).data, digest_size=HASH_BYTES).digest() for row in rows]
     return np.frombuffer(b"".join(digests), dtype="<u8")
 
 
@@ -72,11 +72,16 @@ def open_log(run: Path, windows: int) -> Iterator[BinaryIO]:
     """The file to which a run's hashes go (`log`), after those of the first `windows` that it trained on.
 
     What an earlier start wrote after them is cut off, as it will be done again. A run that an earlier version of csae
-    began has none of the first ones: it stays without.
+    began has none of the first ones: it stays without. Raises UserError where some of them are missing.
     """
     file = run / WINDOWS
     wanted = len(TOKENS) + windows * HASH_BYTES if windows else 0
     there = file.stat().st_size if file.is_file() else 0
+    if 0 < there < wanted:
+        raise UserError(
+            f"{file}: it lacks windows that the last checkpoint was trained on: put the whole file back, or remove it: "
+            "which windows were trained on is then not known"
+        )
     with open(file if there >= wanted else os.devnull, "ab") as opened:
         if there > wanted:
             opened.truncate(wanted)

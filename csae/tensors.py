@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +19,7 @@ from csae.errors import UserError
 from csae.files import check_readable
 
 CHECKSUM = "sha256"
+WORKING = ".d"
 
 
 class Header(NamedTuple):
@@ -30,7 +33,15 @@ class Header(NamedTuple):
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, about: Mapping[str, str] | None = None) -> None:
     """Write tensors of any device, and texts about them: what fills a file for `csae.files.write_file`."""
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(stored, file, metadata={"format": "pt", **(about or {}), CHECKSUM: checksum(stored)})
+    texts = {"format": "pt", **(about or {}), CHECKSUM: checksum(stored)}
+    # safetensors writes to a file of a random name first: in a folder of its own a kill leaves nothing unknown.
+    folder = file.with_name(file.name + WORKING)
+    folder.mkdir(exist_ok=True)
+    try:
+        save_file(stored, folder / "tensors", metadata=texts)
+        os.replace(folder / "tensors", file)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_header(file: Path) -> Header:

@@ -6,7 +6,8 @@ checkpoint is the parameters, the moments and the step.
 
     RUN/run.json           what was trained on what, and how
     RUN/metrics.jsonl      a line a step: step, tokens, loss, fvu, aux, l0, dead, lr, tokens_per_s; of a contextual
-                           SAE, each `gap_every` steps, also fvu_exact and gap
+                           SAE, each `gap_every` steps, also fvu_exact and gap; loss, fvu, aux and l0 are null where
+                           a step was left out, as the mask lets fewer than two of its positions take part
     RUN/windows.bin        which windows were trained on (csae.seen)
     RUN/checkpoint-STEP    the last checkpoint (csae.checkpoint)
     RUN/model.safetensors, RUN/config.json    the trained SAE, when it is done
@@ -15,33 +16,64 @@ checkpoint is the parameters, the moments and the step.
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
+import math
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from csae.activations import ActivationSource, Batch, window_order
 from csae.adam import Adam
-from csae.checkpoint import last_checkpoint, restore_checkpoint, save_checkpoint
+from csae.checkpoint import check_free, last_checkpoint, remove_checkpoints, restore_checkpoint, save_checkpoint
 from csae.contextual_sae import ContextualSAE
 from csae.errors import Stopped, UserError
-from csae.files import write_file, write_json
+from csae.files import read_json
 from csae.progress import bar as progress_bar
-from csae.sae import CONFIG, SAE, Losses, fraction_unexplained
+from csae.run import (
+    FILES,
+    METRICS,
+    RUN,
+    append_line,
+    check_job,
+    check_metrics,
+    drop_later_metrics,
+    locked,
+    read_origin,
+    read_trained_on,
+    remove_unfinished,
+    sync,
+)
+from csae.sae import CONFIG, SAE, Losses, check_config, fraction_unexplained
 from csae.seen import log, open_log, settle
 from csae.trained_on import TrainedOn
 
 PRECISIONS = ("float32", "bfloat16")
-RUN, METRICS = "run.json", "metrics.jsonl"
+__all__ = [
+    "METRICS",
+    "RUN",
+    "Stopped",
+    "TrainConfig",
+    "adam",
+    "batch_of",
+    "check_one_process",
+    "exact_gap",
+    "learning_rate",
+    "read_origin",
+    "read_trained_on",
+    "set_sweeps",
+    "train",
+    "train_step",
+]
 
 
 @dataclass(frozen=True)
@@ -121,54 +153,103 @@ def train(
     `origin` (JSON) is kept in run.json: where the source can be opened again (`csae.sources`).
 
     Raises:
-        UserError: the folder holds another job; activations or the loss are not finite; the disk is full.
+        UserError: the folder holds another job, or parts that say different things; another process trains it, or
+            this is one of several; activations or the loss are not finite; the disk is full.
         Stopped: after Ctrl-C (SIGINT) or SIGTERM, with a checkpoint written.
     """
     run = Path(run)
+    check_one_process()
     if len(windows) < config.batch_windows:
         raise UserError(
             f"batch_windows: given {config.batch_windows}, but there are {len(windows)} windows to train on; "
             f"needed as many: give more text, or a smaller batch"
         )
+    described = source.describe()
     job = {
         "sae": sae.config,
         "n_params": sae.n_params,
         "train": dataclasses.asdict(config),
-        "data": source.describe(),
+        "data": described,
         "n_windows": len(windows),
         "n_ctx": source.n_ctx,
         "origin": origin,
     }
-    _claim(run, job)
+    check_job(run, job)
+    sae.trained_on = TrainedOn.of(described, origin)
+    finished = (run / CONFIG).is_file()
+    if not finished:
+        with locked(run, job) as metrics:
+            finished = (run / CONFIG).is_file()  # another process may have been quicker
+            if not finished:
+                _train(sae, source, windows, run, config, job, metrics)
+    if finished:
+        _load_finished(sae, run, config, job)
+    sae.eval()
+    for path, reason in remove_checkpoints(run, job).items():
+        print(f"{path}: kept: {reason}", file=sys.stderr)
+
+
+def check_one_process() -> None:
+    """Raises UserError where this is one of several processes, as torchrun starts them."""
+    given = os.environ.get("WORLD_SIZE", "")
+    size = int(given) if given.isdecimal() and len(given) < 10 else 1
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        size = max(size, torch.distributed.get_world_size())
+    if size > 1:
+        raise UserError(
+            f"training runs in one process, and this is one of {size} (WORLD_SIZE, as torchrun sets it): "
+            f"start it without torchrun, or unset WORLD_SIZE where each process trains a run of its own"
+        )
+
+
+def _train(
+    sae: SAE,
+    source: ActivationSource,
+    windows: Sequence[int],
+    run: Path,
+    config: TrainConfig,
+    job: dict[str, Any],
+    metrics: FileIO,
+) -> None:
+    remove_unfinished(run, FILES)
+    broken = _not_finite(sae)
+    if broken:
+        raise UserError(f"sae: {broken} holds NaN or Inf: initialise it (SAE.initialise) from finite activations")
     optimizer = adam(sae, config)
-    sae.trained_on = TrainedOn.of(job["data"], origin)
-    if (run / CONFIG).is_file():
-        done = type(sae).from_pretrained(str(run))
-        sae.load_state_dict(done.state_dict())
-        sae.trained_on = done.trained_on
-        sae.eval()
-        return
     checkpoint = last_checkpoint(run)
-    first = 0 if checkpoint is None else restore_checkpoint(checkpoint, sae, optimizer)
-    _drop_later_metrics(run / METRICS, first)
+    first = 0 if checkpoint is None else restore_checkpoint(checkpoint, sae, optimizer, job)
+    every = config.checkpoint_every
+    for step in range(first - first % every + every, config.steps, every):
+        check_free(run, step)
+    drop_later_metrics(run, metrics, first, "no checkpoint" if checkpoint is None else checkpoint.name)
     sae.train()
     sweeps = getattr(sae, "sweeps", 0)
     try:
-        with (
-            open(run / METRICS, "a", encoding="utf-8") as metrics,
-            open_log(run, first * config.batch_windows) as seen,
-            _stop_signal() as stop,
-        ):
-            train_fvu = _steps(sae, optimizer, source, windows, run, config, first, metrics, seen, stop)
+        with open_log(run, first * config.batch_windows) as seen, _stop_signal() as stop:
+            train_fvu = _steps(sae, optimizer, source, windows, run, config, job, first, metrics, seen, stop)
     finally:
         if isinstance(sae, ContextualSAE):
             sae.sweeps, sae.from_exact = sweeps, False
-    settle(run)
+    if all(not state["step"] for state in optimizer.state.values()):
+        raise UserError(
+            f"the mask lets no two positions of a step take part, in any of {config.steps}: nothing to train on"
+        )
+    _check_trained(sae, run, config)
+    assert sae.trained_on is not None
     sae.trained_on = dataclasses.replace(sae.trained_on, train_fvu=train_fvu)
     sae.save_pretrained(run)
-    sae.eval()
-    for leftover in run.glob("checkpoint-*"):
-        shutil.rmtree(leftover)
+    settle(run)  # not before: where a kill came between, the steps after the checkpoint are done again
+
+
+def _load_finished(sae: SAE, run: Path, config: TrainConfig, job: dict[str, Any]) -> None:
+    """Put a trained SAE into `sae`, where all parts of its run say that it is this one."""
+    check_config(read_json(run / CONFIG), job["sae"], run / CONFIG, RUN)
+    length = check_metrics(run, config.steps, CONFIG)
+    if (run / METRICS).stat().st_size != length:
+        raise UserError(f"{run / METRICS}: it goes on after the last of {config.steps} steps: take those lines out")
+    loaded = type(sae).from_pretrained(str(run))
+    sae.load_state_dict(loaded.state_dict())
+    sae.trained_on = loaded.trained_on
 
 
 def _steps(
@@ -178,8 +259,9 @@ def _steps(
     windows: Sequence[int],
     run: Path,
     config: TrainConfig,
+    job: dict[str, Any],
     first: int,
-    metrics: TextIO,
+    metrics: FileIO,
     seen: BinaryIO,
     stop: threading.Event,
 ) -> float | None:
@@ -191,41 +273,81 @@ def _steps(
     with progress_bar(total=config.steps, initial=first, desc=run.name, unit="step") as bar:
         for step in range(first, config.steps):
             began = time.perf_counter()
-            batch = source.read(batch_of(windows, step, config))
+            chosen = batch_of(windows, step, config)
+            batch = source.read(chosen)
             log(seen, batch.tokens, batch.acts)
             lr = learning_rate(step, config)
-            if isinstance(sae, ContextualSAE):
-                set_sweeps(sae, step, config, sweeps)
-            losses, dead = train_step(sae, optimizer, batch, lr, config, device)
-            figures = _figures(sae, losses, batch, dead)
-            if not figures["loss"] < float("inf"):
-                raise UserError(
-                    f"{run}: the loss is {figures['loss']} at step {step}: train again with a smaller --lr "
-                    f"(given {config.lr}); the last checkpoint is kept"
-                )
             tokens = batch.mask.numel()
-            line = {"step": step, "tokens": (step + 1) * tokens, **figures, "lr": lr}
+            line = {"step": step, "tokens": (step + 1) * tokens}
+            if int(batch.mask.sum()) > 1:
+                if isinstance(sae, ContextualSAE):
+                    set_sweeps(sae, step, config, sweeps)
+                losses, dead = train_step(sae, optimizer, batch, lr, config, device)
+                line |= _figures(sae, losses, batch, dead)
+                if not math.isfinite(line["loss"]):
+                    raise UserError(f"{run}: {_why_not_finite(sae, batch, chosen, step, line['loss'], config)}")
+            else:  # there is no variance to explain
+                line |= dict.fromkeys(("loss", "fvu", "aux", "l0")) | {"dead": len(sae.dead_features()) / sae.d_sae}
+            line["lr"] = lr
             line["tokens_per_s"] = round(tokens / (time.perf_counter() - began), 1)
-            if isinstance(sae, ContextualSAE) and (step % config.gap_every == 0 or step + 1 == config.steps):
-                line["fvu_exact"], line["gap"] = exact_gap(sae, batch)
-                gap = f" gap {line['gap']:+.1%}"
-            metrics.write(json.dumps(line) + "\n")
-            bar.set_postfix_str(
-                f"loss {line['loss']:.4f} fvu {line['fvu']:.4f}{gap} l0 {line['l0']:.1f} dead {line['dead']:.1%} "
-                f"{line['tokens_per_s']:,.0f} tokens/s",
-                refresh=False,
-            )
+            if line["loss"] is not None:
+                if isinstance(sae, ContextualSAE) and (step % config.gap_every == 0 or step + 1 == config.steps):
+                    line["fvu_exact"], line["gap"] = exact_gap(sae, batch)
+                    gap = f" gap {line['gap']:+.1%}"
+                bar.set_postfix_str(
+                    f"loss {line['loss']:.4f} fvu {line['fvu']:.4f}{gap} l0 {line['l0']:.1f} dead {line['dead']:.1%} "
+                    f"{line['tokens_per_s']:,.0f} tokens/s",
+                    refresh=False,
+                )
+            append_line(metrics, line)
             bar.update()
             done = step + 1
             if stop.is_set() or (done % config.checkpoint_every == 0 and done < config.steps):
-                metrics.flush()
-                seen.flush()
-                save_checkpoint(run, done, sae, optimizer)
+                _check_trained(sae, run, config)
+                sync(metrics)  # a checkpoint is never ahead of them
+                sync(seen)
+                save_checkpoint(run, done, sae, optimizer, job)
             if stop.is_set():
                 raise Stopped(
                     f"{run}: stopped after step {done} of {config.steps}; the same command goes on from there"
                 )
+    sync(metrics)
     return line.get("fvu_exact", line.get("fvu"))
+
+
+def _not_finite(sae: SAE) -> str | None:
+    """A tensor of an SAE that holds NaN or Inf, or None."""
+    return next((name for name, tensor in sae.state_dict().items() if not tensor.isfinite().all()), None)
+
+
+def _check_trained(sae: SAE, run: Path, config: TrainConfig) -> None:
+    """Raises UserError before NaN takes the place of the last checkpoint."""
+    broken = _not_finite(sae)
+    if broken:
+        raise UserError(f"{run}: {broken} holds NaN or Inf: {_smaller_lr(config)}")
+
+
+def _smaller_lr(config: TrainConfig) -> str:
+    return f"train again in another folder, with a smaller --lr (given {config.lr}); the last checkpoint is kept"
+
+
+def _why_not_finite(sae: SAE, batch: Batch, chosen: Sequence[int], step: int, loss: float, config: TrainConfig) -> str:
+    """Why the loss of a batch is not finite, and what to do."""
+    x = batch.acts[batch.mask].double()  # [tokens, d_in]
+    where = f"windows {', '.join(map(str, chosen[:8]))}{', ...' if len(chosen) > 8 else ''}"
+    if not x.isfinite().all():
+        return f"NaN or Inf in the activations of {where}: make them again, or leave those windows out"
+    if not (x - x[0]).any():
+        return f"all positions of {where} that take part have the same activations: leave those windows out"
+    scale = float(sae.scale)
+    if float((x / scale).square().sum()) > torch.finfo(torch.float32).max / 4:
+        return (
+            f"activations as large as {float(x.abs().max()):.3g} in {where}, at a scale of {scale:.3g}: their squares "
+            f"are too large for float32: make them again, or leave those windows out"
+        )
+    if step == 0:  # the loss is that of before the first update
+        return f"the loss is {loss} before the first step: initialise the SAE (SAE.initialise) from these activations"
+    return f"the loss is {loss} at step {step}: {_smaller_lr(config)}"
 
 
 def train_step(
@@ -302,64 +424,6 @@ def _figures(sae: SAE, losses: Losses, batch: Batch, dead: Tensor) -> dict[str, 
         "l0": active.item(),
         "dead": dead.numel() / sae.d_sae,
     }
-
-
-def read_origin(run: Path) -> dict[str, Any]:
-    """Where the activations of a run came from; empty where it does not say."""
-    try:
-        return json.loads((run / RUN).read_text(encoding="utf-8")).get("origin") or {}
-    except (OSError, ValueError, AttributeError):
-        return {}
-
-
-def read_trained_on(run: Path) -> dict[str, Any]:
-    """The model, layer, n_ctx, bos and keep_first of what a run was trained on (`csae.sources`); what it knows."""
-    try:
-        job = json.loads((run / RUN).read_text(encoding="utf-8"))
-        known = (job.get("data") or {}) | (job.get("origin") or {})
-    except (OSError, ValueError, AttributeError):
-        return {}
-    return {
-        name: known[name] for name in ("model", "layer", "n_ctx", "bos", "keep_first") if known.get(name) is not None
-    }
-
-
-def _claim(run: Path, job: dict[str, Any]) -> None:
-    """Make `run` the folder of this job; an earlier one there must be the same."""
-    file = run / RUN
-    for unfinished in run.glob(".*.tmp"):  # a kill cut their writing short
-        shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
-    if file.is_file():
-        try:
-            earlier = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{file}: not JSON ({error}): remove the folder, or give another one") from error
-        now = json.loads(json.dumps(job))
-        differing = sorted(key for key in now.keys() | earlier.keys() if now.get(key) != earlier.get(key))
-        if differing:
-            raise UserError(
-                f"{run}: holds another run (it differs in {', '.join(differing)}): "
-                f"give another folder, or the options that it was started with"
-            )
-        return
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise UserError(f"{run}: not empty, and no run of csae: give another folder")
-    write_json(file, job)
-
-
-def _drop_later_metrics(file: Path, first: int) -> None:
-    """Keep the lines of the steps before `first`: what came after the checkpoint will be done again."""
-    if not file.is_file():
-        return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] >= first:
-                break
-        except (ValueError, KeyError):  # the line that a kill cut short
-            break
-        kept.append(line + "\n")
-    write_file(file, lambda path: path.write_text("".join(kept), encoding="utf-8"))
 
 
 @contextmanager

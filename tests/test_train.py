@@ -300,7 +300,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
             with torch.no_grad():
                 sae.W_enc.fill_(float("nan"))
 
-    with pytest.raises(UserError, match=r"the loss is nan at step 4: train again with a smaller --lr"):
+    with pytest.raises(UserError, match=r"the loss is nan at step 4: train again in another folder, with a smaller --lr"):
         train(sae, Windows(poison), range(12), tmp_path, config())
     assert last_checkpoint(tmp_path).name == "checkpoint-3"
     assert all(tensor.isfinite().all() for tensor in load_sae(tmp_path).state_dict().values())

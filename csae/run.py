@@ -1,0 +1,227 @@
+"""The folder of a run: what it says of itself, its lock, and the lines of its metrics.
+
+RUN/run.json        the job: what is trained on what, and how
+RUN/metrics.jsonl   a line a step; locked while a process trains the run
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from csae.errors import UserError, shown
+from csae.files import parse_json, read_json, reading, write_json, writing
+from csae.tensors import WORKING
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+RUN, METRICS = "run.json", "metrics.jsonl"
+# What a run.json holds, and of what type. Runs of earlier versions lack some.
+JOB: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("sae", "train", "data"), (dict,)),
+    **dict.fromkeys(("n_params", "n_windows", "n_ctx"), (int,)),
+    "origin": (dict, type(None)),
+}
+ORIGIN: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("activations", "model", "text", "dataset"), (str,)),
+    **dict.fromkeys(("layer", "n_ctx", "max_tokens"), (int,)),
+    **dict.fromkeys(("bos", "keep_first"), (bool,)),
+    "held_out": (int, float),
+}
+FILES = (RUN, "windows.bin", "config.json", "model.safetensors", "README.md")
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """What run.json holds; empty where there is none. Raises UserError where it is damaged."""
+    file = run / RUN
+    if not os.path.lexists(file):
+        return {}
+    job = read_json(file)
+    if not isinstance(job.get("sae"), dict) or not isinstance(job.get("train"), dict):
+        raise UserError(f"{file}: not that of a run of csae (it has no `sae` and `train`): copy the folder again")
+    _check_types(job, JOB, file)
+    _check_types(job.get("origin") or {}, ORIGIN, file)
+    return job
+
+
+def read_origin(run: Path) -> dict[str, Any]:
+    """Where the activations of a run came from (`csae.sources`); empty where it does not say."""
+    return read_run(run).get("origin") or {}
+
+
+def read_trained_on(run: Path) -> dict[str, Any]:
+    """The model, layer, n_ctx, bos and keep_first of what a run was trained on (`csae.sources`); what it knows."""
+    job = read_run(run)
+    data, origin = job.get("data") or {}, job.get("origin") or {}
+    kinds = {name: ORIGIN[name] for name in ("model", "layer", "n_ctx", "keep_first")} | {"bos": (bool, list)}
+    # `data` is what a source says, which anyone may write.
+    known = {name: data[name] for name, types in kinds.items() if _is_a(data.get(name), types)}
+    return known | {name: origin[name] for name in kinds if origin.get(name) is not None}
+
+
+def as_json(job: dict[str, Any]) -> dict[str, Any]:
+    """A job as run.json gives it back."""
+    return json.loads(json.dumps(job))
+
+
+def identity(job: dict[str, Any]) -> str:
+    """What tells a run's checkpoints from those of another."""
+    return hashlib.sha256(json.dumps(as_json(job), sort_keys=True).encode()).hexdigest()
+
+
+def check_job(run: Path, job: dict[str, Any]) -> None:
+    """Raises UserError where the folder `run` holds another job, or something else. Nothing is written."""
+    if run.is_dir() and os.path.lexists(run / RUN):
+        earlier, now = read_run(run), as_json(job)
+        differing = sorted(key for key in now.keys() | earlier.keys() if now.get(key) != earlier.get(key))
+        if differing:
+            raise UserError(
+                f"{run}: holds another run (it differs in {shown(', '.join(differing))}): "
+                f"give another folder, or the options that it was started with"
+            )
+    elif run.is_dir():
+        with reading(run):
+            others = [entry for entry in run.iterdir() if not _of_a_run_that_began(entry)]
+        if others:
+            raise UserError(f"{run}: not empty, and no run of csae: give another folder")
+    elif run.exists():
+        raise UserError(f"{run}: a file, and no run of csae: give a folder")
+
+
+@contextmanager
+def locked(run: Path, job: dict[str, Any]) -> Iterator[FileIO]:
+    """The metrics of a run, opened to write at their end, while this process alone trains it. Writes run.json.
+
+    The lock goes with the process, however it ends. Raises UserError where another one has it.
+    """
+    with writing(run):
+        run.mkdir(parents=True, exist_ok=True)
+    with writing(run / METRICS):
+        metrics = open(run / METRICS, "ab", buffering=0)  # noqa: SIM115
+    with metrics:
+        if fcntl is not None:
+            _lock(run, metrics)
+        check_job(run, job)
+        if not (run / RUN).is_file():
+            write_json(run / RUN, job)
+        yield metrics
+
+
+def _lock(run: Path, metrics: FileIO) -> None:
+    try:
+        fcntl.flock(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise UserError(
+                f"{run}: another process is training this run: wait until it is done, or give another folder"
+            ) from error
+        # Some network file systems have no locks, and are trained on all the same.
+        print(
+            f"{run}: this file system can't lock it ({error.strerror}): train it in one process at a time",
+            file=sys.stderr,
+        )
+
+
+def append_line(metrics: FileIO, line: dict[str, Any]) -> None:
+    """Write a line of metrics, whole where the disk takes it."""
+    rest = memoryview(json.dumps(line, allow_nan=False).encode() + b"\n")
+    with writing(str(metrics.name)):
+        while rest:
+            rest = rest[metrics.write(rest) :]
+
+
+def sync(file: Any) -> None:
+    """Have what was written to an open file lie on the disk."""
+    with writing(str(file.name)):
+        file.flush()
+        if Path(file.name).is_file():  # /dev/null can't be asked
+            os.fsync(file.fileno())
+
+
+def check_metrics(run: Path, done: int, by: str) -> int:
+    """The length in bytes of the metrics of the first `done` steps. `by`: what says that so many were done.
+
+    Raises UserError where they are not one line a step, in order.
+    """
+    file = run / METRICS
+    length = step = 0
+    advice = f"put {METRICS} back as it was, or train again in another folder"
+    with reading(file), open(file, "rb") as lines:
+        while step < done:
+            line = lines.readline()
+            where = f"{file}, line {step + 1}"
+            if not line.endswith(b"\n"):
+                raise UserError(f"{where}: there is no whole line of step {step}, which {by} says was done: {advice}")
+            found = parse_json(line, where, advice).get("step")
+            if not _is_a(found, (int,)) or found != step:
+                raise UserError(f"{where}: it is of step {shown(repr(found))[:40]}; needed step {step}: {advice}")
+            length += len(line)
+            step += 1
+    return length
+
+
+def drop_later_metrics(run: Path, metrics: FileIO, done: int, by: str) -> None:
+    """Keep the lines of the first `done` steps, which have to be there: what came after will be done again."""
+    length = check_metrics(run, done, by) if done else 0
+    with writing(run / METRICS):
+        metrics.truncate(length)
+
+
+def is_unfinished(entry: Path, files: Iterable[str]) -> bool:
+    """Whether an entry is what a kill left of writing one of these files (`csae.files.write_file`, `csae.tensors`)."""
+    name = "|".join(map(re.escape, files))
+    if entry.is_symlink() or not re.fullmatch(rf"\.({name})\.\d+\.tmp({re.escape(WORKING)})?", entry.name):
+        return False
+    return entry.is_dir() if entry.name.endswith(WORKING) else entry.is_file()
+
+
+def remove_unfinished(folder: Path, files: Iterable[str]) -> None:
+    """Remove what a kill left of writing these files into a folder. Never raises: what stays is in nobody's way."""
+    with suppress(OSError):
+        for entry in [entry for entry in folder.iterdir() if is_unfinished(entry, files)]:
+            shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder lie on the disk, where it can be asked to."""
+    with suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+def _of_a_run_that_began(entry: Path) -> bool:
+    """Whether an entry is what a kill leaves of a run before there is a run.json."""
+    if entry.name == METRICS:
+        return entry.is_file() and entry.stat().st_size == 0
+    return is_unfinished(entry, FILES)
+
+
+def _check_types(found: dict[str, Any], kinds: dict[str, tuple[type, ...]], file: Path) -> None:
+    for name, types in kinds.items():
+        if found.get(name) is not None and not _is_a(found[name], types):
+            needed = " or ".join(
+                "an object" if kind is dict else kind.__name__ for kind in types if kind is not type(None)
+            )
+            raise UserError(
+                f"{file}: {name} is {shown(repr(found[name]))[:60]}; needed {needed}: copy the folder again"
+            )
+
+
+def _is_a(value: object, types: tuple[type, ...]) -> bool:
+    return isinstance(value, types) and (not isinstance(value, bool) or bool in types)
