@@ -304,26 +304,29 @@ def estimate_normalisation(
 ) -> Normalisation:
     """Mean and scale of the positions under the mask, over n_windows windows drawn from `windows` (by default all).
 
-    Summed in float64. Raises UserError where all positions are masked out or all activations are the same.
+    Windows whose mask leaves out everything don't count. Summed in float64. Raises UserError where all positions are
+    masked out or all activations are the same.
     """
     windows = range(source.n_windows) if windows is None else windows
-    drawn = [windows[i] for i in window_order(len(windows), seed, 0)[:n_windows]]
+    drawn = [windows[i] for i in window_order(len(windows), seed, 0)]
     total = torch.zeros(source.d_in, dtype=torch.float64)
     squares = 0.0
-    count = 0
-    for start in range(0, len(drawn), WINDOWS_AT_ONCE):
-        batch = source.read(drawn[start : start + WINDOWS_AT_ONCE])
+    count = read = with_text = 0
+    while read < len(drawn) and with_text < n_windows:
+        batch = source.read(drawn[read : read + min(WINDOWS_AT_ONCE, n_windows - with_text)])
+        read += len(batch.mask)
+        with_text += int(batch.mask.any(dim=1).sum())
         acts = batch.acts[batch.mask].double()  # [tokens, d_in]
         total += acts.sum(dim=0).cpu()
         squares += float(acts.square().sum())
         count += len(acts)
     if count == 0:
-        raise UserError(f"the mask leaves out every position of the {len(drawn)} windows read: nothing to train on")
+        raise UserError(f"the mask leaves out every position of the {read} windows read: nothing to train on")
     mean = total / count
     variance = squares / count - float(mean.square().sum())  # the mean squared distance from the mean
     # Below this the difference is rounding only.
     if not variance > 1e-12 * squares / count:
-        raise UserError(f"the activations of the {len(drawn)} windows read are all the same: nothing to train on")
+        raise UserError(f"the activations of the {read} windows read are all the same: nothing to train on")
     return Normalisation(mean.float(), math.sqrt(variance / source.d_in))
 
 

@@ -129,10 +129,11 @@ def train(**options: Any) -> None:
     from csae.sae import SAE
     from csae.sources import open_source, remembered
     from csae.topk_sae import TopKSAE
-    from csae.train import TrainConfig, read_origin
+    from csae.train import TrainConfig, check_one_process, read_origin
     from csae.train import train as run_training
 
     check_share(options["held_out"])
+    check_one_process()
     device = _device(options["device"])
     origin = _origin(options, read_origin(options["out"]))
     source, _ = open_source(origin, device, track)

@@ -42,7 +42,7 @@ from csae.sae import SAE
 from csae.shards import ABOUT_FILE
 from csae.text import beginning, python_prose, read_documents, tokenize
 from csae.topk_sae import TopKSAE
-from csae.train import METRICS, TrainConfig, train
+from csae.train import METRICS, TrainConfig, check_one_process, train
 from csae.trained_on import model_name
 
 TOKENS = 420_000
@@ -93,6 +93,7 @@ def run_demo(
     """
     from rich.console import Console
 
+    check_one_process()
     for name, size in {"tokens": tokens, "epochs": epochs, "eval_windows": eval_windows}.items():
         if size < 1:
             raise UserError(f"{name}: given {size}; needed at least 1")

@@ -63,8 +63,9 @@ def read_curve(metrics: Path) -> tuple[list[int], list[float]]:
     tokens, fvu = [], []
     for line in metrics.read_text(encoding="utf-8").splitlines():
         step = json.loads(line)
-        tokens.append(step["tokens"])
-        fvu.append(step["fvu"])
+        if step["fvu"] is not None:  # a step that was left out
+            tokens.append(step["tokens"])
+            fvu.append(step["fvu"])
     width = max(1, round(SMOOTHING * len(fvu)))
     stride = max(1, len(fvu) // POINTS)
     kept = sorted({*range(0, len(fvu), stride), len(fvu) - 1})

@@ -58,6 +58,7 @@ from csae.seen import log, open_log, settle
 from csae.trained_on import TrainedOn
 
 PRECISIONS = ("float32", "bfloat16")
+SUSPICIOUS = 1e6  # a loss from which on its batch is looked at: an SAE that explains nothing has one of about 1
 __all__ = [
     "METRICS",
     "RUN",
@@ -284,8 +285,8 @@ def _steps(
                     set_sweeps(sae, step, config, sweeps)
                 losses, dead = train_step(sae, optimizer, batch, lr, config, device)
                 line |= _figures(sae, losses, batch, dead)
-                if not math.isfinite(line["loss"]):
-                    raise UserError(f"{run}: {_why_not_finite(sae, batch, chosen, step, line['loss'], config)}")
+                if not line["loss"] < SUSPICIOUS:
+                    _check_loss(sae, batch, chosen, line, run, config)
             else:  # there is no variance to explain
                 line |= dict.fromkeys(("loss", "fvu", "aux", "l0")) | {"dead": len(sae.dead_features()) / sae.d_sae}
             line["lr"] = lr
@@ -331,23 +332,29 @@ def _smaller_lr(config: TrainConfig) -> str:
     return f"train again in another folder, with a smaller --lr (given {config.lr}); the last checkpoint is kept"
 
 
-def _why_not_finite(sae: SAE, batch: Batch, chosen: Sequence[int], step: int, loss: float, config: TrainConfig) -> str:
-    """Why the loss of a batch is not finite, and what to do."""
+def _check_loss(
+    sae: SAE, batch: Batch, chosen: Sequence[int], line: dict[str, Any], run: Path, config: TrainConfig
+) -> None:
+    """Raises UserError where a loss is not finite, or its batch can't be explained: why, and what to do."""
     x = batch.acts[batch.mask].double()  # [tokens, d_in]
     where = f"windows {', '.join(map(str, chosen[:8]))}{', ...' if len(chosen) > 8 else ''}"
+    scale, loss, step = float(sae.scale), line["loss"], line["step"]
+    reason = None
     if not x.isfinite().all():
-        return f"NaN or Inf in the activations of {where}: make them again, or leave those windows out"
-    if not (x - x[0]).any():
-        return f"all positions of {where} that take part have the same activations: leave those windows out"
-    scale = float(sae.scale)
-    if float((x / scale).square().sum()) > torch.finfo(torch.float32).max / 4:
-        return (
+        reason = f"NaN or Inf in the activations of {where}: make them again, or leave those windows out"
+    elif not (x - x.mean(dim=0)).square().sum() > 1e-12 * x.square().sum():  # below this it is rounding only
+        reason = f"all positions of {where} that take part have the same activations: leave those windows out"
+    elif (x / scale).square().sum() > torch.finfo(torch.float32).max / 4:
+        reason = (
             f"activations as large as {float(x.abs().max()):.3g} in {where}, at a scale of {scale:.3g}: their squares "
             f"are too large for float32: make them again, or leave those windows out"
         )
-    if step == 0:  # the loss is that of before the first update
-        return f"the loss is {loss} before the first step: initialise the SAE (SAE.initialise) from these activations"
-    return f"the loss is {loss} at step {step}: {_smaller_lr(config)}"
+    elif not math.isfinite(loss) and step == 0:  # it is that of before the first update
+        reason = f"the loss is {loss} before the first step: initialise the SAE (SAE.initialise) from these activations"
+    elif not math.isfinite(loss):
+        reason = f"the loss is {loss} at step {step}: {_smaller_lr(config)}"
+    if reason:
+        raise UserError(f"{run}: {reason}")
 
 
 def train_step(

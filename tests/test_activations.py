@@ -454,6 +454,19 @@ def test_normalisation_is_estimated_on_some_of_the_given_windows() -> None:
     assert sorted(few.asked) == [0, 1, 2, 3, 4]
 
 
+def test_windows_with_nothing_in_their_mask_are_not_normalised_by() -> None:
+    acts = torch.randn(200, 4, 3)
+    mask = torch.ones(200, 4, dtype=torch.bool)
+    mask[::2] = False
+    source = Given(acts, mask)
+    found = estimate_normalisation(source, n_windows=30)
+    with_text = [window for window in source.asked if window % 2]
+    assert len(with_text) == 30
+    torch.testing.assert_close(found.mean, acts[with_text].mean(dim=(0, 1)))
+    one = Given(acts, mask & (torch.arange(200) == 77).unsqueeze(1))
+    torch.testing.assert_close(estimate_normalisation(one).mean, acts[77].mean(dim=0))
+
+
 def test_nothing_to_normalise() -> None:
     with pytest.raises(UserError, match="mask leaves out every position of the 3 windows"):
         estimate_normalisation(Given(torch.randn(3, 4, 2), torch.zeros(3, 4, dtype=torch.bool)))

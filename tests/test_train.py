@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from csae import ContextualSAE, TopKSAE
 from csae.activations import Batch, ShardActivations, estimate_normalisation
+from csae.adam import Adam
 from csae.checkpoint import last_checkpoint, load_sae
 from csae.errors import UserError
 from csae.train import Stopped, TrainConfig, batch_of, exact_gap, learning_rate, set_sweeps, train
@@ -277,6 +278,130 @@ def test_dead_features_are_trained_by_aux(tmp_path):
     assert any(line["dead"] > 0 and line["aux"] > 0 for line in lines(tmp_path))
 
 
+class Changed(Windows):
+    """Windows of which some are changed: by their number, what is done to (acts [T, d_in], mask [T]) in place."""
+
+    def __init__(self, changes):
+        super().__init__()
+        self.changes = changes
+
+    def read(self, window_indices):
+        batch = super().read(window_indices)
+        for row, window in enumerate(window_indices):
+            if window in self.changes:
+                self.changes[window](batch.acts[row], batch.mask[row])
+        return batch
+
+
+def nothing(acts, mask):
+    mask.fill_(False)
+
+
+def one_position(acts, mask):
+    mask.fill_(False)
+    mask[3] = True
+
+
+def constant(acts, mask):
+    acts.copy_(acts[3].clone().expand_as(acts))
+
+
+def not_a_number(acts, mask):
+    acts[3, 2] = float("nan")
+
+
+def outlier(acts, mask):
+    acts[3] = 1e22
+
+
+@pytest.mark.parametrize("kind", ["topk", "contextual"])
+@pytest.mark.parametrize("change", [nothing, one_position], ids=lambda change: change.__name__)
+def test_a_step_with_nothing_to_learn_from_is_left_out(change, kind, tmp_path):
+    cfg = config(steps=12, batch_windows=1)
+    left_out = [step for step in range(12) if batch_of(range(12), step, cfg)[0] in (3, 5)]
+    whole = new_sae(kind)
+    train(whole, Changed({3: change, 5: change}), range(12), tmp_path / "whole", cfg)
+    figures = lines(tmp_path / "whole")
+    assert [line["step"] for line in figures if line["loss"] is None] == left_out
+    assert all(line["fvu"] is line["aux"] is line["l0"] is None for line in figures if line["loss"] is None)
+    assert all(tensor.isfinite().all() for tensor in whole.state_dict().values())
+    source, parts = Changed({3: change, 5: change}), new_sae(kind)
+    source.on_read = lambda count: os.kill(os.getpid(), signal.SIGINT) if count == left_out[0] + 1 else None
+    with pytest.raises(Stopped):
+        train(parts, source, range(12), tmp_path / "parts", cfg)
+    resumed = new_sae(kind)
+    train(resumed, Changed({3: change, 5: change}), range(12), tmp_path / "parts", cfg)
+    assert same(whole, resumed)
+
+
+def test_beside_others_a_window_with_nothing_in_its_mask_is_as_if_it_were_not_there(tmp_path):
+    one, other = new_sae(), new_sae()
+    train(
+        one, Changed(dict.fromkeys(range(4), nothing)), range(12), tmp_path / "one", config(steps=4, batch_windows=12)
+    )
+    train(other, Windows(), range(4, 12), tmp_path / "other", config(steps=4, batch_windows=8))
+    for name, tensor in one.state_dict().items():
+        if name != "tokens_since_fired":
+            torch.testing.assert_close(tensor, other.state_dict()[name], msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_run_in_which_every_step_was_left_out_is_no_training(tmp_path):
+    with pytest.raises(UserError, match="the mask lets no two positions of a step take part, in any of 11"):
+        train(new_sae(), Changed(dict.fromkeys(range(12), nothing)), range(12), tmp_path, config())
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (not_a_number, "NaN or Inf in the activations of windows 3: make them again, or leave those windows out"),
+        (constant, "all positions of windows 3 that take part have the same activations: leave those windows out"),
+        (outlier, "activations as large as 1e+22 in windows 3, at a scale of"),
+    ],
+    ids=["NaN", "constant", "outlier"],
+)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_what_a_smaller_learning_rate_does_not_mend_is_named(change, message, precision, tmp_path):
+    with pytest.raises(UserError) as error:
+        train(
+            new_sae(), Changed({3: change}), range(12), tmp_path, config(steps=12, batch_windows=1, precision=precision)
+        )
+    assert message in str(error.value)
+    assert "--lr" not in str(error.value)
+
+
+def test_an_sae_that_is_not_finite_is_refused_before_it_trains(tmp_path):
+    sae, source = new_sae(), Windows()
+    sae.W_mem.data[2, 1] = float("inf")
+    with pytest.raises(UserError, match="sae: W_mem holds NaN or Inf: initialise it"):
+        train(sae, source, range(12), tmp_path, config())
+    assert source.reads == 0
+
+
+def test_a_loss_that_is_not_finite_before_the_first_step_is_not_that_of_the_learning_rate(tmp_path):
+    sae = new_sae("topk")
+    sae.W_dec.data.mul_(1e30)
+    with pytest.raises(UserError, match="before the first step: initialise the SAE") as error:
+        train(sae, Windows(), range(12), tmp_path, config())
+    assert "--lr" not in str(error.value)
+
+
+@pytest.mark.parametrize("at", [6, 11], ids=["before a checkpoint", "at the end"])
+def test_a_step_that_diverges_does_not_take_the_place_of_the_last_checkpoint(at, tmp_path, monkeypatch):
+    update = Adam.update
+
+    def diverging(self, gradients):
+        update(self, gradients)
+        if next(iter(self.state.values()))["step"] == at:
+            next(iter(self.state)).data.fill_(float("nan"))
+
+    monkeypatch.setattr(Adam, "update", diverging)
+    with pytest.raises(UserError, match="holds NaN or Inf: train again in another folder, with a smaller --lr"):
+        train(new_sae("topk"), Windows(), range(12), tmp_path, config())
+    assert last_checkpoint(tmp_path).name == f"checkpoint-{3 if at == 6 else 9}"
+    assert all(tensor.isfinite().all() for tensor in load_sae(tmp_path).state_dict().values())
+
+
 class Shards:
     def __init__(self, folder, acts):
         save_file({"activations": acts}, folder / "a.safetensors")
@@ -300,7 +425,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
             with torch.no_grad():
                 sae.W_enc.fill_(float("nan"))
 
-    with pytest.raises(UserError, match=r"the loss is nan at step 4: train again in another folder, with a smaller --lr"):
+    with pytest.raises(
+        UserError, match=r"the loss is nan at step 4: train again in another folder, with a smaller --lr"
+    ):
         train(sae, Windows(poison), range(12), tmp_path, config())
     assert last_checkpoint(tmp_path).name == "checkpoint-3"
     assert all(tensor.isfinite().all() for tensor in load_sae(tmp_path).state_dict().values())
