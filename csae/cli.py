@@ -267,8 +267,9 @@ def view(
     lm = LanguageModel.load(origin["model"], device=device)
     longest = LONGER * trained_on.get("n_ctx", 256)
     n_ctx = min(longest, lm.max_ctx or longest) if options["n_ctx"] is None else options["n_ctx"]
-    begin = beginning(lm.tokenizer, origin.get("bos", False if trained_on else None))
-    keep_first = bool(origin.get("keep_first"))
+    known = ({} if sae.trained_on is None else sae.trained_on.to_config()) | origin
+    begin = beginning(lm.tokenizer, known.get("bos", False if trained_on else None))
+    keep_first = bool(known.get("keep_first"))
     windows, whole = read_windows(lm, origin["layer"], read_documents(text)[0], n_ctx, max_tokens, begin, keep_first)
     about = {
         "text": shown(text.name),
