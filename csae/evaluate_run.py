@@ -174,7 +174,7 @@ def _origin(run: Path | str, sae: SAE, job: dict[str, Any], given: dict[str, Any
     if "activations" in origin and "model" not in (given if is_other else job["origin"] | given):
         origin.pop("model", None)  # it is needed for the cross-entropy only, and nobody asked for that
     if "activations" not in origin:  # what a run does not say of itself is not so; without a run the tokenizer decides
-        origin.setdefault("bos", False if known else None)
+        origin.setdefault("bos", False if job["origin"] or job.get("data") else None)
     if not any(name in origin for name in DATA):
         missing = [f"--{name}" for name in ("model", "layer") if name not in origin]
         instead = "--text (or --dataset)" if not missing else f"{', '.join(missing)} and --text (or --dataset)"

@@ -147,8 +147,13 @@ def named_in(metadata: dict[str, Any]) -> TrainedOn | None:
         layer = None if block is None else block + 1
     if model is None and layer is None and hook is None:
         return None
-    model = None if model is None else model_name(model)
-    return TrainedOn(model, layer, hook or (None if layer is None else RESIDUAL), _whole(metadata.get("context_size")))
+    return TrainedOn(
+        model=None if model is None else model_name(model),
+        layer=layer,
+        hook=hook or (None if layer is None else RESIDUAL),
+        n_ctx=_whole(metadata.get("context_size")),
+        bos=_flag(metadata, "prepend_bos"),
+    )
 
 
 def model_name(name: str) -> str:

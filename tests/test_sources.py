@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from tokenizer_kinds import with_bos
 from transformers import AutoTokenizer
 
-from csae import demo
+from csae import TopKSAE, demo
 from csae.cli import main
 from csae.errors import UserError
 from csae.language_model import LanguageModel
 from csae.sources import open_source
 from csae.text import TokenWindows, beginning
+from csae.trained_on import TrainedOn
 from csae.view import read_windows
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
@@ -60,6 +61,19 @@ def from_model(model: Path, text: Path) -> list[object]:
     return ["--model", model, "--layer", 2, "--text", text, "--n-ctx", 16, "--device", "cpu"]
 
 
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The tokens of all windows that go through a model from now on."""
+    read: list[torch.Tensor] = []
+    activations = LanguageModel.activations
+
+    def noting(self: LanguageModel, tokens: torch.Tensor, layer: int) -> torch.Tensor:
+        read.append(tokens)
+        return activations(self, tokens, layer)
+
+    monkeypatch.setattr(LanguageModel, "activations", noting)
+    return read
+
+
 def remembered(run: Path) -> tuple[Any, Any]:
     job = json.loads((run / "run.json").read_text())
     return job["origin"].get("bos"), job["data"].get("bos")
@@ -94,20 +108,29 @@ def test_a_run_remembers_its_beginning(
     csae("train", "-o", run, *args, *SMALL)  # goes on as it was, the option or not
     assert (run / "model.safetensors").read_bytes() == first
 
-    read: list[torch.Tensor] = []
-    activations = LanguageModel.activations
-
-    def watched(self: LanguageModel, tokens: torch.Tensor, layer: int) -> torch.Tensor:
-        read.append(tokens)
-        return activations(self, tokens, layer)
-
-    monkeypatch.setattr(LanguageModel, "activations", watched)
+    read = watched(monkeypatch)
     csae("eval", run, "--device", "cpu", "--ce-windows", "1")
     csae("eval", run, "--text", text, "--device", "cpu", "--ce-windows", "1")
     csae("view", run, "--text", text, "--max-tokens", "40", "-o", tmp_path / "view.html", "--device", "cpu")
     assert len(read) > 3
     for tokens in read:
         assert (tokens[:, 0] == BOS).all() == bool(found)
+
+
+@pytest.mark.parametrize("said", [True, False, None])
+def test_an_sae_without_its_run_says_it_too(
+    said: bool | None, bos_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the tokenizer does, where it does not say."""
+    sae = TopKSAE(16, 40, 4)
+    sae.trained_on = TrainedOn(model=str(bos_model), layer=2, bos=said)
+    sae.save_pretrained(tmp_path / "sae")
+    read = watched(monkeypatch)
+    csae("eval", tmp_path / "sae", *from_model(bos_model, text), "--ce-windows", "1")
+    csae("view", tmp_path / "sae", *from_model(bos_model, text), "--max-tokens", "40", "-o", tmp_path / "view.html")
+    assert len(read) > 3
+    for tokens in read:
+        assert (tokens[:, 0] == BOS).all() == (said is not False)
 
 
 def test_an_older_run_goes_on_without_a_beginning(bos_model: Path, text: Path, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def load(name: str | Path) -> TopKSAE | ContextualSAE:
         weights = weights._replace(W_enc=_transposed(weights.W_enc))
         sae = topk_sae(path, _folded(weights, config), config.get("k", 100))
     metadata = _object(config_file, config, "metadata")
-    sae.trained_on = trained_on(metadata, metadata, config_file)
+    sae.trained_on = trained_on(metadata, {**config, **metadata}, config_file)  # before version 6 it was all in one
     return sae
 
 

@@ -96,6 +96,18 @@ def test_what_another_library_says_is_known_here(tmp_path):
     assert named_in({"dataset_path": "org/data"}) is None
 
 
+@pytest.mark.parametrize("bos", [True, False])
+def test_what_sae_lens_says_of_the_beginning_is_known_here(bos, tmp_path):
+    named = {"model_name": "org/lm", "hook_name": "blocks.11.hook_resid_post", "context_size": 64, "prepend_bos": bos}
+    interop.save("sae_lens", topk(), tmp_path / "new", named)
+    loaded = interop.load("sae_lens", tmp_path / "new")
+    assert loaded.trained_on == TrainedOn("org/lm", 12, RESIDUAL, n_ctx=64, bos=bos)
+    file = tmp_path / "new" / "cfg.json"
+    old = {key: value for key, value in json.loads(file.read_text()).items() if key != "metadata"}
+    file.write_text(json.dumps(old | named | {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": loaded.k}}))
+    assert interop.load("sae_lens", tmp_path / "new").trained_on == loaded.trained_on, "as it was before version 6"
+
+
 def test_sae_bench_at_another_layer_is_refused():
     sae = topk()
     sae.trained_on = ON
