@@ -44,7 +44,6 @@ TESTS = [
     "tests/test_text*.py",
     "tests/test_view*.py",
 ]
-OF_TRITON = ["tests/ops", "tests/kernels/test_triton_*.py"]
 
 
 class Environment(NamedTuple):
@@ -54,18 +53,13 @@ class Environment(NamedTuple):
     """which end of the ranges: "oldest" or "newest" """
     locked: tuple[str, ...] = ()
     """what has the version in constraints.txt instead"""
-    only: tuple[str, ...] = ()
-    """if given: only these are at that end, all else is as in constraints.txt"""
     python: str = "oldest"
     """which Python: "oldest" or "newest" """
-    tests: list[str] = TESTS
 
 
 ENVIRONMENTS = {
     "libraries-newest": Environment("newest", locked=("torch", "triton")),  # CI runs this one
     "libraries-oldest": Environment("oldest", locked=("torch", "triton")),
-    "triton-newest": Environment("newest", only=("triton",), tests=OF_TRITON),
-    "triton-oldest": Environment("oldest", only=("triton",), tests=OF_TRITON),
     "newest": Environment("newest", python="newest"),
     "oldest": Environment("oldest"),
 }
@@ -87,7 +81,7 @@ def main(names: list[str]) -> int:
     wheel, failed = build_wheel(), []
     for name in names or ENVIRONMENTS:
         python = make(name, ENVIRONMENTS[name], wheel)
-        counts = run_tests(python, ENVIRONMENTS[name].tests)
+        counts = run_tests(python)
         row = {"environment": name, "date": str(date.today()), "commit": commit(), **versions_in(python), **counts}
         write(row)
         print(*row.values(), sep="  ", flush=True)
@@ -115,17 +109,12 @@ def make(name: str, environment: Environment, wheel: Path) -> Path:
     python = folder / "bin" / "python"
     lock = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     ends = [requirement_at(environment.end, requirement) for requirement in declared()]
-    if environment.only:
-        chosen = [line for line in lock if Requirement(line).name not in environment.only]
-    else:
-        chosen = [line for line in lock if Requirement(line).name in environment.locked]
-        chosen += [str(end) for end in ends if end.name not in environment.locked]
+    chosen = [line for line in lock if Requirement(line).name in environment.locked]
+    chosen += [str(end) for end in ends if end.name not in environment.locked]
     constraints = folder / "constraints.txt"
     constraints.write_text("\n".join(chosen) + "\n")
     pip(python, "--upgrade", "pip")
     pip(python, "-c", constraints, f"{wheel}[cli,datasets]", *TOOLS)
-    if environment.only:  # torch may ask for one version of it
-        pip(python, "--no-deps", *(str(end) for end in ends if end.name in environment.only))
     return python
 
 
@@ -162,10 +151,10 @@ def find_python(which: str) -> str:
     sys.exit("no Python 3.11 is here")
 
 
-def run_tests(python: Path, tests: list[str]) -> dict[str, int]:
+def run_tests(python: Path) -> dict[str, int]:
     """How many tests passed, failed and were skipped."""
     report = python.parents[1] / "tests.xml"
-    files = sorted(str(path.relative_to(ROOT)) for pattern in tests for path in ROOT.glob(pattern))
+    files = sorted(str(path.relative_to(ROOT)) for pattern in TESTS for path in ROOT.glob(pattern))
     # csae is what is installed, not what lies in the current folder.
     subprocess.run(
         [python, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}", *files],
