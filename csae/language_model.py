@@ -315,6 +315,7 @@ def find_blocks(model: Any, name: str) -> Blocks:
     [B, T, d_in] and takes the one before it as it was given. What they give at a token must not depend on later ones.
     Raises UserError, in one line, where there are no such blocks.
     """
+    versions.check("transformers")
     model = getattr(model, "_orig_mod", model)
     config = _text_config(model, name)
     if getattr(model.config, "is_encoder_decoder", False):

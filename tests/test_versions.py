@@ -15,6 +15,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
+import csae
 from csae import versions
 from csae.errors import UserError
 from csae.language_model import LanguageModel
@@ -51,8 +52,6 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def run(site: Path, program: str, *args: str) -> subprocess.CompletedProcess[str]:
     """A process of its own that sees what is installed in `site`, and this csae."""
-    import csae
-
     path = os.pathsep.join([str(site), str(Path(csae.__file__).parents[1])])
     environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, "-c", program, *args]
@@ -152,6 +151,15 @@ def test_a_language_model_needs_a_transformers_that_was_tested(site: Path, tiny_
         LanguageModel.load(tiny_model_path, device="cpu")
 
 
+def test_a_splice_needs_a_transformers_that_was_tested(site: Path, tiny_lm: LanguageModel) -> None:
+    install(site, "transformers", "4.56.2")
+    with (
+        pytest.raises(UserError, match=r"transformers 4\.56\.2 is older"),
+        csae.splice(tiny_lm.model, 1, csae.TopKSAE(tiny_lm.d_in, 32, 2)),
+    ):
+        pass
+
+
 def test_a_dataset_needs_a_datasets_that_was_tested(site: Path, tmp_path: Path) -> None:
     install(site, "datasets", "1.0")
     with pytest.raises(UserError, match=r"datasets 1\.0 is older"):
@@ -227,8 +235,6 @@ def test_its_own_former_name(site: Path) -> None:
 @pytest.mark.parametrize("program", [COMMAND, "import csae.ops"], ids=["command", "library"])
 @pytest.mark.parametrize("still", [True, False], ids=["installed", "not any more"])
 def test_another_project_in_its_place(site: Path, program: str, still: bool) -> None:
-    import csae
-
     (site / "csae").mkdir()
     for path in Path(csae.__file__).parent.iterdir():
         if path.name != "__init__.py":
