@@ -121,12 +121,14 @@ class TrainConfig:
             ("gap_every", 1),
             ("checkpoint_every", 1),
         ):
+            if not isinstance(getattr(self, name), int):
+                raise UserError(f"{name}: given {getattr(self, name)!r}; needed a whole number, at least {least}")
             if getattr(self, name) < least:
                 raise UserError(f"{name}: given {getattr(self, name)}; needed at least {least}")
         for name in ("lr", "look_back_lr"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name}: given {getattr(self, name)}; needed a positive number")
-        if min(self.warmup, self.decay) < 0 or self.warmup + self.decay > 1:
+        if not (self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1):  # nor is NaN
             raise UserError(
                 f"warmup, decay: given {self.warmup} and {self.decay}; needed shares that add up to 1 at most"
             )
