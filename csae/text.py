@@ -133,7 +133,7 @@ def beginning(tokenizer: Any, bos: bool | None = None) -> tuple[int, ...]:
     """
     if bos is False:
         return ()
-    found = {_put_before(tokenizer, text) for text in PROBES}
+    found = {_put_before(tokenizer, text) for text in PROBES} - {None}
     if len(found) == 1 and (convention := found.pop()):
         return convention
     if bos is None:
@@ -144,11 +144,13 @@ def beginning(tokenizer: Any, bos: bool | None = None) -> tuple[int, ...]:
     return (token,)
 
 
-def _put_before(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """The ids that a tokenizer puts before a text when it adds special tokens."""
+def _put_before(tokenizer: Any, text: str) -> tuple[int, ...] | None:
+    """The ids that a tokenizer puts before a text when it adds special tokens; None where it has none for the text."""
     plain, whole = (
         list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]) for special in (False, True)
     )
+    if not plain:
+        return None
     for at in range(len(whole) - len(plain) + 1):
         if whole[at : at + len(plain)] == plain:
             return tuple(whole[:at])

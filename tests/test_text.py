@@ -390,6 +390,15 @@ def test_the_convention_is_what_a_tokenizer_does_and_not_what_it_says() -> None:
     assert beginning(Saying(with_bos(byte_level()), add_bos_token=False, bos_token_id=None)) == (1,)
 
 
+def test_a_tokenizer_that_knows_few_letters() -> None:
+    """Of one probe it keeps nothing, and a beginning is all there is."""
+
+    def tokenizer(text: str, add_special_tokens: bool, **options: Any) -> dict[str, list[int]]:
+        return {"input_ids": [1] * add_special_tokens + [5] * text.count("T") + [2] * add_special_tokens}
+
+    assert beginning(tokenizer) == (1,)
+
+
 def test_no_beginning_to_be_had() -> None:
     tokenizer = byte_level()
     tokenizer.bos_token = None
