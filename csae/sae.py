@@ -334,6 +334,8 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
         config: dict[str, Any] | None = None,
         **init: Any,
     ) -> Self:
+        # huggingface_hub hands these on too, up to 0.36; given or not.
+        downloading = {name: init.pop(name) for name in ("proxies", "resume_download") if name in init}
         if Path(model_id).is_dir():
             weights = Path(model_id) / WEIGHTS
         else:
@@ -346,6 +348,7 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
                     force_download=force_download,
                     local_files_only=local_files_only,
                     token=token,
+                    **{name: value for name, value in downloading.items() if value is not None},
                 )
             )
         header = read_header(weights)
