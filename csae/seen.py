@@ -117,4 +117,5 @@ def settle(run: Path) -> None:
     seen = read_seen(run)
     if seen is not None:
         content = (TOKENS if seen.by_tokens else ACTIVATIONS) + seen.hashes.astype("<u8").tobytes()
-        write_file(run / WINDOWS, lambda path: path.write_bytes(content))
+        if (run / WINDOWS).read_bytes() != content:
+            write_file(run / WINDOWS, lambda path: path.write_bytes(content))

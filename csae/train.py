@@ -187,7 +187,12 @@ def train(
                 _train(sae, source, windows, run, config, job, metrics)
     if finished:
         _load_finished(sae, run, config, job)
+        remove_unfinished(run, FILES)
     sae.eval()
+    try:
+        settle(run)  # not before: where a kill came between, the steps after the checkpoint are done again
+    except UserError as error:  # the SAE is trained all the same
+        print(error, file=sys.stderr)
     for path, reason in remove_checkpoints(run, job).items():
         print(f"{path}: kept: {reason}", file=sys.stderr)
 
@@ -241,7 +246,6 @@ def _train(
     assert sae.trained_on is not None
     sae.trained_on = dataclasses.replace(sae.trained_on, train_fvu=train_fvu)
     sae.save_pretrained(run)
-    settle(run)  # not before: where a kill came between, the steps after the checkpoint are done again
 
 
 def _load_finished(sae: SAE, run: Path, config: TrainConfig, job: dict[str, Any]) -> None:

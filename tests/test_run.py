@@ -417,6 +417,75 @@ def test_windows_that_are_missing_from_their_list_are_said(tmp_path):
     finish(run)
 
 
+# Kills.
+
+KILLER = textwrap.dedent(
+    """
+    import os, signal, sys, traceback
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    import torch
+    torch.set_num_threads(1)
+    from test_train import Windows, config, lines, new_sae, same, train
+
+    def forked(do):
+        child = os.fork()
+        if child == 0:
+            try:
+                sys.stderr = open(os.devnull, "w")
+                do()
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc(file=sys.__stdout__)
+                sys.__stdout__.flush()
+                os._exit(3)
+        return os.waitpid(child, 0)[1]
+
+    def trained(run):
+        sae = new_sae()
+        train(sae, Windows(), range(12), run, config())
+        return sae
+
+    def killed(run, at):
+        calls = 0
+        for name in ("replace", "rename", "unlink", "rmdir", "mkdir", "fsync", "chmod"):
+            def call(*arguments, real=getattr(os, name), **named):
+                nonlocal calls
+                calls += 1
+                if calls == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*arguments, **named)
+            setattr(os, name, call)
+        trained(run)
+
+    def check(run):
+        assert same(whole, trained(run))
+        assert [line["step"] for line in lines(run)] == list(range(11))
+        left, wanted = (sorted(path.name for path in folder.iterdir()) for folder in (run, {folder!r} / Path("whole")))
+        assert left == wanted, left
+        assert (run / "windows.bin").read_bytes() == ({folder!r} / Path("whole") / "windows.bin").read_bytes()
+
+    whole = trained({folder!r} / Path("whole"))
+    at, failed = 1, []
+    while os.WIFSIGNALED(forked(lambda: killed({folder!r} / Path(str(at)), at))):
+        if forked(lambda: check({folder!r} / Path(str(at)))):
+            failed.append(at)
+        at += 1
+    print(f"killed {{at - 1}} times, wrong after {{failed}}")
+    """
+)
+
+
+@pytest.mark.slow
+def test_killed_before_any_call_that_changes_the_disk_it_ends_at_the_same_bits_and_files(tmp_path):
+    """No half-written file is taken for a whole one, no metrics line is missing or twice, and nothing is left over."""
+    program = KILLER.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    run = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    said = run.stdout.splitlines()[-1]
+    assert said.endswith("wrong after []"), run.stdout
+    assert int(said.split()[1]) > 100
+
+
 # The lock.
 
 HOLDER = textwrap.dedent(

@@ -4,9 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -98,45 +95,6 @@ def test_stopped_and_resumed_it_ends_at_the_same_bits(stop_at, tmp_path):
     assert same(whole, resumed)
     without_speed = [[{**line, "tokens_per_s": 0} for line in lines(tmp_path / run)] for run in ("whole", "parts")]
     assert without_speed[0] == without_speed[1]
-
-
-PROGRAM = textwrap.dedent(
-    """
-    import os, signal, sys
-    sys.path.insert(0, {tests!r})
-    import csae.checkpoint, csae.files
-    from test_train import Windows, config, new_sae, train
-    os.replace_before, os.rename_before = os.replace, os.rename
-    moves = 0
-    def counted(move):
-        def call(*args):
-            global moves
-            moves += 1
-            if moves == {kill_at}:
-                os.kill(os.getpid(), signal.SIGKILL)
-            move(*args)
-        return call
-    os.replace, os.rename = counted(os.replace), counted(os.rename)
-    train(new_sae(), Windows(), range(12), {run!r}, config())
-    """
-)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kill_at", [1, 2, 4, 6, 7, 8, 12, 19, 20, 21, 22])
-def test_killed_at_any_file_it_ends_at_the_same_bits(kill_at, tmp_path):
-    """Killed just before one of the renames that make files whole: no half-written file is taken for a whole one."""
-    whole = new_sae()
-    train(whole, Windows(), range(12), tmp_path / "whole", config())
-    run = tmp_path / "parts"
-    program = PROGRAM.format(tests=str(Path(__file__).parent), kill_at=kill_at, run=str(run))
-    killed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    resumed = new_sae()
-    train(resumed, Windows(), range(12), run, config())
-    assert same(whole, resumed)
-    assert [line["step"] for line in lines(run)] == list(range(11))
-    assert not list(run.glob("checkpoint-*"))
 
 
 def test_a_line_cut_short_and_lines_after_the_checkpoint_are_done_again(tmp_path):
