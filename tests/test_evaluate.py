@@ -240,3 +240,15 @@ def test_table(source: Windows) -> None:
     words = narrow.file.getvalue().split()
     assert "[red]mine" in words  # a name is no markup
     assert all(cell in words for column in columns[1:] for cell in column), "a figure was cut"
+
+
+@pytest.mark.parametrize("arch", ["topk", "contextual"])
+def test_windows_with_nothing_in_their_mask_count_as_if_they_were_not_there(arch: str, source: Windows) -> None:
+    sae = make(arch)
+    source.mask[2:5] = False
+    for batch_windows in (1, 3, 16):
+        found = evaluate(sae, source, range(N), batch_windows=batch_windows)
+        without = evaluate(sae, source, [0, 1, 5, 6], batch_windows=batch_windows)
+        for name in found.keys() - {"windows"}:
+            if isinstance(found[name], int | float) and not name.startswith("tokens_per_s"):
+                assert found[name] == pytest.approx(without[name], rel=1e-5), name
