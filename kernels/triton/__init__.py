@@ -1,10 +1,18 @@
 """CUDA kernels in Triton. Importing this package needs neither triton nor a GPU; its modules need triton.
 
-topk_encode, sparse_decode, feature_rows, lookback_attention: one op a file, the kernels and their launchers; but those
-of topk_encode are in topk_product and topk_merge, and those of feature_rows in feature_sums and adam_rows. Launchers
-take plain tensors and know nothing of autograd. topk_threshold: another way to do topk_encode, to be measured against
-it. variant: one compiled form of a kernel. tuning: which form is fastest on a device. offline: compiles every variant
-without a GPU and reports what it costs.
+One file per op, with its kernels and their launchers. Launchers take plain tensors and know nothing of autograd.
+
+topk_encode          the encoder: a matrix product (topk_product) and an exact top-k selection (topk_merge)
+sparse_decode        the decoder: an embedding bag, and its gradients
+feature_rows         gradients summed per feature (feature_sums), and Adam fused with that sum (adam_rows)
+lookback_attention   causal attention with a log-distance bias and a null score, computed as FlashAttention does
+topk_threshold       a second algorithm for topk_encode; no op uses it until a GPU has measured both
+
+Tools:
+
+variant   one compiled form of a kernel
+tuning    which form is fastest on a device
+offline   compiles every variant without a GPU and reports what it costs
 
 Under TRITON_INTERPRET=1, set before triton is first imported, the launchers run on CPU tensors.
 """

@@ -1,6 +1,7 @@
-"""Adam on tables of rows, in place: a kernel sums the gradient of a row, by feature_sums.py, and consumes it there.
+"""Adam fused with the sum that makes the gradient: the gradient of a row stays in registers and is never stored.
 
-What holds for all sums, and the shapes and rates that predicted times are for, are in feature_rows.py.
+feature_sums.py has the sum. feature_rows.py says what holds for all sums, and defines A, B and C and the rates behind
+the predicted times.
 """
 
 import torch
@@ -25,7 +26,7 @@ from .feature_sums import (
 )
 from .variant import Variant, aligned, jit, vector_units
 
-LEAST_NORM = tl.constexpr(1e-12)  # a row is divided by no less: one of zeros stays as it is
+LEAST_NORM = tl.constexpr(1e-12)  # the least divisor of a row, so that a row of zeros stays zero
 
 
 @triton.jit
@@ -41,11 +42,12 @@ def _hash32(x):
 
 @triton.jit
 def _store_moment(p_moment, b_moment, b_elements, seed, mask):
-    """Store as float32, or as bfloat16 rounded stochastically, by 16 bits of chance a hash of the element's place."""
+    """Store as float32, or as bfloat16 with stochastic rounding. The random bits are a hash of element and step."""
     if p_moment.dtype.element_ty == tl.bfloat16:
         b_chance = _hash32(b_elements ^ _hash32(seed)) >> 16
         b_bits = b_moment.to(tl.uint32, bitcast=True)
-        # 16 bits are added below those that stay. An infinity stays one; a NaN must not be carried past itself.
+        # Random bits are added to the 16 that are cut off, and may carry into the rest. Infinity survives that; a NaN
+        # could wrap around to zero.
         b_bits = tl.where(b_moment == b_moment, b_bits + b_chance, 0x7FC00000)
         tl.store(p_moment, (b_bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
     else:
@@ -54,7 +56,7 @@ def _store_moment(p_moment, b_moment, b_elements, seed, mask):
 
 @triton.jit
 def _adam(p_avg, p_avg_sq, b_param, b_grad, hyper_ptr, seed_ptr, o_e, m_e):
-    """Update the moments of elements o_e in memory by their gradient; returns what becomes of the parameter."""
+    """Store the new moments of elements o_e; return their new parameters."""
     step_size, correction, eps = tl.load(hyper_ptr), tl.load(hyper_ptr + 1), tl.load(hyper_ptr + 2)
     one_minus_beta1, beta2, one_minus_beta2 = tl.load(hyper_ptr + 3), tl.load(hyper_ptr + 4), tl.load(hyper_ptr + 5)
     # [FEATURES, COLUMNS]
@@ -69,19 +71,24 @@ def _adam(p_avg, p_avg_sq, b_param, b_grad, hyper_ptr, seed_ptr, o_e, m_e):
     return b_param - step_size * b_avg / (tl.sqrt_rn(b_avg_sq) * correction + eps)
 
 
-# One step of Adam on the rows of one table, whose gradient is summed here from the run of each row.
+# One step of Adam (lazy: SparseAdam) on the rows of one table. For each feature f:
 #
-# A program updates COLUMNS columns of one feature, or, of narrow rows, of FEATURES that lie side by side. Rows that are
-# normalised are whole in one program, COLUMNS >= d, for their two sums over d; others come in slabs of columns, with
-# features before columns, so that L2 holds the slab of rows. One table at a time, because L2 then holds more of its
-# rows; two in one program would save 20 bytes a pair, the reading of the run, of the thousands that a pair comes to.
-# Bytes: param, exp_avg and exp_avg_sq are each read once and written once, 24 a parameter, or 16 with bfloat16 moments,
-# and marked to leave L2 first; the gradient never is in memory; rows n d e, gathered from L2, P d e. Lazy: the same for
-# the rows that have a pair, and nothing for others but their two ends. Operations: 2 P d, and about 20 a parameter.
-# Floor: 24 d_sae d, or 16, and n d e.
-# Predicted for W_enc and W_dec, rows in bf16: A 0.42 ms, floor 0.41; B 2.8, floor 2.4; C 9.5, floor 8.6. With bfloat16
-# moments: A 0.28, B 2.0, C 6.6. What B and C pay beyond the floor: rows of W_dec's gradient, 38 and 67 MB, that are
-# gathered whole, of which L2 holds a half. b_enc: 0.02 ms.
+#     g = sum over the pairs p of f of weights[p] rows[tokens[p]];   unit rows: g -= <g, param> param
+#     exp_avg += (g - exp_avg) (1 - beta1);   exp_avg_sq = beta2 exp_avg_sq + (1 - beta2) g^2
+#     param -= step_size exp_avg / (sqrt(exp_avg_sq) correction + eps);   unit rows: param /= |param|
+#
+# A program: COLUMNS columns of FEATURES neighbouring features; FEATURES > 1 for narrow rows only. Unit rows need two
+# sums over all d columns, so one program holds the whole row: COLUMNS >= d. Other rows are split into slabs of columns.
+# All features of a slab come before the next slab, so that L2 holds the slab of `rows`.
+# A launch updates one table, so that L2 holds more of its rows. A launch for two tables would read each run once
+# instead of twice, and save 20 bytes of the thousands that a pair costs.
+# Bytes (P pairs, n tokens, e bytes an element of `rows`): param, exp_avg and exp_avg_sq each read and written once, 24
+# a parameter, or 16 with bfloat16 moments, all marked to leave L2 first; `rows` n d e from memory, and P d e gathered
+# from L2. Lazy: a row without pairs costs only its two ends.
+# Operations: 2 P d, and about 20 a parameter. Floor: the bytes from memory, (24 or 16) d_sae d + n d e.
+# Predicted for W_enc and W_dec together, rows in bf16: A 0.42 ms (floor 0.41), B 2.8 (2.4), C 9.5 (8.6); with bfloat16
+# moments A 0.28, B 2.0, C 6.6. The excess at B and C comes from W_dec, whose unit rows need `rows` whole: 38 and 67 MB,
+# of which L2 holds half. b_enc: 0.02 ms.
 @jit
 def _adam_rows(
     order_ptr,
@@ -127,12 +134,12 @@ def _adam_rows(
         tl.store(param_ptr + o_e, b_param, mask=m_e, eviction_policy="evict_first")
 
 
-# The same for normalised rows that are too wide for the registers of one program: more than 8192 columns.
+# The same for unit rows of more than 8192 columns, which do not fit the registers of one program.
 #
-# A program updates one feature, COLUMNS at a time, in three rounds: <gradient, row>; the update, with the norm of what
-# comes out; the division by it. The gradient is summed in the first two.
-# Bytes from memory: as above, since the third round finds the row in L2, where the second left it; gathered: 2 P d e.
-# Floor: as above. Predicted: as above at d = 16384 but for the second gather, 0.7 ms for each GB that L2 does not hold.
+# A program: one feature, COLUMNS at a time, in three passes: <gradient, row>; the update and the new norm; the division
+# by that norm. The first two passes each sum the gradient.
+# Bytes: from memory as `_adam_rows`, because the third pass finds the row in L2; gathered from L2 2 P d e. Floor: as
+# `_adam_rows`. Predicted: as `_adam_rows`, and 0.7 ms for each GB of the second gather that L2 does not hold.
 @jit
 def _adam_long_rows(
     order_ptr,
@@ -167,7 +174,7 @@ def _adam_long_rows(
             )  # fmt: skip
             # [1, COLUMNS]
             b_dots += b_grad * tl.load(param_ptr + o_f[:, None] * d + o_c[None, :], mask=m_c[None, :], other=0.0)
-        along = tl.sum(b_dots, axis=1)[:, None]
+        dot = tl.sum(b_dots, axis=1)[:, None]
         b_squares = tl.zeros([1, COLUMNS], tl.float32)
         for first in range(0, d, COLUMNS):
             o_c = first + tl.arange(0, COLUMNS)
@@ -179,14 +186,14 @@ def _adam_long_rows(
             o_e = o_f[:, None] * d + o_c[None, :]
             # [1, COLUMNS]
             b_param = tl.load(param_ptr + o_e, mask=m_c[None, :], other=0.0)
-            b_grad -= along * b_param
+            b_grad -= dot * b_param
             b_param = _adam(
                 exp_avg_ptr + o_e, exp_avg_sq_ptr + o_e, b_param, b_grad, hyper_ptr, seed_ptr, o_e, m_c[None, :]
             )
             b_squares += b_param * b_param
             tl.store(param_ptr + o_e, b_param, mask=m_c[None, :])
         norm = tl.maximum(tl.sqrt_rn(tl.sum(b_squares, axis=1)), LEAST_NORM)[:, None]
-        tl.debug_barrier()  # a thread may read what another wrote
+        tl.debug_barrier()  # other threads wrote part of what a thread reads next
         for first in range(0, d, COLUMNS):
             o_c = first + tl.arange(0, COLUMNS)
             p_param = param_ptr + o_f[:, None] * d + o_c[None, :]
@@ -195,7 +202,7 @@ def _adam_long_rows(
             tl.store(p_param, b_param / norm, mask=(o_c < d)[None, :])
 
 
-# A row that is normalised is whole in the registers of a program: at most 16 columns a thread.
+# Unit rows are held whole in registers: at most 16 columns a thread.
 _UNIT_ROW_TILES = [
     *SUM_TILES,
     Tile(1, 4, 1024, 4),
@@ -204,7 +211,7 @@ _UNIT_ROW_TILES = [
     Tile(1, 1, 8192, 16),
 ]
 _LONG_ROW_TILE = Tile(1, 4, 2048, 8)
-# For widths that are no multiple of 16 bytes, as `SCALAR_SUM_TILES`.
+# For widths that are no multiple of 16 bytes, like SCALAR_SUM_TILES.
 _SCALAR_LONG_ROW_TILE = Tile(1, 2, 512, 8)
 
 
@@ -232,18 +239,22 @@ def variants() -> list[Variant]:
 
 def candidates(variant: Variant) -> list[Variant]:
     """Other forms in which it can be launched, for `tuning` to choose from."""
-    # Some of Adam's rows are normalised: all of their columns are one program's.
+    # COLUMNS stays: a unit row must fit one program.
     return other_forms(variant, (variant.constants["COLUMNS"],), (16, 32), 1, 4)
 
 
 def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, lazy: bool) -> None:
-    """One step of Adam on each table, in place, from its gradient in factors.
+    """One step of Adam on each table, in place, from its factored gradient.
 
-    hyper [6] float32: lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), eps, 1 - beta1, beta2, 1 - beta2. seed [1] int64: the
-    number of the step, for the rounding of bfloat16 moments. Both are read on the device. lazy: a row without a pair
-    is not touched, as in torch.optim.SparseAdam (whose eps is outside of the correction: pass eps / sqrt(1 - beta2^t));
-    otherwise each row is updated, as in torch.optim.Adam. Memory: as `feature_sums`; and a float32 copy of rows that
-    are float16, or of a width that is no multiple of 16 bytes.
+    Args:
+        hyper: [6] float32, read on the device: lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), eps, 1 - beta1, beta2,
+            1 - beta2.
+        seed: [1] int64, read on the device: the number of the step, for the stochastic rounding of bfloat16 moments.
+        lazy: rows without a pair stay as they are, as in torch.optim.SparseAdam. SparseAdam adds eps before the bias
+            correction; for the same result pass eps / sqrt(1 - beta2^t). Otherwise all rows are updated, as in
+            torch.optim.Adam.
+
+    Memory: as `feature_sums`, and a float32 copy of `rows` if they are float16 or no multiple of 16 bytes wide.
     """
     pairs, hyper, seed = Pairs(*map(aligned, pairs)), aligned(hyper), aligned(seed)
     for table in tables:

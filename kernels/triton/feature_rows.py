@@ -1,16 +1,16 @@
-"""Gradients of tables of rows, in factors, and Adam on them: the transposed side of a sparse code, a run a feature.
+"""Gradients of the tables (W_enc, W_dec, W_mem), summed per feature, and Adam on them.
 
-sort_pairs     (feature, token) pairs by feature: a run of pairs for each feature
-feature_sums   gradient[f] = sum over the pairs p of feature f of weights[p] * rows[tokens[p]], written out
-adam_rows      Adam on tables with such gradients, in place: a gradient is consumed where it is summed
+sort_pairs     sorts (feature, token) pairs by feature: CSR with the transposed code, one run of pairs per feature
+feature_sums   gradient[f] = sum over the pairs p of feature f of weights[p] * rows[tokens[p]], written out (an SpMM)
+adam_rows      Adam in place, fused with that sum: the gradient is never written
 
-The first two are in feature_sums.py, with the sum over a run; adam_rows.py takes that from there.
+feature_sums.py has the first two, and the sum over a run that adam_rows.py shares.
 
-Sums are in float32 and in a fixed order: the same input gives the same bits, without atomics. No launch depends on
-what is in a tensor, and nothing is read from the device: all of it can be in a CUDA graph.
+Sums are in float32 and in a fixed order, without atomics: the same input gives the same bits. Launches depend on shapes
+alone and nothing is read back from the device, so all of it can be captured in a CUDA graph.
 
-Predicted times, beside the kernels and in `sparse_decode`, are for an H100 with 3.0 TB/s from memory, as measured on
-one, and 5.5 TB/s from L2, as assumed; nothing here has been timed on a GPU. Shapes:
+Predicted times, here and in sparse_decode.py, are for an H100 with 3.0 TB/s from memory (measured on one) and 5.5 TB/s
+from L2 (assumed). Nothing here has been timed on a GPU. Shapes:
 A n=8192 d=768 d_sae=32768 k=32, B 8192 2304 65536 64, C 8192 4096 131072 64.
 """
 

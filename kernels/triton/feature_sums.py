@@ -1,8 +1,10 @@
-"""sort_pairs and feature_sums; and the sum over a feature's run of pairs, which adam_rows.py has in common with them.
+"""sort_pairs and feature_sums, and the sum over a feature's run of pairs, which adam_rows.py shares.
 
-Some features fire on nearly every token, so runs have any length: all pairs, sorted, are cut into blocks of `piece`
-pairs, and the parts of a run that is longer than that are summed by `_pieces` first, and then added by the run's own
-program. What holds for all sums, and the shapes and rates that predicted times are for, are in feature_rows.py.
+Some features fire on nearly every token, so the length of a run has no bound. Long runs are summed in two steps, as in
+a split-k product: the sorted pairs are cut into blocks of `piece` pairs; `_pieces` sums each block's part of a run that
+is longer than `piece`; then the program of that run adds its partial sums.
+
+feature_rows.py says what holds for all sums, and defines A, B and C and the rates behind the predicted times.
 """
 
 from typing import NamedTuple
@@ -16,16 +18,16 @@ from ..pairs import Pairs
 from . import tuning
 from .variant import FLOATS, Variant, aligned, jit, unit_of, vector_units
 
-# A piece is no shorter than this, for rows of 128 columns and for narrower ones, where a block of pairs costs less; and
-# no shorter than keeps a table's sums of pieces within PARTIAL_BYTES.
+# Shortest piece, in pairs: for rows of 128 columns or more, and for narrower ones, whose pairs cost less.
 MIN_PIECE = 256
 MIN_NARROW_PIECE = 64
+# Most memory for the partial sums of one table; pieces are made longer to stay within it.
 PARTIAL_BYTES = 32 * 2**20
 
 
 @triton.jit
 def widen(b_narrow):
-    """To float32; bfloat16 by its bits, since Triton's interpreter takes them for an integer."""
+    """To float32. bfloat16 is widened by its bits, because Triton's interpreter takes them for an integer."""
     if b_narrow.dtype == tl.bfloat16:
         b_wide = (b_narrow.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -48,7 +50,7 @@ def _sum_pairs(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """sum over p in b_starts .. b_ends of weights[order[p]] * rows[tokens[p]], at columns o_c: [FEATURES, COLUMNS]."""
+    """[FEATURES, COLUMNS]: sum over b_starts <= p < b_ends of weights[order[p]] * rows[tokens[p], o_c]."""
     b_sum = tl.zeros([FEATURES, COLUMNS], tl.float32)
     longest = tl.max(b_ends - b_starts, axis=0)
     for first in range(0, longest, ROWS):
@@ -84,7 +86,7 @@ def sum_runs(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The sum of each feature's run: of its pairs, or of what `_pieces` left for a run longer than a piece."""
+    """[FEATURES, COLUMNS]: the sum of each feature's run. Of a run longer than `piece`, the partial sums are added."""
     b_long = b_ends - b_starts > piece
     b_short_ends = tl.where(b_long, b_starts, b_ends)
     b_sum = _sum_pairs(
@@ -104,16 +106,20 @@ def sum_runs(
     return b_sum
 
 
-# partial[2 j] and partial[2 j + 1]: of the pairs in block j, at places j * piece to (j + 1) * piece, the sum of those
-# whose long run holds the block's first place, and of those whose long run begins after it. A long run has more than
-# `piece` pairs, so a block meets no third. Other slots stay as they are.
+# Partial sums of long runs. Block j is the sorted pairs j piece to (j + 1) piece - 1, and has two slots:
 #
-# A program makes COLUMNS columns of one slot, of one table or of two. It finds its run by a search in `ends`, at 64
-# places at once: 3 loads, one after the other, for 262,144 features. Without a long run it ends there.
-# Bytes: (20 + d e) for each pair in a long run, mostly from L2, since rows is n d e; 8 d / piece a pair written, at
-# most. Operations: 2 d a pair. Floor: the gathered bytes at the speed of L2.
+#     partial[2 j]     = sum over the block's pairs in the long run that contains pair j piece
+#     partial[2 j + 1] = sum over the block's pairs in a long run that begins later in the block
+#
+# There is no third: a long run has more than `piece` pairs, so at most one begins in a block and reaches past it.
+# Slots without a long run are not written.
+#
+# A program: COLUMNS columns of one slot, of one table or two. It finds its run by a search in `ends` with 64 probes a
+# step: 3 dependent loads for 262,144 features. Without a long run it returns.
+# Bytes: (20 + d e) for each pair of a long run, mostly from L2, because `rows` has only n d e; at most 8 d / piece
+# written for each pair. Operations: 2 d a pair. Floor: the gathered bytes at the rate of L2.
 # Predicted without long runs: A 4,096 programs of 2 us, about 1,000 at a time, 0.01 ms; B and C 18,000, 0.04 ms. With
-# some, a piece of 256 (A) to 512 pairs (C) takes 0.03 to 0.06 ms, alongside others.
+# long runs: 0.03 ms for a piece of 256 pairs (A) to 0.06 ms for one of 512 (C); pieces run side by side.
 @jit
 def _pieces(
     order_ptr,
@@ -141,7 +147,7 @@ def _pieces(
     high = min(low + piece, tl.load(ends_ptr + d_sae))
     if low < high:
         place = tl.where(slot % 2 == 0, low, high - 1)
-        # The last feature with ends[feature] <= place is one of feature .. feature + count - 1.
+        # Invariant: the last feature with ends[feature] <= place is in [feature, feature + count).
         feature, count = d_sae * 0, d_sae
         while count > 1:
             step = tl.cdiv(count, 64)
@@ -169,7 +175,7 @@ def _pieces(
 
 @triton.jit
 def runs(ends_ptr, d_sae, FEATURES: tl.constexpr):
-    """This program's features, and where the run of each starts and ends; empty ones beyond the last feature."""
+    """This program's features, and the start and end of each one's run. Beyond d_sae runs are empty."""
     o_f = tl.program_id(0).to(tl.int64) * FEATURES + tl.arange(0, FEATURES)
     m_f = o_f < d_sae
     # [FEATURES]
@@ -179,14 +185,15 @@ def runs(ends_ptr, d_sae, FEATURES: tl.constexpr):
     return o_f, m_f, b_starts, b_ends
 
 
-# out[f] = the sum over the pairs of feature f, of one table or of two: zeros for an empty run.
+# out[f] = sum over the pairs p of feature f of weights[p] rows[tokens[p]], for one table or two; 0 for an empty run.
 #
-# A program makes COLUMNS columns of one feature, or, of narrow rows, of FEATURES that lie side by side. Two tables
-# share the run. Features come before columns, so programs in flight share a slab of rows, n COLUMNS e, that L2 holds.
-# Bytes: P d e gathered from L2 for each table; rows once from memory, n d e; d_sae d e written; 20 a pair for the run
-# in each slab. Operations: 2 P d. Floor: (d_sae + n) d e for each table.
-# Predicted for two tables in bf16: A 0.15 ms, floor 0.04; B 0.9, floor 0.23; C 1.6, floor 0.76: the gathers decide.
-# For totals, one column: 0.02 ms.
+# A program: COLUMNS columns of FEATURES neighbouring features; FEATURES > 1 for narrow rows only. Two tables share the
+# reading of the run. All features of a slab of columns come before the next slab, so that L2 holds the slab of `rows`,
+# n COLUMNS e bytes.
+# Bytes (P pairs, n tokens, e bytes an element), for each table: P d e gathered from L2; `rows` n d e from memory;
+# d_sae d e written; 20 a pair and slab for the run. Operations: 2 P d. Floor: (d_sae + n) d e from memory.
+# Predicted for two tables in bf16: A 0.15 ms (floor 0.04), B 0.9 (0.23), C 1.6 (0.76): the gathers decide. For b_enc,
+# which has one column: 0.02 ms.
 @jit
 def _feature_sum(
     order_ptr,
@@ -229,7 +236,7 @@ def _feature_sum(
 
 
 class Tile(NamedTuple):
-    """What a program takes at a time."""
+    """What a program handles at a time, and its warps."""
 
     features: int
     rows: int
@@ -237,16 +244,16 @@ class Tile(NamedTuple):
     warps: int
 
 
-# A row's width chooses among them, as `fitting` does.
+# Narrowest first; `fitting` chooses by the width of a row.
 SUM_TILES = [Tile(1, 8, 128, 1), Tile(1, 4, 512, 2)]
 _PIECE_TILES = [Tile(1, 32, 128, 4), Tile(1, 8, 512, 4)]
-# The same for widths that are no multiple of 16 bytes: b_enc, whose rows have one column, and widths seen in tests.
+# For widths that are no multiple of 16 bytes: b_enc, whose rows have one column, and what tests try.
 SCALAR_SUM_TILES = [Tile(128, 8, 1, 4), Tile(16, 4, 16, 4), Tile(1, 4, 128, 1)]
 _SCALAR_PIECE_TILES = [Tile(1, 64, 1, 2), Tile(1, 64, 16, 4), Tile(1, 32, 128, 8)]
 
 
 def fitting(tiles: list[Tile], columns: int) -> Tile:
-    """The first tile with as many columns; the last, if none has."""
+    """The narrowest tile that holds so many columns, or else the widest."""
     return next((tile for tile in tiles if tile.columns >= columns), tiles[-1])
 
 
@@ -254,7 +261,7 @@ PAIRS = {"order_ptr": torch.int64, "tokens_ptr": torch.int64, "ends_ptr": torch.
 
 
 def gradient_types(rows: torch.dtype, number: str = "") -> dict[str, torch.dtype]:
-    """The arguments that give the kernels a gradient in factors, and their dtypes. number: a second table's is "2"."""
+    """Names and dtypes of the arguments that hold a factored gradient. number: "2" for the second table."""
     names = {"weights": torch.float32, "rows": rows, "partial": torch.float32}
     return {f"{name}{number}_ptr": dtype for name, dtype in names.items()}
 
@@ -293,15 +300,15 @@ def candidates(variant: Variant) -> list[Variant]:
 def other_forms(
     variant: Variant, widths: tuple[int, ...], elements: tuple[int, ...], fewest: int, most: int
 ) -> list[Variant]:
-    """Forms of COLUMNS in `widths` and of `fewest` to `most` ROWS, of which a thread has as many as in `elements`."""
+    """Forms with COLUMNS in `widths`, `fewest` to `most` ROWS, and a number of elements a thread in `elements`."""
     if variant.constants["UNIT"] == 1:
         return []
     found = []
     for width in widths:
         for warps in (1, 2, 4, 8, 16):
-            # As many loads in flight as a thread has registers for, and at most 16 columns of a table.
-            for a_thread in elements:
-                rows = a_thread * 32 * warps // width
+            # More elements a thread are more loads in flight; at most 16 columns a thread fit the registers.
+            for per_thread in elements:
+                rows = per_thread * 32 * warps // width
                 if fewest <= rows <= most and width <= 512 * warps:
                     constants = {**variant.constants, "ROWS": rows, "COLUMNS": width}
                     found.append(variant._replace(constants=constants, num_warps=warps))
@@ -309,10 +316,10 @@ def other_forms(
 
 
 def sort_pairs(features: Tensor, tokens: Tensor, d_sae: int) -> Pairs:
-    """Sort pairs by feature: a run for each, in which pairs keep the order given.
+    """Sort pairs by feature, stably: one run per feature.
 
-    features, tokens [P] int64. A feature outside of [0, d_sae) makes a pair inactive. On a GPU: a radix sort of 32-bit
-    keys, 4 passes of 24 bytes a pair, and one bisection of the sorted keys a feature.
+    features, tokens [P] int64. A pair whose feature is outside of [0, d_sae) is inactive and comes last. Cost on a GPU:
+    a radix sort of 32-bit keys, 4 passes of 24 bytes a pair, and a bisection of the sorted keys for each feature.
     """
     keys = torch.where((features >= 0) & (features < d_sae), features, d_sae).to(torch.int32)
     keys, order = keys.sort(stable=True)
@@ -321,12 +328,13 @@ def sort_pairs(features: Tensor, tokens: Tensor, d_sae: int) -> Pairs:
 
 
 def feature_sums(pairs: Pairs, weights: list[Tensor], rows: list[Tensor]) -> list[Tensor]:
-    """For each i the sums of weights[i][p] * rows[i][token of p] over the pairs p of each feature.
+    """For each table i: out[f] = sum over the pairs p of feature f of weights[i][p] * rows[i][tokens[p]].
 
-    weights: [P] each, in the order in which the pairs were given. rows: [N, d] each, of any widths. Returns
-    [d_sae, d] each, in the dtype of its rows; zeros for a feature without pairs. Two neighbours in the list, of one
-    shape and dtype, are summed together. Memory besides the results: PARTIAL_BYTES a table, or, if that is less,
-    8 d / MIN_PIECE bytes a pair.
+    weights: [P] each, in the order in which the pairs were given, not the sorted one. rows: [N, d] each, of any widths.
+    Returns [d_sae, d] each, in the dtype of its rows; zeros for a feature without pairs.
+
+    Neighbours in the list with rows of one shape and dtype are summed by one launch. Memory beside the results: the
+    smaller of PARTIAL_BYTES a table and 8 d / MIN_PIECE bytes a pair.
     """
     pairs, left = Pairs(*map(aligned, pairs)), list(zip(weights, rows, strict=True))
     sums: list[Tensor] = []
@@ -340,7 +348,7 @@ def feature_sums(pairs: Pairs, weights: list[Tensor], rows: list[Tensor]) -> lis
 
 
 def _sum_together(pairs: Pairs, given: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """The sums of one table, or of two whose rows are of one shape and dtype."""
+    """The sums of one table, or of two with rows of one shape and dtype."""
     d_sae, d = pairs.ends.shape[0] - 1, given[0][1].shape[1]
     dtype = given[0][1].dtype
     if d_sae == 0 or d == 0:
@@ -357,11 +365,11 @@ def _sum_together(pairs: Pairs, given: list[tuple[Tensor, Tensor]]) -> list[Tens
 
 
 def gradient_tensors(pairs: Pairs, given: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], int, int]:
-    """What the kernels read of one table, or of two alike, given their weights and rows.
+    """What the kernels read of one table, or of two with rows of one shape and dtype.
 
-    Returns weights, rows and the sums of the pieces of long runs, of the one and then of the other; the length of a
-    piece; and the unit of the rows, whose width is a multiple of it. Rows of a width that is none of 16 bytes, which
-    models don't have, are widened to float32.
+    given: (weights [P], rows [N, d]) of each table. Returns [weights, rows, partial sums of long runs] of each table in
+    one list; the length of a piece; and the unit of the rows. Rows whose width is no multiple of 16 bytes are widened
+    to float32, so that fewer forms are compiled; models have no such widths.
     """
     total, d = pairs.tokens.numel(), given[0][1].shape[1]
     unit = unit_of(given[0][1].dtype, d)

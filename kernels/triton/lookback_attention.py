@@ -1,31 +1,33 @@
-"""lookback_attention: attention to strictly earlier positions, a price on log-distance, and the choice of nothing.
+"""lookback_attention: strictly causal attention with a log-distance bias and a null score.
 
-score(t, j) = <q_t, k_j> / sqrt(d_head) - slope * log(t - j), for j < t in the same document, and one null score a
-head, whose value is zero. Computed in tiles with a running softmax; no [T, T] is ever in memory.
+score(t, j) = <q_t, k_j> / sqrt(d_head) - slope * log(t - j), for j < t in the same document. The bias is like ALiBi's,
+with log-distance in place of distance. Each head has one null score, an attention sink whose value is zero.
 
-The null slot is where the running softmax starts (maximum = null, sum = 1, output = 0), so that position 0 and
-masked-out queries need no special case: they see nothing else, and their output is 0.
+The kernels are FlashAttention's (Dao et al. 2022): tiles with an online softmax, so no [T, T] is ever in memory. The
+online softmax starts from the null score (maximum = null, sum = 1, output = 0). So position 0 and masked-out queries
+need no special case: they see only the null slot, and their output is 0.
 
-Scores are kept in units of log 2, since the hardware has 2^x: <q, k> * scale * log2(e) - slope * log2(t - j) and
-null * log2(e). That is the same number to float32 rounding: log(t - j) * log2(e) is log2(t - j).
+Scores are in base 2, because the hardware computes 2^x: <q, k> * scale * log2(e) - slope * log2(t - j), and
+null * log2(e). Since log(t - j) * log2(e) = log2(t - j), the weights are the same up to float32 rounding.
 
-Three kernels: `_forward`; `_backward_queries` (dq, and the parts of dslope and dnull); `_backward_keys` (dk, dv).
-Each product of tiles is 2 d operations a visible pair: two of them forward, three and four backward. Only tiles that
-the diagonal or a document's start crosses compare positions; the mask of keys is a number, 0 or -inf, that the first
-multiply-add brings along. Beside the products that leaves a pair (counted in the code for sm_90, 16-bit inputs): one
-2^x and one logarithm of the hardware (16 a clock and multiprocessor), 8 or 9 float operations, and 2 to 4 others:
-about 13 instructions (128 a clock). In strict float32 the logarithm is the accurate one, of about 18 operations.
+Three kernels: `_forward`; `_backward_queries` (dq, and partial sums of dslope and dnull); `_backward_keys` (dk, dv).
+A product of tiles costs 2 d operations a pair: two products forward, three in `_backward_queries`, four in
+`_backward_keys`. Only tiles on the diagonal or across a document's start compare positions. The mask of keys is a
+number, 0 or -inf, added by the multiply-add that scales <q, k>. Beside the products a pair costs, counted from the code
+for sm_90 and 16-bit inputs: one 2^x and one log2 of the hardware (16 a clock and multiprocessor), 8 or 9 float
+operations and 2 to 4 others, about 13 instructions (128 a clock). Strict float32 takes the accurate log2, of about 18
+operations.
 
-Predicted for an H100 (132 multiprocessors at 1.75 GHz), bfloat16, B=8, T=1024, H=8, d_head = d_value = 64; 38 million
-pairs in the tiles that are made of 34 million visible ones:
+Predicted for an H100 (132 multiprocessors at 1.75 GHz), bfloat16, B=8, T=1024, H=8, d_head = d_value = 64. 34 million
+pairs are visible; the tiles that hold them have 38 million:
 
-                        products    2^x and log    instructions    together, if none of it overlaps
-    _forward            12 us       20 us          17 us           49 us
-    _backward_queries   17 us       19 us          16 us           52 us
-    _backward_keys      23 us       19 us          16 us           58 us
+                        products    2^x and log2    instructions    sum, without any overlap
+    _forward            12 us       20 us           17 us           49 us
+    _backward_queries   17 us       19 us           16 us           52 us
+    _backward_keys      23 us       19 us           16 us           58 us
 
-The floor is the largest of a row, 19 to 23 us. Loads are hidden: a window's keys and values of one head are 256 KB,
-which L2 serves to all its programs.
+The floor of a kernel is the largest entry of its row, 19 to 23 us. Loads are hidden: the keys and values of one window
+and head are 256 KB, and L2 serves them to all programs of that head.
 """
 
 import math
@@ -41,10 +43,9 @@ from ..portable import lookback_attention as portable
 from . import tuning
 from .variant import Variant, aligned, dot_precision, dtypes_and_precisions, jit
 
-SIZES = (16, 32, 64, 128, 256)  # tiles are this wide: the first that holds both d_head and d_value
-# The widest tile whose products the tensor cores can make within the registers, by the bytes of an element. Wider
-# heads in float32 are multiplied by the 32-bit units; in 16 bits, and wider than all tiles, they take the plain PyTorch
-# path.
+SIZES = (16, 32, 64, 128, 256)  # widths of a tile: the first that holds both d_head and d_value is taken
+# Widest tile whose tensor-core products fit the registers, by bytes an element. Wider float32 heads use the 32-bit
+# units ("ieee"). Wider 16-bit heads, and heads wider than all tiles, take the PyTorch path.
 WIDEST = {2: 256, 4: 64}
 WIDEST_ON_AMD = {2: 128, 4: 64}
 _LOG2E = tl.constexpr(math.log2(math.e))
@@ -52,35 +53,36 @@ _LN2 = tl.constexpr(math.log(2))
 _PAD = tl.constexpr(128)  # every BLOCK_T and BLOCK_J divides this
 _ON_AMD = torch.version.hip is not None
 
-# One position a sequence is a product of vectors, with nothing to tile: plain PyTorch.
+# With one position a sequence there is nothing to tile: plain PyTorch does as well.
 read_memory = portable.read_memory
 
 
 @triton.jit
 def _rows(ptr, window, head, o_t, o_d, stride_b, stride_t, stride_h, UNIT: tl.constexpr):
-    """Pointers to [o_t, o_d] of one window and head of a [B, T, H, d] tensor with these strides, in units."""
+    """Pointers to [o_t, o_d] of one window and head of a [B, T, H, d] tensor. Strides are in units of UNIT elements."""
     return ptr + (window * stride_b + head * stride_h) * UNIT + o_t[:, None] * (stride_t * UNIT) + o_d[None, :]
 
 
 @triton.jit
 def _packed(ptr, window, head, o_t, o_d, T, H, d):
-    """The same for a contiguous tensor."""
+    """`_rows` of a contiguous tensor."""
     return ptr + (window * T * H + head) * d + o_t.to(tl.int64)[:, None] * (H * d) + o_d[None, :]
 
 
 @triton.jit
 def _log2_distance(o_t, o_j, FAST_LOG: tl.constexpr):
-    """log2(t - j); 0 where j is not before t. Positions are whole numbers in float32, too: exact up to 2^24."""
+    """log2(t - j), or 0 if j >= t. Exact for positions up to 2^24, as far as float32 holds every integer."""
     b_distance = tl.maximum(o_t.to(tl.float32) - o_j.to(tl.float32), 1.0)
     return libdevice.fast_log2f(b_distance) if FAST_LOG else tl.log2(b_distance)
 
 
-# out_t = sum_j softmax(scores_t, null)_j v_j, and lse_t = log(exp(null) + sum_j exp(score(t, j))).
+# out_t = sum_{j < t} softmax(scores_t, null)_j v_j and lse_t = log(exp(null) + sum_j exp(score(t, j)))
 #
-# A program takes BLOCK_T queries of one window and head, the last blocks, which see most, first. It goes over
-# the keys from the start of the first query's document to its own last query.
-# Operations: 2 (d_head + d_value) a visible pair. Bytes: q, k, v read and out, lse written once from memory if
-# L2 holds a window's keys and values; from L2, BLOCK_T times fewer than pairs. Floor: see the top.
+# A program: BLOCK_T queries of one window and head, over the keys from the start of the first query's document to its
+# own last query. The last blocks of queries see most keys, so they are launched first.
+# Operations: 2 (d_head + d_value) a visible pair. Bytes: from memory q, k, v, out and lse once, if L2 holds a window's
+# keys and values; from L2 each program reads the keys and values that it sees, once for BLOCK_T queries.
+# Floor and prediction: at the top of this file.
 @jit
 def _forward(
     q_ptr,
@@ -130,7 +132,7 @@ def _forward(
     # [BLOCK_T, SIZE]
     b_q = tl.load(_rows(q_ptr, window, head, o_t, o_d, q_b, q_t, q_h, UNIT), mask=m_t[:, None] & m_head, other=0.0)
 
-    b_max = tl.zeros([BLOCK_T], tl.float32) + null  # nothing is what comes first
+    b_max = tl.zeros([BLOCK_T], tl.float32) + null  # the online softmax starts from the null score
     b_sum = tl.full([BLOCK_T], 1.0, tl.float32)
     b_out = tl.zeros([BLOCK_T, SIZE], tl.float32)
     begin = tl.maximum(tl.load(starts_ptr + window * T + first), 0) // BLOCK_J * BLOCK_J
@@ -145,20 +147,20 @@ def _forward(
         b_qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)
         b_log = _log2_distance(o_t[:, None], o_j[None, :], FAST_LOG)
         b_scores = b_qk * (scale * _LOG2E) + b_hidden[None, :] - slope * b_log
-        if (start + BLOCK_J > first) | (start < last_start):  # all pairs of other tiles are visible
+        if (start + BLOCK_J > first) | (start < last_start):  # in other tiles all pairs are visible
             m_visible = (o_j[None, :] < o_t[:, None]) & (o_j[None, :] >= b_starts[:, None])
             b_scores = tl.where(m_visible, b_scores, float("-inf"))
         b_new_max = tl.maximum(b_max, tl.max(b_scores, axis=1))
         b_weights = tl.exp2(b_scores - b_new_max[:, None])
-        b_shrink = tl.exp2(b_max - b_new_max)
-        b_sum = b_sum * b_shrink + tl.sum(b_weights, axis=1)
+        b_rescale = tl.exp2(b_max - b_new_max)
+        b_sum = b_sum * b_rescale + tl.sum(b_weights, axis=1)
         # [BLOCK_J, SIZE]
         p_v = _rows(v_ptr, window, head, o_j, o_d, v_b, v_t, v_h, UNIT)
         b_v = tl.load(p_v, mask=m_j[:, None] & m_value, other=0.0)
-        b_out = tl.dot(b_weights.to(b_v.dtype), b_v, b_out * b_shrink[:, None], input_precision=PRECISION)
+        b_out = tl.dot(b_weights.to(b_v.dtype), b_v, b_out * b_rescale[:, None], input_precision=PRECISION)
         b_max = b_new_max
 
-    # A position that doesn't take part has looked all the same, but it is to have seen nothing.
+    # Masked queries were computed like the others; their output is zeroed.
     m_part = tl.load(hidden_ptr + window * padded + o_t) == 0.0
     b_out = tl.where(m_part[:, None], b_out / b_sum[:, None], 0.0)
     p_out = _packed(out_ptr, window, head, o_t, o_d, T, H, value_units * UNIT)
@@ -167,13 +169,14 @@ def _forward(
     tl.store(lse_ptr + (window * H + head) * T + o_t, b_lse, mask=m_t)
 
 
-# With w(t, j) the softmax weights, w(t, null) that of nothing, delta_t = <out_t, grad_t> and
-# ds(t, j) = w(t, j) (<grad_t, v_j> - delta_t):
+# With the softmax weights w(t, j) = exp(score(t, j) - lse_t), w(t, null) = exp(null - lse_t), delta_t = <out_t, grad_t>
+# and ds(t, j) = w(t, j) (<grad_t, v_j> - delta_t):
 #     dq_t = scale sum_j ds(t, j) k_j;  dslope = -sum ds(t, j) log(t - j);  dnull = -sum_t w(t, null) delta_t
 #
-# A program takes BLOCK_T queries of one window and head, over the same keys as `_forward`. It writes its delta for
-# `_backward_keys`, and its own part of dslope and dnull, which are then added in a fixed order.
-# Operations: 2 (2 d_head + d_value) a visible pair. Bytes: as `_forward`, and out, grad, delta, dq.
+# A program: BLOCK_T queries of one window and head, over the same keys as `_forward`. It writes delta for
+# `_backward_keys`, and partial sums of dslope and dnull; the launcher adds those in a fixed order.
+# Operations: 2 (2 d_head + d_value) a visible pair. Bytes: as `_forward`, and out, grad, delta, dq. Floor and
+# prediction: at the top of this file.
 @jit
 def _backward_queries(
     q_ptr,
@@ -228,9 +231,9 @@ def _backward_queries(
     b_starts = tl.load(starts_ptr + window * T + o_t, mask=m_t, other=0)
     last_start = tl.load(starts_ptr + window * T + min(first + BLOCK_T, T) - 1)
     m_part = tl.load(hidden_ptr + window * padded + o_t) == 0.0
-    # Infinite for a position that doesn't take part: all its weights are then 0.
+    # [BLOCK_T]: inf for masked queries, which makes all their weights 0
     b_lse = tl.load(lse_ptr + (window * H + head) * T + o_t, mask=m_part, other=float("inf")) * _LOG2E
-    # [BLOCK_T, SIZE]: nor is its gradient looked at
+    # [BLOCK_T, SIZE] each: zeros for masked queries
     m_grad = m_part[:, None] & m_value
     b_grad = tl.load(_packed(grad_ptr, window, head, o_t, o_d, T, H, value_units * UNIT), mask=m_grad, other=0.0)
     b_out = tl.load(_packed(out_ptr, window, head, o_t, o_d, T, H, value_units * UNIT), mask=m_grad, other=0.0)
@@ -274,11 +277,12 @@ def _backward_queries(
     tl.store(dnull_ptr + part, tl.sum(b_dnull, axis=0))
 
 
-# dv_j = sum_t w(t, j) grad_t and dk_j = scale sum_t ds(t, j) q_t, with w and ds as above.
+# dv_j = sum_t w(t, j) grad_t and dk_j = scale sum_t ds(t, j) q_t, with w and ds as in `_backward_queries`
 #
-# A program takes BLOCK_J keys of one window and head, and goes over the queries from its first key to the end of
-# its last key's document (`ends`). Tiles are [BLOCK_J, BLOCK_T], so that sums over t are products of tiles.
-# Operations: 4 (d_head + d_value) a visible pair. Bytes: q, k, v, grad, lse, delta read, dk, dv written.
+# A program: BLOCK_J keys of one window and head, over the queries from its first key to the end of its last key's
+# document (`ends`). Tiles are [BLOCK_J, BLOCK_T], so that sums over t are matrix products.
+# Operations: 4 (d_head + d_value) a visible pair. Bytes: q, k, v, grad, lse, delta read, dk, dv written. Floor and
+# prediction: at the top of this file.
 @jit
 def _backward_keys(
     q_ptr,
@@ -359,7 +363,7 @@ def _backward_keys(
         b_dscores = b_weights * (b_dweights - b_delta[None, :])
         b_dk = tl.dot(b_dscores.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
 
-    # A position that doesn't take part was not looked at.
+    # Masked keys were computed like the others; their gradients are zeroed.
     m_part_j = tl.load(hidden_ptr + window * padded + o_j) == 0.0
     b_dk = tl.where(m_part_j[:, None], b_dk * scale, 0.0)
     b_dv = tl.where(m_part_j[:, None], b_dv, 0.0)
@@ -376,8 +380,8 @@ _DTYPES = {
 }
 
 
-# BLOCK_T, BLOCK_J and warps, by the width of a tile and the bytes of an element: what fits the registers of every GPU,
-# and 99 KiB of shared memory. "ieee" products take their operands through registers.
+# {widest SIZE: (BLOCK_T, BLOCK_J, warps)} for each kernel and bytes an element. They fit the registers of every GPU and
+# 99 KiB of shared memory. "ieee" has its own, because its products take their operands through registers.
 _BLOCKS = {
     ("_forward", 2): {128: (128, 64, 8), 256: (64, 16, 8)},
     ("_forward", 4): {16: (128, 64, 8), 32: (128, 32, 8), 64: (64, 64, 4)},
@@ -392,12 +396,13 @@ _BLOCKS = {
 
 
 def _variant(kernel: Any, dtype: torch.dtype, precision: str, size: int) -> Variant:
-    """All other floating tensors but the small ones are in the dtype of q, k and v."""
+    """The default form. Tensors that _DTYPES does not list have the dtype of q, k and v."""
     tensors = {name: _DTYPES.get(name, dtype) for name in kernel.arg_names if name.endswith("_ptr")}
     by_width = _BLOCKS[kernel.__name__, "ieee" if precision == "ieee" else dtype.itemsize]
     block_t, block_j, num_warps = next(blocks for widest, blocks in by_width.items() if size <= widest)
     blocks = {"BLOCK_T": block_t, "BLOCK_J": block_j, "SIZE": size}
-    # lg2.approx is off by 2^-22 of the logarithm at most; products in TF32 by 2^-11. Triton's interpreter lacks it.
+    # The fast logarithm, lg2.approx, has a relative error of 2^-22 at most, and TF32 products one of 2^-11. Triton's
+    # interpreter lacks it.
     fast_log = precision != "ieee" and not triton.knobs.runtime.interpret
     constants = {"UNIT": 16 // dtype.itemsize, **blocks, "PRECISION": precision, "FAST_LOG": fast_log}
     variant = Variant(kernel, tensors, constants, num_warps, num_stages=2)
@@ -405,7 +410,7 @@ def _variant(kernel: Any, dtype: torch.dtype, precision: str, size: int) -> Vari
 
 
 def on_amd(variant: Variant) -> Variant | None:
-    """What is launched on an AMD GPU in place of a variant; None if nothing is."""
+    """The form that an AMD GPU launches in place of `variant`; None if it launches none."""
     itemsize = 16 // variant.constants["UNIT"]
     if variant.constants["PRECISION"] != "ieee" and variant.constants["SIZE"] > WIDEST_ON_AMD[itemsize]:
         return None
@@ -427,7 +432,7 @@ def candidates(variant: Variant) -> list[Variant]:
     """Other forms in which it can be launched, for `tuning` to choose from."""
     if variant.constants["PRECISION"] == "ieee":
         return []
-    # wgmma wants 64 rows of the tile that is summed into, for each 4 warps.
+    # wgmma needs 64 rows of the accumulator for each 4 warps.
     rows, columns = ("BLOCK_J", "BLOCK_T") if variant.kernel is _backward_keys else ("BLOCK_T", "BLOCK_J")
     found = []
     for row_block, num_warps in ((64, 4), (128, 8)):
@@ -442,13 +447,17 @@ def candidates(variant: Variant) -> list[Variant]:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, slope: Tensor, null: Tensor, mask: Tensor | None, starts: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """What each position takes from those before it.
+    """Each position's attention output over the positions before it.
 
-    q, k [B, T, H, d_head], v [B, T, H, d_value] of one dtype (float32, bfloat16 or float16), with any strides,
-    slope [H], null [H], mask [B, T] bool: True where a position looks and is looked at,
-    starts [B, T] integer: where the document of each position begins (non-decreasing along T)
-    -> out [B, T, H, d_value] in the dtype of v, lse [B, H, T] float32: the log of the sum of the exponentials of
-    the scores, the null score among them. A masked-out position gives 0, and its null score.
+    Args:
+        q, k: [B, T, H, d_head], with any strides. float32, bfloat16 or float16.
+        v: [B, T, H, d_value], with any strides, in the dtype of q and k.
+        slope, null: [H].
+        mask: [B, T] bool; a position where it is False attends to nothing and is not attended to.
+        starts: [B, T] integer, non-decreasing along T: where the document of each position begins.
+
+    Returns out [B, T, H, d_value] in the dtype of v; lse [B, H, T] float32, the log of the softmax's denominator, null
+    score included. A masked-out position has out 0 and lse = null.
     """
     B, T, H, d_head = q.shape
     d_value = v.shape[3]
@@ -461,10 +470,10 @@ def forward(
     if out.numel() == 0:
         return out, lse.copy_(null[None, :, None].expand(B, H, T))
     variant = tuning.best(_variant(_forward, q.dtype, precision, size), q.device)
-    of_heads = aligned(slope.float()), aligned(null.float())
+    slope_and_null = aligned(slope.float()), aligned(null.float())
     variant.launch(
         (B * H, triton.cdiv(T, variant.constants["BLOCK_T"])),
-        *(q, k, v, *of_heads, *_positions(q, mask, starts), out, lse),
+        *(q, k, v, *slope_and_null, *_positions(q, mask, starts), out, lse),
         *_numbers(q, k, v, d_head),
     )
     return out[..., :d_value].contiguous(), lse
@@ -482,9 +491,10 @@ def backward(
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of `forward`'s out: grad_out and out as out, lse as it returned it, the rest as it took them.
+    """The gradients of `forward`, from that of its output; deterministic.
 
-    -> dq, dk, dv, dslope, dnull, in the shapes and dtypes of their inputs. Deterministic.
+    grad_out, out: [B, T, H, d_value]. out and lse as `forward` returned them; other arguments as it took them.
+    Returns dq, dk, dv, dslope, dnull, in the shapes and dtypes of their inputs.
     """
     B, T, H, d_head = q.shape
     d_value = v.shape[3]
@@ -498,10 +508,10 @@ def backward(
     grad, out = _in_units(grad_out.to(v.dtype)).contiguous(), _in_units(out).contiguous()
     hidden, starts = _positions(q, mask, starts)
     positions = torch.arange(T, dtype=torch.int32, device=q.device).expand(B, T).contiguous()
-    ends = torch.searchsorted(starts, positions, right=True).to(torch.int32)  # one past each one's document
+    ends = torch.searchsorted(starts, positions, right=True).to(torch.int32)  # [B, T], one past the document's end
     dq, dk, dv = (torch.empty(tensor.shape, dtype=tensor.dtype, device=q.device) for tensor in (q, k, v))
     lse2, delta = torch.empty(2, B, H, hidden.shape[1], dtype=torch.float32, device=q.device)
-    of_heads = aligned(slope.float()), aligned(null.float())
+    slope_and_null = aligned(slope.float()), aligned(null.float())
     numbers = _numbers(q, k, v, d_head)
 
     by_queries = tuning.best(_variant(_backward_queries, q.dtype, precision, size), q.device)
@@ -509,13 +519,13 @@ def backward(
     dslope, dnull = (torch.empty(B, H, blocks, dtype=torch.float32, device=q.device) for _ in range(2))
     by_queries.launch(
         (B * H, blocks),
-        *(q, k, v, *of_heads, hidden, starts, out, grad, lse, lse2, delta, dq, dslope, dnull),
+        *(q, k, v, *slope_and_null, hidden, starts, out, grad, lse, lse2, delta, dq, dslope, dnull),
         *numbers,
     )
     by_keys = tuning.best(_variant(_backward_keys, q.dtype, precision, size), q.device)
     by_keys.launch(
         (B * H, triton.cdiv(T, by_keys.constants["BLOCK_J"])),
-        *(q, k, v, of_heads[0], hidden, starts, ends, grad, lse2, delta, dk, dv),
+        *(q, k, v, slope_and_null[0], hidden, starts, ends, grad, lse2, delta, dk, dv),
         *numbers,
     )
     return (
@@ -528,7 +538,7 @@ def backward(
 
 
 def _size_and_precision(dtype: torch.dtype, width: int) -> tuple[int | None, str]:
-    """How wide tiles are, None if too wide for the kernels, and how they are multiplied."""
+    """The width of tiles, or None if the kernels have none so wide; and the precision of products."""
     size = next((size for size in SIZES if width <= size), None)
     precision = dot_precision(dtype)
     fits = size is not None and size <= (WIDEST_ON_AMD if _ON_AMD else WIDEST)[dtype.itemsize]
@@ -538,7 +548,7 @@ def _size_and_precision(dtype: torch.dtype, width: int) -> tuple[int | None, str
 
 
 def _in_units(tensor: Tensor) -> Tensor:
-    """[B, T, H, d] with d, the strides and the address multiples of 16 bytes: zeros at the end of d, or a copy."""
+    """[B, T, H, d] with d, strides and address multiples of 16 bytes: itself, padded with zeros along d, or a copy."""
     unit = 16 // tensor.dtype.itemsize
     d = tensor.shape[3]
     if d % unit:
@@ -548,10 +558,10 @@ def _in_units(tensor: Tensor) -> Tensor:
 
 
 def _positions(q: Tensor, mask: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What the kernels take for mask and starts, made up where not given: one form of each kernel serves all.
+    """mask and starts in the form that the kernels take. Defaults replace None, so that one form of a kernel does.
 
-    hidden [B, T up to a multiple of _PAD] float32: 0 where a position takes part, else -inf, to be added to scores;
-    starts [B, T] int32.
+    Returns hidden [B, T rounded up to a multiple of _PAD] float32, to be added to scores: 0 for positions in the mask,
+    -inf for others and beyond T; starts [B, T] int32.
     """
     B, T = q.shape[:2]
     hidden = torch.full((B, triton.cdiv(T, _PAD) * _PAD), -math.inf, dtype=torch.float32, device=q.device)
@@ -562,7 +572,7 @@ def _positions(q: Tensor, mask: Tensor | None, starts: Tensor | None) -> tuple[T
 
 
 def _numbers(q: Tensor, k: Tensor, v: Tensor, d_head: int) -> tuple[int | float, ...]:
-    """The arguments after the tensors, which all three kernels share."""
+    """The arguments after the tensors, the same for all three kernels."""
     unit = 16 // q.dtype.itemsize
     T, H = q.shape[1:3]
     strides = (stride // unit for tensor in (q, k, v) for stride in tensor.stride()[:3])

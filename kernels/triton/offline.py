@@ -1,12 +1,12 @@
-"""Compile every kernel in every form that it can be launched in, without a GPU, and say what each costs.
+"""Compile every form in which a kernel can be launched, without a GPU, and report what each costs.
 
-`variants` lists what the launchers launch; `compile_for` builds one for a GPU with what triton's own wheel carries;
-`problems` says what is wrong with the result; `report` makes kernels/RESOURCES.md of all results.
+`variants` lists the forms; `compile_for` compiles one, with the tools in triton's own wheel; `problems` checks the
+result; `report` makes kernels/RESOURCES.md.
 
-    python -m csae.kernels.triton.offline --write                  all of them, into RESOURCES.md (some minutes)
-    python -m csae.kernels.triton.offline [--target sm_90] WORDS   those with all these words in their name, listed
+    python -m csae.kernels.triton.offline --write                  compile all, write RESOURCES.md (some minutes)
+    python -m csae.kernels.triton.offline [--target sm_90] WORDS   compile and list those with all WORDS in their name
 
-Not under TRITON_INTERPRET=1: then triton makes no kernels to compile.
+Not under TRITON_INTERPRET=1, where triton has no kernels to compile.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from . import tuning
 from .variant import Variant
 
 RESOURCES = Path(__file__).parents[1] / "RESOURCES.md"
-# What a GPU is called: what triton calls it, and the bytes of shared memory that one program may have.
+# A GPU's name: triton's target, and the bytes of shared memory that one program may use.
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
     "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
@@ -44,21 +44,21 @@ WITH_TMA = ("sm_90", "sm_100")
 
 
 class Compiled(NamedTuple):
-    """What a variant became on one target. Instructions are counted as they stand in the code, not as they run."""
+    """What a variant costs on one target. Instruction counts are static: of the code, not of a run."""
 
     registers: int  # a thread
-    spills: int  # bytes a thread that did not fit the registers, or the stack
+    spills: int  # bytes a thread, spilled from registers or on the stack
     shared: int  # bytes a program
-    matrix: dict[str, int]  # instructions that multiply tiles, by name: wgmma, tcgen05, mma or mfma
-    wide_loads: int  # loads of 16 bytes a thread from global memory, straight to shared memory among them
-    other_loads: int  # narrower ones
+    matrix: dict[str, int]  # matrix instructions, by name: wgmma, tcgen05, mma or mfma
+    wide_loads: int  # loads of 16 bytes a thread from global memory, to registers or to shared memory
+    other_loads: int  # narrower loads from global memory
     shared_loads: int
-    local: int  # loads and stores of what was spilled
-    bulk_loads: int = 0  # of whole tiles, by the tensor memory accelerator
+    local: int  # loads and stores of spilled registers
+    bulk_loads: int = 0  # loads of whole tiles, by the tensor memory accelerator (TMA)
 
 
 def modules() -> dict[str, list[Variant]]:
-    """Every form in which a launcher launches a kernel, by the module that it is in."""
+    """Every form in which a launcher launches a kernel, tuned forms included, by module."""
     found = {}
     for name, defaults in _defaults().items():
         tuned = [variant for variant, _ in tuning.tuned_variants(defaults)]
@@ -67,7 +67,7 @@ def modules() -> dict[str, list[Variant]]:
 
 
 def _defaults() -> dict[str, list[Variant]]:
-    """The forms that launchers make by themselves."""
+    """The forms that launchers make without tuned.json, by module."""
     found = {}
     for info in pkgutil.iter_modules([str(Path(__file__).parent)]):
         module = importlib.import_module(f".{info.name}", __package__)
@@ -77,13 +77,13 @@ def _defaults() -> dict[str, list[Variant]]:
 
 
 def variants() -> list[Variant]:
-    """The same, of all modules."""
+    """The forms of all modules."""
     return [variant for of_module in modules().values() for variant in of_module]
 
 
 @functools.cache
 def _only_on() -> dict[str, set[str]]:
-    """By name, the forms that no launcher makes by itself: on which targets they are launched, having been tuned."""
+    """The targets of each form that only tuned.json names, by the form's name."""
     found: dict[str, set[str]] = {}
     for defaults in _defaults().values():
         known = {str(variant) for variant in defaults}
@@ -94,10 +94,10 @@ def _only_on() -> dict[str, set[str]]:
 
 
 def compile_for(variant: Variant, target: str) -> Compiled | None:
-    """Compile for one of TARGETS; the pointers are taken to be 16-byte aligned, as they always are.
+    """Compile for one of TARGETS, with pointers aligned to 16 bytes, as `Variant.launch` demands.
 
-    None where it is not launched on that GPU: one that was tuned for others; one that takes descriptors, where there is
-    no TMA; or what a module's `on_amd`, which says what is launched there instead of a variant, has no form of.
+    None if the variant is not launched on that GPU: it was tuned for other GPUs, it takes TMA descriptors and the GPU
+    has no TMA, or the module's `on_amd`, which gives the form for an AMD GPU, gives none.
     """
     gpu, _ = TARGETS[target]
     if target not in _only_on().get(str(variant), [target]) or (variant.descriptors and target not in WITH_TMA):
@@ -155,7 +155,7 @@ def _of_amdgcn(assembly: str, shared: int) -> Compiled:
     count = _counter(re.findall(r"^\s+([a-z]\w+)", assembly, flags=re.MULTILINE))
     wide = count(r"(global|buffer)_load_dwordx4")
     return Compiled(
-        # The accumulation registers are among vgpr_count. Scalars that spill go to lanes of vector registers.
+        # vgpr_count includes the accumulation registers. Spilled scalar registers go to lanes of vector registers.
         registers=metadata("vgpr_count"),
         spills=metadata("private_segment_fixed_size"),
         shared=shared,
@@ -177,7 +177,7 @@ def _named(**counts: int) -> dict[str, int]:
 
 
 def problems(variant: Variant, target: str, compiled: Compiled | str | None) -> list[str]:
-    """What keeps a variant, as `compile_all` gives it, from being good enough to launch."""
+    """Why a variant should not be launched, given what `compile_all` yielded for it; empty if nothing is wrong."""
     if compiled is None:
         return []
     if isinstance(compiled, str):
@@ -188,11 +188,11 @@ def problems(variant: Variant, target: str, compiled: Compiled | str | None) -> 
         found.append(f"spills {compiled.spills} bytes a thread, {compiled.local} loads and stores")
     if compiled.shared > shared_limit:
         found.append(f"needs {compiled.shared} bytes of shared memory of {shared_limit}")
-    # Only wgmma reaches the full rate of Hopper's tensor cores. A kernel that multiplies tiles has a PRECISION.
+    # Only wgmma reaches the full rate of Hopper's tensor cores. Kernels with matrix products have a PRECISION.
     to_tensor_cores = variant.constants.get("PRECISION", "ieee") != "ieee"
     if target == "sm_90" and to_tensor_cores and "wgmma" not in compiled.matrix:
         found.append("multiplies without wgmma")
-    # A kernel that gathers has tiles of ROWS rows, and its threads read a unit of them at once.
+    # Kernels that gather have ROWS, and each of their threads should load a whole unit of 16 bytes at once.
     if "ROWS" in variant.constants and variant.constants["UNIT"] > 1:
         tile, threads = variant.constants["ROWS"] * variant.constants["COLUMNS"], variant.num_warps * gpu.warp_size
         needed = tile // (variant.constants["UNIT"] * threads)
@@ -204,9 +204,9 @@ def problems(variant: Variant, target: str, compiled: Compiled | str | None) -> 
 def compile_all(
     chosen: Iterable[tuple[Variant, str]], processes: int = 2
 ) -> Iterator[tuple[Variant, str, Compiled | str | None]]:
-    """Each of these variants for its target, in that order; in place of one that can't be compiled, why not."""
+    """Compile each variant for its target, in order. Yields an error text for a variant that can't be compiled."""
     chosen = list(chosen)
-    # A kernel can't be sent to another process, but where it is defined can.
+    # A kernel can't be pickled; its module and name can.
     places = [
         (v.kernel.fn.__module__, v.kernel.__name__, v._replace(kernel=None, descriptors=dict(v.descriptors)), target)
         for v, target in chosen
@@ -220,12 +220,12 @@ def _compile_named(place: tuple[str, str, Variant, str]) -> Compiled | str | Non
     module, kernel, variant, target = place
     try:
         return compile_for(variant._replace(kernel=getattr(importlib.import_module(module), kernel)), target)
-    except Exception as error:  # a compiler's own errors have no common base
+    except Exception as error:  # the compiler's errors have no common base class
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
 
 def report(compiled: dict[tuple[str, str], Compiled | str | None]) -> str:
-    """RESOURCES.md of what each variant became on each target, by the variant's name and the target's."""
+    """The text of RESOURCES.md, from the result for each (variant's name, target)."""
     lines = [_TOP.format(triton=triton.__version__)]
     for module, of_module in modules().items():
         lines.append(f"## {module}\n")
@@ -260,21 +260,21 @@ def _settings(variant: Variant) -> dict[str, int | str]:
 
 
 def _common(of_kernel: list[Variant]) -> str:
-    """The settings that all variants of a kernel share."""
+    """The settings that all variants of a kernel have in common."""
     first, *others = map(_settings, of_kernel)
     return ", ".join(f"{name}={value}" for name, value in first.items() if all(o[name] == value for o in others))
 
 
 def _form(variant: Variant, of_kernel: list[Variant]) -> str:
-    """What tells a variant from the others of its kernel: types, then settings."""
+    """The types and settings by which a variant differs from the others of its kernel."""
     types: dict[str, list[str]] = {}
     for name, dtype in variant.tensors.items():
         if any(other.tensors[name] != dtype for other in of_kernel):
             types.setdefault(str(dtype).removeprefix("torch."), []).append(name.removesuffix("_ptr"))
-    told = list(types) if len(types) == 1 else [f"{' '.join(names)}: {dtype}" for dtype, names in types.items()]
+    parts = list(types) if len(types) == 1 else [f"{' '.join(names)}: {dtype}" for dtype, names in types.items()]
     others = [_settings(other) for other in of_kernel]
-    told += [f"{n}={value}" for n, value in _settings(variant).items() if any(o[n] != value for o in others)]
-    return ", ".join(told) or "the only one"
+    parts += [f"{n}={value}" for n, value in _settings(variant).items() if any(o[n] != value for o in others)]
+    return ", ".join(parts) or "the only one"
 
 
 def _cell(compiled: Compiled | str | None) -> str:

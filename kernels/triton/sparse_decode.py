@@ -1,17 +1,20 @@
-"""Sums of table rows by code, and what its gradient needs. A code: values [n, k], indices [n, k] into a table.
+"""The decoder and its gradients. A code is values [n, k] and indices [n, k] into a table [d_sae, d].
 
-gather_sum     out[t] = sum_i values[t, i] * table[indices[t, i]]           the decoder; the memory of look-back
-gather_dot     out[t, i] = <grad[t], table[indices[t, i]]>                  its gradient to values
-feature_sum    out[f] = sum over (t, i) with indices[t, i] == f of values[t, i] * rows[t]   its gradient to the table
+gather_sum    the decoder, a weighted embedding bag: out[t] = sum_i values[t, i] * table[indices[t, i]]
+gather_dot    its gradient to values, an SDDMM: out[t, i] = <grad[t], table[indices[t, i]]>
+feature_sum   its gradient to the table, an SpMM (code^T rows): out[f] = sum over the pairs (t, i) with
+              indices[t, i] == f of values[t, i] * rows[t]
 
 Sums are in float32 and in a fixed order: the same input gives the same bits. An index outside the table is never
-followed: it makes NaN of what depends on it in the first two, and is left out of the others.
+followed. In gather_sum and gather_dot it gives NaN where it is used; feature_sum leaves its pair out.
 
-A gather reads n k d e bytes, several times the table, so it pays to have the table in L2. Therefore columns are taken
-in slabs, narrow enough that a slab of all d_sae rows stays there, and all tokens pass over one slab before the next:
-each byte of the table comes from memory once, and the gather runs at the speed of L2. Pairs in order of feature would
-have gather_dot read each row of the table once without slabs; but then the rows of grad are gathered instead, just as
-many bytes, with unequal runs and scattered results, and before the sort that only the table's gradient needs.
+A gather reads n k d e bytes (e: bytes an element), several times the table, so the table should be in L2. Columns are
+therefore split into slabs, narrow enough that a slab of all d_sae rows fits L2, and all tokens finish a slab before the
+next begins. Then each byte of the table comes from memory once, and the gather runs at the rate of L2.
+
+gather_dot could instead go through the pairs sorted by feature, and read each row of the table once without slabs. It
+would then gather the rows of grad: just as many bytes, with runs of unequal length and scattered results. And it would
+have to wait for the sort, which only the table's gradient needs.
 """
 
 from typing import NamedTuple
@@ -25,20 +28,20 @@ from . import tuning
 from .feature_sums import feature_sums, sort_pairs
 from .variant import FLOATS, Variant, aligned, jit, unit_of, vector_units
 
-SLAB_BYTES = 24 * 2**20  # of a slab of the table: half of an H100's L2, whose two halves each cache for their own SMs
-FEW_PROGRAMS = 2048  # fewer programs of a warp than this leave most of a GPU idle: then each gets more warps
+SLAB_BYTES = 24 * 2**20  # half of an H100's L2: each of its two halves caches for its own SMs
+FEW_PROGRAMS = 2048  # fewer programs of one warp leave most of a GPU idle, so each gets more warps
 
 
 # out[t, c] = sum_i values[t, i] * table[indices[t, i], c]
 #
-# A program makes COLUMNS columns of one token, of ROWS rows of the table at a time: with one warp, or, where tokens are
-# few, with several that split the rows. A thread has 16 bytes of each row that it reads, and 8 such loads in flight:
-# 4 KB a warp, 128 KB a multiprocessor with 32 programs, where Little's law asks for 16 KB (3 TB/s * 700 ns / 132).
-# Tokens come before columns: programs in flight share a slab.
+# A program: COLUMNS columns of one token, ROWS rows of the table at a time, in one warp; in several warps, which split
+# the rows, where tokens are few. A thread loads 16 bytes of a row, and has 8 such loads in flight: 4 KB a warp, 128 KB
+# a multiprocessor with 32 programs. Little's law asks for 16 KB (3 TB/s * 700 ns / 132 multiprocessors).
+# All tokens of a slab of columns come before the next slab, so programs in flight share a slab.
 # Bytes: n k d e gathered, from L2 where a slab fits; the table once from memory; n d e written; the code once for each
-# slab, n k (8 + e) d / COLUMNS, from L2. Operations: 2 n k d. Floor: n k d e at the speed of memory.
-# Predicted (the shapes and the machine are in `feature_rows`), bf16: A 0.08 ms, floor 0.13; B 0.46, floor 0.81; C 0.84,
-# floor 1.43.
+# slab, n k (8 + e) d / COLUMNS, from L2. Operations: 2 n k d. Floor: n k d e at the rate of memory.
+# Predicted for bf16 (shapes and rates: feature_rows.py): A 0.08 ms (floor 0.13), B 0.46 (0.81), C 0.84 (1.43); less
+# than the floor where L2 holds the slabs.
 @jit
 def _gather_sum(
     values_ptr,
@@ -73,14 +76,13 @@ def _gather_sum(
     tl.store(out_ptr + token * d + o_c, b_sum.to(out_ptr.dtype.element_ty), mask=m_c)
 
 
-# partial[s, t, i] = <grad[t], table[indices[t, i]]> over the columns of slab s alone. Their sum over s is the result.
+# partial[s, t, i] = <grad[t], table[indices[t, i]]> over the columns of slab s. The launcher sums over s.
 #
-# A program takes one token and one slab, of ROWS rows at a time; it has its part of grad in registers.
+# A program: one token and one slab of columns, ROWS rows of the table at a time; grad stays in registers.
 # Bytes: n k d e gathered, from L2 where a slab fits; the table once from memory; n d e of grad; the code once for each
-# slab, 8 n k d / COLUMNS, from L2; and 4 n k d / COLUMNS written and read again, which is why slabs are not as narrow
-# as those of _gather_sum. Operations: 2 n k d, and 5 exchanges between threads a row and slab.
-# Floor: n k d e at the speed of memory. Predicted, with the sum over slabs, bf16: A 0.08 ms, floor 0.13; B 0.49, floor
-# 0.81; C 0.95, floor 1.43.
+# slab, 8 n k d / COLUMNS, from L2; 4 n k d / COLUMNS written and read again, so slabs are wider than in `_gather_sum`.
+# Operations: 2 n k d, and 5 shuffles for each row and slab. Floor: n k d e at the rate of memory.
+# Predicted for bf16, with the sum over slabs: A 0.08 ms (floor 0.13), B 0.49 (0.81), C 0.95 (1.43).
 @jit
 def _gather_dot(
     grad_ptr,
@@ -115,14 +117,14 @@ def _gather_dot(
 
 
 class _Tile(NamedTuple):
-    """What a program of a gather takes at a time: rows, each of so many bytes."""
+    """What a program of a gather handles at a time: `rows` rows of `bytes` bytes."""
 
     rows: int
     bytes: int
     warps: int
 
 
-# Each thread has 8 loads of 16 bytes in flight. Widest first.
+# 8 loads of 16 bytes in flight a thread. Widest first.
 _SLABS = [_Tile(8, 512, 1), _Tile(16, 256, 1), _Tile(32, 128, 1)]
 _FEW = _Tile(64, 512, 8)
 _OTHERS = [_Tile(4, 512, 1), _Tile(16, 512, 1), _Tile(16, 512, 2), _Tile(32, 256, 2), _Tile(16, 1024, 4)]
@@ -143,12 +145,12 @@ def _gather_dot_variant(grad: torch.dtype, table: torch.dtype, unit: int, tile: 
 
 
 def _tiles(dtype: torch.dtype, unit: int) -> list[_Tile]:
-    """All that `_tile` chooses from. Where loads are of one element, a row's 128 take one warp four."""
+    """The tiles that `_tile` chooses from. With UNIT 1 a load is one element: 4 loads a thread for 128 columns."""
     return [*_SLABS, _FEW] if unit > 1 else [_Tile(4, 128 * dtype.itemsize, 1)]
 
 
 def _tile(n: int, table: Tensor, unit: int, narrowest: int) -> _Tile:
-    """The widest slab that L2 holds, or the widest at all if that would be narrower than `narrowest` bytes."""
+    """The widest slab that fits L2 and is not below `narrowest` bytes; where tokens are few, a tile of many warps."""
     d_sae, d = table.shape
     if unit == 1:
         return _tiles(table.dtype, unit)[0]
@@ -159,7 +161,7 @@ def _tile(n: int, table: Tensor, unit: int, narrowest: int) -> _Tile:
 
 
 def variants() -> list[Variant]:
-    """Every form in which this module launches a kernel, untuned."""
+    """Every form in which this module launches a kernel, before tuning."""
     found = []
     for dtype in FLOATS:
         for unit in vector_units(dtype):
@@ -181,9 +183,9 @@ def candidates(variant: Variant) -> list[Variant]:
 
 
 def gather_sum(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
-    """sum_i values[t, i] * table[indices[t, i]].
+    """out[t] = sum_i values[t, i] * table[indices[t, i]].
 
-    values [n, k], indices [n, k] int64, table [d_sae, d] -> [n, d] in the dtype of table. Sums in float32.
+    values [n, k], indices [n, k] int64, table [d_sae, d] -> [n, d] in the dtype of table, summed in float32.
     A token with an index outside the table gives NaN.
     """
     n, k = indices.shape
@@ -202,10 +204,10 @@ def gather_sum(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
 
 
 def gather_dot(grad: Tensor, indices: Tensor, table: Tensor) -> Tensor:
-    """<grad[t], table[indices[t, i]]>.
+    """out[t, i] = <grad[t], table[indices[t, i]]>.
 
-    grad [n, d], indices [n, k] int64, table [d_sae, d] -> [n, k] in the dtype of grad. Sums in float32.
-    An index outside the table gives NaN. Memory: 4 bytes a pair for each slab of 256 bytes of d, or of 512.
+    grad [n, d], indices [n, k] int64, table [d_sae, d] -> [n, k] in the dtype of grad, summed in float32.
+    An index outside the table gives NaN. Memory: 4 bytes a pair for each slab; a slab is 256 or 512 bytes of a row.
     """
     n, k = indices.shape
     d_sae, d = table.shape
@@ -225,10 +227,10 @@ def gather_dot(grad: Tensor, indices: Tensor, table: Tensor) -> Tensor:
 
 
 def feature_sum(values: Tensor, indices: Tensor, rows: Tensor, d_sae: int) -> Tensor:
-    """The sum of values[t, i] * rows[t] over the pairs (t, i) with indices[t, i] == f, for each feature f.
+    """out[f] = sum over the pairs (t, i) with indices[t, i] == f of values[t, i] * rows[t].
 
-    values [n, k], indices [n, k] int64, rows [n, d] -> [d_sae, d] in the dtype of rows; zeros for a feature
-    without pairs. Sums in float32, in the order of the tokens.
+    values [n, k], indices [n, k] int64, rows [n, d] -> [d_sae, d] in the dtype of rows; zeros for a feature without
+    pairs. Summed in float32, in the order of the tokens.
     """
     n, k = indices.shape
     places = torch.arange(n * k, device=indices.device)

@@ -1,22 +1,22 @@
 """topk_encode: the k largest pre-activations of each token, exactly, in a bounded workspace.
 
-Tokens are taken in chunks, and the features of a chunk in ranges, so that many rows share what is read of W_enc.
-Each range has a workspace [rows, width], reused by the next, and two kernels:
+Tokens are split into chunks, and the features of a chunk into ranges; so many rows share each read of W_enc. All ranges
+reuse one workspace [rows, width]. Each range runs two kernels:
 
-1. A product (topk_product.py: `_pre_acts`, or `_pre_acts_tma` on Hopper and later) with its bias, and the largest of
-   each group of GROUP columns, from the same registers. The row's `bound` is the k-th largest of the ranges before. A
-   group whose largest is not above it holds nothing of the top k and is not written, so what passes through memory is
-   one range in full, then about k groups in all for each further doubling of the ranges done.
-2. `_merge` (topk_merge.py): from the maxima, the groups with something above the bound; if they are more than k, the k
-   with the largest maxima. They hold every one of the k largest: an element of another group has k elements before it,
-   the maxima of those k groups. Ties go to lower groups, so this also holds for "equal ones by lower index first".
-   Of the k found so far and those groups, the k largest; the k-th is the new bound.
+1. A matrix product with bias (topk_product.py: `_pre_acts`, or `_pre_acts_tma` on Hopper and later). Its epilogue takes
+   the maximum of each group of GROUP columns, and writes only groups whose maximum is above the row's `bound`. That is
+   the k-th largest pre-activation of earlier ranges, so other groups hold nothing of the top k. The first range is
+   written in full; after that, each doubling of the columns seen writes about k groups a row.
+2. A selection (topk_merge.py: `_merge`). Of the groups above the bound it keeps the k with the largest maxima. These
+   contain all of the k largest: an element of any other group is behind k elements, the maxima of the k groups. Ties go
+   to the lower group, so this also holds for "equal ones by lower index first". From those groups and the k entries
+   found so far it bisects the k largest; the k-th is the new bound.
 
-Last `_finish` (topk_merge.py) sorts k entries a row. The bound is proved, not guessed: there is no overflow and
-nothing to fall back to, whatever the numbers are. Launches and allocations depend on shapes alone.
+Last `_finish` (topk_merge.py) sorts the k entries of a row. The bound is proven, not estimated, so nothing overflows
+and no fallback is needed, whatever the data. Launches and allocations depend on shapes alone.
 
-The other scheme is in topk_threshold.py: a threshold guessed from a sample, one product that appends what exceeds it,
-a count as the proof, and a fallback. At the shapes below, of which both do the same operations:
+topk_threshold.py has another algorithm: a threshold estimated from a sample of features, one product that appends what
+exceeds it, a count as the proof, and a fallback. Both do the same operations. At the shapes below:
 
 |                                          | a bound from ranges (here)  | a sampled threshold                   |
 |------------------------------------------|-----------------------------|---------------------------------------|
@@ -26,14 +26,14 @@ a count as the proof, and a fallback. At the shapes below, of which both do the 
 | sm_90, 128 x 256, bf16: registers, spill | 244, 0                      | 252, 0 (on sm_100 64 bytes)           |
 | shared memory, instructions in all       | 176 KB, 1712                | 160 KB, 2544                          |
 | in the epilogue                          | 32 shuffles a thread        | 256, and an atomic addition a hit     |
-| redone                                   | nothing                     | rows of which the sample misleads     |
+| computed twice                           | nothing                     | rows that the sample misleads         |
 
-This one is kept: it can't fail, needs no luck with the order of features, and its epilogue is half as long, which at
-A counts for more than 0.18 GB (0.06 ms, most of it under the product). A GPU has to confirm it; it may not at C,
-where the product is 95% of either and there are 18 ranges.
+The bound from ranges is used: it can't fail, it does not depend on the order of features, and its epilogue is about
+half as long. At A that outweighs the 0.18 GB more that it writes (0.06 ms, mostly hidden by the product). A GPU has to
+confirm this; C may differ, where the product is 95% of either and there are 18 ranges.
 
-Times written beside the kernels are predicted, none is measured: the larger of operations and bytes at the rates that
-an H100 was measured to reach, 798 TFLOP/s in bf16 and 3.0 TB/s. The shapes are those of the benchmark:
+The times beside the kernels are predictions, not measurements: the larger of operations and bytes at the rates that an
+H100 was measured to reach, 798 TFLOP/s in bf16 and 3.0 TB/s. The shapes are those of the benchmark:
 A n=8192, d_in=768, d_sae=32768, k=32; B 8192, 2304, 65536, 64; C 8192, 4096, 131072, 64.
 """
 
@@ -50,25 +50,25 @@ from .topk_product import GROUP, best_product, launch_product, product_variant
 from .variant import Variant, aligned, dot_precision, unit_of
 
 WORKSPACE_BYTES = 256 * 2**20
-LEAST_WIDTH = 4096  # columns in a range: in fewer, a range's product would be short next to its selection
-RANGE_UNIT = 256  # what a range's width is a multiple of: the widest tile, so that no tile is in two ranges
+LEAST_WIDTH = 4096  # columns of a range, at least: in a narrower one the selection would outweigh the product
+RANGE_UNIT = 256  # a range's width is a multiple of this: the widest tile, so that no tile crosses two ranges
 
 
 def _workspace(n: int, d_sae: int, k: int) -> tuple[int, int]:
-    """Rows of a chunk, and columns of a range, that fit WORKSPACE_BYTES: all rows if the ranges stay wide enough."""
+    """Rows of a chunk and columns of a range that fit WORKSPACE_BYTES. All rows are one chunk if ranges stay wide."""
     whole = triton.cdiv(d_sae, GROUP) * GROUP
-    # Of fewer groups than 2 k the k best would hold most of the columns.
+    # A range has at least 2 k groups; k groups of fewer would be most of its columns.
     least = triton.cdiv(max(LEAST_WIDTH, 2 * k * GROUP), RANGE_UNIT) * RANGE_UNIT
     fitting = (WORKSPACE_BYTES // n - bytes_a_row(0, k)) * 8 // 34 // RANGE_UNIT * RANGE_UNIT
     ranges = triton.cdiv(d_sae, max(least, fitting))
     width = min(triton.cdiv(triton.cdiv(d_sae, ranges), RANGE_UNIT) * RANGE_UNIT, whole)
     rows = WORKSPACE_BYTES // bytes_a_row(width, k)
-    # A chunk starts at a 16-byte boundary and ends with a block of rows, if it can.
+    # Where possible a chunk is whole blocks of 128 rows, so that the next one starts at a 16-byte boundary.
     return min(n, rows - rows % 128 if rows >= 128 else max(rows, 1)), width
 
 
 def bytes_a_row(width: int, k: int) -> int:
-    """The pre-activations, their maxima, the listed groups, and two times k keys and columns, and the bound."""
+    """Workspace of a row: pre-activations, group maxima, listed groups, twice k keys and columns, the bound."""
     groups = triton.cdiv(width, GROUP)
     return 4 * width + 8 * groups + 16 * k + 4
 
@@ -81,13 +81,12 @@ def topk_encode(
     x [n, d_in], W_enc [d_sae, d_in] in the dtype of x (float32, bfloat16 or float16), b_enc [d_sae], 1 <= k <= d_sae
     -> values [n, k] in the dtype of x, indices [n, k] int64.
 
-    Selection is on the float32 accumulator. float32 products are exact to float32 where
-    torch.get_float32_matmul_precision() is "highest", and TF32 otherwise. A row with a NaN among its
-    pre-activations gives k NaN at indices 0..k-1. Besides the result and 8 n k bytes, at most WORKSPACE_BYTES of
-    memory, or what one row needs.
+    Selection is on the float32 accumulator. Products of float32 are float32 if torch.get_float32_matmul_precision() is
+    "highest", and TF32 otherwise. A row with a NaN among its pre-activations gives k NaN at indices 0..k-1. Memory
+    beside the result: 8 n k bytes, and WORKSPACE_BYTES at most, or what one row needs if that is more.
 
-    product: the form of the product, of topk_product.py's `variants` or `candidates`, where it is not to be the
-    device's best.
+    product: the form of the product kernel, one of topk_product.py's `variants` or `candidates`; by default the best
+    for the device.
     """
     x, W_enc, bias = aligned(x), aligned(W_enc), aligned(b_enc.float())
     n, d_sae = x.shape[0], W_enc.shape[0]
@@ -100,7 +99,7 @@ def topk_encode(
 
 
 def Encoder(W_enc: Tensor, b_enc: Tensor, k: int, table: object = ()) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """topk_encode by the same weights again and again, as the portable one has it; here there is nothing to prepare."""
+    """topk_encode with fixed weights, for repeated use; as the portable one, but there is nothing to prepare."""
     return partial(topk_encode, W_enc=W_enc, b_enc=b_enc, k=k)
 
 
@@ -115,8 +114,8 @@ def search(
 ) -> None:
     """The keys and columns of the k largest pre-activations of each row, lowest column first.
 
-    keys, columns [n, k] int32, written. only [n] int32: rows where it is zero are left as they are; then `product`
-    is a gated one.
+    keys, columns: [n, k] int32, written. only: [n] int32; rows where it is zero are left as they are. It needs a
+    GATED `product`.
     """
     n, d_sae = x.shape[0], W_enc.shape[0]
     rows, width = _workspace(n, d_sae, keys.shape[1])

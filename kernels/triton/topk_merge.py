@@ -1,6 +1,6 @@
-"""The selection of topk_encode: of the groups that a product wrote and the k found before, the k largest; their order.
+"""The selection of topk_encode: `_merge` picks the k largest of a range and of earlier ranges, `_finish` sorts them.
 
-The scheme that it belongs to, and the shapes and rates that predicted times are for, are in topk_encode.py.
+topk_encode.py explains the algorithm, and defines A, B and C and the rates behind the predicted times.
 """
 
 import math
@@ -21,7 +21,7 @@ _NO_KEY = tl.constexpr(-(2**31))  # below the key of -inf
 
 @triton.jit
 def to_key(b_acts):
-    """float32 -> int32 of the same order; -0.0 as +0.0; every NaN as NAN_KEY."""
+    """float32 -> int32 keys that sort like the floats; -0.0 as +0.0, every NaN as NAN_KEY."""
     b_bits = tl.where(b_acts == 0.0, 0.0, b_acts).to(tl.int32, bitcast=True)
     b_keys = tl.where(b_bits < 0, b_bits ^ 0x7FFFFFFF, b_bits)
     return tl.where(b_acts == b_acts, b_keys, 0x7FFFFFFF)
@@ -29,9 +29,10 @@ def to_key(b_acts):
 
 @triton.jit
 def _keys_at(start, acts_ptr, list_ptr, old_keys_ptr, count, old, columns, BLOCK: tl.constexpr, GROUP: tl.constexpr):
-    """Entries start .. start + BLOCK of a row's candidates: their columns in acts, and keys (_NO_KEY past the end).
+    """Candidates start .. start + BLOCK of a row: [BLOCK] columns in acts, [BLOCK] keys (_NO_KEY past the end).
 
-    With GROUP > 1 the first `old` candidates are those found before; then come the columns of the listed groups.
+    With GROUP == 1 the candidates are acts[:count]. With GROUP > 1 they are the `old` entries found in earlier ranges,
+    then all columns of the listed groups.
     """
     o_e = start + tl.arange(0, BLOCK)
     m_e = o_e < count
@@ -42,7 +43,7 @@ def _keys_at(start, acts_ptr, list_ptr, old_keys_ptr, count, old, columns, BLOCK
     else:
         m_old = o_e < old
         o_new = tl.where(m_old, 0, o_e - old)
-        # [BLOCK]: GROUP neighbours read the same word
+        # [BLOCK], the same word for GROUP neighbours
         b_groups = tl.load(list_ptr + o_new // GROUP, mask=m_e & ~m_old, other=0)
         o_c = b_groups * GROUP + o_new % GROUP
         m_new = m_e & ~m_old & (o_c < columns)
@@ -70,11 +71,11 @@ def _choose(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Of `count` candidates the k largest that are above `below`, in their order, to chosen_ptr.
+    """Write the k largest of `count` candidates that are above `below`, in candidate order, to chosen_ptr.
 
-    Bisects the keys until exactly k are reached, or until the k-th is found among equal ones, of which the first are
-    taken. The first BLOCK candidates, and mostly there are no more, stay in registers.
-    Returns how many there were above `below`, how many were taken, and a key that the last of k reaches.
+    Bisection select on the keys. It ends when exactly k candidates reach the trial key, or when only keys equal to the
+    k-th are left, of which the first are taken. The first BLOCK candidates stay in registers; mostly that is all.
+    Returns the number above `below`, the number taken, and a key that the k-th largest reaches.
     """
     _, b_first = _keys_at(0, acts_ptr, list_ptr, old_keys_ptr, count, old, columns, BLOCK, GROUP)
     hits = tl.sum((b_first > below).to(tl.int32), 0)
@@ -84,7 +85,7 @@ def _choose(
         hits += tl.sum((b_keys > below).to(tl.int32), 0)
         top = tl.maximum(top, tl.max(b_keys, 0))
 
-    # At least k reach `low`, if there are k; fewer than k, `above` of them, are over `high`.
+    # Invariant: at least k candidates (if there are k) reach `low`; `above` < k candidates are over `high`.
     low = below.to(tl.int64) + 1
     high = tl.where(hits > k, top.to(tl.int64), low)
     above = tl.zeros([], tl.int32)
@@ -123,15 +124,17 @@ def _choose(
     return hits, taken, low
 
 
-# Of the k entries found before (`old` of them) and the columns of this range, the k largest: keys[first+r] and
-# columns[first+r], lowest column first, equal keys at the edge by lower column. bound[r] = a number that k of them
-# reach: the k-th largest, or, where the bisection ended early, one between it and the next.
+# keys[first + r], columns[first + r] = the k largest of this range's columns and of the `old` entries from earlier
+# ranges, lowest column first; of keys equal to the k-th, the lower columns.
+# bound[r] = the k-th largest, or a number between it and the next if the bisection ended early.
 #
-# A program takes one row, in one warp. First it lists the groups with a maximum above the bound, or the k best of
-# them, then it chooses among the columns of those and the old entries.
-# Bytes for each row: 4 a group, and GROUP * 4 for each group listed, k in the first range and about k/q after q
-# others. About 10 passes over candidates in registers, 100 instructions each. Floor: the bytes, A 0.05, B 0.13,
-# C 0.19 ms for all ranges; predicted by instructions, 12 to 20 us a range: A 0.07, B 0.15, C 0.3 ms.
+# A program: one row, in one warp. It lists the groups whose maximum is above the bound (the k with the largest maxima,
+# if there are more), then selects among the columns of these groups and the old entries.
+# Bytes a row: 4 a group, and 4 GROUP for each listed group: k groups in the first range, about k/q after q others.
+# Operations, counted from SASS (sm_90): 1,446 instructions to load 1,024 candidates, 1,428 for each bisection step
+# beyond the first block, 3,170 (382 of them shuffles) for the last pass.
+# Floor: the bytes, A 0.05, B 0.13, C 0.19 ms for all ranges. Predicted from these counts with simulated trip counts:
+# A 0.48, B 1.33, C 2.0 ms. So instructions decide: the selection, not the product, is what to improve.
 @jit
 def _merge(
     acts_ptr,
@@ -159,8 +162,8 @@ def _merge(
     row = tl.program_id(0).to(tl.int64)
     count = tl.cdiv(columns, GROUP)
     if GATED:
-        # Of no groups there is nothing to choose, and of `old` candidates nothing is taken with k = 0.
-        wanted = tl.load(only_ptr + row) != 0  # it begins with this chunk's rows, wherever the result goes
+        # With no groups and no old entries nothing is selected for this row.
+        wanted = tl.load(only_ptr + row) != 0  # only_ptr is at this chunk's first row, unlike keys_ptr
         count = tl.where(wanted, count, 0)
         old = tl.where(wanted, old, 0)
     acts_ptr += row * stride
@@ -176,9 +179,8 @@ def _merge(
         maxima_ptr + row * groups, list_ptr, old_keys_ptr, old_columns_ptr, list_ptr, keys_ptr,
         count, 0, count, 0, k, bound, BLOCK_G, 1,
     )  # fmt: skip
-    # What was listed is read by other threads.
-    tl.debug_barrier()
-    # k elements reach the bound, and k reach `low` if k groups do.
+    tl.debug_barrier()  # other threads read the list
+    # k entries reach the bound; and k reach `low` if the maxima of k groups do.
     below = tl.where((hits > k) | (old == 0), low - 1, bound.to(tl.int64) - 1).to(tl.int32)
     _, _, low = _choose(
         acts_ptr, list_ptr, old_keys_ptr, old_columns_ptr, columns_ptr, keys_ptr,
@@ -189,8 +191,10 @@ def _merge(
     tl.store(bound_ptr + row, last.to(tl.float32, bitcast=True))
 
 
-# values and indices, largest first, of keys and columns in any order. A program sorts BLOCK_M rows of up to BLOCK.
-# Bytes: 8 n k read, and 10 or 12 n k written. Floor: the launch; predicted 3 to 5 us at A, B and C.
+# values, indices = keys and columns [rows, k] sorted, largest first; equal keys by lower column. Values are relu'd.
+#
+# A program: BLOCK_M rows of up to BLOCK entries. Bytes: 8 n k read, 10 or 12 n k written. Floor: the launch.
+# Predicted: 3 to 5 us at A, B and C.
 @jit
 def _finish(
     keys_ptr,
@@ -206,16 +210,16 @@ def _finish(
     o_k = tl.arange(0, BLOCK)
     m_k = (o_m < rows)[:, None] & (o_k < k)[None, :]
     o_e = o_m.to(tl.int64)[:, None] * k + o_k[None, :]
-    # [BLOCK_M, BLOCK] twice
+    # [BLOCK_M, BLOCK] each
     b_keys = tl.load(keys_ptr + o_e, mask=m_k, other=_NO_KEY)
     b_columns = tl.load(columns_ptr + o_e, mask=m_k, other=0)
-    # One integer a pair, larger for a larger key and then for a lower column: all different, so any sort will do.
+    # One integer orders by key, then by lower column. All are different, so the sort need not be stable.
     b_pairs = (b_keys.to(tl.int64) << 32) | (0x7FFFFFFF - b_columns).to(tl.int64)
     b_pairs = tl.sort(b_pairs, 1, descending=True)
     b_keys = (b_pairs >> 32).to(tl.int32)
     b_columns = 0x7FFFFFFF - (b_pairs & 0x7FFFFFFF)
     m_broken = (tl.max(b_keys, 1) == 0x7FFFFFFF)[:, None]
-    # A key of zero or above is the bit pattern of its float, so clamping the key is the relu.
+    # A key >= 0 is the bit pattern of its float, so clamping the key is the relu.
     b_values = tl.where(b_keys > 0, b_keys, 0).to(tl.float32, bitcast=True)
     b_values = tl.where(m_broken, float("nan"), b_values)
     tl.store(values_ptr + o_e, b_values.to(values_ptr.dtype.element_ty), mask=m_k)
@@ -223,7 +227,7 @@ def _finish(
 
 
 def merge_variant(gated: bool = False) -> Variant:
-    """`_merge`, of all rows or of those that a flag names."""
+    """`_merge` for all rows, or (gated) for the rows whose flag is set."""
     ints = ("list_ptr", "old_keys_ptr", "old_columns_ptr", "keys_ptr", "columns_ptr", "only_ptr")
     floats = {name: torch.float32 for name in ("acts_ptr", "maxima_ptr", "bound_ptr")}
     return Variant(
@@ -245,7 +249,7 @@ def _finish_variant(dtype: torch.dtype, block: int) -> Variant:
     )
 
 
-_FINISH_BLOCKS = (32, 128)  # for a larger k, torch sorts
+_FINISH_BLOCKS = (32, 128)  # torch sorts for a larger k
 
 
 def variants() -> list[Variant]:
@@ -255,7 +259,7 @@ def variants() -> list[Variant]:
 
 
 def candidates(variant: Variant) -> list[Variant]:
-    """Other forms of `_merge` that its launcher may take: for `make gpu` to try and `tuned.json` to name."""
+    """Other forms in which it can be launched, for `tuning` to choose from."""
     changes = [{"num_warps": 2}, {"BLOCK": 2048, "num_warps": 4}] if variant.kernel is _merge else []
     return [tuning.changed(variant, change) for change in changes]
 
@@ -272,11 +276,11 @@ def merge_ranges(
     columns: Tensor,
     only: Tensor | None = None,
 ) -> None:
-    """Multiply and merge, range by range, chunk by chunk; the last range's result goes to keys and columns [n, k].
+    """Multiply and merge each range of each chunk. The result of the last range goes to keys and columns [n, k].
 
-    multiply(first, chunk, start, here, bound, maxima): a product for `chunk` rows from `first` and `here` columns
-    from `start`, written where `bound` [rows] is exceeded, its maxima to `maxima` [rows, groups]; returns where
-    its pre-activations begin, and their stride.
+    multiply(first, chunk, start, here, bound, maxima) computes the pre-activations of rows first .. first + chunk and
+    columns start .. start + here. It writes the groups that exceed `bound` [rows], and all group maxima to `maxima`
+    [rows, groups]. It returns the tensor at whose start they are, and their stride.
     """
     n, k = keys.shape
     groups = triton.cdiv(width, GROUP)
@@ -301,7 +305,7 @@ def merge_ranges(
 
 
 def ordered(keys: Tensor, columns: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """From the chosen keys and columns [n, k] int32, lowest column first, to values and indices, largest first."""
+    """keys, columns [n, k] int32, lowest column first -> values [n, k], indices [n, k] int64, largest first, relu'd."""
     n, k = keys.shape
     block = next((block for block in _FINISH_BLOCKS if k <= block), None)
     if block is not None:

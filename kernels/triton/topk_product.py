@@ -1,6 +1,6 @@
-"""The product of topk_encode: pre-activations that can be among the k largest of their row, and maxima of groups.
+"""The product of topk_encode: the pre-activations that can be among the k largest of their row, and group maxima.
 
-The scheme that it belongs to, and the shapes and rates that predicted times are for, are in topk_encode.py.
+topk_encode.py explains the algorithm, and defines A, B and C and the rates behind the predicted times.
 """
 
 from typing import Any
@@ -14,12 +14,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import tuning
 from .variant import FLOATS, Variant, dot_precision, dtypes_and_precisions, jit, max_or_nan, unit_of, vector_units
 
-GROUP = 32  # columns in a group: the maxima cost 1/GROUP of the pre-activations, the candidates up to k*GROUP
+# Columns of a group. A larger one makes fewer maxima, 1/GROUP of the pre-activations, and more candidates, k*GROUP.
+GROUP = 32
 
 
 @triton.jit
 def blocks_of(tile, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Tiles go down GROUP_M row blocks before the next column block: those in flight share x and W_enc in L2."""
+    """The row and column block of a tile, in grouped order, so that tiles in flight share x and W_enc in L2.
+
+    Tiles cover GROUP_M row blocks of one column block before the next column block.
+    """
     blocks_m = tl.cdiv(rows, BLOCK_M)
     blocks_n = tl.cdiv(columns, BLOCK_N)
     band = tile // (GROUP_M * blocks_n)
@@ -46,9 +50,10 @@ def _write_hits(
     WHOLE: tl.constexpr,
     SUBTRACT: tl.constexpr,
 ):
-    """The maxima of a tile's groups, and the groups whose maximum is above the bound of their row, to memory.
+    """The epilogue: write all group maxima of a tile, and the groups whose maximum is above their row's bound.
 
-    Everything stays in the registers where the product left it, groups as a third axis: layouts are not converted.
+    Groups are a third axis of the tile, which costs a layout conversion: in the TMA kernel the whole 128 x 256 tile
+    passes through shared memory. Counted from SASS (sm_90), the epilogue has 1,102 instructions and 13 barriers.
     """
     GROUPS: tl.constexpr = BLOCK_N // GROUP
     o_g = block_n * GROUPS + tl.arange(0, GROUPS)
@@ -66,7 +71,7 @@ def _write_hits(
     tl.store(maxima_ptr + o_row[:, None] * groups + o_g[None, :], b_maxima, mask=m_tile)
     # [BLOCK_M]
     b_bound = tl.load(bound_ptr + o_m, mask=m_m, other=float("inf"))
-    # Not "above": a NaN is above any bound, and everything is above a bound of NaN.
+    # Not `b_maxima > b_bound`: a NaN maximum must count as a hit, and so must everything if the bound is NaN.
     m_hit = (m_tile & ~(b_maxima <= b_bound[:, None]))[:, :, None]
     if not WHOLE:
         m_hit = m_hit & (o_n < columns)
@@ -88,7 +93,7 @@ def multiply_tile(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """x[o_m, :depth] W_enc[o_n, :depth]^T, in float32."""
+    """[BLOCK_M, BLOCK_N] float32: x[o_m, :depth] W_enc[o_n, :depth]^T."""
     o_k = tl.arange(0, BLOCK_K)
     p_x = x_ptr + o_m.to(tl.int64)[:, None] * d_in + o_k[None, :]
     p_W = W_ptr + o_n.to(tl.int64)[:, None] * d_in + o_k[None, :]
@@ -103,19 +108,20 @@ def multiply_tile(
     return b_acts
 
 
-# acts[r, f] = <x_{first+r}, W_enc_f> + b_enc_f where its group of columns has a maximum above bound[r], and
-# maxima[r, g] = the largest of columns g*GROUP : (g+1)*GROUP, NaN if one is NaN. With SUBTRACT, in place:
-# acts[r, f] - <x_{first+r}, W_enc_f>. With GATED, only rows of `only`; a tile without one costs a load.
+# acts[r, f] = <x[first + r], W_enc[f]> + b_enc[f], in groups of columns whose maximum is above bound[r]; other groups
+# are not written. maxima[r, g] = the largest of columns g GROUP to (g + 1) GROUP - 1, NaN if one is NaN.
+# SUBTRACT: acts[r, f] -= <x[first + r], W_enc[f]>, without bias. GATED: only rows that are set in `only`; a tile with
+# none of them costs one load.
 #
-# A program makes a tile [BLOCK_M, BLOCK_N], for any width and stride: where they are multiples of UNIT > 1, and the
-# columns of GROUP, it loads and stores 16 bytes at a time.
-# Operations: 2 rows d_in columns. Bytes: x once; W_enc once for every GROUP_M row blocks, from L2 where a range of it
-# fits (A 10, B 34, C 61 MB); written 4 bytes for each column of a group above the bound and 4 a group.
-# Floor: the operations, at the rate of the tensor cores. Predicted for all ranges, A 0.52, B 3.10, C 11.0 ms; the
-# bytes would take A 0.14, B 0.7, C 2.1 ms with GROUP_M = 16. Written are A 0.32, B 0.49, C 0.61 GB of
-# 1.1, 2.1, 4.3 GB of pre-activations: one range, k/q groups a row in the range after q others, and the maxima.
-# With SUBTRACT and d_in = 512, bytes and operations come close: 4 bytes read a column, and about a quarter of them
-# written; A 0.45, B 0.89, C 1.79 ms by bytes, 0.34, 0.69, 1.38 ms by operations.
+# A program: a tile [BLOCK_M, BLOCK_N]. Any width and stride will do; with UNIT > 1 (d_in a multiple of UNIT, columns of
+# GROUP) it loads and stores 16 bytes at a time.
+# Operations: 2 rows d_in columns. Bytes: x once; W_enc once for GROUP_M row blocks, from L2 if a range of it fits
+# (A 10, B 34, C 61 MB); written 4 for each column of a group above the bound, and 4 a group.
+# Floor: the operations, at the rate of the tensor cores. Predicted for all ranges: A 0.52, B 3.10, C 11.0 ms; the bytes
+# alone take A 0.14, B 0.7, C 2.1 ms with GROUP_M = 16. Written are A 0.32, B 0.49, C 0.61 GB of 1.1, 2.1, 4.3 GB of
+# pre-activations: all of the first range, k/q groups a row in the range after q others, and the maxima.
+# Predicted for SUBTRACT with d_in = 512: by bytes (4 read a column, about a quarter written) A 0.45, B 0.89, C 1.79 ms;
+# by operations A 0.34, B 0.69, C 1.38 ms.
 @jit
 def _pre_acts(
     x_ptr,
@@ -165,15 +171,17 @@ def _pre_acts(
     )  # fmt: skip
 
 
-# The same for widths that are multiples of 16 bytes and whole groups of columns, on Hopper and later.
+# The same for Hopper and later, with TMA loads, in a persistent kernel. d_in must be a multiple of 16 bytes, and the
+# columns whole groups.
 #
-# GROUP_M = 16 makes the 132 tiles that an H100 has in flight a square: 16 blocks of 128 rows, 8 of 256 columns.
-# RESIDENT programs a multiprocessor walk over the tiles, and a TMA descriptor fetches the blocks of x and W_enc. With
-# FLATTEN the loops are one: the first blocks of the next tile arrive while the last one is written. A tile of
-# 128 x 256 is what shared memory can feed: per step of 64 it takes 1024 cycles to multiply in 16 bits, and 48 KB in
-# and 80 KB out of shared memory at 128 bytes a cycle take 1024 as well; 128 x 128 takes 512 and 640. The epilogue is
-# about 900 instructions a warp, 2000 cycles a tile: against 12,288 of products at A, 36,864 at B, 65,536 at C. The
-# forms with two small programs a multiprocessor hide it behind the other's products; a GPU has to say which wins.
+# A program: every `programs`-th tile [BLOCK_M, BLOCK_N]; RESIDENT programs a multiprocessor. With FLATTEN the loop over
+# tiles and the loop over d_in are one, so the first blocks of the next tile arrive while this one is written.
+# GROUP_M = 16 makes the 132 tiles that an H100 has in flight a square: 16 blocks of 128 rows by 8 of 256 columns.
+# Shared memory can feed tiles of 128 x 256: for 64 of d_in, the 16-bit products take 1024 cycles, and so do 48 KB into
+# and 80 KB out of shared memory, at 128 bytes a cycle. For 128 x 128 it would be 512 cycles against 640.
+# Bytes, operations and floor: as `_pre_acts`. The epilogue, 1,102 instructions and 13 barriers as counted from SASS
+# (sm_90), takes about 3,000 cycles a tile, against 12,288 of products at A, 36,864 at B, 65,536 at C. With RESIDENT = 2
+# and smaller tiles, one program's epilogue overlaps the other's products; a GPU has to tell which is faster.
 @jit
 def _pre_acts_tma(
     x_desc,
@@ -204,7 +212,7 @@ def _pre_acts_tma(
         block_m, block_n = blocks_of(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
         b_acts = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for step in range(steps):
-            # [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K], zeros outside the tensors
+            # [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K]; TMA fills in zeros outside the tensors
             b_x = x_desc.load([block_m * BLOCK_M, step * BLOCK_K])
             b_W = W_desc.load([block_n * BLOCK_N, step * BLOCK_K])
             b_acts = tl.dot(b_x, b_W.T, b_acts, input_precision=PRECISION)
@@ -223,7 +231,7 @@ def product_variant(dtype: torch.dtype, precision: str, unit: int, subtract: boo
     if precision == "ieee":
         blocks = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}
     else:
-        # Loads of single elements are not copied straight to shared memory: fewer of them fit the registers.
+        # Loads of single elements go through registers (cp.async takes 4 bytes or more), so smaller blocks fit.
         bytes_k = 128 if unit > 1 or dtype == torch.float32 else 64
         block_n = 64 if subtract and unit == 1 else 128
         blocks = {"BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": bytes_k // dtype.itemsize}
@@ -267,14 +275,14 @@ def variants() -> list[Variant]:
 
 
 def candidates(variant: Variant) -> list[Variant]:
-    """Other forms of a product that its launcher may take: for `make gpu` to try and `tuned.json` to name."""
+    """Other forms in which it can be launched, for `tuning` to choose from."""
     changes: list[dict[str, int]] = []
     if variant.kernel is _pre_acts_tma:
         changes = [{"num_stages": 4}, {"FLATTEN": False, "num_stages": 4}, {"GROUP_M": 8}]
         if variant.tensors["x_desc"].itemsize == 2:
-            # Two programs a multiprocessor: one multiplies while the other writes.
-            twice = {"BLOCK_N": 128, "num_warps": 4, "RESIDENT": 2}
-            changes += [twice, {**twice, "FLATTEN": False}]
+            # With two programs a multiprocessor, one multiplies while the other writes.
+            two_programs = {"BLOCK_N": 128, "num_warps": 4, "RESIDENT": 2}
+            changes += [two_programs, {**two_programs, "FLATTEN": False}]
     elif variant.kernel is _pre_acts and variant.constants["UNIT"] > 1 and variant.constants["PRECISION"] != "ieee":
         changes = [{"num_stages": 4}, {"GROUP_M": 16}]
     return [tuning.changed(variant, change) for change in changes]
@@ -285,12 +293,12 @@ def _has_tma(device: torch.device) -> bool:
 
 
 def _programs(device: torch.device) -> int:
-    """Programs of a persistent kernel: one a multiprocessor."""
+    """The number of multiprocessors: a persistent kernel has RESIDENT programs on each. 2 in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def best_product(x: Tensor, d_sae: int) -> Variant:
-    """The form in which x [n, d_in] is multiplied by W_enc [d_sae, d_in] on x's device."""
+    """The fastest known form to multiply x [n, d_in] by W_enc [d_sae, d_in] on x's device."""
     unit = unit_of(x.dtype, x.shape[1]) if d_sae % GROUP == 0 and x.shape[1] else 1
     precision = dot_precision(x.dtype)
     if unit > 1 and precision != "ieee" and _has_tma(x.device):
@@ -311,7 +319,7 @@ def launch_product(
     chunk: int,
     only: Tensor | None = None,
 ) -> None:
-    """Launch `product` for rows first .. first + chunk of x and all of W_enc; acts starts where they are to go."""
+    """Launch `product` for rows first .. first + chunk of x and all of W_enc. The result begins at acts[0, 0]."""
     grid, (x_given, W_given, *sizes) = product_grid(product, x, W_enc, first, chunk)
     tensors = (x_given, W_given, bias, bound, acts, maxima)
     groups = maxima.shape[1]
@@ -325,13 +333,13 @@ def launch_product(
 
 
 def product_grid(product: Variant, x: Tensor, W_enc: Tensor, first: int, chunk: int) -> tuple[tuple[int], list[Any]]:
-    """The grid of a product of rows first .. first + chunk of x and all of W_enc, and what it is given of them."""
+    """The grid for rows first .. first + chunk of x and all of W_enc, and the arguments that stand for these."""
     (here, d_in), constants = W_enc.shape, product.constants
     tiles = triton.cdiv(chunk, constants["BLOCK_M"]) * triton.cdiv(here, constants["BLOCK_N"])
     if not product.descriptors:
         return (tiles,), [x, W_enc, first, chunk, here, d_in // constants["UNIT"]]
     programs = min(tiles, _programs(x.device) * constants["RESIDENT"])
-    # The strides are named: that of a single row can be any number.
+    # Not x.stride(): the stride of a single row may be any number, which TMA would refuse.
     x_desc = TensorDescriptor(x[first : first + chunk], [chunk, d_in], [d_in, 1], product.block("x_desc"))
     W_desc = TensorDescriptor(W_enc, [here, d_in], [d_in, 1], product.block("W_desc"))
     return (programs,), [x_desc, W_desc, chunk, here, triton.cdiv(d_in, constants["BLOCK_K"]), programs]

@@ -1,17 +1,19 @@
-"""topk_encode by a threshold from a sample: the scheme that topk_encode.py is to be measured against on a GPU.
+"""topk_encode by a threshold from a sample of features, to be measured against topk_encode.py on a GPU.
 
-1. The first 1/SAMPLE of the features, as a range of topk_encode.py: their `rank` best, and the last of them as a
-   threshold. About SAMPLE * rank of all pre-activations exceed it, k or more but for one row in millions.
-2. One product of all other features appends groups of SLOT columns with something above the threshold to a buffer
-   of CAPACITY groups a row. Which program comes first is chance, so their order is too. Its tiles are at most 128 wide:
-   wider ones would spill on a B200.
-3. `_settle` takes the k largest of what was found, by (key, column), so that their order does not matter. That at
-   least k were found, and that the buffer did not overflow, proves that they are the top k: nothing that was left
-   out is above the threshold, and of features equal to it the sample has the first.
-4. Rows without that proof are done as in topk_encode.py, by its kernels gated by a flag a row: no host reads it.
+1. Sample: the first 1/SAMPLE of the features are selected from as one range of topk_encode.py. The `rank`-th largest
+   pre-activation is the row's threshold. About SAMPLE * rank of all pre-activations exceed it; fewer than k exceed it
+   in one row of millions.
+2. Product: `_append` multiplies all other features, and appends each group of SLOT columns that exceeds the threshold
+   to a buffer of CAPACITY groups a row. The order of groups is not deterministic. Tiles are at most 128 wide, because
+   wider ones spill on a B200.
+3. Selection: `_settle` takes the k largest by (key, column), so the order of groups does not matter. They are proven to
+   be the top k if at least k were found and the buffer did not overflow: all that is left out is at most the threshold,
+   and of features equal to it the sample has the lowest.
+4. Fallback: rows without that proof go through the kernels of topk_encode.py, gated by a flag a row. The host does not
+   read the flags.
 
-The sample is a fair one where features are in no order, as after a random initialisation. Where they are not, or where
-more than CAPACITY groups are equal, rows are done twice.
+The sample is fair if the order of features is random, as after initialisation. Otherwise, or if more than CAPACITY
+groups tie, rows take the fallback. topk_encode.py defines A, B and C and the rates behind the predicted times.
 """
 
 import math
@@ -38,10 +40,10 @@ from .topk_product import (
 from .variant import FLOATS, Variant, aligned, dot_precision, dtypes_and_precisions, jit, max_or_nan, vector_units
 
 SAMPLE = 16
-LEAST_SAMPLE = 1024  # features; of fewer the threshold would say little
-CAPACITY = 1024  # groups a row: 2.3 to 4 times as many as are expected
-MOST_K = 128  # what one program sorts
-SLOT = 8  # columns that are appended together: one count and one column for 32 bytes of pre-activations
+LEAST_SAMPLE = 1024  # features; a threshold from fewer would be too uncertain
+CAPACITY = 1024  # groups a row: 2.3 to 4 times the expected number
+MOST_K = 128  # the largest k that one program sorts
+SLOT = 8  # columns of a group: one count and one group number for 32 bytes of pre-activations
 _LEAST_PAIR = tl.constexpr(-(2**63))
 
 
@@ -62,7 +64,7 @@ def _append_hits(
     CAPACITY: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """The groups of a tile with something above the bound of their row, to the next free slots of the row."""
+    """Append the groups of a tile whose maximum is above their row's bound to the row's next free slots."""
     GROUPS: tl.constexpr = BLOCK_N // SLOT
     o_g = block_n * GROUPS + tl.arange(0, GROUPS)
     b_grouped = tl.reshape(b_acts, [BLOCK_M, GROUPS, SLOT])
@@ -82,12 +84,14 @@ def _append_hits(
     tl.store(slots_ptr + o_e, b_grouped, mask=m_hit[:, :, None])
 
 
-# For each group of SLOT columns with something above bound[r]: its number to groups[r, s] and its pre-activations to
-# slots[r, s], s the next of row r; count[r] counts them, also those past CAPACITY, which are not written.
+# For each group g of SLOT columns whose maximum is above bound[r], with s = count[r]++:
+#     groups[r, s] = g and slots[r, s] = the pre-activations <x[first + r], W_enc[f]> + b_enc[f] of its columns f
+# Groups past CAPACITY are counted and not written.
 #
-# A program makes a tile, as `_pre_acts` does. Bytes written: 36 for each of about SAMPLE (k/8 + 12) hits a row.
-# Floor: the operations; predicted A 0.49, B 2.91, C 10.3 ms (15/16 of all features), against A 0.03, B 0.13, C 0.4 ms
-# for the bytes. An atomic addition for each hit, A 2 million of them, and its latency once a tile.
+# A program: a tile [BLOCK_M, BLOCK_N], as in `_pre_acts`. Operations: 2 rows d_in columns. Bytes written: 36 for each
+# of about SAMPLE (k/8 + 12) hits a row. An atomic addition for each hit, 2 million at A; their latency once a tile.
+# Floor: the operations. Predicted (15/16 of all features): A 0.49, B 2.91, C 10.3 ms; the bytes alone A 0.03, B 0.13,
+# C 0.4 ms.
 @jit
 def _append(
     x_ptr,
@@ -126,7 +130,7 @@ def _append(
     )  # fmt: skip
 
 
-# The same by TMA in a persistent kernel: see `_pre_acts_tma`.
+# The same with TMA loads, in a persistent kernel: see `_pre_acts_tma`.
 @jit
 def _append_tma(
     x_desc,
@@ -156,7 +160,7 @@ def _append_tma(
         block_m, block_n = blocks_of(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
         b_acts = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for step in range(steps):
-            # [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K], zeros outside the tensors
+            # [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K]; TMA fills in zeros outside the tensors
             b_x = x_desc.load([block_m * BLOCK_M, step * BLOCK_K])
             b_W = W_desc.load([block_n * BLOCK_N, step * BLOCK_K])
             b_acts = tl.dot(b_x, b_W.T, b_acts, input_precision=PRECISION)
@@ -175,7 +179,7 @@ def _pairs_at(
     start, keys_ptr, columns_ptr, slots_ptr, groups_ptr, count, rank, sampled, d_sae, bound,
     BLOCK: tl.constexpr, SLOT: tl.constexpr,
 ):  # fmt: skip
-    """What was found, start .. start + BLOCK: one integer each, larger for a larger key and then a lower column."""
+    """Entries start .. start + BLOCK of what was found: [BLOCK] integers that order by key, then by lower column."""
     o_e = start + tl.arange(0, BLOCK)
     m_sampled = o_e < rank
     o_new = tl.where(m_sampled, 0, o_e - rank)
@@ -193,12 +197,12 @@ def _pairs_at(
     return tl.where(m_found, b_pairs, _LEAST_PAIR)
 
 
-# keys[first+r], columns[first+r] = the k largest of what was found for row r, and failed[first+r] = 0; or, where
-# fewer than k were found or more groups than fit, only failed[first+r] = 1.
+# keys[first + r], columns[first + r] = the k largest of what was found for row r, and failed[first + r] = 0. If fewer
+# than k were found, or more groups than fit, only failed[first + r] = 1 is written.
 #
-# A program takes a row and bisects, as `_choose` does; pairs are all different, so it always ends at exactly k.
-# Bytes: 36 a group found, 8 a sampled entry. Predicted for all rows, by bytes A 0.03, B 0.03, C 0.03 ms; by
-# instructions twice that.
+# A program: one row. It bisects as `_choose` does; all pairs differ, so it always ends at exactly k.
+# Bytes: 36 a group found, 8 a sampled entry. Floor: the bytes. Predicted by bytes: 0.03 ms at A, B and C; by
+# instructions twice that, which was estimated and not counted.
 @jit
 def _settle(
     sample_keys_ptr,
@@ -248,7 +252,7 @@ def _settle(
     low = tl.zeros([], tl.int64) + _LEAST_PAIR + 1
     high = tl.where(proved & (found > k), high, low)
     while low < high:
-        # The mean, rounded up, where the sum would not fit.
+        # (low + high + 1) // 2, whose sum could overflow.
         middle = (low | high) - ((low ^ high) >> 1)
         reached = tl.sum((b_first >= middle).to(tl.int32), 0)
         for start in range(BLOCK, count, BLOCK):
@@ -274,7 +278,7 @@ def _settle(
 
 
 def _append_variant(product: Variant) -> Variant:
-    """The product that appends, in the tiles of the one that writes, but no wider than it can without spilling."""
+    """The appending product with the tiles of `product`, but at most 128 wide, because wider ones spill."""
     given = dict(list(product.tensors.items())[:2])
     floats = {name: torch.float32 for name in ("bias_ptr", "bound_ptr", "slots_ptr")}
     left_out = ("GROUP", "SUBTRACT", "GATED")
@@ -303,7 +307,7 @@ def _settle_variant() -> Variant:
 
 
 def variants() -> list[Variant]:
-    """Every form in which this module launches a kernel that topk_encode doesn't launch."""
+    """Every form in which this module launches a kernel and topk_encode.py doesn't."""
     products = [
         product_variant(dtype, precision, unit)
         for dtype, precision in dtypes_and_precisions()
@@ -319,7 +323,10 @@ def _gated(product: Variant) -> Variant:
 
 
 def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """by_ranges.topk_encode, to the bit where products are; it is also called where a sample would say little."""
+    """topk_encode.topk_encode by a sampled threshold; the same bits, if products have the same bits.
+
+    Calls topk_encode.topk_encode itself if k is too large or the sample too small.
+    """
     n, d_sae = x.shape[0], W_enc.shape[0]
     sampled = d_sae // SAMPLE // by_ranges.RANGE_UNIT * by_ranges.RANGE_UNIT
     if n == 0 or k > MOST_K or sampled < LEAST_SAMPLE:
@@ -345,7 +352,7 @@ def _sample_and_append(
     product: Variant,
     sampled: int,
 ) -> None:
-    """Fill keys and columns [n, k] of the rows that are proved, and say in failed [n] which are not."""
+    """Fill keys and columns [n, k] of the rows with a proven result; failed [n] is 1 for the others."""
     (n, k), d_sae = keys.shape, W_enc.shape[0]
     rank = k // 8 + 12
     append, settle = _append_variant(product), _settle_variant()

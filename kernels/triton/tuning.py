@@ -1,8 +1,8 @@
-"""Tiles, warps and stages that were the fastest on a device, where `make gpu` has measured them.
+"""The fastest tiles, warps and stages of each variant, on the devices where `make gpu` has measured them.
 
-tuned.json: the device's name and architecture -> the name of a variant as its launcher makes it -> what is different
-in the best form of it. So an entry for a variant that no longer exists is never read, and whatever isn't listed stays
-as the launcher makes it. A module that can be tuned has `candidates(variant)`: other forms that its launcher may take.
+tuned.json maps a device's name and architecture to variants' default names, and each name to the settings that differ
+in the fastest form. An entry for a variant that no longer exists is never read; a variant without an entry is launched
+in its default form. A module that can be tuned has `candidates(variant)`: the other forms that its launcher accepts.
 """
 
 import functools
@@ -18,13 +18,13 @@ PATH = Path(__file__).with_name("tuned.json")
 
 @functools.cache
 def table() -> dict[str, dict[str, dict[str, int]]]:
-    """What tuned.json holds; changes to it last as long as the process."""
+    """The content of tuned.json. A change to the returned dict lasts until the process ends."""
     return json.loads(PATH.read_text()) if PATH.exists() else {}
 
 
 @functools.cache
 def device_name(device: torch.device) -> str:
-    """The name that a device has in the table; its last word is what `offline` calls its architecture."""
+    """A device's name in the table. Its last word is the architecture, as `offline.TARGETS` names it."""
     if device.type != "cuda":
         return device.type
     properties = torch.cuda.get_device_properties(device)
@@ -33,27 +33,27 @@ def device_name(device: torch.device) -> str:
 
 
 def best(variant: Variant, device: torch.device) -> Variant:
-    """The form of `variant` that was the fastest on `device`; the variant itself where none was measured."""
+    """The fastest form of `variant` on `device`; `variant` itself if none was measured."""
     of_device = table().get(device_name(device))
     return changed(variant, of_device.get(str(variant), {})) if of_device else variant
 
 
 def changed(variant: Variant, changes: dict[str, int]) -> Variant:
-    """The variant with other tiles, num_warps or num_stages."""
+    """`variant` with these constants, num_warps or num_stages changed."""
     constants = {name: changes.get(name, value) for name, value in variant.constants.items()}
     num_warps, num_stages = (changes.get(name, getattr(variant, name)) for name in ("num_warps", "num_stages"))
     return variant._replace(constants=constants, num_warps=num_warps, num_stages=num_stages)
 
 
 def changes(default: Variant, other: Variant) -> dict[str, int]:
-    """What `changed` needs to make `other` of `default`."""
+    """The changes by which `changed` makes `other` from `default`."""
     constants = {name: value for name, value in other.constants.items() if value != default.constants[name]}
     settings = {name: getattr(other, name) for name in ("num_warps", "num_stages")}
     return {**constants, **{name: value for name, value in settings.items() if value != getattr(default, name)}}
 
 
 def tuned_variants(defaults: list[Variant]) -> list[tuple[Variant, str]]:
-    """The forms of `defaults` that the table names, each with the architecture that it is launched on."""
+    """The tuned forms of `defaults`, each with the architecture that it is launched on."""
     return [
         (changed(default, entries[str(default)]), device.rpartition(" ")[2])
         for device, entries in table().items()

@@ -1,11 +1,11 @@
 """One compiled form of a kernel: what the launchers launch, and what `offline` compiles and checks.
 
-A kernel's types, constants, warps and stages are all in its Variant, and nothing else selects the machine code:
-integer arguments are annotated and never specialised on their value, and pointers are always 16-byte aligned
-(`aligned`). So what was checked without a GPU is what runs on one.
+A Variant holds everything that selects the machine code: types, constants, warps and stages. Integer arguments are
+annotated and never specialised on their value, and pointers are always 16-byte aligned (`aligned`). So the code that
+was checked without a GPU is the code that runs on one.
 
-Widths and strides reach the kernels in units of UNIT elements, a constant of the variant: then the compiler
-knows what they are multiples of, and loads 16 bytes at a time.
+Widths and strides are passed in units of UNIT elements, a constant of the variant. The compiler then knows that they
+are multiples of UNIT, and loads 16 bytes at a time.
 """
 
 import inspect
@@ -36,7 +36,7 @@ _NUMBERS = {tl.int32: "i32", tl.int64: "i64", tl.float32: "fp32"}
 
 
 if triton.knobs.runtime.interpret:
-    # Triton 3.6 has numpy turn an array of one element into an integer, which numpy 2.4 no longer does
+    # Triton 3.6's interpreter relies on numpy to turn an array of one element into an integer; numpy 2.4 no longer does
     # (triton-lang/triton issue 9171, fixed after 3.6).
     _patch_tensor = triton.runtime.interpreter._patch_lang_tensor
 
@@ -46,7 +46,7 @@ if triton.knobs.runtime.interpret:
 
     triton.runtime.interpreter._patch_lang_tensor = _patch_tensor_and_index
 
-    # A reduction by a function of ours takes the interpreter seconds a tile, an element at a time.
+    # The interpreter applies a custom reduction one element at a time, which takes seconds a tile.
     _reduce = triton.runtime.interpreter.ReduceOps.apply_impl
 
     def _reduce_or_max(self: Any, values: Any) -> Any:
@@ -59,27 +59,27 @@ if triton.knobs.runtime.interpret:
 
 @triton.jit
 def max_or_nan(a, b):
-    """The larger, or NaN if one is NaN: for tl.reduce, whose own maximum drops a NaN. One instruction."""
+    """The larger of two, or NaN if either is NaN. For tl.reduce, because tl.max drops a NaN. One instruction."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 class Variant(NamedTuple):
     """A kernel with everything that its machine code depends on."""
 
-    kernel: Any  # what triton.jit made
+    kernel: Any  # a triton.jit function
     tensors: dict[str, torch.dtype]  # the dtype of each tensor argument, in the order of the arguments
     constants: dict[str, Any]  # the tl.constexpr arguments
     num_warps: int
     num_stages: int
-    # For each tensor that is passed as a TMA descriptor, the constants that are the shape of its blocks.
+    # For each tensor passed as a TMA (tensor memory accelerator) descriptor: the constants that give its block's shape.
     descriptors: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
     def block(self, name: str) -> list[int]:
-        """The shape of the blocks that a descriptor loads."""
+        """The shape of the block that a descriptor loads."""
         return [self.constants[size] for size in self.descriptors[name]]
 
     def launch(self, grid: tuple[int, ...], *arguments: Tensor | TensorDescriptor | int | float) -> None:
-        """Run on the device of the first argument. `arguments`: in the kernel's order, without the constants."""
+        """Launch on the device of the first argument. `arguments`: in the kernel's order, without the constants."""
         for (name, dtype), argument in zip(self.tensors.items(), arguments, strict=False):
             tensor = argument.base if isinstance(argument, TensorDescriptor) else argument
             if dtype not in _POINTERS:
@@ -119,7 +119,7 @@ def jit(kernel: Any) -> Any:
 
 
 def vector_units(dtype: torch.dtype) -> tuple[int, int]:
-    """The units that widths and strides can come in: elements in 16 bytes, or one."""
+    """The two possible units of widths and strides: the elements in 16 bytes, and one element."""
     return 16 // dtype.itemsize, 1
 
 
@@ -130,16 +130,16 @@ def unit_of(dtype: torch.dtype, *sizes: int) -> int:
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """Contiguous, and at a 16-byte boundary; a copy only where it must be."""
+    """The tensor, contiguous and at a 16-byte boundary; copied only if it is not so already."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How products of `dtype` are to be multiplied: torch's own switch says whether TF32 will do for float32.
+    """The input_precision of tl.dot for `dtype`: for float32, whether torch's own switch allows TF32.
 
-    That is torch.set_float32_matmul_precision, "highest" unless set. It is read by its newer name, since
-    torch.get_float32_matmul_precision raises where the newer one was used to set it.
+    The switch is torch.set_float32_matmul_precision, "highest" by default. It is read under its newer name, because
+    torch.get_float32_matmul_precision raises if it was set under the newer one.
     """
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
         return "ieee"
@@ -147,5 +147,5 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 def dtypes_and_precisions() -> list[tuple[torch.dtype, str]]:
-    """Every pair that `dot_precision` can make. For 16-bit inputs the precision has no effect."""
+    """Every pair that `dot_precision` can give. The precision has no effect on 16-bit inputs."""
     return [(torch.float32, "ieee"), *((dtype, "tf32") for dtype in FLOATS)]
