@@ -1,7 +1,7 @@
-"""The native CPU kernels: C++ in src/, built into one shared library, called through ctypes.
+"""The native CPU kernels: C++ in src/, built into one shared library and called through ctypes.
 
-Ask `available()` first. Where it is False the functions raise RuntimeError, `why_not()` says why, and the same
-functions in `csae.kernels.portable` do the work in PyTorch.
+Ask `available()` first. If it is False, `why_not()` says why, and all functions here raise RuntimeError. The same
+functions in `csae.kernels.portable` then do the work in PyTorch.
 """
 
 from .feature_rows import adam_rows, feature_sums, sort_pairs

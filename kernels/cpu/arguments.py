@@ -1,4 +1,4 @@
-"""Checks of what goes to native code, which sees a pointer and strides and would believe anything."""
+"""Checks of arguments to native code, which gets raw pointers and strides and can't check them itself."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import Tensor
 from .library import TYPES
 from .memory import fresh
 
-# What the dtype may be where a function takes each of TYPES.
+# The dtypes that a function accepts if it takes any of TYPES.
 STORED = tuple(TYPES)
 
 
 def check_strided(
     name: str, tensor: Tensor, dtype: torch.dtype | tuple[torch.dtype, ...], shape: tuple[int | None, ...]
 ) -> None:
-    """`tensor` is a strided CPU tensor of this dtype, or one of these, and of this shape (None: any).
+    """Check that `tensor` is a strided CPU tensor of this dtype (or one of these) and of this shape (None: any size).
 
-    TypeError for what is no tensor and for a wrong dtype, ValueError for the rest.
+    Raises TypeError if it is no tensor or has another dtype, ValueError otherwise.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: given {type(tensor).__name__}; needed a torch.Tensor")
@@ -26,7 +26,7 @@ def check_strided(
         raise TypeError(f"{name}: given {tensor.dtype}; needed {' or '.join(map(str, dtypes))}")
     if tensor.device.type != "cpu" or tensor.layout != torch.strided:
         raise ValueError(f"{name}: given a {tensor.layout} tensor on {tensor.device}; needed a strided one on the CPU")
-    # In a loop, as this is called a hundred times a step.
+    # A plain loop, because it is faster, and this runs a hundred times a step.
     fits = tensor.ndim == len(shape)
     for size, given in zip(shape, tensor.shape, strict=False):
         fits = fits and (size is None or size == given)
@@ -38,7 +38,7 @@ def check_strided(
 def check_matrix(
     name: str, tensor: Tensor, dtype: torch.dtype | tuple[torch.dtype, ...], shape: tuple[int | None, int | None]
 ) -> None:
-    """`tensor` is a CPU matrix of this dtype and shape (None: any) whose rows are contiguous; errors likewise."""
+    """Check that `tensor` is a CPU matrix of this dtype and shape with contiguous rows. As `check_strided`."""
     check_strided(name, tensor, dtype, shape)
     if tensor.shape[1] > 1 and tensor.stride(1) != 1:
         raise ValueError(f"{name}: given strides {tensor.stride()}; needed a contiguous last dimension")
@@ -47,14 +47,14 @@ def check_matrix(
 def check_output(
     name: str, tensor: Tensor, dtype: torch.dtype | tuple[torch.dtype, ...], shape: tuple[int, int]
 ) -> None:
-    """`tensor` can be written to as such a matrix: its rows don't overlap; errors likewise."""
+    """Check that `tensor` is such a matrix and its rows don't overlap, so that it can be written to."""
     check_matrix(name, tensor, dtype, shape)
     if shape[0] > 1 and tensor.stride(0) < shape[1]:
         raise ValueError(f"{name}: given strides {tensor.stride()}; needed rows that don't overlap")
 
 
 def output_matrix(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
-    """`tensor` if it can be written to as a matrix of this dtype and shape, a new one if it is None."""
+    """`tensor` after `check_output`, or a new matrix if it is None."""
     if tensor is None:
         return fresh(shape, dtype)
     check_output(name, tensor, dtype, shape)
@@ -62,7 +62,7 @@ def output_matrix(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: t
 
 
 def check_count(name: str, count: int) -> None:
-    """`count` is an int of 0 or more."""
+    """Check that `count` is an int of 0 or more."""
     if isinstance(count, bool) or not isinstance(count, int):
         raise TypeError(f"{name}: given {type(count).__name__}; needed int")
     if count < 0:

@@ -1,9 +1,8 @@
-"""Pairs sorted by feature, gradients from their factors, and Adam that takes them as they are: on the CPU.
+"""Pairs sorted by feature, gradients summed from their factors, and Adam fused with that sum: on the CPU.
 
-Same functions as in `csae.kernels.portable.feature_rows`, which defines them; `csae.kernels.pairs` says what the
-tensors are. Matrices have contiguous rows at any stride, vectors are contiguous. Each sum has a fixed order: the
-result doesn't depend on the number of threads, which is torch.get_num_threads(). TypeError and ValueError name an
-argument that doesn't fit.
+`csae.kernels.portable.feature_rows` defines these functions, `csae.kernels.pairs` their tensors. Matrices have
+contiguous rows at any stride; vectors are contiguous. Each sum has a fixed order, so results don't depend on the number
+of threads, which is torch.get_num_threads(). TypeError and ValueError name the argument that doesn't fit.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from .memory import fresh
 
 
 def sort_pairs(features: Tensor, tokens: Tensor, d_sae: int) -> Pairs:
-    """features, tokens [P] int64 -> Pairs; stable. A feature outside of [0, d_sae) is inactive, and comes last."""
+    """features, tokens [P] int64 -> Pairs, stably sorted. Pairs with a feature outside of [0, d_sae) are inactive."""
     _check_vector("features", features, torch.int64, (None,))
     _check_vector("tokens", tokens, torch.int64, (features.shape[0],))
     check_count("d_sae", d_sae)
@@ -39,20 +38,20 @@ def feature_sums(
 ) -> list[Tensor]:
     """weights [P] float32 and rows [N, d] float32 or bfloat16 of each table -> its gradient [d_sae, d] in rows' dtype.
 
-    Written to `out` where it is given; no part of it may be part of an input.
+    Gradients go to `out` if given, which must not overlap an input.
     """
     sorted_pairs = _sorted(pairs)
     gradients = [
-        _gradient(f"weights[{i}]", own_weights, f"rows[{i}]", own_rows, pairs)
-        for i, (own_weights, own_rows) in enumerate(zip(weights, rows, strict=True))
+        _gradient(f"weights[{i}]", table_weights, f"rows[{i}]", table_rows, pairs)
+        for i, (table_weights, table_rows) in enumerate(zip(weights, rows, strict=True))
     ]
     if out is None:
-        out = [fresh((sorted_pairs.d_sae, own.shape[1]), own.dtype) for own in rows]
-    for i, (own_out, own_rows) in enumerate(zip(out, rows, strict=True)):
-        check_output(f"out[{i}]", own_out, own_rows.dtype, (sorted_pairs.d_sae, own_rows.shape[1]))
+        out = [fresh((sorted_pairs.d_sae, table_rows.shape[1]), table_rows.dtype) for table_rows in rows]
+    for i, (table_out, table_rows) in enumerate(zip(out, rows, strict=True)):
+        check_output(f"out[{i}]", table_out, table_rows.dtype, (sorted_pairs.d_sae, table_rows.shape[1]))
     dense = [
-        DenseGradient(gradient, own_out.data_ptr(), own_out.stride(0))
-        for gradient, own_out in zip(gradients, out, strict=True)
+        DenseGradient(gradient, table_out.data_ptr(), table_out.stride(0))
+        for gradient, table_out in zip(gradients, out, strict=True)
     ]
     status = native().csae_feature_sums(
         ctypes.byref(sorted_pairs), (DenseGradient * len(dense))(*dense), len(dense), torch.get_num_threads()
@@ -62,11 +61,11 @@ def feature_sums(
 
 
 def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, lazy: bool) -> None:
-    """One step of Adam on each table, in place, which autograd is not told of. Denormal numbers count as zero.
+    """One step of Adam on each table, in place; autograd is not told. Denormal numbers count as zero.
 
-    hyper [6] float32: lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), eps, 1 - beta1, beta2, 1 - beta2.
-    seed [1] int64: the number of the step, for the rounding of bfloat16 moments.
-    lazy: rows without a pair are left as they are.
+    hyper: [6] float32: lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), eps, 1 - beta1, beta2, 1 - beta2.
+    seed: [1] int64, the number of the step, for the stochastic rounding of bfloat16 moments.
+    lazy: rows without pairs stay as they are, as in torch.optim.SparseAdam.
     """
     sorted_pairs = _sorted(pairs)
     natives = [_adam_table(f"tables[{i}]", table, pairs) for i, table in enumerate(tables)]

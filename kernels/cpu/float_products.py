@@ -1,4 +1,4 @@
-"""Matrix products in float32 on the matrix units for bfloat16."""
+"""Matrix products of float32 on bfloat16 matrix units (AMX): a bf16x3 GEMM."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from .library import OUT_OF_RANGE, check_status, native
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor | None:
-    """a [m, k] times b [k, n], float32, each contiguous along one of its dimensions -> [m, n], in `out` if given.
+    """a [m, k] @ b [k, n], float32, each contiguous along one of its dimensions -> [m, n], in `out` if given.
 
-    As exact as torch.mm, and faster where `has_matrix_units()`; elsewhere much slower. The result doesn't depend on the
-    number of threads. None where a number is not finite, or so large that sums might overflow: the largest of a by the
-    largest of b by k is 2^127 or more. Numbers below 2^-103 lose digits, those below 2^-126 may count as zero, as do
-    such products.
+    As exact as torch.mm; faster than it if `has_matrix_units()`, otherwise much slower. The result doesn't depend on
+    the number of threads.
+
+    Returns None if sums might overflow: a number is not finite, or max|a| * max|b| * k >= 2^127. Numbers below 2^-103
+    lose digits; numbers and products below 2^-126 may count as zero.
     """
     check_strided("a", a, torch.float32, (None, None))
     (m, k), n = a.shape, b.shape[-1] if isinstance(b, Tensor) and b.ndim > 0 else None
@@ -32,10 +33,10 @@ def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor | None:
 
 
 def _strides(name: str, matrix: Tensor) -> tuple[int, int]:
-    """Its strides; one of them is 1."""
+    """The strides (row, column) of a matrix, of which one is 1. ValueError if neither is."""
     row, column = matrix.stride()
     if 1 not in (row, column):
-        # Of a dimension of size 1, or of no elements, the stride is of no meaning.
+        # The stride of a dimension of size 0 or 1 has no meaning.
         if matrix.shape[1] <= 1:
             return row, 1
         if matrix.shape[0] <= 1:

@@ -1,7 +1,7 @@
 """Finding and loading the native library.
 
-It is called through ctypes, which releases the GIL for the length of a call. Loading it never fails at import:
-what is wrong is kept as a sentence for `why_not`.
+It is called through ctypes, which releases the GIL during a call. Import never fails: if the library can't be loaded,
+`why_not` gives the reason.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class AdamStep(ctypes.Structure):
     )
 
 
-# Two matrices [n, *] and [n, k] with k, a third with its two sizes and its type, the result, threads.
+# Matrices [n, *] and [n, k] with their strides, n and k; the table with stride, d_sae, d and type; the result; threads.
 _GATHER = [
     *(c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64),
     *(c_void_p, c_int64, c_int64, c_int64, c_int),
@@ -207,20 +207,20 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep what a step frees for the next one, up to 62 MB.
+    """Make glibc keep up to 62 MB of freed memory for the next step.
 
-    It gives freed blocks back to the system, and their pages come one fault at a time when they are used again: 10% of
-    a TopK step. Blocks up to the size of the largest one that was ever freed stay, to 32 MB; so one is freed here.
+    By default glibc returns large freed blocks to the system, and their next use costs a page fault a page: 10% of a
+    TopK step. But glibc keeps blocks as large as any block freed before, up to 32 MB. So a large block is freed here.
     """
     torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def _parallel_of_torch() -> int | None:
-    """The address of the GOMP_parallel that torch itself calls, or None where torch has no OpenMP.
+    """The address of the GOMP_parallel that torch itself calls, or None if torch has no OpenMP.
 
-    So torch and we share one pool of threads, and no second OpenMP runtime comes into the process, whatever the
-    file is called that this torch was linked with. The order is the dynamic linker's: what was preloaded for the
-    whole process comes first, then what torch depends on.
+    With it the library and torch share one pool of threads, and no second OpenMP runtime is loaded, whatever file this
+    torch was linked with. The search is in the dynamic linker's order: libraries preloaded for the whole process, then
+    the dependencies of torch.
     """
     for handle in (ctypes.CDLL(None), ctypes.CDLL(torch._C.__file__)):
         try:
@@ -231,18 +231,18 @@ def _parallel_of_torch() -> int | None:
 
 
 def available() -> bool:
-    """Whether the native library is there and can be called."""
+    """Whether the native library is loaded and can be called."""
     return load()[0] is not None
 
 
 def why_not() -> str | None:
-    """Why the native library can't be called and how to get it, or None where it can."""
+    """Why the native library can't be called and how to get it, or None if it can."""
     return load()[1]
 
 
 @functools.cache
 def warn_once() -> None:
-    """Say why the native library can't be called: the first time only, and nothing where it can."""
+    """Warn, the first time only, if the native library can't be called, and say why."""
     reason = why_not()
     if reason is not None:
         logging.getLogger("csae").info("PyTorch path on the CPU: %s", reason)
@@ -250,8 +250,8 @@ def warn_once() -> None:
 
 
 def describe() -> dict[str, str | int | None]:
-    """What is in use: `library` (path), `isa`, `openmp` (path of the runtime whose threads are used, None: own
-    threads), `threads`. Without the native library all but `threads` are None."""
+    """What is in use: `library` (path), `isa`, `openmp` (path of the runtime; None if threads are the library's own),
+    `threads`. Without the native library all but `threads` are None."""
     library = load()[0]
     openmp = library.csae_openmp_file() if library else None
     return {
@@ -263,21 +263,21 @@ def describe() -> dict[str, str | int | None]:
 
 
 def has_matrix_units() -> bool:
-    """Whether the library is there, and multiplies bfloat16 matrices by AMX."""
+    """Whether the library is loaded and multiplies bfloat16 matrices with AMX."""
     return available() and ISAS[native().csae_isa()] == "amx"
 
 
 def use_isa(isa: str) -> None:
-    """Use the instructions of `isa`, one of ISAS. For tests: the best ones are chosen at load.
+    """Use the instructions of `isa`, one of ISAS. For tests, since the best are chosen at load.
 
-    ValueError where this CPU doesn't have them.
+    Raises ValueError if this CPU doesn't have them.
     """
     if isa not in ISAS or native().csae_use_isa(ISAS.index(isa)) != 0:
         raise ValueError(f"isa: given {isa!r}; needed one of {', '.join(ISAS)} that this CPU has")
 
 
 def native() -> ctypes.CDLL:
-    """The library; RuntimeError where it can't be called."""
+    """The library. Raises RuntimeError if it can't be called."""
     library, reason = load()
     if library is None:
         raise RuntimeError(reason)
@@ -285,7 +285,7 @@ def native() -> ctypes.CDLL:
 
 
 def check_status(function: str, status: int) -> None:
-    """Turn the status that a native function returned into an error."""
+    """Raise an error if a native function's status is not ok."""
     if status == OUT_OF_MEMORY:
         raise MemoryError(f"{function}: no memory for the workspace of its threads")
     if status != 0:

@@ -1,9 +1,9 @@
 """Look-back attention and its gradients: float32 on the CPU.
 
-Same functions as in `csae.kernels.portable.lookback_attention`; `csae.reference.lookback_attention` defines them. Each
-tensor [B, T, H, d] may have any strides; it is copied only where its last dimension is not contiguous. Each sum has a
-fixed order: the result doesn't depend on the number of threads, which is torch.get_num_threads(). TypeError and
-ValueError name an argument that doesn't fit.
+`csae.reference.lookback_attention` defines the op; `csae.kernels.portable.lookback_attention` has the same functions.
+Tensors [B, T, H, d] may have any strides, and are copied only if their last dimension is not contiguous. Each sum has a
+fixed order, so results don't depend on the number of threads, which is torch.get_num_threads(). TypeError and
+ValueError name the argument that doesn't fit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def lookback_forward(
     """q, k [B, T, H, d_head], v [B, T, H, d_value], slope, null [H], mask [B, T] bool, starts [B, T] int32
     -> out [B, T, H, d_value], lse [B, H, T], the log of each softmax's denominator.
 
-    A position sees no key before its start: any number will do. One that is out of the mask has out 0, lse null.
+    A position attends to no key before its start, which may be any number. A position out of the mask has out 0 and
+    lse = null.
     """
     B, T, H, d_value = _check_inputs(q, k, v, slope, null, mask, starts)
     out, lse = fresh((B, T, H, d_value), v.dtype), v.new_empty(B, H, T)
@@ -48,12 +49,12 @@ def lookback_backward(
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k, v, slope and null, from grad_out [B, T, H, d_value] and what `lookback_forward` gave."""
+    """grad_out [B, T, H, d_value], out and lse of `lookback_forward` -> the gradients of q, k, v, slope and null."""
     B, T, H, d_value = _check_inputs(q, k, v, slope, null, mask, starts)
     check_strided("grad_out", grad_out, torch.float32, (B, T, H, d_value))
     check_strided("out", out, torch.float32, (B, T, H, d_value))
     check_strided("lse", lse, torch.float32, (B, H, T))
-    d_q, d_k, d_v = (fresh(tuple(of.shape), of.dtype) for of in (q, k, v))
+    d_q, d_k, d_v = (fresh(tuple(x.shape), x.dtype) for x in (q, k, v))
     d_slope, d_null = slope.new_empty(H), null.new_empty(H)
     given, _kept = _pack(q, k, v, slope, null, mask, starts)
     grad_out, out, lse = _with_rows(grad_out), _with_rows(out), _packed(lse)
@@ -87,7 +88,7 @@ def _check_inputs(
 def _pack(
     q: Tensor, k: Tensor, v: Tensor, slope: Tensor, null: Tensor, mask: Tensor | None, starts: Tensor | None
 ) -> tuple[Attention, tuple[Tensor | None, ...]]:
-    """The native form of the input, and the tensors that it points into, to be kept for as long."""
+    """The native form of the input, and the tensors that it points into: keep them alive as long as it is used."""
     q, k, v = _with_rows(q), _with_rows(k), _with_rows(v)
     slope, null = _packed(slope), _packed(null)
     mask = None if mask is None else _packed(mask)

@@ -1,8 +1,8 @@
-"""Memory for results: in huge pages, and given out again when a large result is gone.
+"""Memory for results: in huge pages, and reused when a large result has been freed.
 
-glibc gives blocks of 32 MB and more back to the system when they are freed, and the system clears every page before it
-gives it out again. For the dense gradients of a wide table, which come and go with each step, that takes a quarter of
-the step's time and more. So the blocks that were freed last are kept.
+glibc returns freed blocks of 32 MB or more to the system, and the system clears each page before it gives it out again.
+For the dense gradients of a wide table, allocated and freed in each step, that takes a quarter of the step's time or
+more. So the last few freed blocks are kept here.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from torch import Tensor
 
 from .library import native
 
-# Smaller blocks are kept by glibc; larger ones are too much to hold while nothing uses them.
+# glibc keeps smaller blocks; larger ones are too much memory to hold unused.
 LEAST_BYTES, MOST_BYTES = 32 << 20, 256 << 20
-# A huge page: sizes are rounded up to it.
+# Bytes of a huge page; sizes are rounded up to it.
 PAGE = 2 << 20
 
-# The blocks that nothing uses, the last freed at the end. Results come and go in any thread, also while another line of
-# this file runs: each of its operations is atomic, and none holds a lock.
+# Unused blocks, the last freed at the end. A result may be freed in any thread, and by the garbage collector in the
+# middle of any line here, so a lock could deadlock. A deque needs none: its operations are atomic.
 _free: deque[mmap.mmap] = deque(maxlen=4)
 
 
 def fresh(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A new tensor for a result, nothing written yet."""
+    """A new, uninitialised tensor for a result."""
     size = torch.Size(shape).numel() * dtype.itemsize
     if not LEAST_BYTES <= size <= MOST_BYTES:
         tensor = torch.empty(shape, dtype=dtype)
         native().csae_use_huge_pages(tensor.data_ptr(), size)
         return tensor
     block = _block(-(-size // PAGE) * PAGE)
-    # This array, and no other object, is what the tensor's storage holds on to: when it is gone, so are all views.
+    # The tensor's storage holds a reference to this array. When the array is freed, so are all views of the tensor.
     array = np.frombuffer(block, dtype=np.uint8, count=size)
     weakref.finalize(array, _free.append, block).atexit = False
     return torch.from_numpy(array).view(dtype).view(shape)
 
 
 def _block(size: int) -> mmap.mmap:
-    """Memory of this size: what was freed, or new."""
+    """A kept block of exactly this size, or a new one."""
     for _ in range(_free.maxlen or 0):
         try:
             block = _free.pop()
@@ -57,5 +57,5 @@ def _block(size: int) -> mmap.mmap:
 
 
 def release() -> None:
-    """Give back to the system what is kept and not used, 1 GB at most."""
+    """Return all unused blocks to the system, 1 GB at most."""
     _free.clear()

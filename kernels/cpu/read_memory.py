@@ -1,4 +1,7 @@
-"""Look-back attention of one position of each of B sequences to the memory of the positions before: float32."""
+"""Look-back attention of one position of each of B sequences to its memory of earlier positions: float32.
+
+In language models this is decoding with a key-value cache; here the cache is a ring buffer.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,10 @@ def read_memory(
     looks: Tensor,
     t: int,
 ) -> Tensor:
-    """As `csae.kernels.portable.lookback_attention.read_memory`, which says what each is.
+    """As `csae.kernels.portable.lookback_attention.read_memory`, which explains the arguments.
 
     The result doesn't depend on the number of threads, which is torch.get_num_threads(). TypeError and ValueError
-    name an argument that doesn't fit.
+    name the argument that doesn't fit.
     """
     check_strided("q", q, torch.float32, (None, None, None))
     B, H, d_head = q.shape

@@ -1,4 +1,7 @@
-"""Rows as bfloat16, and what that takes from them: row by row, or in pairs, as matrix units take them."""
+"""Rows rounded to bfloat16, and the norms of the rounding errors: in rows, or in the layout that AMX reads.
+
+"Length" is the Euclidean norm of a row.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from .arguments import STORED, check_matrix, output_matrix
 from .library import TYPES, check_status, native
 from .memory import fresh
 
-# Rows whose pairs lie side by side, and how many numbers `round_pairs` puts beside a row.
+# Rows of a block in the paired layout, and the numbers that `round_pairs` appends to a row.
 BLOCK, BESIDE = 16, 4
 
 
@@ -21,9 +24,9 @@ class Rounded(NamedTuple):
     rows: Tensor
     """[n, d] bfloat16"""
     lengths: Tensor
-    """[n] float32: of the rows as they were"""
+    """[n] float32: length of each unrounded row"""
     errors: Tensor
-    """[n] float32: the length of what the rounding took; both to one part in 2^10, but for squares below 2^-126"""
+    """[n] float32: length of row - rounded row. Both are exact to 2^-10, except that squares below 2^-126 are lost"""
 
 
 def round_rows(rows: Tensor, out: Tensor | None = None) -> Rounded:
@@ -41,24 +44,24 @@ def round_rows(rows: Tensor, out: Tensor | None = None) -> Rounded:
 
 
 class PairedRows(NamedTuple):
-    """A table [n, width] of bfloat16, two numbers of a row beside the same two of the next."""
+    """A table [n, width] of bfloat16, in the layout of AMX's right operand: blocks of 16 rows, interleaved by pairs."""
 
     pairs: Tensor
-    """[n / 16, rounded up, width / 2, 16, 2] bfloat16; zero for rows that there are not"""
+    """[ceil(n / 16), width / 2, 16, 2] bfloat16; zero for rows beyond n"""
     lengths: Tensor
-    """[n] float32: of the rows that were rounded, made larger"""
+    """[n] float32: upper bounds of the lengths of the unrounded rows"""
 
 
 def paired_room(n: int, width: int) -> Tensor:
-    """What `round_pairs` writes to, for n rows of an even width."""
+    """An output for `round_pairs`, for n rows of an even width."""
     return fresh((-(-n // BLOCK), width // 2, BLOCK, 2), torch.bfloat16)
 
 
 def round_pairs(rows: Tensor, bias: Tensor, unseen: float, above: float, out: Tensor) -> PairedRows:
     """rows [n, d] float32 or bfloat16, contiguous at any stride -> `PairedRows`, in `out`, a `paired_room`.
 
-    Beside a row's numbers are the two of bias [n, 2] bfloat16, the row's length, and that of what rounding took from
-    it, both made larger: (length + unseen) * above. Then zeros.
+    A row is its rounded numbers, its two numbers of bias [n, 2] bfloat16, upper bounds of the row's length and of its
+    rounding error's, then zeros. The upper bounds are (length + unseen) * above.
     """
     check_matrix("rows", rows, STORED, (None, None))
     n, d = rows.shape

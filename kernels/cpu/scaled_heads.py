@@ -1,4 +1,4 @@
-"""Heads brought to a length, and the gradients of that: float32."""
+"""RMSNorm of each head with an optional gain, and its gradients: float32."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .library import check_status, native
 
 
 def scale_heads(heads: Tensor, gain: Tensor | None, least: float, weight: float) -> tuple[Tensor, Tensor]:
-    """heads [..., H, d] contiguous, gain [H] -> heads * scale * gain, and scale [..., H, 1].
+    """heads [..., H, d] contiguous, gain [H] (None: 1) -> heads * scale * gain, and scale [..., H, 1].
 
-    scale is (least + weight * mean square of the head)^(-1/2); a gain that is not given is 1. TypeError and ValueError
-    name an argument that doesn't fit.
+    scale = 1 / sqrt(least + weight * mean square of the head); RMSNorm has weight 1. TypeError and ValueError name the
+    argument that doesn't fit.
     """
     n, H, d = _sizes("heads", heads)
     gain = _gain(gain, H)
@@ -29,9 +29,9 @@ def scale_heads(heads: Tensor, gain: Tensor | None, least: float, weight: float)
 def scale_heads_backward(
     grad: Tensor, heads: Tensor, gain: Tensor | None, scale: Tensor, weight: float
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of heads, and [..., H, 1]: what each head adds to that of gain.
+    """grad, heads [..., H, d] contiguous -> the gradient of heads, and each head's term of gain's gradient [..., H, 1].
 
-    grad, heads [..., H, d], contiguous; scale: what `scale_heads` gave for these heads.
+    scale: as `scale_heads` returned it for these heads.
     """
     n, H, d = _sizes("heads", heads)
     check_strided("grad", grad, torch.float32, tuple(heads.shape))
@@ -48,7 +48,7 @@ def scale_heads_backward(
 
 
 def _sizes(name: str, heads: Tensor) -> tuple[int, int, int]:
-    """How many tokens, heads a token, and numbers a head."""
+    """(number of tokens, heads, width of a head), after checks."""
     check_strided(name, heads, torch.float32, (None,) * (heads.ndim if isinstance(heads, Tensor) else 2))
     if heads.ndim < 2 or not heads.is_contiguous() or 0 in heads.shape[-2:]:
         raise ValueError(

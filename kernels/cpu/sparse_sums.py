@@ -1,14 +1,14 @@
-"""The three ways in which a sparse code [n, k] meets a table of rows [d_sae, d].
+"""The decoder and its gradients: three products of a sparse code [n, k] and a table of rows [d_sae, d].
 
-gather_sum   out[t]    = sum_i values[t, i] * table[indices[t, i]]
-gather_dot   out[t, i] = <grad[t], table[indices[t, i]]>
-feature_sum  out[f]    = sum over (t, i) with indices[t, i] = f of values[t, i] * rows[t]
+gather_sum   out[t]    = sum_i values[t, i] * table[indices[t, i]]    a weighted embedding bag
+gather_dot   out[t, i] = <grad[t], table[indices[t, i]]>              an SDDMM
+feature_sum  out[f]    = sum over (t, i) with indices[t, i] = f of values[t, i] * rows[t]    an SpMM, code^T rows
 
-All tensors are on the CPU, with contiguous rows at any stride; indices are int64. table, and rows of feature_sum, are
-float32 or bfloat16, and so is a result as wide as they are; all else is float32, and sums are made in it. The result
-goes to `out` where it is given; no part of it may be part of an input. Each sum has a fixed order: the result doesn't
-depend on the number of threads, which is torch.get_num_threads(). TypeError and ValueError name an argument that
-doesn't fit; an index outside of [0, d_sae) is a ValueError.
+All tensors are on the CPU, with contiguous rows at any stride; indices are int64. table, rows of feature_sum, and
+results with rows of that width are float32 or bfloat16; all else, and each sum, is float32. Results go to `out` if
+given, which must not overlap an input. Each sum has a fixed order, so results don't depend on the number of threads,
+which is torch.get_num_threads(). TypeError and ValueError name the argument that doesn't fit; an index outside of
+[0, d_sae) is a ValueError.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def gather_dot(grad: Tensor, indices: Tensor, table: Tensor, out: Tensor | None 
 
 
 def feature_sum(values: Tensor, indices: Tensor, rows: Tensor, d_sae: int, out: Tensor | None = None) -> Tensor:
-    """values [n, k], indices [n, k], rows [n, d] -> [d_sae, d] in rows' dtype, zero where a feature is in no row."""
+    """values [n, k], indices [n, k], rows [n, d] -> [d_sae, d] in rows' dtype, zero for a feature in no code."""
     check_matrix("values", values, torch.float32, (None, None))
     n, k = values.shape
     check_matrix("indices", indices, torch.int64, (n, k))

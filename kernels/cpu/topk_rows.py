@@ -1,4 +1,4 @@
-"""The k largest of each row, from tiles of columns that come one after the other."""
+"""Streaming top-k: the k largest of each row, from tiles of columns that are added one after the other."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from .round_rows import PairedRows
 
 
 class Best(NamedTuple):
-    """The best so far of each row. What is in it is the native library's affair."""
+    """The candidates so far of each row. Their content is internal to the native library."""
 
-    order: Tensor  # [n, capacity] int32
+    order: Tensor  # [n, capacity] int32, values as integers that sort like the floats
     columns: Tensor  # [n, capacity] int32
-    threshold: Tensor  # [n] float32
-    counts: Tensor  # [n] int32
+    threshold: Tensor  # [n] float32; what is below it is no candidate
+    counts: Tensor  # [n] int32; -1 for a row with a NaN
     k: int
 
 
 def topk_capacity(d_sae: int, k: int) -> int:
-    """How many candidates `topk_start` has room for in a row; each takes 8 bytes."""
-    # The more room, the less often k are picked out of a list, and the later its threshold rises.
+    """The number of candidates of a row that `topk_start` has room for, 8 bytes each."""
+    # More room means that a list is pruned to k less often, but also that its threshold rises later.
     return min(d_sae, max(5 * k // 2, k + 96)) + 64
 
 
 def topk_start(n: int, d_sae: int, k: int) -> Best:
-    """Nothing yet of n rows of d_sae columns. 1 <= k <= d_sae < 2^31."""
+    """Empty candidates for n rows of d_sae columns. 1 <= k <= d_sae < 2^31."""
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"k: given {type(k).__name__}; needed int")
     if not 1 <= k <= d_sae:
@@ -48,10 +48,9 @@ def topk_start(n: int, d_sae: int, k: int) -> Best:
 
 
 def topk_add(best: Best, pre_acts: Tensor, bias: Tensor, first_column: int) -> None:
-    """Take in the columns first_column and on of each row, in the order of columns.
+    """Add the columns first_column .. first_column + width of each row: pre_acts + bias. Tiles come in column order.
 
-    pre_acts [n, width] float32 on the CPU, rows contiguous at any stride, bias [width] float32: the row is
-    pre_acts + bias. Nothing is written to pre_acts.
+    pre_acts: [n, width] float32 on the CPU, rows contiguous at any stride; not written to. bias: [width] float32.
     """
     check_matrix("pre_acts", pre_acts, torch.float32, (best.counts.shape[0], None))
     check_strided("bias", bias, torch.float32, (pre_acts.shape[1],))
@@ -69,14 +68,13 @@ def topk_add(best: Best, pre_acts: Tensor, bias: Tensor, first_column: int) -> N
 
 
 def topk_finish(best: Best, values: Tensor | None = None, indices: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, relu'd after the selection; `best` is then of no more use.
+    """The k largest of each row, relu'd after the selection. `best` can't be used afterwards.
 
-    -> values [n, k] float32, indices [n, k] int64, written to `values` and `indices` where given (rows contiguous at
-    any stride).
+    -> values [n, k] float32, indices [n, k] int64; in `values` and `indices` if given (rows contiguous at any stride).
 
     Largest first, equal ones (0.0 and -0.0 are equal) by lower index first. A row with a NaN gives k NaN values at
-    indices 0..k-1. The result doesn't depend on the tiles, nor on the number of threads, which is
-    torch.get_num_threads(). ValueError where fewer than k columns were taken in.
+    indices 0..k-1. The result depends neither on the tiles nor on the number of threads, which is
+    torch.get_num_threads(). Raises ValueError if fewer than k columns were added.
     """
     n = best.counts.shape[0]
     values = output_matrix("values", values, torch.float32, (n, best.k))
@@ -94,10 +92,9 @@ def topk_finish(best: Best, values: Tensor | None = None, indices: Tensor | None
 
 
 def topk_add_products(best: Best, x: Tensor, table: PairedRows, first_column: int) -> None:
-    """As `topk_add`, for `topk_settle`: what is taken in is how large the pre-activations can be at most.
+    """Add upper bounds of pre-activations, x table^T summed in float32, as `topk_add` adds values; for `topk_settle`.
 
-    x [n, width] bfloat16, rows contiguous at any stride; width is a multiple of 32, as that of the table's rows. The
-    bounds are x table^T, summed in float32.
+    x: [n, width] bfloat16, rows contiguous at any stride. width: that of the table's rows, a multiple of 32.
     """
     n, width = best.counts.shape[0], table.pairs.shape[1] * 2
     check_matrix("x", x, torch.bfloat16, (n, width))
@@ -117,18 +114,18 @@ def topk_settle(
     values: Tensor | None = None,
     indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The k largest of each row of x table^T + bias, found among the best.k candidates of `topk_add_products`.
+    """The k largest of each row of x table^T + bias, from the best.k candidates of `topk_add_products`.
 
-    Candidates are multiplied again in float32; the result is proven by the bounds, or the row is unsettled. `best` is
-    then of no more use.
+    Candidates are computed again in float32. Either their upper bounds prove the result, or the row is not settled.
+    `best` can't be used afterwards.
 
     Args:
         k: 1 <= k < best.k.
         x: [n, d] float32, rows contiguous at any stride. table: [d_sae, d] float32 or bfloat16, likewise.
         bias: [d_sae] float32.
 
-    -> values [n, k] float32 and indices [n, k] int64, as `topk_finish` gives them; settled [n] bool, False where they
-    hold nothing.
+    -> values [n, k] float32 and indices [n, k] int64, as `topk_finish` gives them; settled [n] bool, False for rows
+    whose values and indices are not filled.
     """
     n = best.counts.shape[0]
     check_matrix("x", x, torch.float32, (n, None))
