@@ -12,8 +12,9 @@ from .library import check_status, native
 def scale_heads(heads: Tensor, gain: Tensor | None, least: float, weight: float) -> tuple[Tensor, Tensor]:
     """heads [..., H, d] contiguous, gain [H] (None: 1) -> heads * scale * gain, and scale [..., H, 1].
 
-    scale = 1 / sqrt(least + weight * mean square of the head); RMSNorm has weight 1. TypeError and ValueError name the
-    argument that doesn't fit.
+    scale = 1 / sqrt(least + weight * mean square of the head). With weight 1 and a small `least` this is RMSNorm; with
+    least 1 and weight 1/b^2 the root mean square stays below b. TypeError and ValueError name the argument that doesn't
+    fit.
     """
     n, H, d = _sizes("heads", heads)
     gain = _gain(gain, H)

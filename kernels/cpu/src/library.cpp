@@ -1,4 +1,4 @@
-// The version of the ABI, and the choice of instructions.
+// The ABI version, and the choice of the instruction set.
 #include <atomic>
 #include <initializer_list>
 
@@ -17,13 +17,14 @@ namespace csae {
 namespace {
 
 #if CSAE_HAS_AMX
-// Whether this CPU has the units, and Linux lends them to this process: it must be asked to keep their registers.
-bool amx_is_lent() {
+// Whether this CPU has AMX with bfloat16, and Linux allows this process to use it. AMX's tile registers are large, so
+// Linux saves them only for processes that have asked.
+bool amx_is_allowed() {
     constexpr unsigned tiles = 1u << 24, bfloat16 = 1u << 22;
     unsigned a, b, c, d;
     if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & tiles) == 0 || (d & bfloat16) == 0) return false;
-    constexpr long ask = 0x1023, registers_of_tiles = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
-    return syscall(SYS_arch_prctl, ask, registers_of_tiles) == 0;
+    constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
 #endif
 
@@ -40,7 +41,7 @@ bool supports(Isa isa) {
     }
 #endif
 #if CSAE_HAS_AMX
-    if (isa == Isa::amx) return supports(Isa::avx512) && amx_is_lent();
+    if (isa == Isa::amx) return supports(Isa::avx512) && amx_is_allowed();
 #endif
     return isa == Isa::portable;
 }

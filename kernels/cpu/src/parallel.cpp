@@ -11,7 +11,7 @@
 namespace csae {
 namespace {
 
-// void GOMP_parallel(void (*fn)(void*), void* data, unsigned num_threads, unsigned flags), since GCC 4.9.
+// void GOMP_parallel(void (*fn)(void*), void* data, unsigned num_threads, unsigned flags), as since GCC 4.9.
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 std::atomic<GompParallel> gomp_parallel{nullptr};
@@ -44,7 +44,7 @@ void in_threads(int n_threads, void (*work)(void*, int), void* data) {
         helpers.reserve(static_cast<size_t>(n_threads - 1));
         while (static_cast<int>(helpers.size()) < n_threads - 1) helpers.emplace_back(join_team, &team);
     } catch (const std::exception&) {
-        // No more threads to be had: those that there are do all the work.
+        // The system gives no more threads: those that were started do all the work.
     }
     join_team(&team);
     for (auto& helper : helpers) helper.join();

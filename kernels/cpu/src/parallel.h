@@ -1,11 +1,11 @@
-// One loop shared by several threads.
+// A parallel loop.
 //
-// The threads are those of the OpenMP runtime that torch uses. A library that is linked with -fopenmp brings the
-// runtime that its compiler knows, a second one beside the one in torch's wheel: two pools of threads that spin
-// against each other for the same cores. So nothing here is compiled with -fopenmp. The one entry point that a
-// parallel region needs, GOMP_parallel (a stable name that libgomp, LLVM's and Intel's runtimes all have), is
-// looked up by the loader in what torch is linked with, and handed over by csae_use_openmp. Without it the threads
-// are std::thread's, started for each call; so it is for the sanitizers too, which can't see into an OpenMP runtime.
+// The threads are those of torch's own OpenMP runtime. A library linked with -fopenmp would load its compiler's runtime
+// beside the one in torch's wheel, and the two thread pools would spin against each other for the same cores. So
+// nothing here is compiled with -fopenmp. A parallel region needs one entry point, GOMP_parallel, which libgomp and the
+// runtimes of LLVM and Intel all have. The loader looks it up in torch's dependencies and passes it to csae_use_openmp.
+// Without it each call starts threads of std::thread; the sanitizers use these too, since they can't see into an OpenMP
+// runtime.
 #pragma once
 
 #include <atomic>
@@ -14,12 +14,12 @@
 
 namespace csae {
 
-// Calls work(data, thread) once in each of up to n_threads threads, with a thread number of its own below
-// n_threads, and returns when all are done. There may be fewer threads than asked for.
+// Calls work(data, thread) once in each of at most n_threads threads, and returns when all are done. `thread` is below
+// n_threads and different in each. There may be fewer threads than asked for.
 void in_threads(int n_threads, void (*work)(void* data, int thread), void* data);
 
-// Calls body(thread, begin, end) on pieces of at most `piece` items that cover [0, n). Which thread gets which
-// piece is a matter of chance, so a body must not let its result depend on it. It must not throw.
+// Calls body(thread, begin, end) on pieces of at most `piece` items that cover [0, n). Which thread gets which piece is
+// not deterministic, so a body's result must not depend on it. A body must not throw.
 template <class Body>
 void parallel_for(int64_t n, int64_t piece, int n_threads, Body&& body) {
     struct Shared {

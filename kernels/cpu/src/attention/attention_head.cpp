@@ -8,7 +8,7 @@ namespace csae {
 Attention::Attention(const csae_attention& given)
     : q(given.q),
       k(given.k),
-      v(standing_if_null(given.v)),
+      v(zero_strides_if_null(given.v)),
       slope(given.slope),
       null(given.null),
       mask(given.mask),
@@ -28,20 +28,22 @@ Attention::Attention(const csae_attention& given)
     std::fill(logs.get() + n, logs.get() + n + tile_size, 0.0f);
 }
 
-bool good(const csae_heads& heads, const csae_attention& of, int64_t d) {
+bool good(const csae_heads& heads, const csae_attention& attention, int64_t d) {
     if (heads.stride_b < 0 || heads.stride_t < 0 || heads.stride_h < 0) return false;
-    return heads.x != nullptr || of.B * of.T * of.H * d == 0;
+    return heads.x != nullptr || attention.B * attention.T * attention.H * d == 0;
 }
 
-bool good(const csae_attention& of) {
-    if (of.B < 0 || of.T < 0 || of.H < 0 || of.d_head < 1 || of.d_value < 0) return false;
-    if (of.H > 0 && (of.slope == nullptr || of.null == nullptr)) return false;
-    return good(of.q, of, of.d_head) && good(of.k, of, of.d_head) && good(of.v, of, of.d_value);
+bool good(const csae_attention& attention) {
+    if (attention.B < 0 || attention.T < 0 || attention.H < 0 || attention.d_head < 1 || attention.d_value < 0)
+        return false;
+    if (attention.H > 0 && (attention.slope == nullptr || attention.null == nullptr)) return false;
+    return good(attention.q, attention, attention.d_head) && good(attention.k, attention, attention.d_head) &&
+           good(attention.v, attention, attention.d_value);
 }
 
-void TileOfKeys::set(const Attention& of, int64_t b, int64_t tile) {
-    const uint8_t* mask = of.mask_of(b, tile);
-    const int64_t count = of.count(tile);
+void TileOfKeys::set(const Attention& attention, int64_t b, int64_t tile) {
+    const uint8_t* mask = attention.mask_of(b, tile);
+    const int64_t count = attention.count(tile);
     all = count == tile_size;
     for (int64_t j = 0; j < tile_size; ++j) {
         out_of_mask[j] = j < count && (mask == nullptr || mask[j] != 0) ? 0.0f : -1.0f;
@@ -49,18 +51,19 @@ void TileOfKeys::set(const Attention& of, int64_t b, int64_t tile) {
     }
 }
 
-void TileOfQueries::set(const Attention& of, int64_t b, int64_t tile_) {
+void TileOfQueries::set(const Attention& attention, int64_t b, int64_t tile_) {
     tile = tile_;
-    rows = round_up(of.count(tile), row_group);
-    const uint8_t* mask = of.mask_of(b, tile);
-    const int64_t nowhere = of.n_tiles * tile_size;
+    rows = round_up(attention.count(tile), row_group);
+    const uint8_t* mask = attention.mask_of(b, tile);
+    const int64_t nowhere = attention.n_tiles * tile_size;
     int64_t earliest = nowhere;
     latest_start = 0;
     for (int64_t r = 0; r < tile_size; ++r) {
-        if (r >= of.count(tile) || (mask != nullptr && mask[r] == 0)) {
+        if (r >= attention.count(tile) || (mask != nullptr && mask[r] == 0)) {
             start[r] = nowhere;
         } else {
-            const int64_t begin = of.starts == nullptr ? 0 : of.starts[b * of.T + tile * tile_size + r];
+            const int64_t begin =
+                attention.starts == nullptr ? 0 : attention.starts[b * attention.T + tile * tile_size + r];
             start[r] = std::max<int64_t>(0, std::min(begin, nowhere));
         }
         earliest = std::min(earliest, start[r]);
@@ -69,7 +72,7 @@ void TileOfQueries::set(const Attention& of, int64_t b, int64_t tile_) {
     first_tile = earliest / tile_size;
 }
 
-Pairs TileOfQueries::with(const Attention& of, int64_t h, int64_t key_tile, const TileOfKeys& keys) {
+Pairs TileOfQueries::with(const Attention& attention, int64_t h, int64_t key_tile, const TileOfKeys& keys) {
     const int64_t key = key_tile * tile_size;
     const bool diagonal = key_tile == tile;
     for (int64_t r = 0; r < tile_size; ++r) {
@@ -77,8 +80,8 @@ Pairs TileOfQueries::with(const Attention& of, int64_t h, int64_t key_tile, cons
         last[r] = static_cast<float>((diagonal ? r : tile_size) - 1);
     }
     const bool open = !diagonal && keys.all && latest_start <= key;
-    const float* logs = of.logs.get() + (of.n_tiles - tile + key_tile) * tile_size;
-    return {logs, of.slope[h], rows, diagonal, open, first, last, keys.out_of_mask};
+    const float* logs = attention.logs.get() + (attention.n_tiles - tile + key_tile) * tile_size;
+    return {logs, attention.slope[h], rows, diagonal, open, first, last, keys.out_of_mask};
 }
 
 void visible_product(const Pairs& pairs, const float* a, bool transposed, const float* b, float* c, int64_t width) {

@@ -1,4 +1,4 @@
-// What look-back attention reads of one window and head, brought into tiles.
+// The inputs of look-back attention for one window and head, in tiles.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace csae {
 
-// The tensors of a call. Widths are d_head and d_value rounded up to whole registers.
+// The input of a call. head_width and value_width are d_head and d_value rounded up to whole registers.
 struct Attention {
     csae_heads q, k, v;
     const float *slope, *null;
@@ -18,28 +18,28 @@ struct Attention {
     int64_t B, T, H, d_head, d_value;
     const AttentionTiles& tiles;
     int64_t n_tiles, head_width, value_width;
-    std::unique_ptr<float[]> logs;  // log(n_tiles * 64 - i), 0 where that is not positive
+    std::unique_ptr<float[]> logs;  // [(n_tiles + 1) * 64]: log(n_tiles * 64 - i), or 0 from i = n_tiles * 64 on
 
     // May throw std::bad_alloc.
     Attention(const csae_attention& given);
 
-    // A tile of one window and head.
-    Rows rows(const csae_heads& of, int64_t d, int64_t b, int64_t h, int64_t tile) const {
-        const float* x = of.x + b * of.stride_b + h * of.stride_h + tile * tile_size * of.stride_t;
-        return {x, of.stride_t, count(tile), d, mask_of(b, tile)};
+    // The rows of a tile of one window and head.
+    Rows rows(const csae_heads& heads, int64_t d, int64_t b, int64_t h, int64_t tile) const {
+        const float* x = heads.x + b * heads.stride_b + h * heads.stride_h + tile * tile_size * heads.stride_t;
+        return {x, heads.stride_t, count(tile), d, mask_of(b, tile)};
     }
     int64_t count(int64_t tile) const { return T - tile * tile_size < tile_size ? T - tile * tile_size : tile_size; }
     const uint8_t* mask_of(int64_t b, int64_t tile) const { return mask ? mask + b * T + tile * tile_size : nullptr; }
 };
 
-// What has no columns may be null, which must not be stepped through, not even to stay unread.
-inline csae_heads standing_if_null(const csae_heads& heads) { return heads.x == nullptr ? csae_heads{} : heads; }
+// An empty tensor may be a null pointer, and pointer arithmetic on null is undefined.
+inline csae_heads zero_strides_if_null(const csae_heads& heads) { return heads.x == nullptr ? csae_heads{} : heads; }
 
-// Numbers from the start of a cache line on: a register of them that lay in two lines would cost as much as two.
-class Lines {
+// Floats that start at a cache line. A register load across two lines would cost as much as two loads.
+class AlignedFloats {
 public:
     // May throw std::bad_alloc.
-    explicit Lines(int64_t n) : lines(new Line[static_cast<size_t>(round_up(n, 16) / 16)]) {}
+    explicit AlignedFloats(int64_t n) : lines(new Line[static_cast<size_t>(round_up(n, 16) / 16)]) {}
     float* get() const { return reinterpret_cast<float*>(lines.get()); }
 
 private:
@@ -50,29 +50,29 @@ private:
 };
 
 bool good(const csae_attention& given);
-bool good(const csae_heads& heads, const csae_attention& of, int64_t d);
+bool good(const csae_heads& heads, const csae_attention& attention, int64_t d);
 
-// Which of 64 keys take part.
+// The mask of 64 keys.
 struct TileOfKeys {
-    float out_of_mask[tile_size];  // 0 or -1
-    bool all;
-    void set(const Attention& of, int64_t b, int64_t tile);
+    float out_of_mask[tile_size];  // 0 if the key is in the mask, else -1
+    bool all;                      // all 64 are
+    void set(const Attention& attention, int64_t b, int64_t tile);
 };
 
-// Where the documents of 64 queries begin; after all keys for a query that does not take part or does not exist.
+// The range of keys that each of 64 queries may see.
 struct TileOfQueries {
-    int64_t tile, rows;  // rows: a multiple of row_group
-    int64_t start[tile_size];
+    int64_t tile, rows;                       // rows: a multiple of row_group
+    int64_t start[tile_size];                 // of the document; past all keys if the query is masked or does not exist
     int64_t first_tile;                       // no query sees a key before this tile
-    int64_t latest_start;                     // all queries see all earlier keys from here on
-    float first[tile_size], last[tile_size];  // for the pairs that were made last
+    int64_t latest_start;                     // all queries see all keys from here up to their own position
+    float first[tile_size], last[tile_size];  // for the last result of `with`
 
-    void set(const Attention& of, int64_t b, int64_t tile);
-    Pairs with(const Attention& of, int64_t h, int64_t key_tile, const TileOfKeys& keys);
+    void set(const Attention& attention, int64_t b, int64_t tile);
+    Pairs with(const Attention& attention, int64_t h, int64_t key_tile, const TileOfKeys& keys);
 };
 
-// c [rows, width] += a [64, 64] * b [64, width] over the pairs that see each other only; with `transposed`, += a^T * b.
-// It is for a b with NaN or infinity in it: 0 times that is not 0.
+// c [rows, width] += a [64, 64] * b [64, width] (transposed: a^T * b), over visible pairs only. For a b with NaN or
+// infinity, where a weight of 0 would not hide a row.
 void visible_product(const Pairs& pairs, const float* a, bool transposed, const float* b, float* c, int64_t width);
 
 }  // namespace csae

@@ -9,8 +9,8 @@
 namespace csae {
 namespace {
 
-// How far ahead rows are fetched that are read or written at once, and how many lines while a block of a product is
-// computed: with more than this they wait for each other.
+// Rows that are prefetched ahead while packing, and cache lines while a block of a product is computed. With more, the
+// prefetches wait for each other.
 constexpr int64_t rows_ahead = 12, lines_of_block = 8;
 
 template <int W>
@@ -23,14 +23,14 @@ CSAE_INLINE void scale_row(const float* row, int64_t d, float scale, float* to) 
 template <int W>
 CSAE_INLINE bool all_finite(const float* x, int64_t n) {
     Integers<W> any = {};
-    // Only an exponent of all ones carries into the sign.
+    // The addition carries into the sign bit only if the exponent is all ones: NaN or infinity.
     for (int64_t i = 0; i < n; i += W) any.x |= (bits_of(load<W>(x + i)).x & 0x7FFFFFFFu) + 0x00800000u;
     uint32_t bits = 0;
     for (int l = 0; l < W; ++l) bits |= any.x[l];
     return bits >> 31 == 0;
 }
 
-// Rows are far apart, often each on a page of its own, which the hardware doesn't fetch ahead.
+// The hardware does not prefetch these rows, because each is often on another page.
 CSAE_INLINE void fetch_row(const Rows& rows, int64_t r) {
     if (r >= rows.count) return;
     for (int64_t c = 0; c < rows.d; c += 16) __builtin_prefetch(rows.x + r * rows.stride + c);
@@ -56,9 +56,9 @@ CSAE_INLINE void unpack(const float* rows, int64_t width, const float* scale, fl
     }
 }
 
-// W rows and columns of `from`, transposed: x[i] is column c + i. To interleave the first half of the rows with the
-// second moves the highest bit of a number's row to the lowest of its column, and all other bits up by one: done as
-// often as a row has bits, it makes rows of columns.
+// W rows and columns of `from`, transposed: x[i] is column c + i. One round interleaves the first half of the rows with
+// the second, which rotates the bits of (row, column), as one number, by one place. log2(W) rounds exchange row and
+// column.
 template <int W>
 CSAE_INLINE void load_transposed(const Rows& from, int64_t r, int64_t c, Register<W>* x) {
     for (int i = 0; i < W; ++i) {
@@ -99,10 +99,10 @@ CSAE_INLINE void dots(const float* a, int64_t width, const Rows& b, float* delta
         for (int i = 0; i < W; ++i) fetch_row(b, r + W + i);
         Register<W> sum = {};
         for (int64_t c = 0; c < b.d; c += W) {
-            Register<W> of_a[W], of_b[W];
-            load_transposed<W>({a, width, tile_size, width, nullptr}, r, c, of_a);
-            load_transposed<W>(b, r, c, of_b);
-            for (int i = 0; i < W; ++i) sum.x += of_a[i].x * of_b[i].x;
+            Register<W> columns_a[W], columns_b[W];
+            load_transposed<W>({a, width, tile_size, width, nullptr}, r, c, columns_a);
+            load_transposed<W>(b, r, c, columns_b);
+            for (int i = 0; i < W; ++i) sum.x += columns_a[i].x * columns_b[i].x;
         }
         store<W>(delta + r, sum);
     }
@@ -125,7 +125,7 @@ CSAE_INLINE int64_t diagonal_columns(int64_t row) {
     return round_up(row / row_group * row_group + row_group, W);
 }
 
-// R rows and V registers of columns of a product, summed in registers.
+// R rows and V registers of columns of a product, with the sums in registers.
 template <int W, int R, int V>
 CSAE_INLINE void product_block(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, float* c,
                                int64_t c_row, int64_t p, bool add) {
@@ -149,37 +149,38 @@ CSAE_INLINE void product_block(const float* a, int64_t a_row, int64_t a_column, 
 }
 
 template <int W, int R>
-CSAE_INLINE void product(const Product& of) {
+CSAE_INLINE void product(const Product& task) {
     static_assert(row_group % R == 0, "a block of rows is within a group");
-    for (int64_t m = 0; m < of.m; m += R) {
+    for (int64_t m = 0; m < task.m; m += R) {
         const int64_t group = m / row_group * row_group;
-        const int64_t n = of.part == Part::columns_to_row ? diagonal_columns<W>(m) : of.n;
-        const int64_t from = of.part == Part::terms_from_row ? group : 0;
-        const int64_t to = of.part == Part::terms_to_row ? group + row_group : of.p;
-        const float* a = of.a + m * of.a_row + from * of.a_column;
-        const float* b = of.b + from * of.b_row;
-        float* c = of.c + m * of.c_row;
+        const int64_t n = task.part == Part::columns_to_row ? diagonal_columns<W>(m) : task.n;
+        const int64_t from = task.part == Part::terms_from_row ? group : 0;
+        const int64_t to = task.part == Part::terms_to_row ? group + row_group : task.p;
+        const float* a = task.a + m * task.a_row + from * task.a_column;
+        const float* b = task.b + from * task.b_row;
+        float* c = task.c + m * task.c_row;
         int64_t column = 0;
         for (; column + 2 * W <= n; column += 2 * W) {
-            if (of.soon != nullptr) of.soon->fetch(lines_of_block);
-            product_block<W, R, 2>(a, of.a_row, of.a_column, b + column, of.b_row, c + column, of.c_row, to - from,
-                                   of.add);
+            if (task.prefetch != nullptr) task.prefetch->fetch(lines_of_block);
+            product_block<W, R, 2>(a, task.a_row, task.a_column, b + column, task.b_row, c + column, task.c_row,
+                                   to - from, task.add);
         }
         for (; column < n; column += W) {
-            product_block<W, R, 1>(a, of.a_row, of.a_column, b + column, of.b_row, c + column, of.c_row, to - from,
-                                   of.add);
+            product_block<W, R, 1>(a, task.a_row, task.a_column, b + column, task.b_row, c + column, task.c_row,
+                                   to - from, task.add);
         }
     }
 }
 
-// x where row r sees columns [c, c + W), `hidden` elsewhere. Only one comparison makes the choice, of floats: GCC 12
-// takes a comparison of integers, and the `&` of any two, apart lane by lane.
+// Keeps x in the lanes of columns [c, c + W) that row r sees, and replaces the others by `hidden`. It selects by a
+// single comparison of floats, because GCC 12 compiles a comparison of integers, and `&` of two comparisons, lane by
+// lane.
 template <int W>
 CSAE_INLINE void hide(const Pairs& pairs, int64_t r, int64_t c, const Register<W>& hidden, Register<W>& x) {
     Register<W> column;
     for (int l = 0; l < W; ++l) column.x[l] = static_cast<float>(l);
     column.x += static_cast<float>(c);
-    // Each of the three is negative where the column is not seen.
+    // Each of since_first, to_last and key is negative if it hides the column.
     const Register<W> since_first = {column.x - pairs.first[r]}, to_last = {pairs.last[r] - column.x};
     const Register<W> within = {since_first.x < to_last.x ? since_first.x : to_last.x};
     const Register<W> key = load<W>(pairs.out_of_mask + c);
@@ -187,7 +188,7 @@ CSAE_INLINE void hide(const Pairs& pairs, int64_t r, int64_t c, const Register<W
     x.x = seen.x >= Register<W>{}.x ? x.x : hidden.x;
 }
 
-// Replaces <q, k> by the scores, and gives the largest of each row and of `maximum`.
+// Replaces <q, k> by the scores. largest_of_row[r] = the larger of maximum[r] and the row's scores.
 template <int W>
 CSAE_INLINE void make_scores(const Pairs& pairs, float* scores, const float* maximum, float* largest_of_row) {
     const Register<W> hidden = broadcast<W>(-std::numeric_limits<float>::infinity());
@@ -213,10 +214,10 @@ CSAE_INLINE void weigh(const Pairs& pairs, float* scores, float* maximum, float*
     make_scores<W>(pairs, scores, maximum, now);
     for (int64_t r = 0; r < pairs.rows; r += W) {
         const Register<W> largest = load<W>(now + r), before = load<W>(maximum + r);
-        // Nothing seen and no null either: exp(-inf - 0) is the zero that exp(-inf + inf) would not be.
+        // If nothing is visible and null is -inf, subtract 0: exp(-inf - 0) is 0, and exp(-inf + inf) would be NaN.
         const Register<W> from = {largest.x == lowest.x ? zero.x : largest.x};
         store<W>(origin + r, from);
-        // An infinite maximum that stays leaves 1, not exp(inf - inf).
+        // An unchanged maximum gives 1 even if it is infinite, where exp(inf - inf) would be NaN.
         store<W>(shrink + r, {before.x == largest.x ? broadcast<W>(1.0f).x : exp_of<W>({before.x - from.x}).x});
         store<W>(maximum + r, largest);
     }
@@ -246,7 +247,8 @@ CSAE_INLINE float weigh_back(const Pairs& pairs, float* scores, float* d_weights
         float *row = scores + r * tile_size, *d_row = d_weights + r * tile_size;
         for (int64_t c = 0; c < columns; c += W) {
             const Register<W> log = load<W>(pairs.logs - r + c);
-            // In the order of `weigh`, to round as it did: of large scores a weight is their difference to lse.
+            // In the same order as in `weigh`, so that it rounds alike: a large score's rounding error changes its
+            // weight.
             const Register<W> score = {load<W>(row + c).x - pairs.slope * log.x};
             Register<W> weight = exp_of<W>({score.x - lse[r]});
             Register<W> d_score = {weight.x * (load<W>(d_row + c).x - delta[r])};
@@ -273,7 +275,7 @@ CSAE_INLINE float weigh_back(const Pairs& pairs, float* scores, float* d_weights
                               int64_t count, int64_t d) {                                                      \
         unpack<W>(rows, width, scale, to, stride, count, d);                                                   \
     }                                                                                                          \
-    TARGET void product_##NAME(const Product& of) { product<W, R>(of); }                                       \
+    TARGET void product_##NAME(const Product& task) { product<W, R>(task); }                                   \
     TARGET void weigh_##NAME(const Pairs& pairs, float* scores, float* maximum, float* sum, float* out,        \
                              int64_t width) {                                                                  \
         weigh<W>(pairs, scores, maximum, sum, out, width);                                                     \

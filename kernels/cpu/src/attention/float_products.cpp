@@ -1,22 +1,24 @@
-// Matrix products in float32, on matrix units that multiply bfloat16.
+// A bf16x3 GEMM: matrix products of float32 on matrix units that multiply bfloat16 (AMX).
 //
-// A float has 24 bits and a bfloat16 8, so a float is exactly the sum of three of them, x1 + x2 + x3, each at most
-// 2^-8 of the one before. Of the nine products of two such sums the six largest are summed, in float: x1y1, x1y2, x2y1,
-// x1y3, x3y1, x2y2. The other three are at most 2^-23 of x y together, 2^-27 mostly, and of either sign: no more than
-// what rounding x y to a float takes.
+// A float has 24 significant bits and a bfloat16 has 8, so a float is exactly the sum of three bfloat16, x1 + x2 + x3,
+// each at most 2^-8 of the one before. Of the nine products of two such sums the six largest are computed, and summed
+// in float: x1y1, x1y2, x2y1, x1y3, x3y1, x2y2. The other three are at most 2^-23 of x y together, mostly 2^-27, and of
+// either sign: no more than the rounding error of x y as a float.
 //
-// The smaller matrix is split first, all of it, by all threads. Then each thread takes parts of the larger one, so many
-// lines and so much of k that they stay in L2, splits them, and goes over the smaller one, which comes from L2 or L3.
-// Both lie in panels: 32 rows of a or 32 columns of b, for each 32 of k their three parts. Two panels give a square of
-// 32 by 32 sums, in four tiles: 24 products of tiles for 14 that are loaded. An instruction sums 32 products before it
-// adds them to what is there; with fewer roundings among large numbers, sums come out more exact than those that add
-// one product after the other. What a thread splits is decided by chance, but not in which order a sum is made.
+// First all threads split the smaller matrix, all of it. Then each thread takes parts of the larger matrix, small
+// enough in rows and in k to stay in L2; it splits a part and multiplies it by the whole smaller matrix, which comes
+// from L2 or L3. Split matrices are stored in panels of 32 rows of a, or 32 columns of b: for each 32 of k, their three
+// parts. The product of two panels is a square of 32 x 32 sums in four AMX tiles: 24 tile products for 14 tile loads
+// for each 32 of k. One instruction sums 32 products before it adds them to the accumulator. That makes fewer roundings
+// among large numbers, so sums are more exact than when products are added one by one. Which thread splits a part is
+// not deterministic; the order of each sum is.
 //
-// Costs 12 m n k operations in bfloat16, reads a and b once, and writes 1.5 times their bytes. Two threads of a Xeon
-// with AMX multiply 4.6 T a second on random numbers in L2 (zeros need less power: 5.9 T): 1.6 ms for m = 2048, n = 576,
-// k = 512. Splitting is 11 instructions for each 16 numbers, so it is bound by memory: most of what is to be split is
-// fetched while the units multiply. Measured there, alternating with torch.mm: 2.2 ms for that one, and 4.0; where k is
-// 2048, m = 576 and n = 512, 3.1 ms, and 4.2: there both matrices are large, and the smaller one comes from L3.
+// Operations: 12 m n k in bfloat16. Bytes: a and b are read once, and 1.5 times their bytes are written. Floor: two
+// threads of a Xeon with AMX multiply 4.6 T a second on random numbers in L2 (5.9 T on zeros, which need less power):
+// 1.6 ms for m = 2048, n = 576, k = 512. Splitting takes 11 instructions for 16 numbers, so it is bound by memory; most
+// of its input is prefetched during the products. Measured there, alternating with torch.mm: 2.2 ms against 4.0 for
+// that shape; 3.1 ms against 4.2 for k = 2048, m = 576, n = 512, where both matrices are large and the smaller one
+// comes from L3.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -35,41 +37,43 @@ namespace {
 
 constexpr int64_t n_parts = 3;
 
-// Of 32 numbers along k, number p is paired with number p + 16: so a pair is made without a shuffle.
+// A tile of pairs along k. Of 32 numbers, number p is paired with number p + 16, because that needs no shuffle.
 struct alignas(64) Tile {
     uint32_t pairs[tile * tile];  // the lower half first
 };
 
-// What a panel has for 32 of k: its two tiles of x1, of x2, of x3.
+// 32 of k of a panel: two tiles of each of x1, x2, x3.
 struct Step {
     Tile parts[n_parts][2];
 };
 
-// The parts that are multiplied: the largest product last, and each time one of the two stays loaded.
+// The pairs of parts that are multiplied. The largest product is last; consecutive pairs share a part, which stays
+// loaded.
 struct Term {
     int a, b;
 };
 constexpr Term terms[] = {{0, 2}, {0, 1}, {1, 1}, {1, 0}, {2, 0}, {0, 0}};
 
-// Of the larger matrix a thread splits so much at a time, 1 MB at most: numbers of k, and panels.
+// The most of the larger matrix that a thread splits at a time: numbers of k, and panels. 1 MB in all.
 constexpr int64_t most_k = 576, most_panels = 9;
 
-// At 2^127 and above x1 might be infinite.
+// The bits of 2^127: for numbers of that size or more, x1 might round to infinity.
 constexpr uint32_t too_large = 0x7F000000u;
 
-// 32 by 16 numbers: line l at l * stride, its second half at `second` from there. Along a line goes k (second = 16),
-// or it is for one number of k (second = 16 strides).
+// 16 lines of 32 numbers. Line l is at l * stride, and its second 16 numbers are `second` further. If k is contiguous,
+// a line goes along k (second = 16). Otherwise a line has one number of k, and its second half another (second = 16
+// strides).
 struct Source {
     const float* numbers;
     int64_t stride, second;
 };
 
-// Memory that is read soon: so many rows of bytes, each of them fetched to L2 before, some lines at a time.
-struct Ahead {
+// Prefetches rows of bytes to L2, a few cache lines a step.
+struct Prefetch {
     const char* row;
     int64_t stride, bytes, rows, lines_a_step, at;
 
-    void fetch_some() {
+    void step() {
         for (int64_t line = 0; line < lines_a_step && rows > 0; ++line) {
             __builtin_prefetch(row + at, 0, 2);
             at += 64;
@@ -85,15 +89,15 @@ struct Ahead {
 struct Units {
     void (*begin)();
     void (*end)();
-    // One tile of each part, which lie 2 apart: a row of pairs for each line, or a column. Returns the bits of the
-    // largest magnitude.
+    // Splits `from` into a tile of each part, 2 apart in `parts`. A line becomes a row of pairs, or a column. Returns
+    // the bits of the largest magnitude.
     uint32_t (*split)(const Source& from, bool columns, Tile* parts);
-    // The square of two panels, or so much more. Meanwhile memory is fetched.
-    void (*multiply)(const Step* a, const Step* b, int64_t steps, bool more, float* sums, int64_t stride, Ahead& some,
-                     Ahead& other);
+    // sums [32, 32] = the product of two panels, or += if `more`. Prefetches meanwhile.
+    void (*multiply)(const Step* a, const Step* b, int64_t steps, bool more, float* sums, int64_t stride,
+                     Prefetch& next_part, Prefetch& next_panel);
 };
 
-// Line l of each part as pairs.
+// Splits 2 W numbers, and stores each part as W pairs.
 template <int W>
 CSAE_INLINE void split_line(const float* first, const float* second, uint32_t* const* pairs, Integers<W>& largest) {
     Register<W> low = load<W>(first), high = load<W>(second);
@@ -101,7 +105,7 @@ CSAE_INLINE void split_line(const float* first, const float* second, uint32_t* c
         largest.x = x > largest.x ? x : largest.x;
     }
     for (int part = 0; part < n_parts; ++part) {
-        // To the nearest; the last part is exact as it is.
+        // Rounded to the nearest; the last part is exact.
         const Integers<W> low_part{(bits_of(low).x + 0x8000u) & 0xFFFF0000u};
         const Integers<W> high_part{(bits_of(high).x + 0x8000u) & 0xFFFF0000u};
         const auto both = low_part.x >> 16 | high_part.x;
@@ -144,8 +148,8 @@ uint32_t split_portable(const Source& from, bool columns, Tile* parts) {
 
 float number(uint32_t upper_half) { return from_bits(Integers<1>{{upper_half & 0xFFFF0000u}}).x[0]; }
 
-void multiply_portable(const Step* a, const Step* b, int64_t steps, bool more, float* sums, int64_t stride, Ahead&,
-                       Ahead&) {
+void multiply_portable(const Step* a, const Step* b, int64_t steps, bool more, float* sums, int64_t stride, Prefetch&,
+                       Prefetch&) {
     for (int64_t i = 0; i < side; ++i) {
         for (int64_t j = 0; j < side; ++j) {
             float sum = more ? sums[i * stride + j] : 0;
@@ -168,11 +172,11 @@ void multiply_portable(const Step* a, const Step* b, int64_t steps, bool more, f
 
 constexpr Units portable = {no_units, no_units, split_portable, multiply_portable};
 
-// --- matrix units ------------------------------------------------------------------------------------------
+// --- AMX ---------------------------------------------------------------------------------------------------
 
 #if CSAE_HAS_AMX
 
-// Four numbers of each of four rows, which are 4 rows apart.
+// Four numbers of each of rows 0, 4, 8, 12.
 CSAE_AMX CSAE_INLINE __m512i quarters_of(const uint32_t* from) {
     const __m128i* at = reinterpret_cast<const __m128i*>(from);
     __m512i all = _mm512_broadcast_i32x4(_mm_load_si128(at));
@@ -181,7 +185,7 @@ CSAE_AMX CSAE_INLINE __m512i quarters_of(const uint32_t* from) {
     return _mm512_mask_broadcast_i32x4(all, 0xF000, _mm_load_si128(at + 48));
 }
 
-// Loads bring rows together that are 4 apart, so half of the shuffles are left to do.
+// Transposes 16 x 16. Each load combines rows that are 4 apart, which saves half of the shuffles.
 CSAE_AMX CSAE_INLINE void transpose(const Tile& from, Tile& to) {
     for (int64_t c = 0; c < tile; c += 4) {
         const __m512i x0 = quarters_of(from.pairs + c), x1 = quarters_of(from.pairs + tile + c);
@@ -205,9 +209,9 @@ CSAE_AMX uint32_t split_amx(const Source& from, bool columns, Tile* parts) {
 }
 
 CSAE_AMX void multiply_amx(const Step* a, const Step* b, int64_t steps, bool more, float* sums, int64_t stride,
-                           Ahead& some, Ahead& other) {
+                           Prefetch& next_part, Prefetch& next_panel) {
     const int64_t stride_bytes = stride * 4;
-    // A store of a tile takes 1000 cycles where there was none for 1700, so there is one every 800.
+    // A tile store takes 1000 cycles if the last one was 1700 cycles ago, so there is a dummy store every 800.
     Tile unused;
     float* const below = sums + tile * stride;
     if (more) {
@@ -236,7 +240,7 @@ CSAE_AMX void multiply_amx(const Step* a, const Step* b, int64_t steps, bool mor
         LOAD_A(0);
         LOAD_B(2);
         MULTIPLY();
-        some.fetch_some();
+        next_part.step();
         LOAD_B(1);
         MULTIPLY();
         LOAD_A(1);
@@ -244,7 +248,7 @@ CSAE_AMX void multiply_amx(const Step* a, const Step* b, int64_t steps, bool mor
         MULTIPLY();
         LOAD_B(0);
         MULTIPLY();
-        other.fetch_some();
+        next_panel.step();
         LOAD_A(2);
         MULTIPLY();
         LOAD_A(0);
@@ -274,14 +278,14 @@ const Units& units() {
 
 int64_t panels_of(int64_t lines) { return (lines + side - 1) / side; }
 
-// One of the two matrices, as lines [n, k] whatever its strides are: rows of a, columns of b.
+// One of the two matrices, as n lines of k numbers: rows of a, or columns of b.
 struct Operand {
     const float* numbers;
     int64_t stride, stride_k, n, k;
     bool is_b;
     const Units& units;
 
-    // Tile h of a step: lines i and on, numbers c and on of k.
+    // Splits lines i .. i + 16 and numbers c .. c + 32 of k into tile h of a step. Pads with zeros.
     uint32_t split_tile(int64_t i, int64_t c, Step& step, int h) const {
         Tile* const parts = &step.parts[0][h];
         const bool along_k = stride_k == 1;
@@ -302,16 +306,16 @@ struct Operand {
         return units.split(from, along_k == is_b, parts);
     }
 
-    // What is read to split panels first to last - 1 from number c of k, or nothing.
-    Ahead ahead(int64_t first, int64_t last, int64_t c, int64_t steps) const {
+    // A prefetch of what `split` reads for panels first .. last from number c of k; empty if there are none.
+    Prefetch ahead(int64_t first, int64_t last, int64_t c, int64_t steps) const {
         const int64_t lines = std::min(n, last * side) - first * side, width = std::min(k - c, steps * depth);
         if (lines <= 0) return {nullptr, 0, 0, 0, 0, 0};
         const char* from = reinterpret_cast<const char*>(numbers + first * side * stride + c * stride_k);
-        return stride_k == 1 ? Ahead{from, stride * 4, width * 4, lines, 0, 0}
-                             : Ahead{from, stride_k * 4, lines * 4, width, 0, 0};
+        return stride_k == 1 ? Prefetch{from, stride * 4, width * 4, lines, 0, 0}
+                             : Prefetch{from, stride_k * 4, lines * 4, width, 0, 0};
     }
 
-    // Two tiles of each part. The same place in the panel or the step after is fetched: it is split soon.
+    // Splits one step of a panel. Prefetches the same place in the next panel or step, which is split soon after.
     uint32_t split_step(int64_t panel, int64_t c, Step& step) const {
         const int64_t i = panel * side, row = stride_k == 1 ? stride : stride_k;
         const float* next = numbers + (i * stride + c * stride_k) + side * row;
@@ -325,8 +329,8 @@ struct Operand {
         return std::max(first, second);
     }
 
-    // Panels first to last - 1 with numbers c to c + steps * 32 - 1 of k, in the order in which they lie in memory.
-    // Each panel is `panel_steps` long.
+    // Splits numbers c .. c + steps * 32 of k of panels first .. last, in memory order. A panel has room for
+    // panel_steps.
     uint32_t split(int64_t first, int64_t last, int64_t c, int64_t steps, Step* panels, int64_t panel_steps) const {
         uint32_t largest = 0;
         const auto split_at = [&](int64_t panel, int64_t s) {
@@ -358,11 +362,11 @@ struct Product {
     int64_t out_stride;
     const Units& units;
 
-    // The larger one is split a part at a time.
-    bool a_in_parts() const { return a.n >= b.n; }
+    // The larger matrix is split a part at a time.
+    bool a_is_larger() const { return a.n >= b.n; }
 
     float* square_of(int64_t i, int64_t j) const {
-        return a_in_parts() ? out + i * side * out_stride + j * side : out + j * side * out_stride + i * side;
+        return a_is_larger() ? out + i * side * out_stride + j * side : out + j * side * out_stride + i * side;
     }
 
     void fetch_square(const float* sums) const {
@@ -372,97 +376,102 @@ struct Product {
         }
     }
 
-    // Panel i of the one by panel j of the other.
-    void multiply(int64_t i, int64_t j, const Step* of_one, const Step* of_other, int64_t steps, bool more, Ahead& some,
-                  Ahead& other) const {
-        const Step *of_a = a_in_parts() ? of_one : of_other, *of_b = a_in_parts() ? of_other : of_one;
+    // Multiplies panel i of the larger matrix by panel j of the smaller.
+    void multiply(int64_t i, int64_t j, const Step* larger_panel, const Step* smaller_panel, int64_t steps, bool more,
+                  Prefetch& next_part, Prefetch& next_panel) const {
+        const Step *panel_a = a_is_larger() ? larger_panel : smaller_panel,
+                   *panel_b = a_is_larger() ? smaller_panel : larger_panel;
         float* const sums = square_of(i, j);
-        const int64_t rows = std::min(side, a.n - (a_in_parts() ? i : j) * side);
-        const int64_t columns = std::min(side, b.n - (a_in_parts() ? j : i) * side);
+        const int64_t rows = std::min(side, a.n - (a_is_larger() ? i : j) * side);
+        const int64_t columns = std::min(side, b.n - (a_is_larger() ? j : i) * side);
         if (rows == side && columns == side) {
-            units.multiply(of_a, of_b, steps, more, sums, out_stride, some, other);
+            units.multiply(panel_a, panel_b, steps, more, sums, out_stride, next_part, next_panel);
         } else {
             alignas(64) float square[side * side] = {};
             for (int64_t r = 0; more && r < rows; ++r) std::copy_n(sums + r * out_stride, columns, square + r * side);
-            units.multiply(of_a, of_b, steps, more, square, side, some, other);
+            units.multiply(panel_a, panel_b, steps, more, square, side, next_part, next_panel);
             for (int64_t r = 0; r < rows; ++r) std::copy_n(square + r * side, columns, sums + r * out_stride);
         }
     }
 
-    // Panels first to last - 1 of the one, `steps` each, by n_whole of the other, of which each is whole_steps long.
-    void multiply_part(int64_t first, int64_t last, const Step* part, const Step* whole, int64_t n_whole, int64_t steps,
-                       int64_t whole_steps, bool more, Ahead next_part) const {
+    // Multiplies panels first .. last of the larger matrix, `steps` long, by all n_smaller panels of the smaller
+    // matrix, which are smaller_steps apart.
+    void multiply_part(int64_t first, int64_t last, const Step* part, const Step* smaller_panels, int64_t n_smaller,
+                       int64_t steps, int64_t smaller_steps, bool more, Prefetch next_part) const {
         const int64_t lines = static_cast<int64_t>(sizeof(Step)) / 64;
-        next_part.lines_a_step = 2 * side / n_whole + 1;
-        for (int64_t j = 0; j < n_whole; ++j) {
-            const Step* of_whole = whole + j * whole_steps;
-            Ahead next_panel{reinterpret_cast<const char*>(of_whole + whole_steps),
-                             0,
-                             steps * lines * 64,
-                             j + 1 < n_whole,
-                             lines / (last - first) + 1,
-                             0};
+        next_part.lines_a_step = 2 * side / n_smaller + 1;
+        for (int64_t j = 0; j < n_smaller; ++j) {
+            const Step* smaller_panel = smaller_panels + j * smaller_steps;
+            Prefetch next_panel{reinterpret_cast<const char*>(smaller_panel + smaller_steps),
+                                0,
+                                steps * lines * 64,
+                                j + 1 < n_smaller,
+                                lines / (last - first) + 1,
+                                0};
             for (int64_t i = first; i < last; ++i) {
                 if (i + 1 < last) {
                     fetch_square(square_of(i + 1, j));
-                } else if (j + 1 < n_whole) {
+                } else if (j + 1 < n_smaller) {
                     fetch_square(square_of(first, j + 1));
                 }
-                multiply(i, j, part + (i - first) * steps, of_whole, steps, more, next_part, next_panel);
+                multiply(i, j, part + (i - first) * steps, smaller_panel, steps, more, next_part, next_panel);
             }
         }
     }
 
-    // Whether all numbers were in range.
+    // Computes the product. Returns false if a number was out of range.
     bool run(int n_threads) const {
-        const Operand &one = a_in_parts() ? a : b, &other = a_in_parts() ? b : a;
+        const Operand &larger = a_is_larger() ? a : b, &smaller = a_is_larger() ? b : a;
         const int64_t k = a.k, all_steps = (k + depth - 1) / depth;
         const int64_t n_blocks = (k + most_k - 1) / most_k;
         const int64_t block = (all_steps + n_blocks - 1) / n_blocks;
-        const int64_t n_one = panels_of(one.n), n_other = panels_of(other.n);
-        // As many parts for each thread.
-        const int64_t turns = (n_one + n_threads * most_panels - 1) / (n_threads * most_panels);
-        const int64_t part = (n_one + n_threads * turns - 1) / (n_threads * turns);
-        const int64_t n_parts_of_one = (n_one + part - 1) / part;
-        const int64_t n_workers = std::min<int64_t>(n_threads, n_parts_of_one);
-        std::unique_ptr<Step[]> whole(new Step[n_other * all_steps]);
+        const int64_t n_larger = panels_of(larger.n), n_smaller = panels_of(smaller.n);
+        // All threads get the same number of parts.
+        const int64_t turns = (n_larger + n_threads * most_panels - 1) / (n_threads * most_panels);
+        const int64_t part = (n_larger + n_threads * turns - 1) / (n_threads * turns);
+        const int64_t n_larger_parts = (n_larger + part - 1) / part;
+        const int64_t n_workers = std::min<int64_t>(n_threads, n_larger_parts);
+        std::unique_ptr<Step[]> smaller_panels(new Step[n_smaller * all_steps]);
         std::unique_ptr<Step[]> rooms(new Step[n_workers * part * block]);
-        std::atomic<uint32_t> largest_of_one{0}, largest_of_other{0};
+        std::atomic<uint32_t> max_in_larger{0}, max_in_smaller{0};
 
-        const bool by_panels = other.stride_k == 1;
-        const int64_t pieces = by_panels ? n_other : all_steps;
-        // Some in a row, as each fetches what the next one reads.
+        const bool by_panels = smaller.stride_k == 1;
+        const int64_t pieces = by_panels ? n_smaller : all_steps;
+        // Several consecutive pieces, because each prefetches what the next one reads.
         const int64_t in_a_row = std::max<int64_t>(1, pieces / (int64_t{4} * n_threads));
         parallel_for(pieces, in_a_row, n_threads, [&](int, int64_t begin, int64_t end) {
-            raise(largest_of_other,
-                  by_panels ? other.split(begin, end, 0, all_steps, whole.get() + begin * all_steps, all_steps)
-                            : other.split(0, n_other, begin * depth, end - begin, whole.get() + begin, all_steps));
+            raise(max_in_smaller, by_panels ? smaller.split(begin, end, 0, all_steps,
+                                                            smaller_panels.get() + begin * all_steps, all_steps)
+                                            : smaller.split(0, n_smaller, begin * depth, end - begin,
+                                                            smaller_panels.get() + begin, all_steps));
         });
-        if (largest_of_other >= too_large) return false;
+        if (max_in_smaller >= too_large) return false;
 
         std::atomic<int64_t> next_free{n_workers};
         parallel_for(n_workers, 1, static_cast<int>(n_workers), [&](int thread, int64_t here, int64_t) {
             Step* const room = rooms.get() + thread * part * block;
             units.begin();
-            while (here < n_parts_of_one) {
-                // Taken early, to be fetched meanwhile.
+            while (here < n_larger_parts) {
+                // The next part is taken early, so that it can be prefetched.
                 const int64_t next = next_free.fetch_add(1, std::memory_order_relaxed);
-                const int64_t first = here * part, last = std::min(n_one, first + part);
+                const int64_t first = here * part, last = std::min(n_larger, first + part);
                 for (int64_t s = 0; s < all_steps; s += block) {
                     const int64_t steps = std::min(block, all_steps - s), after = s + block;
-                    raise(largest_of_one, one.split(first, last, s * depth, steps, room, steps));
-                    const Ahead next_part = after < all_steps ? one.ahead(first, last, after * depth, block)
-                                                              : one.ahead(next * part, (next + 1) * part, 0, block);
-                    multiply_part(first, last, room, whole.get() + s, n_other, steps, all_steps, s > 0, next_part);
+                    raise(max_in_larger, larger.split(first, last, s * depth, steps, room, steps));
+                    const Prefetch next_part = after < all_steps
+                                                   ? larger.ahead(first, last, after * depth, block)
+                                                   : larger.ahead(next * part, (next + 1) * part, 0, block);
+                    multiply_part(first, last, room, smaller_panels.get() + s, n_smaller, steps, all_steps, s > 0,
+                                  next_part);
                 }
                 here = next;
             }
             units.end();
         });
-        if (largest_of_one >= too_large) return false;
-        const double one_most = from_bits(Integers<1>{{largest_of_one.load()}}).x[0];
-        const double other_most = from_bits(Integers<1>{{largest_of_other.load()}}).x[0];
-        return one_most * other_most * static_cast<double>(k) < 0x1p127;
+        if (max_in_larger >= too_large) return false;
+        const double larger_max = from_bits(Integers<1>{{max_in_larger.load()}}).x[0];
+        const double smaller_max = from_bits(Integers<1>{{max_in_smaller.load()}}).x[0];
+        return larger_max * smaller_max * static_cast<double>(k) < 0x1p127;
     }
 };
 

@@ -1,7 +1,9 @@
-// Look-back attention of one position of each of B sequences to the memory of the positions before it.
+// Look-back attention of one position of each of B sequences to its memory of earlier positions: decoding with a
+// key-value cache.
 //
-// A sequence's memory is a row a position: the keys of all heads, then their values. Rows are gone through in order,
-// all heads of one at a time, so that memory is read once and straight ahead: keys first, for the scores, then values.
+// A sequence's memory has a row for each position: the keys of all heads, then their values. All heads of a row are
+// computed before the next row, so that memory is read once and sequentially: first the keys, for the scores, then the
+// values.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -15,22 +17,23 @@
 namespace csae {
 namespace {
 
-// What the loops over a row's heads need.
+// The sizes that the loops over a row's heads need.
 struct Heads {
     int64_t H, d_head, d_value;
     float scale;
 };
 
-// scores [H, stride], at column i: <q, key> * scale - slope * log of the distance.
+// scores[h * stride] = <q_h, key_h> * scale - slope_h * log of the distance, for each head of one row of memory.
 template <int W>
-CSAE_INLINE void score_row(const Heads& of, const float* q, const float* keys, const float* slope, float log,
+CSAE_INLINE void score_row(const Heads& heads, const float* q, const float* keys, const float* slope, float log,
                            float* scores, int64_t stride) {
-    for (int64_t h = 0; h < of.H; ++h) {
-        scores[h * stride] = dot<W>(q + h * of.d_head, keys + h * of.d_head, of.d_head) * of.scale - slope[h] * log;
+    for (int64_t h = 0; h < heads.H; ++h) {
+        scores[h * stride] =
+            dot<W>(q + h * heads.d_head, keys + h * heads.d_head, heads.d_head) * heads.scale - slope[h] * log;
     }
 }
 
-// scores [n] of one head -> the weights of a softmax that also runs over null. n is padded to a multiple of W.
+// scores [n] of one head -> the weights of a softmax over the scores and null. Pads scores to a multiple of W.
 template <int W>
 CSAE_INLINE void soften(float* scores, int64_t n, float null) {
     float maximum = null;
@@ -49,42 +52,43 @@ CSAE_INLINE void soften(float* scores, int64_t n, float null) {
     for (int64_t i = 0; i < n; ++i) scores[i] *= share;
 }
 
-// out [H, d_value] += weights [H, stride], at column i, times values.
+// out[h] += weights[h * stride] * values[h], for each head of one row of memory.
 template <int W>
-CSAE_INLINE void add_row(const Heads& of, const float* weights, int64_t stride, const float* values, float* out) {
-    for (int64_t h = 0; h < of.H; ++h) {
+CSAE_INLINE void add_row(const Heads& heads, const float* weights, int64_t stride, const float* values, float* out) {
+    for (int64_t h = 0; h < heads.H; ++h) {
         const float weight = weights[h * stride];
-        const float* from = values + h * of.d_value;
-        float* to = out + h * of.d_value;
+        const float* from = values + h * heads.d_value;
+        float* to = out + h * heads.d_value;
         int64_t c = 0;
-        for (; c + W <= of.d_value; c += W) store<W>(to + c, {load<W>(to + c).x + weight * load<W>(from + c).x});
-        for (; c < of.d_value; ++c) to[c] += weight * from[c];
+        for (; c + W <= heads.d_value; c += W) store<W>(to + c, {load<W>(to + c).x + weight * load<W>(from + c).x});
+        for (; c < heads.d_value; ++c) to[c] += weight * from[c];
     }
 }
 
-// rows [n]: which rows of memory are seen; logs [n]: of their distances; scores: scratch [H, stride].
+// Attention of one sequence. rows [n]: the visible rows of memory; logs [n]: the logs of their distances; scores:
+// scratch [H, stride].
 template <int W>
-CSAE_INLINE void read_one(const Heads& of, const float* q, const float* memory, int64_t memory_stride,
+CSAE_INLINE void read_one(const Heads& heads, const float* q, const float* memory, int64_t memory_stride,
                           const float* slope, const float* null, const int64_t* rows, const float* logs, int64_t n,
                           float* scores, int64_t stride, float* out) {
     for (int64_t i = 0; i < n; ++i) {
-        score_row<W>(of, q, memory + rows[i] * memory_stride, slope, logs[i], scores + i, stride);
+        score_row<W>(heads, q, memory + rows[i] * memory_stride, slope, logs[i], scores + i, stride);
     }
-    for (int64_t h = 0; h < of.H; ++h) soften<W>(scores + h * stride, n, null[h]);
-    std::fill(out, out + of.H * of.d_value, 0.0f);
-    const float* values = memory + of.H * of.d_head;
-    for (int64_t i = 0; i < n; ++i) add_row<W>(of, scores + i, stride, values + rows[i] * memory_stride, out);
+    for (int64_t h = 0; h < heads.H; ++h) soften<W>(scores + h * stride, n, null[h]);
+    std::fill(out, out + heads.H * heads.d_value, 0.0f);
+    const float* values = memory + heads.H * heads.d_head;
+    for (int64_t i = 0; i < n; ++i) add_row<W>(heads, scores + i, stride, values + rows[i] * memory_stride, out);
 }
 
-using ReadOne = void (*)(const Heads& of, const float* q, const float* memory, int64_t memory_stride,
+using ReadOne = void (*)(const Heads& heads, const float* q, const float* memory, int64_t memory_stride,
                          const float* slope, const float* null, const int64_t* rows, const float* logs, int64_t n,
                          float* scores, int64_t stride, float* out);
 
-#define CSAE_READ_ONE(NAME, TARGET, W)                                                                                \
-    TARGET void NAME(const Heads& of, const float* q, const float* memory, int64_t memory_stride, const float* slope, \
-                     const float* null, const int64_t* rows, const float* logs, int64_t n, float* scores,             \
-                     int64_t stride, float* out) {                                                                    \
-        read_one<W>(of, q, memory, memory_stride, slope, null, rows, logs, n, scores, stride, out);                   \
+#define CSAE_READ_ONE(NAME, TARGET, W)                                                                         \
+    TARGET void NAME(const Heads& heads, const float* q, const float* memory, int64_t memory_stride,           \
+                     const float* slope, const float* null, const int64_t* rows, const float* logs, int64_t n, \
+                     float* scores, int64_t stride, float* out) {                                              \
+        read_one<W>(heads, q, memory, memory_stride, slope, null, rows, logs, n, scores, stride, out);         \
     }
 
 CSAE_READ_ONE(portable, , 4)
@@ -101,7 +105,7 @@ ReadOne read_one_here() {
     return portable;
 }
 
-// No register is wider.
+// Most floats in a register of any instruction set.
 constexpr int64_t padding = 16;
 
 }  // namespace
@@ -109,46 +113,49 @@ constexpr int64_t padding = 16;
 
 int csae_read_memory(const csae_memory* given, float* out, int64_t out_stride, int n_threads) {
     if (given == nullptr || n_threads < 1) return csae_bad_argument;
-    const csae_memory m = *given;
-    if (m.B < 0 || m.L < 0 || m.H < 0 || m.d_head < 1 || m.d_value < 0 || m.t < 0) return csae_bad_argument;
-    if (m.q_stride < 0 || m.memory_stride_b < 0 || m.memory_stride_l < 0 || m.takes_part_stride < 0) {
+    const csae_memory args = *given;
+    if (args.B < 0 || args.L < 0 || args.H < 0 || args.d_head < 1 || args.d_value < 0 || args.t < 0)
+        return csae_bad_argument;
+    if (args.q_stride < 0 || args.memory_stride_b < 0 || args.memory_stride_l < 0 || args.takes_part_stride < 0) {
         return csae_bad_argument;
     }
-    if (m.B > 1 && out_stride < m.H * m.d_value) return csae_bad_argument;
-    if (m.B * m.H == 0) return csae_ok;
-    if (m.q == nullptr || m.slope == nullptr || m.null == nullptr || m.start == nullptr || m.looks == nullptr) {
+    if (args.B > 1 && out_stride < args.H * args.d_value) return csae_bad_argument;
+    if (args.B * args.H == 0) return csae_ok;
+    if (args.q == nullptr || args.slope == nullptr || args.null == nullptr || args.start == nullptr ||
+        args.looks == nullptr) {
         return csae_bad_argument;
     }
-    if (m.d_value > 0 && out == nullptr) return csae_bad_argument;
-    if (m.t > 0 && m.L > 0 && (m.memory == nullptr || m.takes_part == nullptr)) return csae_bad_argument;
-    const int64_t room = std::min(m.t, m.L);
+    if (args.d_value > 0 && out == nullptr) return csae_bad_argument;
+    if (args.t > 0 && args.L > 0 && (args.memory == nullptr || args.takes_part == nullptr)) return csae_bad_argument;
+    const int64_t room = std::min(args.t, args.L);
     const int64_t stride = (room + csae::padding) / csae::padding * csae::padding;
-    const csae::Heads heads = {m.H, m.d_head, m.d_value, 1 / std::sqrt(static_cast<float>(m.d_head))};
+    const csae::Heads heads = {args.H, args.d_head, args.d_value, 1 / std::sqrt(static_cast<float>(args.d_head))};
     const csae::ReadOne read_one = csae::read_one_here();
-    if (n_threads > m.B) n_threads = static_cast<int>(m.B);
+    if (n_threads > args.B) n_threads = static_cast<int>(args.B);
     try {
-        // Of each thread: which rows are seen, the logs of their distances, and scores.
+        // For each thread: the visible rows, the logs of their distances, and scores.
         std::unique_ptr<int64_t[]> rows(new int64_t[static_cast<size_t>(n_threads * room) + 1]);
         std::unique_ptr<float[]> logs(new float[static_cast<size_t>(n_threads * room) + 1]);
-        std::unique_ptr<float[]> scores(new float[static_cast<size_t>(n_threads * m.H * stride)]);
+        std::unique_ptr<float[]> scores(new float[static_cast<size_t>(n_threads * args.H * stride)]);
         std::unique_ptr<float[]> log_of(new float[static_cast<size_t>(room) + 1]);
         for (int64_t distance = 1; distance <= room; ++distance) {
             log_of[distance] = std::log(static_cast<float>(distance));
         }
-        csae::parallel_for(m.B, 1, n_threads, [&](int thread, int64_t b, int64_t) {
-            int64_t* own_rows = rows.get() + thread * room;
-            float* own_logs = logs.get() + thread * room;
-            const uint8_t* takes_part = m.takes_part + b * m.takes_part_stride;
+        csae::parallel_for(args.B, 1, n_threads, [&](int thread, int64_t b, int64_t) {
+            int64_t* thread_rows = rows.get() + thread * room;
+            float* thread_logs = logs.get() + thread * room;
+            const uint8_t* takes_part = args.takes_part + b * args.takes_part_stride;
             int64_t n = 0;
-            const int64_t first = std::max(m.t - room, m.start[b]);
-            for (int64_t j = first; m.looks[b] && j < m.t; ++j) {
-                const int64_t row = j % m.L;
-                own_rows[n] = row;
-                own_logs[n] = log_of[m.t - j];
+            const int64_t first = std::max(args.t - room, args.start[b]);
+            for (int64_t j = first; args.looks[b] && j < args.t; ++j) {
+                const int64_t row = j % args.L;
+                thread_rows[n] = row;
+                thread_logs[n] = log_of[args.t - j];
                 n += takes_part[row] != 0;
             }
-            read_one(heads, m.q + b * m.q_stride, m.memory + b * m.memory_stride_b, m.memory_stride_l, m.slope, m.null,
-                     own_rows, own_logs, n, scores.get() + thread * m.H * stride, stride, out + b * out_stride);
+            read_one(heads, args.q + b * args.q_stride, args.memory + b * args.memory_stride_b, args.memory_stride_l,
+                     args.slope, args.null, thread_rows, thread_logs, n, scores.get() + thread * args.H * stride,
+                     stride, out + b * out_stride);
         });
     } catch (const std::bad_alloc&) {
         return csae_out_of_memory;

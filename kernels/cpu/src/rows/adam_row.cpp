@@ -7,7 +7,7 @@
 namespace csae {
 namespace {
 
-// A row is divided by no less: one of zeros stays as it is.
+// The least divisor of a row, so that a row of zeros stays zero.
 constexpr float least_norm = 1e-12f;
 
 template <int W>
@@ -34,14 +34,14 @@ CSAE_INLINE void mix(Bits& x) {
     x ^= x >> 16;
 }
 
-// Moments are rounded by chance, which is a hash of the step's seed and the element's place: 16 bits of it are added
-// below those that stay.
+// Stochastic rounding of moments to bfloat16: 16 random bits are added to the 16 that are cut off. The random bits are
+// a hash of the step's seed and the element's index in the table.
 template <int W>
-struct Chance {
+struct RandomBits {
     Integers<W> place;
     uint32_t seed;
 
-    inline __attribute__((always_inline)) Chance(uint32_t first_place, uint32_t of_step) : seed(of_step) {
+    inline __attribute__((always_inline)) RandomBits(uint32_t first_place, uint32_t seed_) : seed(seed_) {
         for (int l = 0; l < W; ++l) place.x[l] = first_place + static_cast<uint32_t>(l);
         mix(seed);
     }
@@ -54,16 +54,16 @@ struct Chance {
 };
 
 template <int W>
-CSAE_INLINE void store_moment(float* p, const Register<W>& moment, const Chance<W>&, int64_t) {
+CSAE_INLINE void store_moment(float* p, const Register<W>& moment, const RandomBits<W>&, int64_t) {
     store(p, moment);
 }
 
 template <int W>
-CSAE_INLINE void store_moment(BFloat16* p, const Register<W>& moment, const Chance<W>& chance, int64_t c) {
-    store_rounded(p, moment, chance.bits(c));
+CSAE_INLINE void store_moment(BFloat16* p, const Register<W>& moment, const RandomBits<W>& random, int64_t c) {
+    store_rounded(p, moment, random.bits(c));
 }
 
-// Columns [c, end) by W; returns where it stopped.
+// Adds <a, b> of columns [c, end) to sum, W columns at a time; returns the first column that is left.
 template <int W>
 CSAE_INLINE int64_t dot(const float* a, const float* b, int64_t c, int64_t end, float& sum) {
     Register<W> sums[4] = {};
@@ -82,18 +82,18 @@ CSAE_INLINE int64_t scale(float* a, int64_t c, int64_t end, float factor) {
 }
 
 struct Row {
-    float along;    // the gradient's part along the row, to be taken out
-    float squares;  // of what the row becomes
+    float dot;      // <gradient, param>, to project the gradient; 0 if the row is not a unit row
+    float squares;  // sum of squares of the updated row
 };
 
 template <int W, class M>
 CSAE_INLINE int64_t update(const csae_adam& step, float* param, M* exp_avg, M* exp_avg_sq, const float* gradient,
                            int64_t c, int64_t end, uint32_t place, Row& row) {
-    const Chance<W> first(place, step.seed), second(place, step.seed + 0x9E3779B9u);
+    const RandomBits<W> first(place, step.seed), second(place, step.seed + 0x9E3779B9u);
     Register<W> squares = {};
     for (; c + W <= end; c += W) {
         Register<W> w = load<W>(param + c), m = load<W>(exp_avg + c), v = load<W>(exp_avg_sq + c);
-        const Register<W> g = {load<W>(gradient + c).x - row.along * w.x};
+        const Register<W> g = {load<W>(gradient + c).x - row.dot * w.x};
         m.x += (g.x - m.x) * step.one_minus_beta1;
         v.x = v.x * step.beta2 + g.x * g.x * step.one_minus_beta2;
         w.x -= step.step_size * m.x / (square_root(v).x * step.correction + step.eps);
@@ -110,12 +110,12 @@ template <int W, class M>
 CSAE_INLINE void adam_row(const csae_adam& step, float* param, M* exp_avg, M* exp_avg_sq, const float* gradient,
                           int64_t d, uint32_t place, bool unit_row) {
     Row row = {0, 0};
-    if (unit_row) dot<1>(gradient, param, dot<W>(gradient, param, 0, d, row.along), d, row.along);
+    if (unit_row) dot<1>(gradient, param, dot<W>(gradient, param, 0, d, row.dot), d, row.dot);
     const int64_t rest = update<W>(step, param, exp_avg, exp_avg_sq, gradient, 0, d, place, row);
     update<1>(step, param, exp_avg, exp_avg_sq, gradient, rest, d, place, row);
     if (!unit_row) return;
     const float norm = std::sqrt(row.squares);
-    const float factor = 1 / (norm < least_norm ? least_norm : norm);  // NaN where the norm is
+    const float factor = 1 / (norm < least_norm ? least_norm : norm);  // NaN if the norm is NaN
     scale<1>(param, scale<W>(param, 0, d, factor), d, factor);
 }
 

@@ -1,5 +1,5 @@
-// Adam on tables whose gradients are given in factors: a row's gradient is summed where it is used, so that parameters
-// and moments pass through memory once, and no dense gradient does.
+// Adam on tables with factored gradients. Each row's gradient is summed just before its update: parameters and moments
+// pass through memory once, and the dense gradient never exists.
 #include "csae_cpu.h"
 #include "rows/adam_row.h"
 #include "rows/feature_gradients.h"
@@ -7,8 +7,8 @@
 namespace csae {
 namespace {
 
-// Numbers below the least normal one count as zero while this lives. The moments of a feature that is dead decay into
-// that range and stay there, and arithmetic in it is ten times slower.
+// Denormal numbers count as zero during the lifetime of this object. The moments of dead features decay to denormals
+// and stay there, and arithmetic on them is ten times slower.
 class FlushDenormals {
 public:
     FlushDenormals() : before_(get()) { set(before_ | flush); }
@@ -19,12 +19,12 @@ public:
 private:
 #if defined(__x86_64__)
     using Mode = unsigned;
-    static constexpr Mode flush = 0x8040;  // both of results and of operands
+    static constexpr Mode flush = 0x8040;  // MXCSR: FTZ (results) and DAZ (operands)
     static Mode get() { return __builtin_ia32_stmxcsr(); }
     static void set(Mode mode) { __builtin_ia32_ldmxcsr(mode); }
 #elif defined(__aarch64__)
     using Mode = uint64_t;
-    static constexpr Mode flush = 1 << 24;
+    static constexpr Mode flush = 1 << 24;  // FPCR: FZ
     static Mode get() {
         Mode mode;
         asm volatile("mrs %0, fpcr" : "=r"(mode));

@@ -1,4 +1,4 @@
-// The rows of gradients that are given in factors, a feature at a time.
+// The rows of factored gradients, summed one feature at a time: an SpMM with the CSR matrix csae_pairs.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@ namespace csae {
 struct FreeAligned {
     void operator()(float* p) const { ::operator delete(p, std::align_val_t{64}); }
 };
-// Floats that begin with a cache line.
+// Floats that start at a cache line.
 using Floats = std::unique_ptr<float[], FreeAligned>;
 inline Floats allocate_floats(int64_t count) {
     return Floats(
@@ -25,13 +25,14 @@ inline Floats allocate_floats(int64_t count) {
 
 class FeatureGradients {
 public:
-    // Checks its arguments and, where status() is csae_ok, sums the parts of long runs. May throw std::bad_alloc.
+    // Checks its arguments, sets status(), and sums the parts of long runs. May throw std::bad_alloc.
     FeatureGradients(const csae_pairs& pairs, std::vector<csae_gradient> tables, int n_threads);
 
-    // csae_ok, or what is wrong: then nothing else may be called.
+    // If it is not csae_ok, nothing else may be called.
     int status() const { return status_; }
 
-    // Calls use(table, feature, gradient [d]) for each table and each feature, or each with a pair, in some thread.
+    // Calls use(table, feature, gradient [d]) for each table and each feature (with_pairs_only: each feature with
+    // pairs), in any thread.
     template <class Use>
     void for_each(bool with_pairs_only, Use&& use) {
         parallel_for(n_pieces_, 1, n_threads_, [&](int thread, int64_t piece, int64_t) {
@@ -49,13 +50,13 @@ public:
 
 private:
     struct LongRun {
-        int64_t feature, first_part;  // of all long runs' parts
+        int64_t feature, first_part;  // first_part: an index into the parts of all long runs
     };
 
     int check() const;
     void sum_parts();
     void sum(size_t table, int64_t feature, int64_t end, float* gradient, float* weights) const;
-    void sum_part(const csae_gradient& of, int64_t begin, int64_t end, int64_t next_end, float* weights,
+    void sum_part(const csae_gradient& factors, int64_t begin, int64_t end, int64_t next_end, float* weights,
                   float* sum) const;
     int64_t first_feature(int64_t piece) const;
     float* scratch(int thread) const { return scratch_.get() + thread * scratch_size_; }
@@ -64,9 +65,9 @@ private:
     std::vector<csae_gradient> tables_;
     int n_threads_, status_;
     int64_t n_pieces_, width_ = 0, scratch_size_ = 0;
-    Floats scratch_;  // a thread's gradient and weights
+    Floats scratch_;  // [threads, width_ + part_size]: a gradient, then weights
     std::vector<LongRun> long_runs_;
-    std::vector<Floats> part_sums_;  // of each table, [parts of all long runs, d]
+    std::vector<Floats> part_sums_;  // for each table [parts of all long runs, d]
 };
 
 }  // namespace csae

@@ -1,4 +1,4 @@
-// Gradients written out: the transpose of gather_sum.
+// Gradients written out: an SpMM with the transposed code, the transpose of gather_sum.
 #include "csae_cpu.h"
 #include "rows/feature_gradients.h"
 #include "simd/register.h"
@@ -6,7 +6,7 @@
 namespace csae {
 namespace {
 
-// False where the result can't be written.
+// Whether the result can be written to table.out.
 bool good(const csae_dense_gradient& table, int64_t d_sae) {
     if (d_sae > 1 && table.out_stride < table.gradient.d) return false;
     return d_sae * table.gradient.d <= 0 || table.out != nullptr;

@@ -1,4 +1,4 @@
-// The dot products of each row with k rows of the table.
+// The dot products of each row with k rows of the table: an SDDMM.
 #include <algorithm>
 #include <atomic>
 
@@ -9,7 +9,7 @@
 namespace csae {
 namespace {
 
-// False where an index is outside of [0, d_sae).
+// Returns false if an index is outside of [0, d_sae).
 template <class T>
 bool gather_dot(const float* rows, int64_t rows_stride, const int64_t* indices, int64_t indices_stride, int64_t n,
                 int64_t k, const T* table, int64_t table_stride, int64_t d_sae, int64_t d, float* out,
@@ -45,7 +45,7 @@ int csae_gather_dot(const float* rows, int64_t rows_stride, const int64_t* indic
     }
     if (d_sae * d > 0 && table == nullptr) return csae_bad_argument;
     if (type != csae_float32 && type != csae_bfloat16) return csae_bad_argument;
-    // What is empty may be null, which must not be stepped through, not even to stay unread.
+    // An empty matrix may be a null pointer, and pointer arithmetic on null is undefined.
     if (d == 0) rows_stride = table_stride = 0;
     if (k == 0) indices_stride = out_stride = 0;
     const auto run = [&](auto* typed_table) {

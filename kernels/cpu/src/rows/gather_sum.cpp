@@ -1,4 +1,4 @@
-// Each row of the result is a weighted sum of k rows of the table.
+// Each row of the result is a weighted sum of k rows of the table: a weighted embedding bag.
 #include <algorithm>
 #include <atomic>
 
@@ -9,7 +9,7 @@
 namespace csae {
 namespace {
 
-// False where an index is outside of [0, d_sae).
+// Returns false if an index is outside of [0, d_sae).
 template <class T>
 bool gather_sum(const float* values, int64_t values_stride, const int64_t* indices, int64_t indices_stride, int64_t n,
                 int64_t k, const T* table, int64_t table_stride, int64_t d_sae, int64_t d, T* out, int64_t out_stride,
@@ -46,7 +46,7 @@ int csae_gather_sum(const float* values, int64_t values_stride, const int64_t* i
     }
     if (d_sae * d > 0 && table == nullptr) return csae_bad_argument;
     if (type != csae_float32 && type != csae_bfloat16) return csae_bad_argument;
-    // What is empty may be null, which must not be stepped through, not even to stay unread.
+    // An empty matrix may be a null pointer, and pointer arithmetic on null is undefined.
     if (k == 0) values_stride = indices_stride = 0;
     if (d == 0) table_stride = out_stride = 0;
     const auto run = [&](auto* typed_table, auto* typed_out) {

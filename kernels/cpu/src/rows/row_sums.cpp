@@ -10,7 +10,7 @@ CSAE_INLINE void fetch(const T* p, int64_t count) {
     for (int64_t c = 0; c < count; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + c);
 }
 
-// Columns [c, c + R * W) of a weighted sum, kept in R registers. The next columns of the rows are fetched on the way.
+// Columns [c, c + R * W) of a weighted sum, in R registers. Prefetches the next to_fetch columns of the rows.
 template <int W, int R, class T, class Out>
 CSAE_INLINE void weighted_columns(const T* table, int64_t stride, int64_t c, int64_t to_fetch, const int64_t* ids,
                                   const float* weights, int64_t count, Out* out) {
@@ -38,8 +38,8 @@ CSAE_INLINE void weighted_sum(const T* table, int64_t stride, int64_t d, const i
     for (; c < d; ++c) weighted_columns<1, 1>(table, stride, c, 0, ids, weights, count, out);
 }
 
-// R dot products at once: the row is loaded once for all, and their sums don't wait for each other. The R rows of
-// the table that come next are fetched on the way.
+// R dot products at once: they share the loads of `row`, and their sums are independent. Prefetches the next R rows of
+// the table.
 template <int W, int R, class T>
 CSAE_INLINE void dots_of(const T* table, int64_t stride, int64_t d, const int64_t* ids, const int64_t* next_ids,
                          const float* row, float* out) {

@@ -1,4 +1,5 @@
-// Sums over chosen rows of a table, in each instruction set. T, the table's type, is float or BFloat16; sums are float.
+// Weighted sums of, and dot products with, chosen rows of a table, in each instruction set. T, the type of the table,
+// is float or BFloat16; sums are float.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +11,7 @@ namespace csae {
 template <class T>
 struct RowSums {
     // out [d] = sum over j < count of weights[j] * table[ids[j]], added in the order of j.
-    // next_ids [next_count]: the rows that the next call needs; their beginnings are fetched meanwhile.
+    // next_ids [next_count]: the rows of the next call, whose first columns are prefetched.
     void (*weighted_sum)(const T* table, int64_t stride, int64_t d, const int64_t* ids, const float* weights,
                          int64_t count, const int64_t* next_ids, int64_t next_count, float* out);
 

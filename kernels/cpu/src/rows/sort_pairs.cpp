@@ -1,4 +1,4 @@
-// Pairs (feature, token) sorted by feature, by counting.
+// A counting sort of pairs (feature, token) by feature.
 #include <algorithm>
 #include <memory>
 #include <new>
@@ -9,25 +9,26 @@
 namespace csae {
 namespace {
 
-// A thread for fewer pairs costs more than it saves.
+// Fewest pairs that are worth a thread of their own.
 constexpr int64_t pairs_of_part = 32768;
 constexpr int64_t max_parts = 8;
 
-// One of the two. A compiler makes a branch of the plain choice, and here it could not be predicted.
+// first ? one : other, without a branch: compilers make a branch of ?:, and it would be unpredictable here.
 inline int64_t* either(bool first, int64_t* one, int64_t* other) {
     const auto mask = -static_cast<uintptr_t>(first);
     return reinterpret_cast<int64_t*>((reinterpret_cast<uintptr_t>(one) & mask) |
                                       (reinterpret_cast<uintptr_t>(other) & ~mask));
 }
 
-// Each thread counts some of the pairs, then places those of some of the keys: of all pairs, which it goes through in
-// order. Two threads that placed pairs of the same keys would write to the same cache lines all the time.
+// First each thread counts the keys of its share of the pairs. Then each thread goes through all pairs, in order, and
+// places those with its share of the keys. Two threads that placed pairs of the same key would write to the same cache
+// lines all the time.
 void sort_pairs(const int64_t* features, const int64_t* tokens, int64_t n_pairs, int64_t d_sae, int64_t* order,
                 int64_t* sorted_tokens, int64_t* ends, int n_threads) {
-    // Counters that outnumber the pairs cost more than they save, too.
+    // At most 4 counters a pair, because counters have to be cleared and added up.
     const int64_t n_parts = std::max<int64_t>(
         1, std::min({max_parts, int64_t{n_threads}, n_pairs / pairs_of_part, 4 * n_pairs / (d_sae + 1)}));
-    const int64_t n_keys = d_sae + 1;  // the last one is of what is inactive
+    const int64_t n_keys = d_sae + 1;  // the last key is for inactive pairs
     const auto share = [=](int64_t part) { return n_pairs * part / n_parts; };
     const auto key_of = [=](int64_t pair) {
         return static_cast<int64_t>(std::min(static_cast<uint64_t>(features[pair]), static_cast<uint64_t>(d_sae)));
@@ -45,17 +46,17 @@ void sort_pairs(const int64_t* features, const int64_t* tokens, int64_t n_pairs,
     int64_t* next = counts.get();
     std::copy(ends, ends + n_keys, next);
     parallel_for(n_parts, 1, n_threads, [&](int, int64_t part, int64_t) {
-        // Keys are shared out so that each thread has about as many pairs to place.
+        // Each thread's share of the keys has about as many pairs.
         const auto key_at = [&](int64_t place) { return std::lower_bound(ends, ends + n_keys, place) - ends; };
         const int64_t first = key_at(share(part)), last = part + 1 == n_parts ? n_keys : key_at(share(part + 1));
-        // What is another thread's is placed in `nowhere`.
+        // Pairs of other threads are written to `nowhere`, which is faster than a branch.
         int64_t skipped = 0, nowhere;
         for (int64_t pair = 0; pair < n_pairs; ++pair) {
             const int64_t key = key_of(pair);
-            const bool own = (key >= first) & (key < last);
-            const int64_t at = (*either(own, next + key, &skipped))++;
-            *either(own, order + at, &nowhere) = pair;
-            *either(own, sorted_tokens + at, &nowhere) = tokens[pair];
+            const bool mine = (key >= first) & (key < last);
+            const int64_t at = (*either(mine, next + key, &skipped))++;
+            *either(mine, order + at, &nowhere) = pair;
+            *either(mine, sorted_tokens + at, &nowhere) = tokens[pair];
         }
     });
 }

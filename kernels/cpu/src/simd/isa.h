@@ -1,4 +1,4 @@
-// Which instructions the row loops use.
+// The instruction set in use.
 #pragma once
 
 #if defined(__x86_64__)
@@ -9,7 +9,7 @@
 #define CSAE_X86 0
 #endif
 
-// Matrix units, and a system that is known to lend them.
+// AMX needs a compiler with its intrinsics, and a system that is known to grant its use.
 #if CSAE_X86 && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define CSAE_HAS_AMX 1
 #define CSAE_AMX \
@@ -18,12 +18,12 @@
 #define CSAE_HAS_AMX 0
 #endif
 
-// A body that is inlined into one wrapper per instruction set, and compiled for each.
+// A function body that is inlined into one wrapper per instruction set, and so compiled for each.
 #define CSAE_INLINE static inline __attribute__((always_inline))
 
 namespace csae {
 
-// Each has all that the one before has. amx is for what multiplies matrices of bfloat16.
+// Each includes the ones before it. amx: AVX-512, and AMX for products of bfloat16 matrices.
 enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, amx = 3 };
 
 Isa current_isa();

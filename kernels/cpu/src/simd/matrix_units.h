@@ -1,4 +1,4 @@
-// Matrix units that multiply bfloat16: eight tiles, each 16 rows of 64 bytes.
+// AMX: matrix units that multiply bfloat16, with eight tile registers of 16 rows of 64 bytes.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +16,8 @@
 
 namespace csae {
 
-// A tile holds 16 rows of 32 numbers, or 16 pairs of numbers of each of 16 columns, or 16 by 16 sums. Four of the last
-// kind are a square.
+// A tile register holds 16 x 32 numbers of the left operand, or 16 pairs of numbers of each of 16 columns of the right
+// one, or 16 x 16 float sums. Four tiles of sums are a square, side x side.
 constexpr int64_t tile = 16, depth = 32, side = 2 * tile;
 
 inline void no_units() {}
@@ -30,7 +30,7 @@ struct alignas(64) TileConfig {
     uint8_t rows[16] = {tile, tile, tile, tile, tile, tile, tile, tile};
 };
 
-// Not in a function: GCC believes that the instruction reads eight bytes, and leaves out what else is written there.
+// Not a local variable: GCC believes that the instruction reads 8 bytes only, and would drop the stores of the others.
 inline constexpr TileConfig eight_tiles;
 
 CSAE_AMX inline void begin_amx() { _tile_loadconfig(&eight_tiles); }

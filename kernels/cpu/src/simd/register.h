@@ -1,5 +1,5 @@
-// One vector register of W floats. GCC and clang turn its arithmetic into the instructions of the function that it is
-// inlined into. In memory they may be bfloat16.
+// A vector register of W floats, in GCC's vector extensions. GCC and clang compile its arithmetic to the instruction
+// set of the function that it is inlined into. Loads and stores convert from and to bfloat16.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace csae {
 
-// The upper half of a float.
+// bfloat16: the upper 16 bits of a float.
 struct BFloat16 {
     uint16_t bits;
 };
@@ -56,7 +56,7 @@ CSAE_INLINE Register<W> from_bits(const Integers<W>& bits) {
     return r;
 }
 
-// From lane `first` on: a lane of a, the same of b, the next of a, and so on.
+// a[first], b[first], a[first + 1], b[first + 1], and so on.
 template <int W, int first, int... L>
 CSAE_INLINE Register<W> interleave(const Register<W>& a, const Register<W>& b, std::integer_sequence<int, L...>) {
 #if defined(__clang__)
@@ -78,7 +78,7 @@ CSAE_INLINE Register<W> load(const BFloat16* p) {
     return from_bits(Integers<W>{__builtin_convertvector(halves, typename Integers<W>::Bits) << 16});
 }
 
-// As bfloat16: `below` is added below the bits that stay, and carries into them. A NaN stays one.
+// As bfloat16, with rounding bits: `below` is added to the lower 16 bits before they are cut off. A NaN stays a NaN.
 template <int W>
 CSAE_INLINE void store_rounded(BFloat16* p, const Register<W>& r, const Integers<W>& below) {
     using Bits = typename Integers<W>::Bits;
@@ -89,7 +89,7 @@ CSAE_INLINE void store_rounded(BFloat16* p, const Register<W>& r, const Integers
     std::memcpy(p, &halves, sizeof halves);
 }
 
-// To the nearest, of two equally near ones to the even.
+// As bfloat16, rounded to the nearest, ties to even.
 template <int W>
 CSAE_INLINE void store(BFloat16* p, const Register<W>& r) {
     store_rounded(p, r, Integers<W>{0x7FFFu + ((bits_of(r).x >> 16) & 1u)});

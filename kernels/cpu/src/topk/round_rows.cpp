@@ -1,6 +1,6 @@
-// Rows as bfloat16, how long each is, and how long what the rounding took from it: row by row, or in pairs.
+// Rows rounded to bfloat16, the norms of rows and of rounding errors; in rows, or in the paired layout of AMX.
 //
-// Reads each number once. Sums are in float, 16 or fewer lanes, which is off by less than one part in 2^10; squares
+// Reads each number once. Norms are summed in float, in 16 lanes or fewer, with a relative error below 2^-10; squares
 // below 2^-126 may be lost.
 #include <algorithm>
 #include <cmath>
@@ -73,10 +73,10 @@ RoundRow<T> round_here() {
     return round_portable<T>;
 }
 
-// Rows whose pairs lie side by side.
+// Rows of a block in the paired layout.
 constexpr int64_t block_rows = 16;
 
-// A block of rows [16, width], as [width / 2, 16] pairs.
+// rows [16, width] -> pairs [width / 2, 16, 2]
 void pair_up(const BFloat16* rows, int64_t width, BFloat16* pairs) {
     for (int64_t p = 0; p < width / 2; ++p) {
         for (int64_t r = 0; r < block_rows; ++r) {

@@ -1,4 +1,4 @@
-// The short list of what may still be among the k largest of a row.
+// The candidates for the k largest of a row, and sorting them.
 #pragma once
 
 #include <algorithm>
@@ -12,18 +12,18 @@
 
 namespace csae {
 
-constexpr int32_t broken = -1;  // the count of a row that has a NaN
+constexpr int32_t broken = -1;  // the count of a row with a NaN
 
-// By column: ordered(value), with -0.0 made 0.0, and the column.
+// The candidates of row i, in column order: ordered(value), with -0.0 replaced by 0.0, and the column.
 struct Candidates {
     int32_t* order;
     int32_t* columns;
     int64_t count;
 
-    Candidates(const csae_topk& of, int64_t i)
-        : order(of.order + i * of.capacity), columns(of.columns + i * of.capacity), count(of.count[i]) {}
+    Candidates(const csae_topk& best, int64_t i)
+        : order(best.order + i * best.capacity), columns(best.columns + i * best.capacity), count(best.count[i]) {}
 
-    // Of 64 columns those that have a bit. Returns whether one of them is NaN.
+    // Appends those of 64 columns whose bit is set. Returns whether one of them is NaN.
     template <class Entries>
     bool append(const Entries& row, uint64_t bits, int64_t first_column) {
         bool nan = false;
@@ -37,7 +37,7 @@ struct Candidates {
         return nan;
     }
 
-    // Leaves those above the bound, and the first `ties` of those that are equal to it.
+    // Keeps the candidates above `bound`, and the first `ties` of those equal to it.
     void keep(int32_t bound, int64_t ties) {
         int64_t kept = 0;
         for (int64_t i = 0; i < count; ++i) {
@@ -51,7 +51,7 @@ struct Candidates {
         count = kept;
     }
 
-    // Leaves the k largest. Returns what a later value must reach to be one of them.
+    // Keeps the k largest. Returns the new threshold: what a later value must reach to be among them.
     float prune(const TopkScan& scan, int64_t k) {
         bool exactly_k;
         const int32_t bound = scan.bound_of_kth(order, count, k, exactly_k);
@@ -66,7 +66,7 @@ struct Candidates {
     }
 };
 
-// A value and its column in one integer that is larger where the value is, or the value is equal and the column lower.
+// One integer for a value and its column, which orders by value, then by lower column.
 inline int64_t key_of(int32_t order, int64_t column) {
     const auto high = static_cast<uint64_t>(static_cast<uint32_t>(order)) << 32;
     return static_cast<int64_t>(high | ~static_cast<uint32_t>(column));
@@ -76,20 +76,20 @@ inline float value_of_key(int64_t key) { return from_ordered(static_cast<int32_t
 
 inline int64_t column_of_key(int64_t key) { return static_cast<int64_t>(~static_cast<uint32_t>(key)); }
 
-// Puts up to `most` keys in order.
+// Sorts up to `most` keys.
 class KeySorter {
-    // Up to here ranking each key against all others, which has no branch, is faster than sorting.
+    // Up to this many keys, ranking each against all others is faster than std::sort, because it has no branches.
     static constexpr int64_t max_ranked = 192;
 
     std::unique_ptr<int64_t[]> sorted_;
     int64_t ranks_[max_ranked];
 
 public:
-    std::unique_ptr<int64_t[]> keys;  // [most], and up to a multiple of 8
+    std::unique_ptr<int64_t[]> keys;  // [most rounded up to a multiple of 8]
 
     explicit KeySorter(int64_t most) : sorted_(new int64_t[most]), keys(new int64_t[most + 7]) {}
 
-    // The first n of `keys`, largest first.
+    // Returns the first n of `keys`, largest first.
     const int64_t* sort(const TopkScan& scan, int64_t n) {
         if (n <= max_ranked) {
             scan.rank(keys.get(), n, ranks_);
@@ -101,14 +101,14 @@ public:
         return sorted_.get();
     }
 
-    // The first n candidates.
+    // Returns the keys of the first n candidates, largest first.
     const int64_t* sort(const TopkScan& scan, const Candidates& candidates, int64_t n) {
         for (int64_t j = 0; j < n; ++j) keys[j] = key_of(candidates.order[j], candidates.columns[j]);
         return sort(scan, n);
     }
 };
 
-// Whether `best` can be worked on, and each row has `least` candidates or is broken.
+// Whether `best` is valid, and each row has at least `least` candidates or is broken.
 inline bool possible(const csae_topk* best, int64_t least) {
     if (best == nullptr || best->n < 0 || best->k < 1) return false;
     if (best->capacity > std::numeric_limits<int32_t>::max() || best->k > best->capacity - block_width) return false;
@@ -120,13 +120,13 @@ inline bool possible(const csae_topk* best, int64_t least) {
                        [&](int32_t count) { return count == broken || (count >= least && count <= best->capacity); });
 }
 
-// Whether `width` columns, first_column and on, can be added to it.
+// Whether `best` is valid and columns first_column .. first_column + width can be added.
 inline bool addable(const csae_topk* best, int64_t width, int64_t first_column) {
     return possible(best, 0) && width >= 0 && first_column >= 0 &&
            width <= std::numeric_limits<int32_t>::max() - first_column;
 }
 
-// How many rows a thread takes at a time.
+// The number of rows that a thread takes at a time.
 inline int64_t piece_of(int64_t n, int n_threads) {
     return std::max<int64_t>(1, std::min<int64_t>(64, n / (4 * n_threads)));
 }

@@ -1,13 +1,13 @@
-// The columns of each row that may have the largest pre-activations, by upper bounds that are products of bfloat16.
+// Candidates for the k largest pre-activations of each row, by upper bounds that are products of bfloat16 (AMX).
 //
-// A thread takes its share of x's rows, and of the table as many as stay in L2. A product is a square of 32 rows of x,
-// which stay in L1, by 32 of the table, summed in float: in matrix units that is four tiles of 16 by 16, 8192 products
-// an instruction. The square is compared with its rows' thresholds where it was stored, so what is not a candidate
-// (all but one in 80) never leaves L1.
+// A thread takes a share of x's rows, and goes through the table in parts that fit L2. One step multiplies 32 rows of
+// x, which stay in L1, by 32 rows of the table, and sums in float: on AMX four tiles of 16 x 16, 8192 products an
+// instruction. The square of sums is compared with the rows' thresholds right after, so non-candidates (all but one in
+// 80) never leave L1.
 //
-// Costs 2 n F d operations in bfloat16, and the table's 2 F d bytes once for each share. Two threads of a Xeon with AMX
-// multiply 3.6 T a second on tiles in L1: 12.6 ms for n = 2048, F = 18432, d = 608. Measured there: 16 to 18 ms
-// where nothing is found, 19 to 21 ms where 220 candidates a row are.
+// Operations: 2 n F d in bfloat16. Bytes: the table's 2 F d once for each share. Floor: two threads of a Xeon with AMX
+// multiply 3.6 T a second on tiles in L1, which is 12.6 ms for n = 2048, F = 18432, d = 608. Measured there: 16 to 18
+// ms without candidates, 19 to 21 ms with 220 candidates a row.
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -24,20 +24,21 @@
 namespace csae {
 namespace {
 
-// Rows of x that one thread takes, at most, and what it goes over of the table at a time.
+// The most rows of x that a thread takes, and the bytes of a part of the table.
 constexpr int64_t rows_a_piece = 1024, bytes_in_l2 = 640 << 10;
 
-// A square of sums, [side, side].
+// The sums of 32 rows of x by 32 rows of the table.
 struct alignas(64) Square {
     float sums[side * side];
-    float thresholds[side];  // of its rows
-    uint32_t hits[side];     // for each row a bit for each column that is not below the threshold, NaN included
+    float thresholds[side];  // of the rows
+    uint32_t hits[side];     // for each row, a bit for each column that is not below the threshold, or NaN
 };
 
 struct Units {
     void (*begin)();
     void (*end)();
-    // The square of 32 rows of x and two blocks of the table. Returns a bit for each row that has hits among `columns`.
+    // Fills the square from 32 rows of x and two blocks of the table. `columns`: a bit for each existing column.
+    // Returns a bit for each row with hits.
     uint32_t (*multiply)(const BFloat16* x, int64_t x_stride, const BFloat16* first, const BFloat16* second,
                          int64_t width, uint32_t columns, Square& square);
 };
@@ -67,14 +68,14 @@ uint32_t multiply_portable(const BFloat16* x, int64_t x_stride, const BFloat16* 
 
 constexpr Units portable = {no_units, no_units, multiply_portable};
 
-// --- matrix units ------------------------------------------------------------------------------------------
+// --- AMX ---------------------------------------------------------------------------------------------------
 
 #if CSAE_HAS_AMX
 
 CSAE_AMX uint32_t multiply_amx(const BFloat16* x, int64_t x_stride, const BFloat16* first, const BFloat16* second,
                                int64_t width, uint32_t columns, Square& square) {
     const int64_t x_bytes = x_stride * 2, sums_bytes = side * 4;
-    // A store of a tile takes 1000 cycles where there was none for 1700, so there is one every 500.
+    // A tile store takes 1000 cycles if the last one was 1700 cycles ago, so there is a dummy store every 500.
     alignas(64) BFloat16 unused[tile * depth];
     _tile_zero(0);
     _tile_zero(1);
@@ -120,13 +121,14 @@ const Units& units() {
 
 // -----------------------------------------------------------------------------------------------------------
 
-struct Bare {
+// A row without a bias to add: the counterpart of Sums.
+struct PlainRow {
     const float* row;
 };
 
 template <int W>
-CSAE_INLINE Register<W> at(const Bare& of, int64_t c) {
-    return load<W>(of.row + c);
+CSAE_INLINE Register<W> at(const PlainRow& values, int64_t c) {
+    return load<W>(values.row + c);
 }
 
 struct Add {
@@ -138,7 +140,8 @@ struct Add {
     const TopkScan& scan;
     const Units& units;
 
-    // Rows i to i + 31 of x by rows `first` to `last` of the table. x here: those rows, all 32.
+    // Multiplies rows i to i + 31 of x by rows first .. last of the table. x_here: those 32 rows, padded if n ends
+    // before.
     void panel(int64_t i, const BFloat16* x_here, int64_t stride, int64_t first, int64_t last, Square& square) const {
         const int64_t rows = std::min(side, to.n - i), limit = to.capacity - block_width;
         for (int64_t r = 0; r < side; ++r) square.thresholds[r] = r < rows ? to.threshold[i + r] : INFINITY;
@@ -153,14 +156,14 @@ struct Add {
                 Candidates candidates(to, i + r);
                 if (candidates.count == broken) continue;
                 if (candidates.count > limit) square.thresholds[r] = candidates.prune(scan, to.k);
-                const bool nan = candidates.append(Bare{square.sums + r * side}, square.hits[r], first_column + f);
+                const bool nan = candidates.append(PlainRow{square.sums + r * side}, square.hits[r], first_column + f);
                 to.count[i + r] = nan ? broken : static_cast<int32_t>(candidates.count);
             }
         }
         std::copy_n(square.thresholds, rows, to.threshold + i);
     }
 
-    // `last_rows`: room for 32 rows, zero.
+    // Adds all columns to rows begin .. end. last_rows: 32 zeroed rows, to pad the last ones.
     void piece(int64_t begin, int64_t end, BFloat16* last_rows) const {
         Square square;
         if (end % side != 0) {
@@ -196,12 +199,12 @@ int csae_topk_add_products(const csae_topk* best, const void* x, int64_t x_strid
     if (width > 0 && (x == nullptr || table == nullptr)) return csae_bad_argument;
     try {
         const int64_t room = csae::side * width;
-        // Only the last piece may end between two squares, so it alone writes there.
+        // Only the last piece can end inside a square, so only one thread writes to last_rows.
         std::unique_ptr<csae::BFloat16[]> last_rows(new csae::BFloat16[room]());
         const auto *rows = static_cast<const csae::BFloat16*>(x), *blocks = static_cast<const csae::BFloat16*>(table);
         const csae::Add add{*best,   rows,         x_stride,          blocks,       width,
                             columns, first_column, csae::topk_scan(), csae::units()};
-        // Each piece reads the table: no more of them than threads.
+        // Each piece reads the whole table, so there are no more pieces than threads.
         const int64_t share = (n + n_threads - 1) / n_threads;
         const int64_t piece = std::min((share + csae::side - 1) / csae::side * csae::side, csae::rows_a_piece);
         csae::parallel_for(n, piece, n_threads,

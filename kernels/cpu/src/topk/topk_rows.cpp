@@ -1,9 +1,9 @@
-// The k largest of each row, from tiles of columns that come one after the other.
+// Streaming top-k: the k largest of each row, from tiles of columns that are added one after the other.
 //
-// Each row has a short list of candidates and a threshold. A tile is compared with the thresholds, which reads it once,
-// while it is still in cache; what is not below is appended. When the list is full, its k largest stay, and what they
-// all reach becomes the threshold. So each further tile leaves fewer: of F columns in random order about k log(F / k)
-// are ever appended. A later column loses against an equal earlier one, and candidates stay in the order of columns.
+// Each row has a short list of candidates and a threshold. A tile is read once, while it is still in cache: values that
+// are not below the row's threshold are appended to its list. A full list is pruned to its k largest, which raises the
+// threshold, so later tiles append less: of F columns in random order about k log(F / k) are appended in all.
+// Candidates stay in column order, and a later column loses against an equal earlier one.
 #include <algorithm>
 #include <limits>
 #include <memory>
@@ -17,16 +17,16 @@
 namespace csae {
 namespace {
 
-// A thread for less than this many values costs more than it saves.
+// Fewest values that are worth a thread of their own.
 constexpr int64_t values_per_thread = 65536;
 
-// Blocks that are compared with the threshold before what was found in them is appended.
+// Blocks that are compared with the threshold before their hits are appended.
 constexpr int64_t blocks_ahead = 16;
 
-// The k-th largest of 4 k maxima, each of 8 columns, is a bound that about 1.15 k of these columns reach.
+// The first threshold is the k-th largest of 4 k maxima of 8 columns each. About 1.15 k of these columns reach it.
 constexpr int64_t maxima_per_k = 4, columns_per_maximum = 8;
 
-// One row that is added, some of its columns at a time.
+// A row whose columns are being added.
 struct Row {
     const TopkScan& scan;
     Candidates candidates;
@@ -34,7 +34,7 @@ struct Row {
     int64_t k, limit;
     bool nan;
 
-    // A threshold to begin with, from the first columns: as many as `groups` maxima reach it as needed.
+    // Sets the first threshold, the k-th largest of the maxima of `groups` groups of the first n columns.
     void start(const Sums& row, int64_t groups, int64_t n) {
         bool exactly_k;
         scan.group_maxima(row, n, candidates.order, groups);
@@ -42,19 +42,19 @@ struct Row {
         threshold = from_ordered(std::max(bound, ordered(-std::numeric_limits<float>::infinity())));
     }
 
-    // `of_last`: a bit for each column of the last block that exists.
-    void add(const Sums& row, int64_t n_blocks, uint64_t of_last, int64_t first_column) {
+    // last_mask: a bit for each existing column of the last block.
+    void add(const Sums& row, int64_t n_blocks, uint64_t last_mask, int64_t first_column) {
         int32_t blocks[blocks_ahead + 1];
         uint64_t columns[blocks_ahead + 1];
         for (int64_t done = 0; done < n_blocks && !nan;) {
             const int64_t n = std::min(n_blocks - done, blocks_ahead), first = done * block_width;
             const int64_t found = scan.find(row.from(first), n, threshold, blocks, columns);
             done += n;
-            if (done == n_blocks && found > 0 && blocks[found - 1] == n - 1) columns[found - 1] &= of_last;
+            if (done == n_blocks && found > 0 && blocks[found - 1] == n - 1) columns[found - 1] &= last_mask;
             for (int64_t b = 0; b < found; ++b) {
                 const int64_t at = first + blocks[b] * block_width;
                 if (candidates.count > limit) {
-                    // What is left of these blocks is compared again, with the new threshold.
+                    // The remaining blocks are compared again, with the new threshold.
                     threshold = candidates.prune(scan, k);
                     done = at / block_width;
                     break;
@@ -65,11 +65,11 @@ struct Row {
     }
 };
 
-// The last columns of a row, up to the end of their block.
+// The last columns of a row, padded to a whole block.
 struct Tail {
     float row[block_width] = {}, bias[block_width] = {};
 
-    Sums of(const Sums& from, int64_t rest) {
+    Sums copy(const Sums& from, int64_t rest) {
         std::copy_n(from.row, rest, row);
         std::copy_n(from.bias, rest, bias);
         return {row, bias};
@@ -86,7 +86,7 @@ void add(const TopkScan& scan, const csae_topk& to, int64_t i, const Sums& row, 
     best.add(row, n_whole, ~uint64_t{0}, first_column);
     if (rest > 0) {
         Tail tail;
-        best.add(tail.of(row.from(whole), rest), 1, (uint64_t{1} << rest) - 1, first_column + whole);
+        best.add(tail.copy(row.from(whole), rest), 1, (uint64_t{1} << rest) - 1, first_column + whole);
     }
     to.threshold[i] = best.threshold;
     to.count[i] = best.nan ? broken : static_cast<int32_t>(best.candidates.count);

@@ -15,10 +15,10 @@
 namespace csae {
 namespace {
 
-// A tile lies row after row, mostly in L3: this many columns are fetched ahead, which is often the next row.
+// Columns that are prefetched ahead. A tile is mostly in L3, row after row, so this often reaches into the next row.
 constexpr int64_t ahead = 512;
 
-// --- in plain C++: compiled for each instruction set -------------------------------------------------------
+// --- plain C++, compiled for each instruction set ----------------------------------------------------------
 
 CSAE_INLINE void group_maxima(const Sums& row, int64_t n, int32_t* order, int64_t groups) {
     for (int64_t g = 0; g < groups; g += group_unit) {
@@ -34,18 +34,19 @@ CSAE_INLINE void group_maxima(const Sums& row, int64_t n, int32_t* order, int64_
     }
 }
 
-CSAE_INLINE int64_t how_many_reach(const int32_t* order, int64_t n, int32_t bound) {
+CSAE_INLINE int64_t count_reaching(const int32_t* order, int64_t n, int32_t bound) {
     int32_t reach = 0;
     for (int64_t i = 0; i < n; ++i) reach += order[i] >= bound;
     return reach;
 }
 
-// At least k reach `low`, fewer than k reach what is above `high`: bisects until nothing is between them.
+// Bisects to the largest low * unit that at least k numbers reach; stops early at one that exactly k reach. Invariant:
+// at least k reach low * unit, fewer than k reach (high + 1) * unit.
 CSAE_INLINE int32_t bisect(const int32_t* order, int64_t n, int64_t k, int64_t low, int64_t high, int64_t unit,
                            bool& exactly_k) {
     while (low < high && !exactly_k) {
         const int64_t middle = high - (high - low) / 2;
-        const int64_t reach = how_many_reach(order, n, static_cast<int32_t>(middle * unit));
+        const int64_t reach = count_reaching(order, n, static_cast<int32_t>(middle * unit));
         exactly_k = reach == k;
         if (reach < k) {
             high = middle - 1;
@@ -63,12 +64,12 @@ CSAE_INLINE int32_t bound_of_kth(const int32_t* order, int64_t n, int64_t k, boo
         highest = order[i] > highest ? order[i] : highest;
     }
     exactly_k = false;
-    // The upper halves first: mostly they tell.
+    // The upper 16 bits first, which mostly suffice.
     const int32_t half = bisect(order, n, k, lowest >> 16, highest >> 16, 1 << 16, exactly_k);
     if (exactly_k) return half;
     const int32_t end = half | 0xFFFF;
-    if (how_many_reach(order, n, end) >= k) return end;
-    if (how_many_reach(order, n, half + 1) < k) return half;
+    if (count_reaching(order, n, end) >= k) return end;
+    if (count_reaching(order, n, half + 1) < k) return half;
     return bisect(order, n, k, int64_t{half} + 1, int64_t{end} - 1, 1, exactly_k);
 }
 
@@ -89,7 +90,7 @@ int64_t find_portable(const Sums& row, int64_t n_blocks, float threshold, int32_
     int64_t found = 0;
     for (int64_t b = 0; b < n_blocks; ++b) {
         const Sums block = row.from(b * block_width);
-        // A compiler makes vectors of this loop, and not of the one that shifts.
+        // Compilers vectorise this loop, and not the one below that shifts.
         int32_t any = 0;
         for (int64_t c = 0; c < block_width; ++c) any |= !(at<1>(block, c).x[0] < threshold);
         if (any == 0) continue;
@@ -131,7 +132,7 @@ CSAE_AVX2 int64_t find_avx2(const Sums& row, int64_t n_blocks, float threshold, 
             const int not_below = _mm256_movemask_ps(_mm256_cmp_ps(x, t, _CMP_NLT_UQ));
             bits |= static_cast<uint64_t>(static_cast<uint32_t>(not_below)) << c;
         }
-        // No branch: where the large values are can't be predicted.
+        // Without a branch, because it would be unpredictable.
         blocks[found] = static_cast<int32_t>(b);
         columns[found] = bits;
         found += bits != 0;

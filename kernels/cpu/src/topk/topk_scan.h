@@ -1,4 +1,4 @@
-// The inner loops of the row-wise top-k, in each instruction set.
+// The inner loops of the streaming top-k, in each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace csae {
 
-// Integers in the order of the floats, except that -0.0 comes below 0.0.
+// Integers that sort like the floats, except that -0.0 comes below 0.0.
 inline int32_t ordered(float x) {
     int32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
@@ -22,13 +22,13 @@ inline float from_ordered(int32_t order) {
     return x;
 }
 
-// A row is read in blocks of 64 columns: a bit for each in one integer.
+// A row is read in blocks of 64 columns, whose hits are the bits of one integer.
 constexpr int64_t block_width = 64;
 
-// Maxima are worked on so many at a time.
+// Group maxima that are computed at a time.
 constexpr int64_t group_unit = 16;
 
-// A row of pre-activations: row + bias.
+// A row of pre-activations: row + bias, added on the fly.
 struct Sums {
     const float *row, *bias;
 
@@ -39,24 +39,25 @@ struct Sums {
 };
 
 template <int W>
-CSAE_INLINE Register<W> at(const Sums& of, int64_t c) {
-    return {load<W>(of.row + c).x + load<W>(of.bias + c).x};
+CSAE_INLINE Register<W> at(const Sums& sums, int64_t c) {
+    return {load<W>(sums.row + c).x + load<W>(sums.bias + c).x};
 }
 
 struct TopkScan {
-    // The blocks of a row that have something not below the threshold, NaN included, in order, and for each a bit per
-    // column that has it. Returns how many. Writes go one place past that many.
+    // Finds the blocks of a row with a value that is not below the threshold (or NaN). Writes their numbers in order,
+    // and a bit for each such column. Returns how many blocks there are. Both outputs need room for one more.
     int64_t (*find)(const Sums& row, int64_t n_blocks, float threshold, int32_t* blocks, uint64_t* columns);
 
-    // order [groups]: the largest of every groups-th of a row's first n. groups is a multiple of group_unit, n one of
-    // groups.
+    // order [groups]: order[g] is the maximum of columns g, g + groups, g + 2 groups, ... below n, as an integer.
+    // groups is a multiple of group_unit, n one of groups.
     void (*group_maxima)(const Sums& row, int64_t n, int32_t* order, int64_t groups);
 
-    // The largest bound that at least k of order [n] reach; or a lower one that exactly k reach, and then `exactly_k`.
-    // Needs 1 <= k <= n.
+    // Bisection select. Returns the k-th largest of order [n]; or a smaller number that exactly k reach, and then sets
+    // exactly_k. Needs 1 <= k <= n.
     int32_t (*bound_of_kth)(const int32_t* order, int64_t n, int64_t k, bool& exactly_k);
 
-    // ranks [n]: how many of keys [n] are larger. Both have room for n rounded up to a multiple of 8.
+    // ranks[i]: the number of keys [n] that are larger than keys[i]. Both need room for n rounded up to a multiple of
+    // 8.
     void (*rank)(int64_t* keys, int64_t n, int64_t* ranks);
 };
 

@@ -1,13 +1,12 @@
-// The k largest of each row, from candidates that were found in bfloat16: multiplied again in float32, and proven.
+// The exact k largest of each row, from candidates that were found by upper bounds in bfloat16.
 //
-// The K > k candidates are the columns whose pre-activations may be the largest, by an upper bound for each
-// (csae_topk_add_products). What is no candidate has a bound below the row's threshold. The candidates are multiplied
-// again in the order of their bounds, until the next is below the k-th largest so far: then no later one can be among
-// the k largest; and no other column can, where the threshold is not above it. So the result is that of a product in
-// float32, or the row is said to be unsettled.
+// The K > k candidates are the columns with the largest upper bounds (csae_topk_add_products); all other columns have a
+// bound below the row's threshold. Candidates are computed again in float32, in the order of their bounds, until the
+// next bound is below the k-th largest value so far. Then no later candidate can be among the k largest. If the
+// threshold is not above that value either, no other column can, and the result is that of a product in float32.
+// Otherwise the row is reported as not settled.
 //
-// Costs the candidates' rows of the table, K' d floats a row of x, K' being those that could be among the k largest: k
-// and a few.
+// Bytes for each row of x: K' d numbers of the table, for the K' candidates that are computed: k and a few.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -25,7 +24,7 @@
 namespace csae {
 namespace {
 
-// Candidates that are multiplied before the next is looked at.
+// Candidates that are computed before the next bound is checked.
 constexpr int64_t at_a_time = 4;
 
 struct Workspace {
@@ -52,10 +51,10 @@ struct Settle {
         for (int64_t j = first; j < first + count; ++j) w.exact[j] = (w.exact[j] + bias[w.columns[j]]) + 0.0f;
     }
 
-    // Whether the row is settled; `good` becomes false where a column is outside of the table.
+    // Returns whether the row is settled. Sets `good` to false if a column is outside of the table.
     bool row(int64_t i, const float* x, float* values, int64_t* indices, Workspace& w, bool& good) const {
         Candidates candidates(best, i);
-        if (candidates.count < k) return false;  // too few, or its bounds are NaN
+        if (candidates.count < k) return false;  // too few, or broken by a NaN bound
         float threshold = best.threshold[i];
         if (candidates.count > best.k) best.threshold[i] = threshold = candidates.prune(scan, best.k);
         const int64_t n = candidates.count;
@@ -68,7 +67,7 @@ struct Settle {
             good = false;
             return false;
         }
-        // A heap of the k largest so far, the least of them on top.
+        // A heap of the k largest so far, the smallest of them on top.
         float* const largest = w.largest.get();
         int64_t done = 0;
         while (done < n && !(done >= k && w.bounds[done] < largest[0])) {
