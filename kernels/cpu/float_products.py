@@ -1,4 +1,4 @@
-"""Matrix products of float32 on bfloat16 matrix units (AMX): a bf16x3 GEMM."""
+"""Matrix products of float32 on bfloat16 matrix units (AMX): a bf16x3 GEMM (see src/attention/float_products.cpp)."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def search(
 
 
 def encode_and_keep(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """topk_encode, and the pre-activations that it chose from, for `encode_again`.
+    """topk_encode that also returns the pre-activations, for `encode_again`.
 
     -> values [n, k], indices [n, k] int64, kept [n, d_sae] float32. The caller bounds n * d_sae.
     """
@@ -150,22 +150,21 @@ def encode_and_keep(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Te
         launch_product(product, x, W_enc, bias, bound, kept[first:], d_sae, maxima, first, chunk)
         return kept[first:], d_sae
 
-    # One range, so that nothing is left out: the bound is NaN.
+    # With a single range the bound stays NaN, so all pre-activations are written.
     merge_ranges(multiply, _rows_of_kept(n, d_sae, k), triton.cdiv(d_sae, GROUP) * GROUP, d_sae, keys, columns)
     return *ordered(keys, columns, x.dtype), kept
 
 
 def encode_again(kept: Tensor, a: Tensor, W_a: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """relu(topk(kept - a W_a^T, k)): the encoder of x - c, from that of x, where W_enc c = W_a a.
+    """relu(topk(kept - a W_a^T, k)): encodes x - c from the pre-activations of x, where W_enc c = W_a a.
 
-    kept [n, d_sae] float32, as encode_and_keep gives it, overwritten; a [n, r], W_a [d_sae, r] in a's dtype
+    kept [n, d_sae] float32, as encode_and_keep returns it, overwritten; a [n, r], W_a [d_sae, r] in a's dtype
     -> values [n, k] in a's dtype, indices [n, k] int64, with topk_encode's order, ties and NaN.
 
-    Costs 2 n r d_sae operations and 4 to 8 n d_sae bytes, against 2 n d_in d_sae operations of encoding again.
-    Measured in the float32 interpreter, d_in = 768, r = 256, pre-activations of rms 1.4: the largest error of a
-    pre-activation against float64 is 1.1e-6 this way and 1.4e-6 by encoding x - c. In float16, where a and W_a are
-    rounded here and x - c there, 2.5e-3 and 2.4e-3. What is subtracted is as large as W_enc c, so where c cancels
-    most of x the errors of both stay, and the relative error of the small rest grows, as it does in x - c.
+    Costs 2 n r d_sae operations and 4 to 8 n d_sae bytes; encoding x - c costs 2 n d_in d_sae operations. Largest error
+    of a pre-activation against float64, measured in the interpreter with d_in = 768, r = 256 and pre-activations of rms
+    1.4: in float32 1.1e-6, and 1.4e-6 by encoding x - c; in float16 2.5e-3 and 2.4e-3. If c cancels most of x, the
+    absolute error stays, so the relative error of the small difference grows; encoding x - c has the same problem.
     """
     a, W_a, kept = aligned(a), aligned(W_a), aligned(kept)
     n, d_sae = kept.shape
@@ -186,12 +185,12 @@ def encode_again(kept: Tensor, a: Tensor, W_a: Tensor, k: int) -> tuple[Tensor, 
 
 
 def _rows_of_kept(n: int, d_sae: int, k: int) -> int:
-    """Rows whose maxima fit the workspace, in blocks of which each starts at a 16-byte boundary of `kept`."""
+    """Rows of a chunk whose maxima fit the workspace. Each chunk starts at a 16-byte boundary of `kept`."""
     rows = WORKSPACE_BYTES // (bytes_a_row(d_sae, k) - 4 * d_sae)
     return min(n, rows - rows % 128 if rows >= 128 else max(rows - rows % 4, 4))
 
 
 def _width_of_kept(d_sae: int, k: int) -> int:
-    """A narrow first range bounds what is written of the others: 4 ranges, if they are wide enough."""
+    """Columns of a range: 4 ranges, if that is wide enough. The bound from a narrow first range saves later writes."""
     least = max(LEAST_WIDTH, 2 * k * GROUP, triton.cdiv(d_sae, 4))
     return min(triton.cdiv(least, RANGE_UNIT) * RANGE_UNIT, triton.cdiv(d_sae, GROUP) * GROUP)

@@ -57,7 +57,7 @@ CSAE_INLINE void unpack(const float* rows, int64_t width, const float* scale, fl
 }
 
 // W rows and columns of `from`, transposed: x[i] is column c + i. One round interleaves the first half of the rows with
-// the second, which rotates the bits of (row, column), as one number, by one place. log2(W) rounds exchange row and
+// the second half. That rotates the bits of the index (row, column) by one place, so log2(W) rounds exchange row and
 // column.
 template <int W>
 CSAE_INLINE void load_transposed(const Rows& from, int64_t r, int64_t c, Register<W>* x) {

@@ -111,7 +111,7 @@ struct AttentionTiles {
     void (*dots)(const float* a, int64_t width, const Rows& b, float* delta);
 
     // Replaces <q, k> by the weights exp(score - lse), and the gradient of the weights, <grad_out, v>, by that of the
-    // scores. Returns the sum over pairs of the latter times the log of the distance, which is -d_slope.
+    // scores. Returns the tile's term of -d_slope: the sum over pairs of the latter times the log of the distance.
     float (*weigh_back)(const Pairs& pairs, float* scores, float* d_weights, const float* lse, const float* delta);
 };
 

@@ -1,4 +1,5 @@
-// A bf16x3 GEMM: matrix products of float32 on matrix units that multiply bfloat16 (AMX).
+// A bf16x3 GEMM: matrix products of float32 on matrix units that multiply bfloat16 (AMX). Henry et al. 2019 (arXiv
+// 1904.06376) name it after its three parts; Triton and XLA call it bf16x6, after its six products.
 //
 // A float has 24 significant bits and a bfloat16 has 8, so a float is exactly the sum of three bfloat16, x1 + x2 + x3,
 // each at most 2^-8 of the one before. Of the nine products of two such sums the six largest are computed, and summed
