@@ -111,13 +111,13 @@ def sum_runs(
 #     partial[2 j]     = sum over the block's pairs in the long run that contains pair j piece
 #     partial[2 j + 1] = sum over the block's pairs in a long run that begins later in the block
 #
-# There is no third: a long run has more than `piece` pairs, so at most one begins in a block and reaches past it.
+# There is no third: a long run has more than `piece` pairs, so at most one of them begins in a block.
 # Slots without a long run are not written.
 #
 # A program: COLUMNS columns of one slot, of one table or two. It finds its run by a search in `ends` with 64 probes a
 # step: 3 dependent loads for 262,144 features. Without a long run it returns.
-# Bytes: (20 + d e) for each pair of a long run, mostly from L2, because `rows` has only n d e; at most 8 d / piece
-# written for each pair. Operations: 2 d a pair. Floor: the gathered bytes at the rate of L2.
+# Bytes (n tokens, e bytes an element): 20 + d e for each pair of a long run, mostly from L2, because `rows` has only
+# n d e; at most 8 d / piece written for each pair. Operations: 2 d a pair. Floor: the gathered bytes at the rate of L2.
 # Predicted without long runs: A 4,096 programs of 2 us, about 1,000 at a time, 0.01 ms; B and C 18,000, 0.04 ms. With
 # long runs: 0.03 ms for a piece of 256 pairs (A) to 0.06 ms for one of 512 (C); pieces run side by side.
 @jit

@@ -134,7 +134,7 @@ def _choose(
 # Operations, counted from SASS (sm_90): 1,446 instructions to load 1,024 candidates, 1,428 for each bisection step
 # beyond the first block, 3,170 (382 of them shuffles) for the last pass.
 # Floor: the bytes, A 0.05, B 0.13, C 0.19 ms for all ranges. Predicted from these counts with simulated trip counts:
-# A 0.48, B 1.33, C 2.0 ms. So instructions decide: the selection, not the product, is what to improve.
+# A 0.48, B 1.33, C 2.0 ms. Instructions decide, not bytes.
 @jit
 def _merge(
     acts_ptr,

@@ -88,7 +88,7 @@ class Variant(NamedTuple):
                 given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor)
                 raise TypeError(f"{name}: given {given}; needed {dtype}, as the tensors before it have it")
             if tensor.data_ptr() % 16:
-                raise ValueError(f"{name}: given an address that is no multiple of 16 bytes; needed `aligned`")
+                raise ValueError(f"{name}: given an address off a 16-byte boundary; needed one on it (see `aligned`)")
         first = arguments[0]
         with torch.cuda.device_of(first.base if isinstance(first, TensorDescriptor) else first):
             self.kernel[grid](*arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
