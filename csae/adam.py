@@ -43,7 +43,11 @@ class Adam(torch.optim.Optimizer):
             moments, and costs nothing. Another optimizer than Adam: features that rarely fire move less.
         moments: dtype of the tables' moments: float32, or bfloat16 with stochastic rounding, for half the memory.
 
-    State of each parameter: step, exp_avg, exp_avg_sq. All parameters count their steps together.
+    State of each parameter: step, exp_avg, exp_avg_sq. As torch's, a parameter without a gradient stays as it is and
+    counts no step, and so does one that is frozen (requires_grad=False), whatever its gradient.
+
+    Each step raises ValueError or TypeError where the SAE's parameters are not those any more that the optimizer was
+    made for (replaced, in another dtype or on another device), and where gradients are of another SAE.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Adam(torch.optim.Optimizer):
         for name, parameter in sae.named_parameters():
             if parameter.dtype != torch.float32:
                 raise TypeError(f"sae: given {name} in {parameter.dtype}; needed torch.float32: call sae.float() first")
+        self.sae = sae
         self.names: dict[Tensor, str] = {weight: name for name, weight in sae.named_parameters()}
         groups = [
             {"params": [p for p, name in self.names.items() if name not in sae.look_back], "lr": lr, "share": 1.0},
@@ -79,6 +84,7 @@ class Adam(torch.optim.Optimizer):
         ]
         super().__init__([group for group in groups if group["params"]], {"betas": betas, "eps": eps})
         self.lazy, self.moments = lazy, moments
+        self._apart: set[str] | None = set()  # those that have counted other steps than the rest of their group
         for weight, name in self.names.items():
             dtype = moments if name in TABLES else torch.float32
             self.state[weight] = {
@@ -92,6 +98,11 @@ class Adam(torch.optim.Optimizer):
         for parameter, state in self.state.items():
             if self.names[parameter] in TABLES:
                 state |= {key: state[key].to(self.moments) for key in ("exp_avg", "exp_avg_sq")}
+        self.forget_steps()
+
+    def forget_steps(self) -> None:
+        """Call this where `state` was written to from outside: how often each parameter was moved is read there."""
+        self._apart = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -104,33 +115,79 @@ class Adam(torch.optim.Optimizer):
         return loss
 
     @torch.no_grad()
-    def update(self, gradients: Gradients) -> None:
-        """One step from what `SAE.gradients` gave; a parameter without a gradient stays as it is."""
+    def update(self, gradients: Gradients | dict[str, Tensor | Factors]) -> None:
+        """One step from what `SAE.gradients` gave; a parameter without a gradient, or frozen, stays as it is."""
+        self._check(gradients)
+        if self._apart is None:
+            self._apart = {name for group in self.param_groups for name in self._others_than_most(group["params"])}
         for group in self.param_groups:
             states = {self.names[parameter]: self.state[parameter] for parameter in group["params"]}
             parameters = {self.names[parameter]: parameter for parameter in group["params"]}
-            dense = [name for name in parameters if name not in TABLES and name in gradients]
+            given = [name for name, parameter in parameters.items() if name in gradients and parameter.requires_grad]
+            if not given:
+                continue
+            self._apart.update(parameters.keys() - set(given))
+            dense = [name for name in given if name not in TABLES]
             if dense:  # it counts their steps
                 _adam([(parameters[name], gradients[name], states[name]) for name in dense], group)
-            others = [state["step"] for name, state in states.items() if name not in dense]
-            if others:
-                torch._foreach_add_(others, 1)
-            step = next(iter(states.values()))["step"]
-            hyper, lazy_hyper = _hyper(group, step)
-            seed = step.to(torch.int64).reshape(1)
-            shared: dict[int, tuple[Pairs, list[Table]]] = {}  # tables with the same pairs, by the pairs' id
-            for name in (name for name in TABLES if name in parameters and name in gradients):
-                given, state = gradients[name], states[name]
-                # b_enc is a table of width one.
-                param, exp_avg, exp_avg_sq = (
-                    tensor if tensor.dim() == 2 else tensor.unsqueeze(1)
-                    for tensor in (parameters[name], state["exp_avg"], state["exp_avg_sq"])
+            tables = [name for name in TABLES if name in given]
+            if tables:
+                torch._foreach_add_([states[name]["step"] for name in tables], 1)
+            together = [name for name in tables if name not in self._apart]
+            for names in (together, *([name] for name in tables if name in self._apart)):
+                if names:
+                    self._step_tables(names, parameters, states, gradients, group)
+
+    def _step_tables(
+        self,
+        names: list[str],
+        parameters: dict[str, Tensor],
+        states: dict[str, dict[str, Tensor]],
+        gradients: dict[str, Tensor | Factors],
+        group: dict[str, Any],
+    ) -> None:
+        """One step of tables that have counted the same steps."""
+        step = states[names[0]]["step"]
+        hyper, lazy_hyper = _hyper(group, step)
+        seed = step.to(torch.int64).reshape(1)
+        shared: dict[int, tuple[Pairs, list[Table]]] = {}  # tables with the same pairs, by the pairs' id
+        for name in names:
+            given, state = gradients[name], states[name]
+            # b_enc is a table of width one.
+            param, exp_avg, exp_avg_sq = (
+                tensor if tensor.dim() == 2 else tensor.unsqueeze(1)
+                for tensor in (parameters[name], state["exp_avg"], state["exp_avg_sq"])
+            )
+            own = given if isinstance(given, Factors) else _whole(given.view(param.shape), self.lazy)
+            table = Table(param, exp_avg, exp_avg_sq, own.weights, own.rows, unit_rows=name == "W_dec")
+            shared.setdefault(id(own.pairs), (own.pairs, []))[1].append(table)
+        for pairs, tables in shared.values():
+            adam_rows(pairs, tables, lazy_hyper if self.lazy else hyper, seed, self.lazy)
+
+    def _check(self, gradients: dict[str, Tensor | Factors]) -> None:
+        of = getattr(gradients, "of", None)
+        if of is not None and of is not self.sae:
+            raise ValueError("gradients: of another SAE than the optimizer was made for; needed those of the same")
+        now = dict(self.sae.named_parameters())
+        for name in gradients.keys() - set(self.names.values()):
+            raise ValueError(f"gradients: given one of {name}; needed those of {', '.join(self.names.values())}")
+        for parameter, name in self.names.items():
+            if now.get(name) is not parameter:
+                raise ValueError(
+                    f"sae: its {name} is not the one that the optimizer was made for; needed an optimizer made since"
                 )
-                own = given if isinstance(given, Factors) else _whole(given.view(param.shape), self.lazy)
-                table = Table(param, exp_avg, exp_avg_sq, own.weights, own.rows, unit_rows=name == "W_dec")
-                shared.setdefault(id(own.pairs), (own.pairs, []))[1].append(table)
-            for pairs, tables in shared.values():
-                adam_rows(pairs, tables, lazy_hyper if self.lazy else hyper, seed, self.lazy)
+            if parameter.dtype != torch.float32:
+                raise TypeError(f"sae: given {name} in {parameter.dtype}; needed torch.float32: call sae.float() first")
+            if parameter.device != self.state[parameter]["exp_avg"].device:
+                raise ValueError(
+                    f"sae: {name} is on {parameter.device}, its moments on {self.state[parameter]['exp_avg'].device}; "
+                    "needed an optimizer made after the SAE was moved"
+                )
+
+    def _others_than_most(self, parameters: list[Tensor]) -> set[str]:
+        """Which of a group's parameters have counted fewer steps than another one."""
+        steps = {self.names[parameter]: int(self.state[parameter]["step"]) for parameter in parameters}
+        return {name for name, count in steps.items() if count < max(steps.values())}
 
 
 def _adam(given: list[tuple[Tensor, Any, dict[str, Tensor]]], group: dict[str, Any]) -> None:

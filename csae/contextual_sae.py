@@ -12,15 +12,18 @@ from csae.factors import Trace
 from csae.ops import lookback_attention, sparse_decode
 from csae.ops.heads import VALUE_BOUND, bounded_heads, unit_heads, value_scale
 from csae.ops.linear import linear
+from csae.ops.lookback_attention import document_starts
 from csae.ops.topk_encode import encode_again, encode_and_keep, encoder, with_encode_gradient
 from csae.recurrence import State, advance, initial_state, whole
-from csae.sae import SAE, Code, Output
+from csae.sae import SAE, Bounds, Code, Output, check_bounds
 
 # The two queries, and the steepest slope that a head begins with. What predicts x_t from the past alone lies near;
 # an exact FVU of 0.151 against 0.154 with a steepest slope of 1. With "current" it was 0.136 with 1, 0.137 with 3.
 QUERIES = {"current": 1.0, "past": 6.0}
 # A product of the look-back's width is narrow where it is this many times narrower than d_in.
 NARROW = 4
+# What `decode` takes for the mask and documents that it is not given.
+AS_ENCODED = "as encoded"
 # Pre-activations that are kept from one sweep to the next.
 KEPT_BYTES = 256 << 20
 
@@ -172,8 +175,20 @@ class ContextualSAE(SAE):
         self._check_acts(acts, mask, documents)
         exact = not self.training if exact is None else exact
         run = self._recur if exact else self._run
-        x_hat, code, c = run(acts / self.scale, mask, documents)
-        return Output(x_hat * self.scale, code, c * self.scale)
+        return self._output(*run(self._normalised(acts), mask, documents), mask, documents, acts.dtype)
+
+    def _output(
+        self,
+        x_hat: Tensor,
+        code: Code,
+        c: Tensor,
+        mask: Tensor | None,
+        documents: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Output:
+        """`Output` of whole windows, from what is in normalised units."""
+        code = Code.of_windows(code.values.to(self.W_enc.dtype), code.indices, mask, documents)
+        return Output(self._in_units_of(x_hat, dtype), code, self._in_units_of(c, dtype))
 
     def encode(self, acts: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Code:
         """acts [B, T, d_in] -> the code [B, T, k], exact in evaluation mode; see `forward`."""
@@ -183,19 +198,55 @@ class ContextualSAE(SAE):
         self,
         code: Code,
         c: Tensor | None = None,
-        mask: Tensor | None = None,
-        documents: Tensor | None = None,
+        mask: Tensor | str | None = AS_ENCODED,
+        documents: Tensor | str | None = AS_ENCODED,
     ) -> Tensor:
         """The code [B, T, k] -> the reconstruction [B, T, d_in], in the units of the activations.
 
-        With query="past" the codes alone are enough: c is rebuilt from them, given the mask and documents
-        [B, T] that they were encoded with. With query="current" give the `c` of `Output`.
+        With query="past" the codes alone are enough: c is rebuilt from them, given the mask and documents [B, T] that
+        they were encoded with. A code that `forward` or `encode` gave knows these (`Code.bounds`). Of another one, from
+        a file for example, say them: None where there were none. With query="current" give the `c` of `Output`.
+
+        Raises ValueError where what is needed is not known, or is not what the code was encoded with.
         """
+        values, indices = code
+        if values.dim() != 3:
+            raise ValueError(f"code: given values of shape {list(values.shape)}; needed those of windows, [B, T, k]")
         if c is None:
             if self.query != "past":
                 raise ValueError('c: not given; needed with query="current": pass the c that forward() returned')
-            return self._recur(code, mask, documents)[0] * self.scale
-        return (sparse_decode(code.values, code.indices, self.W_dec) + self.b_dec) * self.scale + c
+            bounds = self._bounds(code, mask, documents)
+            return self._in_units_of(self._recur(code, *bounds)[0], self.W_dec.dtype)
+        if c.shape != (*values.shape[:-1], self.d_in):
+            raise ValueError(
+                f"c: given shape {list(c.shape)}; needed {[*values.shape[:-1], self.d_in]}, as the code is"
+            )
+        alone = sparse_decode(values.to(self.W_dec.dtype), indices, self.W_dec) + self.b_dec
+        wide = torch.promote_types(self.W_dec.dtype, torch.float32)
+        return (self._in_units_of(alone, wide) + c).to(self.W_dec.dtype)
+
+    def _bounds(
+        self,
+        code: Code,
+        mask: Tensor | str | None,
+        documents: Tensor | str | None,
+    ) -> Bounds:
+        """The mask and documents that a code is decoded with."""
+        known, positions = getattr(code, "bounds", None), code.values.shape[:-1]
+        for name, given in (("mask", mask), ("documents", documents)):
+            if isinstance(given, str) and known is None:
+                raise ValueError(
+                    f"{name}: not given, and this code doesn't know; needed that which it was encoded with, or "
+                    f"{name}=None if there was none (whole windows: what a step gave is a piece)"
+                )
+        found = Bounds(
+            known.mask if isinstance(mask, str) else mask, known.documents if isinstance(documents, str) else documents
+        )
+        check_bounds(positions, *found)
+        if known is not None and not (found.mask is known.mask and found.documents is known.documents):
+            check_bounds(positions, *known)
+            _check_same(known, found)
+        return found
 
     def initial_state(self, B: int, look_back: int | None = None) -> State:
         """The state of B sequences before their first position, for `step`.
@@ -238,12 +289,8 @@ class ContextualSAE(SAE):
             code = Code(output.code.values.squeeze(1), output.code.indices.squeeze(1))
             return Output(output.x_hat.squeeze(1), code, output.c.squeeze(1)), state
         self._check_acts(acts, mask, documents)
-        if acts.shape[0] != state.memory.shape[0]:
-            raise ValueError(
-                f"acts: given {acts.shape[0]} sequences; needed {state.memory.shape[0]}, as the state is of"
-            )
-        x_hat, found, c, _, state = advance(self, acts / self.scale, state, mask, documents)
-        return Output(x_hat * self.scale, Code(*found), c * self.scale), state
+        x_hat, found, c, _, state = advance(self, self._normalised(acts), state, mask, documents)
+        return Output(self._in_units_of(x_hat, acts.dtype), Code(*found), self._in_units_of(c, acts.dtype)), state
 
     def _run(
         self, x: Tensor, mask: Tensor | None, documents: Tensor | None, trace: Trace | None = None
@@ -289,7 +336,11 @@ class ContextualSAE(SAE):
         queries = kept
         if self.query == "current":
             # Zero, and the only way from the queries to b_dec: one vector where the gradient of x would be a product.
-            no_shift = None if trace is None else linear(self.b_dec.detach() - self.b_dec, self.W_Q)
+            no_shift = (
+                None
+                if trace is None or not self.b_dec.requires_grad
+                else linear(self.b_dec.detach() - self.b_dec, self.W_Q)
+            )
             queries = self.queries(given, no_shift)
         encode = encoder(self.W_enc, self.b_enc, self.k)
         if start is not None:
@@ -375,3 +426,12 @@ class ContextualSAE(SAE):
         super()._check_acts(acts, mask, documents)
         if acts.dim() != 3:
             raise ValueError(f"acts: given shape {list(acts.shape)}; needed windows [B, T, d_in]: positions look back")
+
+
+def _check_same(known: Bounds, given: Bounds) -> None:
+    """Raise ValueError where a code is to be decoded with another mask or other documents than it was encoded with."""
+    masks = [torch.tensor(True) if of is None else of.cpu() for of in (known.mask, given.mask)]
+    starts = [torch.tensor(0) if of is None else document_starts(of.cpu()) for of in (known.documents, given.documents)]
+    for name, (one, other) in (("mask", masks), ("documents", starts)):
+        if not bool((one == other).all()):
+            raise ValueError(f"{name}: given another than the code was encoded with; needed that, or leave it out")

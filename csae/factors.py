@@ -12,6 +12,7 @@ gives the weights and the rows, and `csae.adam.Adam` takes them as they are.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -39,8 +40,11 @@ class Factors(NamedTuple):
         return feature_sums(self.pairs, [self.weights], [self.rows])[0]
 
 
-Gradients = dict[str, Tensor | Factors]
-"""The gradient of each parameter, by its name; that of a table is in factors."""
+class Gradients(dict[str, "Tensor | Factors"]):
+    """The gradient of each parameter, by its name; that of a table is in factors."""
+
+    of: nn.Module | None = None
+    """the SAE that they are of, where that is known"""
 
 
 class _Coded(NamedTuple):
@@ -73,11 +77,13 @@ class _Term(NamedTuple):
 class Trace:
     """A forward pass of an SAE with `d_sae` features, its tables held constant.
 
+    trained: the names of the parameters whose gradients are wanted; all if not given.
+
     Where a method takes a mask [...] bool, the pairs of tokens that don't count are left out.
     """
 
-    def __init__(self, d_sae: int) -> None:
-        self.d_sae = d_sae
+    def __init__(self, d_sae: int, trained: Collection[str] | None = None) -> None:
+        self.d_sae, self.trained = d_sae, trained
         self.coded: list[_Coded] = []
         self.decoded: list[_Decoded] = []
 
@@ -87,7 +93,8 @@ class Trace:
         It is x - b_dec that is encoded: the gradient of b_dec by this way is `gradients`' business.
         """
         (x,) = autocast_to(x)
-        return self._note(x, *topk_encode(x, W_enc.detach(), _constant_beside(x, b_enc), k), mask, features=None)
+        code = topk_encode(x, W_enc.detach(), _constant_beside(x, b_enc), k)
+        return self._note(x, *code, mask, features=None)
 
     def encoded(
         self, x: Tensor, values: Tensor, indices: Tensor, W_enc: Tensor, b_enc: Tensor, mask: Tensor | None
@@ -124,40 +131,47 @@ class Trace:
         return out
 
     def gradients(self, loss: Tensor, sae: nn.Module) -> Gradients:
-        """The gradient of every parameter that had a part in the loss."""
+        """The gradient of every parameter that had a part in the loss, and is trained."""
+        trained = {name for name, _ in sae.named_parameters()} if self.trained is None else set(self.trained)
         tables = {"W_enc", "b_enc", *(decoded.table for decoded in self.decoded)}
-        dense = {name: parameter for name, parameter in sae.named_parameters() if name not in tables}
-        values, outs = [coded.values for coded in self.coded], [decoded.out for decoded in self.decoded]
+        dense = {name: parameter for name, parameter in sae.named_parameters() if name in trained - tables}
+        coded = self.coded if trained & {"W_enc", "b_enc", "b_dec"} else []
+        decoded = [of for of in self.decoded if of.table in trained]
+        values, outs = [of.values for of in coded], [of.out for of in decoded]
         found = torch.autograd.grad(loss, [*values, *outs, *dense.values()], allow_unused=True)
         d_values, d_outs = found[: len(values)], found[len(values) : len(values) + len(outs)]
+        d_dense = dict(zip(dense, found[len(values) + len(outs) :], strict=True))
         with torch.no_grad():
-            terms: dict[str, list[_Term]] = {"W_enc": []}
-            for number, (coded, d) in enumerate(zip(self.coded, d_values, strict=True)):
+            terms: dict[str, list[_Term]] = {"W_enc": []} if coded else {}
+            for number, (of, d) in enumerate(zip(coded, d_values, strict=True)):
                 assert d is not None
-                weights = torch.where(coded.values <= 0, 0, d).reshape(coded.features.shape)
-                terms["W_enc"].append(_Term(number, weights, coded.x))
-            for (name, number, most_active, _), d in zip(self.decoded, d_outs, strict=True):
+                weights = torch.where(of.values <= 0, 0, d).reshape(of.features.shape)
+                terms["W_enc"].append(_Term(number, weights, of.x))
+            for (name, number, most_active, _), d in zip(decoded, d_outs, strict=True):
                 assert d is not None
                 weights = self.coded[number].values.reshape(self.coded[number].features.shape)
                 if most_active is not None:
                     weights = nn.functional.pad(weights[:, :most_active], (0, weights.shape[1] - most_active))
                 terms.setdefault(name, []).append(_Term(number, weights, d.reshape(-1, d.shape[-1])))
             factors = self._factors(terms)
-            gradients: Gradients = dict(factors)
-            gradients |= {
-                name: d for name, d in zip(dense, found[len(values) + len(outs) :], strict=True) if d is not None
-            }
-            encoder = factors["W_enc"]
-            ones = encoder.weights.new_ones(encoder.rows.shape[0], 1)
-            gradients["b_enc"] = encoder._replace(rows=ones)
-            gradients["b_dec"] = self._of_b_dec(
-                terms["W_enc"], encoder, ones, gradients["b_dec"], sae.get_parameter("W_enc")
-            )
-        return gradients
+            gradients: dict[str, Tensor | Factors] = dict(factors)
+            gradients |= {name: d for name, d in d_dense.items() if d is not None}
+            if coded:
+                encoder = factors["W_enc"]
+                ones = encoder.weights.new_ones(encoder.rows.shape[0], 1)
+                gradients["b_enc"] = encoder._replace(rows=ones)
+                if "b_dec" in trained:
+                    W_enc = sae.get_parameter("W_enc")
+                    gradients["b_dec"] = self._of_b_dec(terms["W_enc"], encoder, ones, gradients["b_dec"], W_enc)
+        wanted = Gradients({name: gradient for name, gradient in gradients.items() if name in trained})
+        wanted.of = sae
+        return wanted
 
     def _note(
         self, x: Tensor, values: Tensor, indices: Tensor, mask: Tensor | None, features: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        if not values.requires_grad:  # all that it is made of is frozen, or held constant
+            values.requires_grad_()
         with torch.no_grad():
             # A NaN is active: it is to be seen.
             off = values <= 0 if mask is None else (values <= 0) | ~mask.unsqueeze(-1)

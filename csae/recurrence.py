@@ -107,7 +107,7 @@ def advance(
 
     Raises ValueError where the state is of another SAE, of another number of sequences, or older than the weights.
     """
-    check_state(sae, state, (given if isinstance(given, Tensor) else given[0]).shape[0])
+    state = _continued(sae, state, (given if isinstance(given, Tensor) else given[0]).shape[0])
     return _advance(sae, given, state, mask, documents)
 
 
@@ -133,7 +133,7 @@ def _advance(
         documents = state.document[:, None].expand(B, n) if documents is None else documents.to(torch.int64)
         starts = _starts(documents, state)
         mask = torch.ones(B, n, dtype=torch.bool, device=state.memory.device) if mask is None else mask
-        state = _with_table(_with_room(state, n), weights, sae.k)
+        state = _with_room(state, n)
         x = given.to(dtype) if isinstance(given, Tensor) else (given[0].to(dtype), given[1])
         run = recur(
             *(x, mask, starts, state.memory, state.takes_part, state.past, state.position, state.followed, weights),
@@ -153,9 +153,9 @@ def carried_by(sae: ContextualSAE, features: Tensor) -> Tensor:
         return torch.einsum("mhv,dhv->hmd", values, sae.W_O.unflatten(-1, (sae.n_heads, sae.d_value)))
 
 
-@torch.compiler.disable
-def check_state(sae: ContextualSAE, state: State, B: int) -> None:
-    """Raise where B sequences of this SAE, as it is now, can't go on from the state."""
+@torch.compiler.disable  # where tensors lie, and how often they were written to, is not for a graph
+def _continued(sae: ContextualSAE, state: State, B: int) -> State:
+    """The state, for B more positions of this SAE as it is now: with the encoder's table, once that is worth it."""
     if not isinstance(state, State):
         raise TypeError(f"state: given a {type(state).__name__}; needed what initial_state() or the last step gave")
     owner = state.owner
@@ -170,6 +170,10 @@ def check_state(sae: ContextualSAE, state: State, B: int) -> None:
     if sizes != {B}:
         given = ", ".join(map(str, sorted(sizes)))
         raise ValueError(f"acts: given {B} sequences; needed {given}, as the state is of")
+    # Of what was made in inference mode torch doesn't count the writes.
+    if state.table is None and state.encoded >= LEAST_ROWS and not sae.W_enc.is_inference():
+        state = state._replace(table=round_table(sae.W_enc, sae.b_enc, sae.k))
+    return state
 
 
 def _owner(sae: ContextualSAE) -> Owner:
@@ -206,10 +210,3 @@ def _with_room(state: State, n: int) -> State:
     )
     takes_part = torch.cat([state.takes_part, state.takes_part.new_zeros(state.takes_part.shape[0], more)], dim=1)
     return state._replace(memory=memory, takes_part=takes_part)
-
-
-def _with_table(state: State, weights: Weights, k: int) -> State:
-    """A state that has the encoder's table, where enough was encoded, and writes to the encoder would be seen."""
-    if state.table is not None or state.encoded < LEAST_ROWS or weights.W_enc.is_inference():
-        return state
-    return state._replace(table=round_table(weights.W_enc, weights.b_enc, k))

@@ -18,7 +18,7 @@ from csae.errors import UserError
 from csae.factors import Gradients, Trace
 from csae.files import read_json, write_file, write_with_config
 from csae.ops import sparse_decode, topk_encode
-from csae.ops.checks import check_k
+from csae.ops.checks import INTEGERS, check_k
 from csae.tensors import Header, load_tensors, read_header, save_tensors
 from csae.trained_on import KEY, TrainedOn, card
 
@@ -26,24 +26,51 @@ WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 OUR_CARD = "library_name: csae"  # a line of each card that is written here
 
 
-class Code(NamedTuple):
-    """The active features of each token."""
+class Bounds(NamedTuple):
+    """What a contextual SAE's windows were encoded with."""
 
+    mask: Tensor | None
+    """[B, T] bool: which positions took part; None: all"""
+    documents: Tensor | None
+    """[B, T] integer: a document is a run of equal ids; None: one in each window"""
+
+
+class _Pair(NamedTuple):
     values: Tensor
     """[..., k]: how active, in units of normalised activations; zero where fewer than k are active"""
     indices: Tensor
     """[..., k] int64: which features"""
 
 
+class Code(_Pair):
+    """The active features of each token: values [..., k] and indices [..., k] int64, as a tuple of two."""
+
+    bounds: Bounds | None = None
+    """what `ContextualSAE.decode` needs beside the values and indices of whole windows, where that is known: a code
+    that was put together from its parts, or that is of a piece of a sequence, does not know it"""
+
+    @classmethod
+    def of_windows(cls, values: Tensor, indices: Tensor, mask: Tensor | None, documents: Tensor | None) -> Self:
+        """A code that knows what it was encoded with."""
+        code = cls(values, indices)
+        code.bounds = Bounds(*(None if tensor is None else tensor.clone() for tensor in (mask, documents)))
+        return code
+
+    def _replace(self, /, **given: Any) -> Self:
+        code = super()._replace(**given)
+        code.bounds = self.bounds
+        return code
+
+
 class Output(NamedTuple):
     """What an SAE makes of activations [..., d_in]."""
 
     x_hat: Tensor
-    """[..., d_in]: the reconstruction, in the units of the activations"""
+    """[..., d_in]: the reconstruction, in the units and the dtype of the activations"""
     code: Code
     """the features that are active here: for a contextual SAE, what is new"""
     c: Tensor
-    """[..., d_in]: what the look-back carried here, in the units of the activations; zero for a per-token SAE"""
+    """[..., d_in]: what the look-back carried here, likewise; zero for a per-token SAE"""
 
 
 class Losses(NamedTuple):
@@ -65,6 +92,14 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
     Activations are divided by `scale` on the way in and multiplied on the way out, so that the parameters
     live where a dimension has a mean square of one; `initialise` sets it. Decoder rows start as random unit
     vectors, and the encoder as the decoder's transpose (Gao et al. 2024, arXiv 2406.04093).
+
+    Dtypes: activations of any floating dtype meet weights of any other. They are divided by `scale` in float32 or
+    wider; arithmetic is in the dtype of the weights; x_hat and c come in the dtype of the activations, a code's values
+    in that of the weights, and so does what `decode` makes, which is given no activations. Losses are in float32 or
+    wider. Under torch.autocast products are in its dtype, results as without. The exact form of a contextual SAE,
+    which a rounding could lead elsewhere, and what is made of it (`stream`, `csae.attribution`) take no notice of it.
+
+    A parameter with requires_grad=False is frozen: it gets no gradient, and stays as it is.
 
     Args:
         d_in: width of the activations.
@@ -187,13 +222,19 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
         """The training loss and its gradient by every parameter, those of the tables in factors (`csae.factors`).
 
         What `loss(...)` and `loss.backward()` give, without a tensor of a table's size: for
-        `csae.adam.Adam.update`. Args: as `loss`. The losses are without a graph.
+        `csae.adam.Adam.update`. Args: as `loss`. The losses are without a graph. A frozen parameter has no entry.
+
+        Raises ValueError where all are frozen, or where two names are one parameter: `loss` takes those.
         """
         self._check_acts(acts, mask, documents)
-        trace = Trace(self.d_sae)
-        losses = self._losses(acts, mask, documents, dead, trace)
-        with torch.autocast(acts.device.type, enabled=False):  # forward's business
-            gradients = trace.gradients(losses.loss, self)
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():  # a compiler says so itself
+            raise RuntimeError("gradients: called under torch.inference_mode(); needed outside of it")
+        trained = check_trained(self)
+        with torch.enable_grad():
+            trace = Trace(self.d_sae, trained)
+            losses = self._losses(acts, mask, documents, dead, trace)
+            with torch.autocast(acts.device.type, enabled=False):  # forward's business
+                gradients = trace.gradients(losses.loss, self)
         code = Code(losses.code.values.detach(), losses.code.indices)
         return Losses(losses.loss.detach(), losses.fvu.detach(), losses.aux.detach(), code), gradients
 
@@ -205,9 +246,10 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
         dead: Tensor | None,
         trace: Trace | None,
     ) -> Losses:
-        x = acts / self.scale
+        x = self._normalised(acts)
         x_hat, code, c = self._run(x, mask, documents, trace)
-        weight = x.new_ones(x.shape[:-1]) if mask is None else mask.to(x.dtype)
+        ones = torch.promote_types(x.dtype, torch.float32)  # half precision can't count tokens
+        weight = x.new_ones(x.shape[:-1], dtype=ones) if mask is None else mask.to(ones)
         residual = x - x_hat
         fvu = fraction_unexplained(x, residual, weight)
         aux = fvu.new_zeros(())
@@ -235,17 +277,29 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
         share = k / self.k_aux  # a few dead features can't be asked for as much as many
         return share * _energy(residual - residual_hat, weight) / _energy(residual, weight).clamp_min(1e-12)
 
+    def _normalised(self, acts: Tensor) -> Tensor:
+        """Activations, as they are encoded: over the scale, in the dtype of the weights."""
+        weights = self.W_enc.dtype
+        wide = torch.promote_types(torch.promote_types(acts.dtype, weights), torch.float32)
+        return (acts.to(wide) / self.scale.to(wide)).to(weights)
+
+    def _in_units_of(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """What is in normalised units, in those of the activations, and in their dtype."""
+        wide = torch.promote_types(torch.promote_types(x.dtype, dtype), torch.float32)
+        return (x.to(wide) * self.scale.to(wide)).to(dtype)
+
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:
-        """Take from W_dec's gradient what would only change the length of its unit rows."""
-        if self.W_dec.grad is not None:
+        """Take from W_dec's gradient what would only change the length of its unit rows; not where it is frozen."""
+        if self.W_dec.grad is not None and self.W_dec.requires_grad:
             along = torch.bmm(self.W_dec.grad.unsqueeze(1), self.W_dec.unsqueeze(2)).squeeze(2)  # [d_sae, 1]
             self.W_dec.grad.addcmul_(self.W_dec, along, value=-1)
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:
-        """Give the decoder's rows unit norm."""
-        self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp_min(1e-12))
+        """Give the decoder's rows unit norm, unless it is frozen."""
+        if self.W_dec.requires_grad:
+            self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp_min(1e-12))
 
     @torch.no_grad()
     def track(self, code: Code, mask: Tensor | None = None) -> None:
@@ -270,13 +324,7 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
             raise ValueError(f"acts: given shape {list(acts.shape)}; needed [..., d_in] with d_in = {self.d_in}")
         if not acts.is_floating_point():
             raise TypeError(f"acts: given dtype {acts.dtype}; needed a floating dtype")
-        for name, tensor in (("mask", mask), ("documents", documents)):
-            if tensor is not None and tensor.shape != acts.shape[:-1]:
-                raise ValueError(
-                    f"{name}: given shape {list(tensor.shape)}; needed one entry a position, {list(acts.shape[:-1])}"
-                )
-        if mask is not None and mask.dtype != torch.bool:
-            raise TypeError(f"mask: given dtype {mask.dtype}; needed torch.bool, True where a position takes part")
+        check_bounds(acts.shape[:-1], mask, documents)
 
     # Saving and loading, through huggingface_hub's mixin: a local folder or a hub id. Safetensors only.
 
@@ -402,8 +450,45 @@ def _listed(shape: tuple[int, ...] | None) -> str:
     return "missing" if shape is None else reprlib.repr(list(shape))
 
 
+def check_bounds(positions: torch.Size, mask: Tensor | None, documents: Tensor | None) -> None:
+    """Raise ValueError or TypeError where the mask or the documents are not an entry for each of the positions."""
+    for name, tensor in (("mask", mask), ("documents", documents)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: given a {type(tensor).__name__}; needed a torch.Tensor, or None")
+        if tensor is not None and tensor.shape != positions:
+            raise ValueError(
+                f"{name}: given shape {list(tensor.shape)}; needed one entry a position, {list(positions)}"
+            )
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask: given dtype {mask.dtype}; needed torch.bool, True where a position takes part")
+    if documents is not None and documents.dtype not in INTEGERS:
+        raise TypeError(f"documents: given dtype {documents.dtype}; needed integer ids, such as torch.int64")
+
+
+def check_trained(sae: SAE) -> set[str]:
+    """The names of the parameters that are not frozen; ValueError where there is none, or where two are one."""
+    names = [name for name, _ in sae.named_parameters(remove_duplicate=False)]
+    twice = sorted(set(names) - {name for name, _ in sae.named_parameters()})
+    if twice:
+        raise ValueError(
+            f"sae: {', '.join(twice)} is another name of a parameter; needed one for each name: tied parameters train "
+            "by loss(...).loss.backward()"
+        )
+    foreign = sorted({"W_enc", "b_enc", "W_dec", "b_dec", *sae.look_back} - set(names))
+    if foreign:
+        raise ValueError(
+            f"sae: {', '.join(foreign)} is made of something else; needed a parameter: such an SAE trains by "
+            "loss(...).loss.backward()"
+        )
+    trained = {name for name, parameter in sae.named_parameters() if parameter.requires_grad}
+    if not trained:
+        raise ValueError("sae: all of its parameters are frozen; needed one with requires_grad=True to train")
+    return trained
+
+
 def _energy(x: Tensor, weight: Tensor) -> Tensor:
-    """Sum of squares of x [..., d_in], each position by its weight [...]."""
+    """Sum of squares of x [..., d_in], each position by its weight [...]; in weight's dtype, if that is wider."""
+    x = x.to(torch.promote_types(x.dtype, weight.dtype))
     return (x.square().sum(dim=-1) * weight).sum()
 
 

@@ -35,17 +35,22 @@ class TopKSAE(SAE):
     def encode(self, acts: Tensor) -> Code:
         """acts [..., d_in] -> the code [..., k]."""
         self._check_acts(acts)
-        return Code(*topk_encode(acts / self.scale - self.b_dec, self.W_enc, self.b_enc, self.k))
+        values, indices = topk_encode(self._normalised(acts) - self.b_dec, self.W_enc, self.b_enc, self.k)
+        return Code(values.to(self.W_enc.dtype), indices)
 
     def decode(self, code: Code) -> Tensor:
         """The code [..., k] -> the reconstruction [..., d_in], in the units of the activations."""
-        return (sparse_decode(code.values, code.indices, self.W_dec) + self.b_dec) * self.scale
+        return self._decode(code, self.W_dec.dtype)
+
+    def _decode(self, code: Code, dtype: torch.dtype) -> Tensor:
+        values, indices = code
+        return self._in_units_of(sparse_decode(values.to(self.W_dec.dtype), indices, self.W_dec) + self.b_dec, dtype)
 
     def forward(self, acts: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Output:
         """acts [..., d_in] -> `Output`. Tokens don't see each other: mask and documents change nothing here."""
         self._check_acts(acts, mask, documents)
         code = self.encode(acts)
-        return Output(self.decode(code), code, torch.zeros_like(acts))
+        return Output(self._decode(code, acts.dtype), code, torch.zeros_like(acts))
 
     def _run(
         self, x: Tensor, mask: Tensor | None, documents: Tensor | None, trace: Trace | None = None
