@@ -13,9 +13,11 @@ part, for one position at a time or, where all are asked for, [T, T, k].
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,19 @@ from torch import Tensor, nn
 from csae.contextual_sae import ContextualSAE, value_scale
 from csae.ops.lookback_attention import document_starts
 from csae.sae import Output
+
+Result = TypeVar("Result")
+
+
+def _precisely(method: Callable[..., Result]) -> Callable[..., Result]:
+    """The method without autocast and without a gradient."""
+
+    @functools.wraps(method)
+    def run(self: Attribution, *given: Any) -> Result:
+        with torch.no_grad(), torch.autocast(self.weights.device.type, enabled=False):
+            return method(self, *given)
+
+    return run
 
 
 class Part(NamedTuple):
@@ -39,7 +54,7 @@ class Part(NamedTuple):
 
 
 class Attribution:
-    """The parts of c for one window of T positions, as `attribute` makes them.
+    """The parts of c for one window of T positions, as `attribute` makes them; all in the dtype of the weights.
 
     output: x_hat [T, d_in], code [T, k] and c [T, d_in] of the exact form.
     weights: [n_heads, T, T], the attention of position t (row) to the earlier position j (column).
@@ -61,6 +76,7 @@ class Attribution:
         self._onto_c = torch.einsum("td,dhv->thv", direction, self._W_O)
 
     @cached_property
+    @_precisely
     def _gram(self) -> Tensor:
         """The scalar products of what a slot's heads write: [T, k, H, H], made a head at a time to save memory."""
         overlap = torch.einsum("dhv,dgw->hvgw", self._W_O, self._W_O)
@@ -68,18 +84,22 @@ class Attribution:
         return torch.stack([torch.einsum("jiv,vgw,jigw->jig", u, o, self._written) for u, o in heads], dim=2)
 
     @cached_property
+    @_precisely
     def norm(self) -> Tensor:
         return torch.stack([self.norm_at(t) for t in range(self.weights.shape[1])])
 
     @cached_property
+    @_precisely
     def share(self) -> Tensor:
         return torch.stack([self.share_at(t) for t in range(self.weights.shape[1])])
 
+    @_precisely
     def norm_at(self, t: int) -> Tensor:
         """norm[t], [T, k], without making all of it."""
         attended = self.weights[:, t]  # [H, T]
         return torch.einsum("hj,jihg,gj->ji", attended, self._gram, attended).clamp_min(0).sqrt()
 
+    @_precisely
     def share_at(self, t: int) -> Tensor:
         """share[t], [T, k], without making all of it."""
         # A head at a time, and of earlier positions only: a quarter of the time that one product takes.
@@ -88,12 +108,14 @@ class Attribution:
         share = torch.einsum("hj,hji->ji", self.weights[:, t, :t], onto_c)
         return nn.functional.pad(share, (0, 0, 0, self.weights.shape[1] - t))
 
+    @_precisely
     def remainder(self) -> Tensor:
         """What all parts together miss of c, in its own length: [T]. Rounding, and zero where c is."""
         parts = torch.einsum("htj,jhv,dhv->td", self.weights, self._written.sum(dim=1), self._W_O)
         length = self.output.c.norm(dim=-1)
         return (parts - self.output.c).norm(dim=-1) / torch.where(length > 0, length, 1)
 
+    @_precisely
     def written(self) -> tuple[Tensor, Tensor]:
         """The features of the window, [m] in order, and for each the sum of all of its parts, [m, d_in]."""
         features, row = self.output.code.indices.unique(return_inverse=True)
@@ -102,6 +124,7 @@ class Attribution:
         by_feature = slots.new_zeros(len(features), *slots.shape[1:]).index_add_(0, row.flatten(), slots)
         return features, torch.einsum("fhv,dhv->fd", by_feature, self._W_O)
 
+    @_precisely
     def parts(self, t: int) -> Tensor:
         """All parts of c[t]: [T, k, d_in], for position j and slot i of its code; they sum to c[t]."""
         return torch.einsum("hj,jihv,dhv->jid", self.weights[:, t], self._written, self._W_O)
@@ -122,7 +145,7 @@ class Attribution:
 def attribute(
     sae: ContextualSAE, acts: Tensor, mask: Tensor | None = None, documents: Tensor | None = None
 ) -> Attribution:
-    """The parts of c for one window, in the exact form.
+    """The parts of c for one window, in the exact form, in the dtype of the weights, autocast or not.
 
     acts [T, d_in], mask [T] bool, documents [T] integer -> `Attribution`.
     """
@@ -130,14 +153,16 @@ def attribute(
         raise TypeError(f"sae: given a {type(sae).__name__}; needed a ContextualSAE: only that carries anything")
     if acts.dim() != 2:
         raise ValueError(f"acts: given shape {list(acts.shape)}; needed one window [T, d_in]")
-    T = acts.shape[0]
-    mask = torch.ones(T, dtype=torch.bool, device=acts.device) if mask is None else mask
-    starts = torch.zeros(T, dtype=torch.int64, device=acts.device)
-    if documents is not None:
-        starts = document_starts(documents[None])[0]
-    x_hat, code, c = sae(acts[None], mask[None], None if documents is None else documents[None], exact=True)
-    output = Output(x_hat[0], type(code)(code.values[0], code.indices[0]), c[0])
-    return Attribution(sae, output, _weights(sae, acts, output, mask, starts))
+    with torch.autocast(acts.device.type, enabled=False):
+        acts = acts.to(sae.W_enc.dtype)
+        T = acts.shape[0]
+        mask = torch.ones(T, dtype=torch.bool, device=acts.device) if mask is None else mask
+        starts = torch.zeros(T, dtype=torch.int64, device=acts.device)
+        if documents is not None:
+            starts = document_starts(documents[None])[0]
+        x_hat, code, c = sae(acts[None], mask[None], None if documents is None else documents[None], exact=True)
+        output = Output(x_hat[0], type(code)(code.values[0], code.indices[0]), c[0])
+        return Attribution(sae, output, _weights(sae, acts, output, mask, starts))
 
 
 def _weights(sae: ContextualSAE, acts: Tensor, output: Output, mask: Tensor, starts: Tensor) -> Tensor:

@@ -167,6 +167,9 @@ def train(
             f"batch_windows: given {config.batch_windows}, but there are {len(windows)} windows to train on; "
             f"needed as many: give more text, or a smaller batch"
         )
+    frozen = sorted(name for name, parameter in sae.named_parameters() if not parameter.requires_grad)
+    if len(frozen) == len(list(sae.parameters())):
+        raise UserError("sae: all of its parameters are frozen: give one with requires_grad=True to train")
     described = source.describe()
     job = {
         "sae": sae.config,
@@ -177,6 +180,8 @@ def train(
         "n_ctx": source.n_ctx,
         "origin": origin,
     }
+    if frozen:
+        job["frozen"] = frozen
     check_job(run, job)
     sae.trained_on = TrainedOn.of(described, origin)
     finished = (run / CONFIG).is_file()
@@ -226,6 +231,7 @@ def _train(
     optimizer = adam(sae, config)
     checkpoint = last_checkpoint(run)
     first = 0 if checkpoint is None else restore_checkpoint(checkpoint, sae, optimizer, job)
+    optimizer.forget_steps()
     every = config.checkpoint_every
     for step in range(first - first % every + every, config.steps, every):
         check_free(run, step)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from csae.activations import sink_mask
 from csae.contextual_sae import ContextualSAE
+from csae.interop.feature_acts import FeatureActs, carried_of
 from csae.ops import topk_encode
 from csae.sae import Code
 from csae.topk_sae import TopKSAE
@@ -15,11 +16,12 @@ from csae.topk_sae import TopKSAE
 class DenseSAE(nn.Module):
     """`encode` and `decode` with one dense tensor between them, and the weights as the field lays them out.
 
-    A contextual SAE runs in its exact form, on windows. What it carries to each position, c, is not in its feature
-    activations; so `encode` leaves it with the tensor that it gives, and `decode` adds it. An edited copy is decoded
-    with the c of the last `encode`: an edit of feature activations is an edit of what is new. Positions that
-    `sink_mask` leaves out look at none and are looked at by none, as in training; since other libraries may count
-    them, they are encoded by themselves, as a per-token SAE encodes them. There is no gradient through `encode` then.
+    A contextual SAE runs in its exact form, on windows, autocast or not. What it carries to each position, c, is not in
+    its feature activations; so what `encode` gives knows it (`csae.interop.feature_acts`), as do copies, edits and
+    slices of it, and `decode` adds it: an edit of feature activations is an edit of what is new. Feature activations
+    from elsewhere are decoded with a `c` that is given, or refused. Positions that `sink_mask` leaves out look at none
+    and are looked at by none, as in training; since other libraries may count them, they are encoded by themselves, as
+    a per-token SAE encodes them. There is no gradient through `encode` then.
 
     sae: with a scale of one, as `csae.interop.weights.unscaled` makes them.
     """
@@ -27,7 +29,6 @@ class DenseSAE(nn.Module):
     def __init__(self, sae: TopKSAE | ContextualSAE) -> None:
         super().__init__()
         self.sae: TopKSAE | ContextualSAE = sae
-        self._c: Tensor | None = None  # [B, T, d_in], of the last window that was encoded
 
     @property
     def W_enc(self) -> Tensor:
@@ -60,15 +61,18 @@ class DenseSAE(nn.Module):
     def encode(self, acts: Tensor) -> Tensor:
         """acts [..., d_in], for a contextual SAE windows [B, T, d_in] -> feature activations [..., d_sae]."""
         acts = acts.to(self.dtype)
-        code = self._look_back(self.sae, acts) if isinstance(self.sae, ContextualSAE) else self.sae.encode(acts)
+        c = None
+        if isinstance(self.sae, ContextualSAE):
+            code, c = self._look_back(self.sae, acts)
+        else:
+            code = self.sae.encode(acts)
         # Where fewer than k are active the rest are zeros, whatever their indices: they add nothing.
         dense = code.values.new_zeros(*code.values.shape[:-1], self.sae.d_sae)
         dense = dense.scatter_add(-1, code.indices, code.values)
-        dense.carried = self._c  # type: ignore[attr-defined]
-        return dense
+        return dense if c is None else FeatureActs.of(dense, c)
 
     @torch.no_grad()
-    def _look_back(self, sae: ContextualSAE, acts: Tensor) -> Code:
+    def _look_back(self, sae: ContextualSAE, acts: Tensor) -> tuple[Code, Tensor]:
         if acts.dim() != 3 or acts.shape[1] < 2:
             raise ValueError(
                 f"acts: given shape {list(acts.shape)}; needed whole windows [B, T, d_in] with T >= 2 for a contextual "
@@ -81,24 +85,27 @@ class DenseSAE(nn.Module):
             )
         mask = sink_mask(acts, None, *sae.masking)
         out = sae(acts, mask, exact=True)
-        values, indices = topk_encode(acts[~mask] - sae.b_dec, sae.W_enc, sae.b_enc, sae.k)
+        with torch.autocast(acts.device.type, enabled=False):
+            values, indices = topk_encode(acts[~mask] - sae.b_dec, sae.W_enc, sae.b_enc, sae.k)
         out.code.values[~mask], out.code.indices[~mask] = values, indices
-        self._c = out.c
-        return out.code
+        return out.code, out.c
 
-    def decode(self, feature_acts: Tensor) -> Tensor:
-        """Feature activations [..., d_sae] -> the reconstruction [..., d_in]."""
-        x_hat = feature_acts @ self.W_dec + self.b_dec
+    def decode(self, feature_acts: Tensor, c: Tensor | None = None) -> Tensor:
+        """Feature activations [..., d_sae] -> the reconstruction [..., d_in].
+
+        c: [..., d_in], what a contextual SAE carried there, where the feature activations don't know it.
+        """
+        x_hat = torch.Tensor.as_subclass(feature_acts, Tensor).to(self.dtype) @ self.W_dec + self.b_dec
         if not isinstance(self.sae, ContextualSAE):
             return x_hat
-        c: Tensor | None = getattr(feature_acts, "carried", self._c)
-        if c is None or c.shape[:-1] != feature_acts.shape[:-1]:
-            last = "nothing" if c is None else f"windows of {list(c.shape[:-1])} positions"
+        c = carried_of(feature_acts) if c is None else c
+        if c is None or c.shape != x_hat.shape:
+            known = "what was carried there is not known" if c is None else f"c is {list(c.shape)}"
             raise ValueError(
-                f"feature_acts: given shape {list(feature_acts.shape)}, and {last} was encoded last; needed those of "
-                "the last encode(): a contextual SAE adds what it carried there"
+                f"feature_acts: given shape {list(feature_acts.shape)}, and {known}; needed what encode() gave, a "
+                "copy, an edit or a slice of it, or c of these positions: a contextual SAE adds what it carried there"
             )
-        return x_hat + c
+        return x_hat + c.to(x_hat)
 
     def forward(self, acts: Tensor) -> Tensor:
         """acts -> the reconstruction, of the same shape."""

@@ -1,0 +1,170 @@
+"""Dense feature activations of a contextual SAE, with what it carried to each position: edits and slices keep it."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+# Functions of which a result is of the positions of its argument, by the name that methods and functions share:
+# each number by itself,
+POINTWISE = {
+    *("abs", "bfloat16", "clamp", "clamp_max", "clamp_min", "clip", "clone", "contiguous", "cpu", "cuda", "detach"),
+    *("add", "div", "divide", "multiply", "mul", "neg", "negative", "positive", "sub", "subtract", "true_divide"),
+    *(
+        "double",
+        "empty_like",
+        "float",
+        "full_like",
+        "half",
+        "maximum",
+        "minimum",
+        "nan_to_num",
+        "ones_like",
+        "pin_memory",
+    ),
+    *("pow", "rand_like", "randn_like", "relu", "requires_grad", "sqrt", "square", "to", "type", "type_as", "where"),
+    *("zeros_like", "zero", "fill", "lerp", "pin_memory", "threshold"),
+}
+# or some of them changed, by what comes from elsewhere,
+EDITS = {
+    *("copy", "index_add", "index_copy", "index_fill", "index_put", "masked_fill", "masked_scatter", "scatter"),
+    *("scatter_add", "setitem"),
+}
+# or the same numbers in another shape,
+SHAPES = {"flatten", "reshape", "reshape_as", "squeeze", "unflatten", "unsqueeze", "view", "view_as"}
+# or all of some positions, along a dimension that comes as so many-th argument.
+PARTS = {"chunk": 2, "index_select": 1, "narrow": 1, "select": 1, "split": 2, "tensor_split": 2, "unbind": 1}
+JOINS = {"cat": 1, "concat": 1, "concatenate": 1, "stack": 1}
+
+
+class FeatureActs(Tensor):
+    """Feature activations [..., d_sae] that know `carried`: c [..., d_in] of the same positions, or None.
+
+    A result of torch's functions knows it too where it is of the same positions: a copy, an edit, arithmetic, another
+    dtype or device; an index of positions; batches put together or taken apart. Any other result is an ordinary tensor,
+    and so is what is made of activations to which different things were carried.
+    """
+
+    carried: Tensor | None = None
+
+    @classmethod
+    def of(cls, feature_acts: Tensor, carried: Tensor) -> Self:
+        acts = feature_acts.as_subclass(cls)
+        acts.carried = carried
+        return acts
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            found = func(*args, **kwargs)
+            given = [of for of in tree_leaves((args, kwargs)) if isinstance(of, FeatureActs)]
+            name, in_place = _name(func)
+            if in_place:
+                changed = args[0]
+                if isinstance(changed, FeatureActs) and _carried_to_all(name, changed, given) is None:
+                    changed.carried = None
+                return found
+            if not given or isinstance(found, FeatureActs):  # nothing was to be done
+                return found
+            with torch.no_grad():
+                carried = _carried(name, func, args, kwargs, given, found)
+            if carried is None:
+                return found
+            if isinstance(found, Tensor):
+                return cls.of(found, carried)
+            return type(found)(cls.of(*pair) for pair in zip(found, carried, strict=True))
+
+
+def carried_of(feature_acts: Tensor) -> Tensor | None:
+    """What was carried to the positions of feature activations, where that is known."""
+    return feature_acts.carried if isinstance(feature_acts, FeatureActs) else None
+
+
+def _name(func: Any) -> tuple[str, bool]:
+    """The name of a function without underscores, and whether it writes to its first argument."""
+    name = getattr(func, "__name__", "")
+    if name.startswith("__"):
+        bare = name.strip("_")
+        if bare == "setitem":
+            return bare, True
+        operators = "add", "sub", "mul", "div", "truediv", "pow"
+        for operator in operators:
+            if bare in (operator, f"r{operator}", f"i{operator}"):
+                return operator.replace("true", ""), bare == f"i{operator}"
+        return bare, False
+    return name.rstrip("_"), name.endswith("_")
+
+
+def _carried_to_all(name: str, first: FeatureActs, given: list[FeatureActs]) -> Tensor | None:
+    """What was carried to the positions of a result that is of all of them, and of nothing else."""
+    if name in POINTWISE:
+        return first.carried if all(of.carried is first.carried for of in given) else None
+    # What is put elsewhere may be of any positions.
+    return first.carried if name in EDITS and all(of is first for of in given) else None
+
+
+def _carried(name: str, func: Any, args: Any, kwargs: Any, given: list[FeatureActs], found: Any) -> Any:
+    """What was carried to the positions of a new result, or of each if it is several; None where that is not known."""
+    first = given[0]
+    carried, ndim = first.carried, first.ndim
+    if carried is None:
+        return None
+    if name in POINTWISE | EDITS:
+        same = isinstance(found, Tensor) and found.shape == first.shape
+        return _carried_to_all(name, first, given) if same else None
+    if name in SHAPES:
+        whole = isinstance(found, Tensor) and found.ndim > 1 and found.shape[-1] == first.shape[-1]
+        return carried.reshape(*found.shape[:-1], carried.shape[-1]) if whole else None
+    if name == "getitem" and len(given) == 1:
+        return _at(carried, args[1], found) if _of_positions(args[1], ndim) else None
+    if name in PARTS and len(given) == 1 and isinstance(args[0], FeatureActs):
+        dim = kwargs.get("dim", args[PARTS[name]] if len(args) > PARTS[name] else 0)
+        return func(carried, *args[1:], **kwargs) if _leads(dim, ndim) else None
+    if name in JOINS and isinstance(args[0], list | tuple) and len(args[0]) == len(given):
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+        of_each = [of.carried for of in given]
+        leads = _leads(dim, ndim + (name == "stack")) and not any(of is None for of in of_each)
+        return func(of_each, *args[1:], **kwargs) if leads else None
+    return None
+
+
+def _at(carried: Tensor, index: Any, found: Tensor) -> Tensor | None:
+    """carried[index], where that is of the positions of what the same index found."""
+    try:
+        there = carried[index]
+    except (IndexError, RuntimeError, TypeError, ValueError):
+        return None
+    whole = there.ndim == found.ndim > 0 and there.shape[:-1] == found.shape[:-1]
+    return there if whole and there.shape[-1] == carried.shape[-1] else None
+
+
+def _leads(dim: Any, ndim: int) -> bool:
+    """Whether a dimension of ndim is not the last one, of features."""
+    return isinstance(dim, int) and not isinstance(dim, bool) and -ndim <= dim < ndim and dim % ndim != ndim - 1
+
+
+def _of_positions(index: Any, ndim: int) -> bool:
+    """Whether an index takes all features of what it takes of [..., d_sae]."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if any(part is Ellipsis for part in parts):
+        if parts[-1] is Ellipsis:
+            parts = parts[:-1]
+        elif len(parts) > 1 and parts[-2] is Ellipsis and isinstance(parts[-1], slice) and parts[-1] == slice(None):
+            parts = parts[:-2]
+        else:
+            return False
+    if len(parts) >= ndim and isinstance(parts[-1], slice) and parts[-1] == slice(None):
+        parts = parts[:-1]
+    taken = 0
+    for part in parts:
+        if part is Ellipsis or isinstance(part, bool):
+            return False
+        if str(getattr(part, "dtype", "")) in ("torch.bool", "torch.uint8", "bool"):  # a mask, of torch or numpy
+            taken += part.ndim
+        elif part is not None:
+            taken += 1
+    return taken < ndim
