@@ -93,6 +93,10 @@ class Adam(torch.optim.Optimizer):
                 "exp_avg_sq": torch.zeros_like(weight, dtype=dtype),
             }
 
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("sae", "names", "lazy", "moments", "_apart")  # torch copies its own only
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)  # in the dtype of the parameters
         for parameter, state in self.state.items():

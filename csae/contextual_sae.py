@@ -232,21 +232,26 @@ class ContextualSAE(SAE):
         documents: Tensor | str | None,
     ) -> Bounds:
         """The mask and documents that a code is decoded with."""
-        known, positions = getattr(code, "bounds", None), code.values.shape[:-1]
+        positions = code.values.shape[:-1]
+        known: Bounds | None = getattr(code, "bounds", None)
+        if known is not None:
+            check_bounds(positions, *known)
+        found: list[Tensor | None] = []
         for name, given in (("mask", mask), ("documents", documents)):
-            if isinstance(given, str) and known is None:
+            if not isinstance(given, str):
+                found.append(given)
+            elif known is not None:
+                found.append(getattr(known, name))
+            else:
                 raise ValueError(
                     f"{name}: not given, and this code doesn't know; needed that which it was encoded with, or "
-                    f"{name}=None if there was none (whole windows: what a step gave is a piece)"
+                    f"{name}=None if there was none (of whole windows: what a step gave is a piece)"
                 )
-        found = Bounds(
-            known.mask if isinstance(mask, str) else mask, known.documents if isinstance(documents, str) else documents
-        )
-        check_bounds(positions, *found)
-        if known is not None and not (found.mask is known.mask and found.documents is known.documents):
-            check_bounds(positions, *known)
-            _check_same(known, found)
-        return found
+        bounds = Bounds(*found)
+        check_bounds(positions, *bounds)
+        if known is not None and not (bounds.mask is known.mask and bounds.documents is known.documents):
+            _check_same(known, bounds)
+        return bounds
 
     def initial_state(self, B: int, look_back: int | None = None) -> State:
         """The state of B sequences before their first position, for `step`.

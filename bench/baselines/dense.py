@@ -21,11 +21,11 @@ def dense_gradients(
     parameters = dict(sae.named_parameters())
     with torch.autocast(acts.device.type, enabled=False):  # forward's business
         found = torch.autograd.grad(losses.loss, list(parameters.values()), allow_unused=True)
-    gradients: Gradients = {
+    gradients = Gradients(
         # AuxK gives sparse ones where nothing else joins them.
-        name: gradient.to_dense() if gradient.is_sparse else gradient
+        (name, gradient.to_dense() if gradient.is_sparse else gradient)
         for name, gradient in zip(parameters, found, strict=True)
         if gradient is not None
-    }
+    )
     code = Code(losses.code.values.detach(), losses.code.indices)
     return Losses(losses.loss.detach(), losses.fvu.detach(), losses.aux.detach(), code), gradients

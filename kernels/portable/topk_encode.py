@@ -110,7 +110,7 @@ def encode_by_table(
     if last is not None and last.shape[1] == x.shape[0]:
         for here in _coarse_chunks(x, W_enc, k):
             sampled = here.stop - here.start >= topk_coarse.LEAST_SAMPLED
-            before.append(topk_coarse.Reached(*last[:, here], sample) if sampled else None)
+            before.append(topk_coarse.Reached(last[0, here], last[1, here], sample) if sampled else None)
     found = _encode_coarsely(x, with_rows(W_enc), b_enc.float(), k, values, indices, rounded, before, sample)
     reached = x.new_zeros(2, x.shape[0], dtype=torch.float32)
     for here, of in zip(_coarse_chunks(x, W_enc, k), found, strict=True):
