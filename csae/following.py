@@ -159,7 +159,7 @@ def content_of(cache: Any) -> Content | None:
         return Content(length, length - held.shape[-2], _marks(held[:, 0, :, :SAMPLED]))
     said = layer.length if layer is not None else _length(cache)
     states = [state for state in _states(cache) if state.dim() > 1 and state.numel()]
-    if said == 0 or not any(bool(state.count_nonzero()) for state in states):
+    if said == 0 or not any(bool(_bits(state).any()) for state in states):
         if said:
             raise ValueError(
                 f"{named(cache)} says that it holds {said} positions, and shows none of them; needed another kind"
@@ -239,9 +239,14 @@ def _has_states(holder: Any) -> bool:
 
 def _marks(values: Tensor) -> Tensor:
     """values [..., n], n at most SAMPLED_OF_STATE -> [...] int64, not 0: other bits, another mark."""
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    bits = values.contiguous().view(integer).to(torch.int64)
+    bits = _bits(values).to(torch.int64)
     return (bits * FACTORS[: bits.shape[-1]].to(bits.device)).sum(dim=-1) | 1
+
+
+def _bits(values: Tensor) -> Tensor:
+    """The same bits as integers, of any floating dtype."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return values.contiguous().view(integers[values.element_size()])
 
 
 def _settle(held: Tensor) -> None:

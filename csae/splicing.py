@@ -109,6 +109,7 @@ class Spliced:
         self._texts: list[_Remembered] = []  # the last one first
         self._pass: _Pass | None = None
         self._passes = 0
+        self._failure: Exception | None = None  # of the last pass that failed
         self._replaced: Tensor | None = None  # scalar bool
 
     def around(self, signature: inspect.Signature, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -155,6 +156,9 @@ class Spliced:
             )
         try:
             yield running, outermost
+        except Exception as error:
+            self._failure = error
+            raise
         finally:
             if outermost:
                 self._pass = None
@@ -244,6 +248,7 @@ class Spliced:
             "in it from its first token: run the prompt inside the splice, and change its cache as generate does"
         )
 
+    @torch.inference_mode(False)
     def _remember(self, running: _Pass) -> None:
         """After a pass: which cache holds it, and the marks that it is known by."""
         text, new = running.text, running.new
@@ -261,6 +266,10 @@ class Spliced:
                 continue  # it did not keep the pass
             if content.length is not None and content.length != text.length + T:
                 grown.append(f"{named(cache)} holds {content.length} positions")
+                continue
+            ids = running.arguments.get("input_ids")
+            if content.length is None and isinstance(ids, Tensor) and ids.shape != (B, T):
+                grown.append(f"{list(ids.shape)} tokens were given")
                 continue
             if content.marks.shape[0] != B:
                 grown.append(f"{named(cache)} holds {content.marks.shape[0]} rows")
@@ -283,6 +292,8 @@ class Spliced:
     def check_used(self) -> None:
         """Raises RuntimeError where the block never ran, and warns where nothing was put in at any position."""
         if self._passes == 0:
+            if self._failure is not None:
+                raise RuntimeError(f"splice: left without having replaced anything: {self._failure}") from self._failure
             raise RuntimeError(
                 "splice: left without having replaced anything: the block never ran; needed a call of the model that "
                 "was given, not of a copy, nor of an exported form of it"
@@ -445,7 +456,10 @@ def splice(
     was_training = sae.training
     with ExitStack() as stack:
         # What was compiled before knows nothing of the splice, and what is compiled in it would keep it.
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        except RuntimeError as error:
+            raise RuntimeError("splice: inside a compiled function; needed outside of one, around its call") from error
         for module in model.modules():
             inside = module is not block and any(part is block for part in module.modules())
             if inside and not isinstance(module, nn.ModuleList) and not hasattr(module, "_orig_mod"):
