@@ -31,6 +31,7 @@ from csae.sae import SAE, Code, Output
 from csae.visible import first_position, visible
 
 PARTS = ("new", "carried", "both")
+COMPILED = "splice: inside a compiled function; needed outside of one, around its call"
 
 
 @dataclass(frozen=True)
@@ -190,14 +191,18 @@ class Spliced:
             )
         begun = None
         if text.length:
-            before = text.table("seen")
-            if earlier is not None and not torch.equal(earlier.to(before.device), before):
+            said = text.table("said")
+            if earlier is not None and not torch.equal(earlier.to(said.device), said):
                 raise ValueError(
                     "attention_mask: says otherwise of positions that went before; needed the same for them"
                 )
-            begun = Begun(before.any(dim=1), text.table("usual")[:, -1])
+            begun = Begun(text.table("seen").any(dim=1), text.table("usual")[:, -1])
         self.mask, begun = follow_mask(given, begun, seen, *sae.masking)
-        new = {"seen": seen & (given != 0).any(dim=-1), "usual": begun.usual_norm.unsqueeze(1).expand(B, T)}
+        new = {
+            "said": seen,
+            "seen": seen & (given != 0).any(dim=-1),
+            "usual": begun.usual_norm.unsqueeze(1).expand(B, T),
+        }
         acts = given.to(sae.W_dec)
         carried = None
         if isinstance(sae, ContextualSAE):
@@ -206,10 +211,17 @@ class Spliced:
             if state is None:
                 room = self.look_back or max(256, T)
                 state = initial_state(sae, B, room, self.look_back is not None, self._features)
-            running.overwritten = _to_overwrite(state, T)
-            running.state = state
-            x_hat, code, c, carried, running.state = advance(sae, acts / sae.scale, state, mask, None)
-            self.output = Output(x_hat * sae.scale, Code(*code), c * sae.scale)
+            # The last positions by themselves: what they write over is kept, as they may be rejected.
+            first = max(0, T - state.memory.shape[1]) if state.bounded else 0
+            running.state = state.clone() if first else state
+            parts = []
+            for part in (slice(0, first), slice(first, T)) if first else (slice(0, T),):
+                running.overwritten = _to_overwrite(running.state, part.stop - part.start)
+                made = advance(sae, acts[:, part] / sae.scale, running.state, mask[:, part], None)
+                running.state = made[-1]
+                parts.append((made[0], *made[1], *made[2:-1]))
+            x_hat, values, indices, c, carried = (torch.cat(same, dim=1) for same in zip(*parts, strict=True))
+            self.output = Output(x_hat * sae.scale, Code(values, indices), c * sae.scale)
             if sae.query == "past":
                 new["past"] = x_hat - sae.b_dec
         else:
@@ -419,10 +431,12 @@ def splice(
 ) -> Iterator[Spliced]:
     """Put an SAE's reconstruction in the place of a language model's residual stream, while the context lasts.
 
-    Forward passes over whole texts and `generate` work, with the model's own cache; a contextual SAE runs in its
-    exact form. Position 0, attention sinks and padding stay as they are, as in training (`csae.activations.sink_mask`;
-    with a cache, norms are compared with those of the first pass). No gradient goes through the SAE. The first splice
-    of a model runs it once on a few tokens, to see what its blocks are (`csae.language_model.find_blocks`).
+    Forward passes over whole texts and `generate` work, of the model and of its base model, with caches of any kind,
+    beams, rejected tokens, and copies of a prompt's cache; a contextual SAE runs in its exact form. Position 0,
+    attention sinks and padding stay as they are, as in training (`csae.activations.sink_mask`; with a cache, norms are
+    compared with those of the first pass). A cache must have been filled inside the splice, from the first token on.
+    What is compiled runs uncompiled in it. No gradient goes through the SAE. The first splice of a model runs it once
+    on a few tokens, to see what its blocks are (`csae.language_model.find_blocks`).
 
     Args:
         model: a causal language model of transformers, or a `LanguageModel`.
@@ -434,38 +448,42 @@ def splice(
 
     Yields a `Spliced`, whose `output` is what the SAE made of the last pass.
 
-    Raises ValueError where the model, the layer, the width or an edit does not fit, and where the batch changes inside
-    a text.
+    Raises ValueError or TypeError where the model, the layer, the width or an edit does not fit, and where what a pass
+    goes on with, or what is text in it, can't be followed. Leaving it raises RuntimeError where the block never ran,
+    and warns where nothing was replaced.
     """
+    if torch.compiler.is_compiling():
+        raise RuntimeError(COMPILED)
     model = model.model if isinstance(model, LanguageModel) else model
-    blocks, d_in = find_blocks(model, type(model).__name__)
-    if not 1 <= layer <= len(blocks):
-        raise ValueError(f"layer: given {layer}; needed 1 to {len(blocks)}")
-    if d_in != sae.d_in:
-        raise ValueError(f"sae: {sae.d_in} wide; needed {d_in}, as wide as the model")
-    if look_back is not None and look_back < 1:
-        raise ValueError(f"look_back: given {look_back}; needed at least 1")
-    for edit in edits:
-        if not 0 <= edit.feature < sae.d_sae:
-            raise ValueError(f"edits: feature {edit.feature}; needed 0 to {sae.d_sae - 1}")
-        if edit.part == "carried" and not isinstance(sae, ContextualSAE):
-            raise ValueError("edits: part 'carried' with a per-token SAE; it carries nothing: needed 'new' or 'both'")
-    spliced = Spliced(sae, edits, keep_error, look_back)
-    block = blocks[layer - 1]
-    block = getattr(block, "_orig_mod", block)  # of torch.compile
-    was_training = sae.training
     with ExitStack() as stack:
         # What was compiled before knows nothing of the splice, and what is compiled in it would keep it.
         try:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         except RuntimeError as error:
-            raise RuntimeError("splice: inside a compiled function; needed outside of one, around its call") from error
+            raise RuntimeError(COMPILED) from error
+        blocks, d_in = find_blocks(model, type(model).__name__)
+        if not 1 <= layer <= len(blocks):
+            raise ValueError(f"layer: given {layer}; needed 1 to {len(blocks)}")
+        if d_in != sae.d_in:
+            raise ValueError(f"sae: {sae.d_in} wide; needed {d_in}, as wide as the model")
+        if look_back is not None and look_back < 1:
+            raise ValueError(f"look_back: given {look_back}; needed at least 1")
+        for edit in edits:
+            if not 0 <= edit.feature < sae.d_sae:
+                raise ValueError(f"edits: feature {edit.feature}; needed 0 to {sae.d_sae - 1}")
+            if edit.part == "carried" and not isinstance(sae, ContextualSAE):
+                raise ValueError(
+                    "edits: part 'carried' with a per-token SAE; it carries nothing: needed 'new' or 'both'"
+                )
+        spliced = Spliced(sae, edits, keep_error, look_back)
+        block = blocks[layer - 1]
+        block = getattr(block, "_orig_mod", block)  # of torch.compile
         for module in model.modules():
             inside = module is not block and any(part is block for part in module.modules())
             if inside and not isinstance(module, nn.ModuleList) and not hasattr(module, "_orig_mod"):
                 stack.enter_context(_wrapped(module, spliced.around))
         stack.enter_context(_wrapped(block, spliced.at_block))
-        stack.callback(sae.train, was_training)
+        stack.callback(sae.train, sae.training)
         sae.eval()
         yield spliced
     spliced.check_used()

@@ -77,9 +77,9 @@ def _of_pairs(mask: Tensor, B: int, T: int, before: int) -> Tensor:
     start = 0 if width == T else before if width >= before + T else width - T
     if start < 0:
         raise ValueError(f"attention_mask: {width} positions wide; needed {T} at least")
-    of_padding = sees.all(dim=2)
-    of_padding[:, -1] &= width > start + T
-    of_padding &= ~of_padding.all(dim=1, keepdim=True)  # no mask at all
+    see_all = sees.all(dim=2)
+    of_padding = see_all & ~see_all.all(dim=1, keepdim=True)  # where all do, there is no order
+    of_padding[:, -1] &= width > start + T  # the last position sees all that there is
     here = sees[:, :, start : start + T]
     text = here.diagonal(dim1=1, dim2=2) & ~of_padding
     before_it = here.diagonal(offset=-1, dim1=1, dim2=2) | ~text[:, 1:] | ~text[:, :-1]  # [B or 1, T - 1]
