@@ -62,7 +62,10 @@ class LanguageModel:
         Raises UserError, in one line, where there is no such model or it can't be read.
         """
         name = str(name)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except RuntimeError as error:
+            raise UserError(f"device: given {device!r}; needed cpu, cuda or another of torch's") from error
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         source, gguf = _locate(name)
         try:
@@ -72,13 +75,20 @@ class LanguageModel:
         versions.check("transformers")
         with _silenced(gguf=bool(gguf)):
             try:
+                # If it were not said, transformers would ask at the keyboard.
                 loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                    source, **gguf, dtype=dtype, output_loading_info=True
+                    source, **gguf, dtype=dtype, output_loading_info=True, trust_remote_code=False
                 )
-                tokenizer = transformers.AutoTokenizer.from_pretrained(source, **gguf)
             # transformers raises nearly anything on a bad name or file, often over many lines.
             except Exception as error:
                 raise UserError(f"model {name!r} can't be loaded: {_advice(error, source)}") from error
+            try:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(source, **gguf, trust_remote_code=False)
+            except Exception as error:
+                raise UserError(
+                    f"model {name!r}: its tokenizer can't be loaded ({_first_line(error)}); the model needs the "
+                    "tokenizer's files beside its own, as tokenizer.save_pretrained writes them"
+                ) from error
         model, report = loaded
         if report["missing_keys"]:
             # transformers would fill these with random numbers and only warn.
@@ -87,7 +97,15 @@ class LanguageModel:
                 f"model {name!r} is no complete causal language model: {len(missing)} weights are missing, such as "
                 f"{missing[0]}; give one that transformers' AutoModelForCausalLM loads whole"
             )
-        return cls(model.to(device), tokenizer, name)
+        try:
+            # Quantized weights are where they are to be, and refuse to be moved.
+            model = model if model.device == device else model.to(device)
+        except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
+            raise UserError(
+                f"model {name!r} can't be put on device {device} ({_first_line(error)}); give another device, or a "
+                "smaller model"
+            ) from error
+        return cls(model, tokenizer, name)
 
     @property
     def device(self) -> torch.device:
@@ -187,15 +205,16 @@ class LanguageModel:
 
         def put_in(module: nn.Module, args: Any, output: Any) -> Any:
             stream = _hidden(output)
-            zero = torch.zeros(m, 1, self.d_in, dtype=stream.dtype, device=stream.device)
-            return _with_hidden(output, forward_ad.make_dual(zero, directions.unsqueeze(1).to(zero)))
+            zero = torch.zeros(m, 2, self.d_in, dtype=stream.dtype, device=stream.device)
+            return _with_hidden(output, forward_ad.make_dual(zero, directions.unsqueeze(1).expand(zero.shape).to(zero)))
 
         def follow(rows: int) -> Tensor | None:
-            tokens = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
+            # Some recurrent models take a single token for the next one of the last text.
+            tokens = torch.zeros(rows, 2, dtype=torch.int64, device=self.device)
             handle = self._blocks[-1].register_forward_hook(put_in)
             try:
                 with forward_ad.dual_level():
-                    return forward_ad.unpack_dual(self._logits(_run(self.model, tokens), m, 1)).tangent
+                    return forward_ad.unpack_dual(self._logits(_run(self.model, tokens), m, 2)).tangent
             finally:
                 handle.remove()
 
@@ -218,7 +237,7 @@ class LanguageModel:
                 f"model {self.name!r}: its logits have no finite derivative by what its last block gives, in "
                 f"{effects.dtype}: {advice}"
             )
-        return effects.squeeze(1).float().to(self.device)
+        return effects[:, -1].float().to(self.device)
 
     def _logits(self, output: Any, B: int, T: int) -> Tensor:
         """The logits [B, T, vocabulary] in what the model gives."""
@@ -469,8 +488,11 @@ def _device(model: Any) -> torch.device:
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+    """The first line of what an error says, and the next where that goes on there."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if lines[0].endswith(":"):
+        lines[:2] = [" ".join(lines[:2])]
+    return lines[0].rstrip(".:")
 
 
 def _locate(name: str) -> tuple[str, dict[str, str]]:
@@ -482,6 +504,12 @@ def _locate(name: str) -> tuple[str, dict[str, str]]:
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         ggufs = sorted(path.glob("*.gguf"))
+        if (path / "adapter_config.json").is_file():
+            # Without peft, transformers would load a model beside it and leave the adapter out.
+            raise UserError(
+                f"model {name!r} holds an adapter of a model, such as LoRA; merge it into the model (peft's "
+                "merge_and_unload, then save_pretrained), and give that folder"
+            )
         if (path / "config.json").is_file():
             return str(path), {}
         if len(ggufs) == 1:
@@ -495,13 +523,25 @@ def _locate(name: str) -> tuple[str, dict[str, str]]:
 
 def _advice(error: Exception, source: str) -> str:
     """One line out of an error of transformers, and what to do."""
-    reason = _first_line(error)
-    if not os.path.isdir(source):
+    text, reason = str(error), _first_line(error)
+    if "trust_remote_code" in text:
+        return (
+            "it needs code that comes with it, which csae does not run; load it yourself, and pass it to "
+            "csae.language_model.LanguageModel"
+        )
+    if "ignore_mismatched_sizes" in text or "size mismatch" in text:
+        return "its weights have other shapes than its config.json says: the two are of different models"
+    if isinstance(error, ImportError):
+        return f"{reason}; install that, or give the model in a form that does without"
+    if isinstance(error, MemoryError) or "not enough memory" in text or "out of memory" in text:
+        return f"it takes more memory than there is ({reason}); give a smaller model"
+    from_the_hub = isinstance(error, OSError) or type(error).__module__.startswith("huggingface_hub")
+    if from_the_hub and not os.path.isdir(source):
         return (
             f"there is no such local folder, and the Hugging Face hub did not give it ({reason}); "
-            "check the name and the network, or give a local folder or a .gguf file"
+            "check the name, the network and, where it is gated, your access; or give a local folder or a .gguf file"
         )
-    return f"{reason}; give a folder or file that transformers' AutoModelForCausalLM loads"
+    return f"{reason}; give a model that transformers' AutoModelForCausalLM loads"
 
 
 @contextlib.contextmanager

@@ -183,3 +183,6 @@ if hasattr(transformers, "Gemma3ForConditionalGeneration"):
     ARCHITECTURES["gemma3-with-pictures"] = _gemma3_with_a_picture_tower
 else:
     MISSING["gemma3-with-pictures"] = f"transformers {transformers.__version__} has no Gemma3ForConditionalGeneration"
+if transformers.__version__.startswith("4."):
+    del ARCHITECTURES["recurrent-gemma"]
+    MISSING["recurrent-gemma"] = "that of transformers 4 keeps its states, and fails at a batch of another size"

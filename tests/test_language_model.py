@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -618,7 +620,7 @@ class LogitsOfTheLastTokenOnly(Toy):
     [
         (LogitsFromElsewhere, "logits do not follow from what its last block gives"),
         (Unfollowable, "can't be followed|do not follow"),
-        (LogitsOfTheLastTokenOnly, r"gives logits \[1, 50\] for 5 windows of 1 tokens|gives logits \[5, 50\]"),
+        (LogitsOfTheLastTokenOnly, r"gives logits \[1, 50\] for 5 windows of 2 tokens|gives logits \[5, 50\]"),
     ],
 )
 def test_effects_that_are_not_to_be_had(toy: type[Toy], message: str) -> None:
@@ -672,6 +674,8 @@ def test_only_positions_under_the_mask_are_replaced(lm: LanguageModel, tokens: t
     mask[1, 10] = True
     changed = lm.cross_entropy(tokens, 2, torch.zeros_like, mask) != plain
     assert not changed[[0, 2, 3]].any()
+    if lm.name == "zamba2":  # sums within chunks, in another order
+        changed = ~torch.isclose(lm.cross_entropy(tokens, 2, torch.zeros_like, mask), plain)
     assert not changed[1, :10].any()
     assert changed[1, 10]
 
@@ -734,7 +738,7 @@ def test_no_such_path(name: str) -> None:
 @pytest.mark.parametrize("name", ["nobody/no-such-model", "no-such-model"])
 def test_no_such_model_on_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="check the name and the network, or give a local folder") as error:
+    with pytest.raises(UserError, match=r"check the name, the network .*or give a local folder") as error:
         LanguageModel.load(name)
     assert name in one_line(error)
 
@@ -760,6 +764,114 @@ def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"123")
     with pytest.raises(UserError, match=r"does not end in \.gguf"):
         LanguageModel.load(tmp_path / "model.bin")
+
+
+def without_tokenizer(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+def with_a_broken_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{")
+
+
+def with_an_adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "nobody/none"}')
+
+
+def an_adapter_alone(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.unlink()
+    with_an_adapter(folder)
+
+
+def configured(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+def of_code_of_its_own(folder: Path) -> None:
+    configured(model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})(folder)
+
+
+def saved(model: Any) -> Callable[[Path], None]:
+    def save(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        model.save_pretrained(folder)
+
+    return save
+
+
+T5 = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
+BERT = transformers.BertConfig(**SMALL, hidden_size=16, intermediate_size=32)
+UNLOADABLE: list[tuple[str, Callable[[Path], None], str]] = [
+    (
+        "no tokenizer",
+        without_tokenizer,
+        r"its tokenizer can't be loaded \(.*needs the tokenizer's files beside its own",
+    ),
+    ("broken tokenizer", with_a_broken_tokenizer, "its tokenizer can't be loaded"),
+    ("adapter beside a model", with_an_adapter, "holds an adapter of a model, such as LoRA; merge it into the model"),
+    ("adapter", an_adapter_alone, "holds an adapter of a model, such as LoRA; merge it into the model"),
+    ("code of its own", of_code_of_its_own, "code that comes with it, which csae does not run; load it yourself"),
+    ("another vocabulary", configured(vocab_size=500), "weights have other shapes than its config.json says"),
+    ("unknown", configured(model_type="unheard-of"), "`unheard-of`.*give a model that transformers' AutoModelFor"),
+    ("size in words", configured(hidden_size="wide"), "hidden_size|argument 'size'"),
+    ("T5", configured(**T5), "T5Config.*give a model that transformers' AutoModelForCausalLM loads"),
+    (
+        "quantized",
+        configured(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        "bitsandbytes.*install that, or give the model in a form that does without",
+    ),
+    ("masked language model", saved(transformers.BertForMaskedLM(BERT)), "is no causal one"),
+    ("sentence encoder", saved(transformers.BertModel(BERT)), "weights are missing, such as cls.predictions"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), [row[1:] for row in UNLOADABLE], ids=[row[0] for row in UNLOADABLE])
+def test_what_can_not_be_loaded_is_named(
+    tiny_model_path: Path, tmp_path: Path, change: Callable[[Path], None], message: str, capfd: Any
+) -> None:
+    folder = shutil.copytree(tiny_model_path, tmp_path / "model")
+    change(folder)
+    capfd.readouterr()
+    with pytest.raises(UserError, match=message) as error:
+        LanguageModel.load(folder, device="cpu")
+    assert str(folder) in one_line(error)
+    assert capfd.readouterr().out == "", "asked at the keyboard"
+
+
+def test_not_enough_memory(tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: not enough memory: you tried")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(UserError, match=r"takes more memory than there is .*give a smaller model"):
+        LanguageModel.load(tiny_model_path, device="cpu")
+
+
+@pytest.mark.parametrize(("device", "message"), [("nonsense", "device: given 'nonsense'"), ("mps", "on device mps")])
+def test_a_device_that_is_not_there(tiny_model_path: Path, device: str, message: str) -> None:
+    if device == "mps" and torch.backends.mps.is_available():
+        pytest.skip("it is there")
+    with pytest.raises(UserError, match=message) as error:
+        LanguageModel.load(tiny_model_path, device=device)
+    one_line(error)
+
+
+def test_a_model_of_the_hub_that_is_of_no_use(tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It came, so that neither the name nor the network is to be checked."""
+
+    def load(*_: Any, **__: Any) -> None:
+        raise ValueError("Unrecognized configuration class T5Config for this kind of AutoModel.\nModel type ...")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(UserError, match=r"T5Config.*give a model that transformers'") as error:
+        LanguageModel.load("nobody/none", device="cpu")
+    assert "network" not in one_line(error)
 
 
 def test_truncated_weights(tiny_model_path: Path, tmp_path: Path) -> None:

@@ -484,7 +484,7 @@ def runs(tmp_path: Path, tiny_model_path: Path, windows: list[Window], per_token
     data = {"model": str(tiny_model_path), "layer": LAYER, "n_ctx": 8}
     for name, one in (("contextual", sae), ("topk", per_token)):
         one.save_pretrained(tmp_path / name)
-        (tmp_path / name / "run.json").write_text(json.dumps({"data": data, "origin": None}))
+        (tmp_path / name / "run.json").write_text(json.dumps({"sae": {}, "train": {}, "data": data, "origin": None}))
     return tmp_path / "contextual", tmp_path / "topk"
 
 
@@ -517,7 +517,7 @@ def test_command(runs: tuple[Path, Path], tmp_path: Path, monkeypatch, capsys) -
     assert command(runs[1], *args, "--n-ctx", 0, **options) == (2, "csae: n_ctx: given 0; needed 2 or more\n")
     assert command(runs[1], *args[:2], "-o", tmp_path, "--max-tokens", 5, **options)[0] == 2
 
-    (runs[1] / "run.json").write_text(json.dumps({"data": {"layer": 1}, "origin": None}))
+    (runs[1] / "run.json").write_text(json.dumps({"sae": {}, "train": {}, "data": {"layer": 1}, "origin": None}))
     code, printed = command(runs[0], "--beside", runs[1], *args, **options)
     assert code == 2
     assert f"topk is of layer 1; needed {LAYER}" in printed
