@@ -7,6 +7,9 @@ PYTHON ?= python3
 # as pytorch.org says.
 LOCKED = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 TORCH = torch==2.13.0
+# Not in constraints.txt: torch with CUDA brings its own. Beside a CPU build this one is interpreted and compiled for
+# GPUs that needn't be here: the oldest that is supported.
+TRITON = triton==3.6.0
 PEERS_PACKAGES = 'sae-lens==6.54.*' 'eai-sparsify==1.3.*' 'dictionary-learning==0.1.*' 'pytest>=8' tabulate
 
 bin = .venv/bin
@@ -69,7 +72,7 @@ lock:
 	.venv-lock/bin/python -m pip install --quiet uv
 	{ echo "# Versions that were tested, installed by \`make\`; renewed by \`make lock\`."; \
 	  printf '%s\n' '$(TORCH)' $(PEERS_PACKAGES) $$($(PYTHON) -c "$$build_requires") \
-	  | .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --all-extras \
+	  | .venv-lock/bin/uv pip compile --no-emit-package triton --quiet --universal --python-version 3.11 --all-extras \
 	    --no-header --no-annotate --no-emit-index-url pyproject.toml -; } > constraints.new
 	mv constraints.new constraints.txt
 
@@ -84,6 +87,8 @@ $(ready): $(sources)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "csae needs Python 3.11 or newer; given $$($(PYTHON) --version): make PYTHON=python3.11 ..."; exit 2; }
 	$(PYTHON) -m venv .venv
+	$(LOCKED) $(bin)/python -m pip install --quiet torch
+	$(bin)/python -c 'import triton' 2>/dev/null || $(bin)/python -m pip install --quiet '$(TRITON)'
 	$(LOCKED) $(bin)/python -m pip install --quiet --editable '.[cli,datasets,dev]'
 	touch $@
 
@@ -91,6 +96,8 @@ $(ready): $(sources)
 # SAEBench asks for older versions than work with it.
 $(peers_ready): $(sources)
 	$(PYTHON) -m venv .venv-peers
+	$(LOCKED) $(peers_bin)/python -m pip install --quiet torch
+	$(peers_bin)/python -c 'import triton' 2>/dev/null || $(peers_bin)/python -m pip install --quiet '$(TRITON)'
 	$(LOCKED) $(peers_bin)/python -m pip install --quiet --editable '.[cli]' $(PEERS_PACKAGES)
 	$(peers_bin)/python -m pip install --quiet --no-deps 'sae-bench==0.6.0'
 	$(peers_bin)/python -m pip uninstall --quiet --yes torchvision

@@ -40,10 +40,17 @@ def test_lock_names_no_build_and_no_host() -> None:
     assert not re.search(r"\+|://|--", LOCK)
 
 
+def test_lock_leaves_triton_to_torch() -> None:
+    assert not re.search(r"^triton\b", LOCK, re.MULTILINE)
+
+
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
 def test_lock_holds_what_the_project_asks_for(python: str) -> None:
     project, pins = PROJECT["project"], pinned(python)
     lines = [*project["dependencies"], *(line for of in project["optional-dependencies"].values() for line in of)]
+    # Torch with CUDA brings its own triton; beside a CPU build it is the Makefile's.
+    (triton,) = re.findall(r"^TRITON = triton==(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    pins["triton"] = Version(triton)
     for requirement in map(Requirement, [*lines, *PROJECT["build-system"]["requires"]]):
         assert pins[canonicalize_name(requirement.name)] in requirement.specifier, requirement
 
