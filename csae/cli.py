@@ -281,7 +281,7 @@ def view(
         "trained_on": trained_on.get("n_ctx"),
         "whole": whole,
     }
-    write_view(out, about, view_text(sae, windows, lm, trained_on.get("n_ctx"), other_sae, track))
+    write_view(out, about, view_text(sae, windows, lm, trained_on.get("n_ctx"), other_sae, track, elsewhere))
     print(f"written: {shown(out)}")
 
 

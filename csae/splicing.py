@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from csae.following import Content, Text, caches_in, content_of, is_known, named
 from csae.language_model import LanguageModel, find_blocks, replacing_hook
 from csae.recurrence import State, advance, carried_by, initial_state
 from csae.sae import SAE, Code, Output
+from csae.trained_on import check_place
 from csae.visible import first_position, visible
 
 PARTS = ("new", "carried", "both")
@@ -420,6 +422,15 @@ def _wrapped(module: nn.Module, around: Callable[..., Any]) -> Iterator[None]:
                 module.forward = own
 
 
+def _name(model: Any) -> str | None:
+    """What a model of transformers was loaded from; None where that does not name one model."""
+    name = getattr(model, "name_or_path", None)
+    if not isinstance(name, str) or not name:
+        return None
+    folder_of_gguf_files = Path(name).is_dir() and not (Path(name) / "config.json").is_file()
+    return None if folder_of_gguf_files else name
+
+
 @contextmanager
 def splice(
     model: Any,
@@ -428,6 +439,7 @@ def splice(
     edits: Sequence[Edit] = (),
     keep_error: bool = False,
     look_back: int | None = None,
+    elsewhere: bool = False,
 ) -> Iterator[Spliced]:
     """Put an SAE's reconstruction in the place of a language model's residual stream, while the context lasts.
 
@@ -445,15 +457,17 @@ def splice(
         edits: what to do to features.
         keep_error: add what the SAE misses, so that without edits the model's output stays what it was.
         look_back: how many positions a contextual SAE remembers; all if not given.
+        elsewhere: put it in also at another model or layer than it was trained on (`sae.trained_on`).
 
     Yields a `Spliced`, whose `output` is what the SAE made of the last pass.
 
-    Raises ValueError or TypeError where the model, the layer, the width or an edit does not fit, and where what a pass
-    goes on with, or what is text in it, can't be followed. Leaving it raises RuntimeError where the block never ran,
+    Raises ValueError or TypeError where the model, the layer, the width or an edit does not fit, where the SAE was
+    trained on another model or layer, and where what a pass goes on with, or what is text in it, can't be followed. Leaving it raises RuntimeError where the block never ran,
     and warns where nothing was replaced.
     """
     if torch.compiler.is_compiling():
         raise RuntimeError(COMPILED)
+    name = model.name if isinstance(model, LanguageModel) else _name(model)
     model = model.model if isinstance(model, LanguageModel) else model
     with ExitStack() as stack:
         # What was compiled before knows nothing of the splice, and what is compiled in it would keep it.
@@ -466,6 +480,7 @@ def splice(
             raise ValueError(f"layer: given {layer}; needed 1 to {len(blocks)}")
         if d_in != sae.d_in:
             raise ValueError(f"sae: {sae.d_in} wide; needed {d_in}, as wide as the model")
+        check_place(sae.trained_on, name, layer, elsewhere=elsewhere)
         if look_back is not None and look_back < 1:
             raise ValueError(f"look_back: given {look_back}; needed at least 1")
         for edit in edits:

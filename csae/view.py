@@ -27,6 +27,7 @@ from csae.language_model import LanguageModel
 from csae.pieces import text_pieces, token_piece, token_pieces
 from csae.progress import Progress, quiet
 from csae.sae import SAE
+from csae.trained_on import check_place
 
 LONGER = 8  # times the windows that were trained on
 MAX_TOKENS = 4000
@@ -95,6 +96,7 @@ def view(
     trained_on: int | None = None,
     beside: SAE | None = None,
     progress: Progress = quiet,
+    elsewhere: bool = False,
 ) -> dict[str, Any]:
     """A text under an SAE, in its exact form; JSON as it is.
 
@@ -104,6 +106,7 @@ def view(
         lm: the language model that the activations are from.
         trained_on: positions of a window in training, for `fvu_beyond`.
         beside: a per-token SAE of the same activations, to compare with.
+        elsewhere: also where an SAE was trained on another model (`sae.trained_on`).
 
     Returns a dictionary, in which `T` entries are one for each token of the text, and a position counts from 0 through
     all windows:
@@ -129,8 +132,11 @@ def view(
             at how many of them it is new.
         beside: None, or {"new", "rows", "missed", "figures"} as above, `new` with the features in `rows` only.
 
-    Raises UserError where an SAE does not fit the activations, or gives NaN or Inf.
+    Raises UserError where an SAE does not fit the activations, was trained on another model, or gives NaN or Inf.
     """
+    for one in (sae, beside):
+        if one is not None:
+            check_place(one.trained_on, lm.name, None, elsewhere=elsewhere)
     for name, one in (("the SAE", sae), ("the SAE beside it", beside)):
         if one is not None and one.d_in != windows[0].acts.shape[1]:
             raise UserError(
