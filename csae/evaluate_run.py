@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 from csae.activations import ActivationSource, held_out
 from csae.errors import UserError
 from csae.evaluate import evaluate
-from csae.files import read_json, write_file, write_json
+from csae.files import read_json, write_json
 from csae.language_model import LanguageModel
 from csae.progress import Progress, quiet
-from csae.sae import CARD, CONFIG, SAE
+from csae.sae import CONFIG, SAE
 from csae.seen import Seen, hashes_of, read_seen
 from csae.sources import open_source
 from csae.train import RUN
-from csae.trained_on import KEY, card, data_name
+from csae.trained_on import KEY, data_name
 
 HELD_OUT, NOT_TRAINED_ON, ASKED_FOR, UNKNOWN = "held out", "not trained on", "asked for", "unknown"
 HASHED_AT_ONCE = 64
@@ -144,7 +144,7 @@ def keep_held_out_fvu(run: Path, sae: SAE, found: dict[str, Any]) -> None:
         return
     sae.trained_on = dataclasses.replace(sae.trained_on, held_out_fvu=found["fvu"])
     write_json(run / CONFIG, read_json(run / CONFIG) | {KEY: sae.trained_on.to_config()})
-    write_file(run / CARD, lambda path: path.write_text(card(sae), encoding="utf-8"))
+    sae.write_card(run)
 
 
 def _read_job(run: Path) -> dict[str, Any]:

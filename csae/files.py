@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from csae.errors import UserError
+from csae.errors import UserError, shown
 
 # What the system says, whichever layer reports it, and what to do. What is not here is said as the system says it.
 ADVICE = {
@@ -67,6 +67,16 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         if reason and not isinstance(error, UserError):
             raise UserError(f"{path}: not written: {reason}; nothing half-written was left") from error
         raise
+
+
+def check_utf8(path: Path) -> None:
+    """Raises UserError where a name is not UTF-8: safetensors can't open it, and says so only after the work."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{shown(path)}: not UTF-8, and safetensors opens no other names: give another folder"
+        ) from error
 
 
 def check_writable(path: Path) -> None:

@@ -41,7 +41,7 @@ def write_report(path: Path | str, results: dict[str, Any], runs: dict[str, Path
         curves=_curves({name: read_curve(run / METRICS) for name, run in runs.items()}, results),
         data=script_json(explained),
     )
-    write_file(Path(path), lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    write_file(Path(path), lambda temporary: temporary.write_text(page, "utf-8", "backslashreplace"))
 
 
 def render(template: str, **content: Any) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from csae.errors import UserError, shown
-from csae.files import parse_json, read_json, reading, write_json, writing
+from csae.files import check_utf8, parse_json, read_json, reading, write_json, writing
 from csae.tensors import WORKING
 
 try:
@@ -84,12 +84,7 @@ def identity(job: dict[str, Any]) -> str:
 
 def check_job(run: Path, job: dict[str, Any]) -> None:
     """Raises UserError where the folder `run` holds another job, or something else. Nothing is written."""
-    try:
-        str(run).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{shown(run)}: not UTF-8, and safetensors opens no other names: give another folder"
-        ) from error
+    check_utf8(run)
     if run.is_dir() and os.path.lexists(run / RUN):
         earlier, now = read_run(run), as_json(job)
         differing = sorted(key for key in now.keys() | earlier.keys() if now.get(key) != earlier.get(key))

@@ -341,9 +341,13 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
         self._save_pretrained(folder)
         return self.push_to_hub(repo_id=repo_id or folder.name, **push_options) if push_to_hub else None
 
+    def write_card(self, folder: Path) -> None:
+        """Write the model card, README.md of a folder, unless a person wrote the one that is there."""
+        if _is_our_card(folder / CARD):
+            write_file(folder / CARD, lambda path: path.write_text(card(self), encoding="utf-8"))
+
     def _save_pretrained(self, save_directory: Path) -> None:
-        if _is_our_card(save_directory / CARD):
-            write_file(save_directory / CARD, lambda path: path.write_text(card(self), encoding="utf-8"))
+        self.write_card(save_directory)
         # Weights mean something else beside other arguments, so they know their own.
         save = partial(save_tensors, self.state_dict(), about={CONFIG: json.dumps(self.config)})
         config = self.config | ({} if self.trained_on is None else {KEY: self.trained_on.to_config()})

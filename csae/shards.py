@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -28,12 +29,12 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from csae.errors import Stopped, UserError
-from csae.files import check_readable, parse_json, reading, write_file, write_json, writing
+from csae.files import check_readable, check_utf8, parse_json, reading, write_file, write_json, writing
 from csae.progress import Progress, quiet
+from csae.tensors import WORKING, save_tensors
 
 ABOUT_FILE = "activations.json"
 ACTIVATION_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -61,6 +62,7 @@ class ShardReader:
     def __init__(self, folder: str | Path) -> None:
         """Raises UserError where there is no such folder, or a file in it is not as the format wants it."""
         self.folder = Path(folder)
+        check_utf8(self.folder)
         with reading(self.folder):
             if not self.folder.is_dir():
                 raise UserError(f"activations {str(folder)!r}: no such folder")
@@ -196,6 +198,7 @@ def write_shards(
     Raises UserError where the folder holds something else or can't be written, Stopped after Ctrl-C.
     """
     folder = Path(folder)
+    check_utf8(folder)
     n_shards = -(-n_windows // windows_per_shard)
     files = [folder / f"activations-{number:05d}-of-{n_shards:05d}.safetensors" for number in range(1, n_shards + 1)]
     with writing(folder):
@@ -209,7 +212,7 @@ def write_shards(
         write_json(folder / ABOUT_FILE, about)
         shards = _shards(read, missing, n_windows, windows_per_shard, progress)
         for number, shard in zip(missing, shards, strict=True):
-            write_file(files[number], partial(save_file, shard))
+            write_file(files[number], partial(save_tensors, shard))
             whole.append(files[number])
     except BaseException as error:
         if not whole:
@@ -233,9 +236,9 @@ def _check_folder(folder: Path, files: Sequence[Path], about: dict[str, Any]) ->
         raise UserError(f"activations {str(folder)!r} is a file; give a new or empty folder")
     ours = {file.name for file in (*files, folder / ABOUT_FILE)}
     for name in os.listdir(folder):
-        half_written = re.fullmatch(r"\.(.+)\.\d+\.tmp", name)
-        if half_written and half_written[1] in ours:
-            (folder / name).unlink()
+        half_written = re.fullmatch(r"\.(.+)\.(\d+)\.tmp", name.removesuffix(WORKING))
+        if half_written and half_written[1] in ours and not _is_running(int(half_written[2])):
+            shutil.rmtree(folder / name) if name.endswith(WORKING) else (folder / name).unlink()
     if not os.listdir(folder):
         return
     another = "give a new or empty folder, or delete it first"
@@ -249,6 +252,14 @@ def _check_folder(folder: Path, files: Sequence[Path], about: dict[str, Any]) ->
     for file in _listed(folder):
         if file.name not in ours:
             raise UserError(f"activations {str(folder)!r} is not empty, {file.name} is none of these; {another}")
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (OSError, OverflowError) as error:
+        return isinstance(error, PermissionError)
+    return True
 
 
 def _check_whole(

@@ -36,7 +36,7 @@ from csae.activations import ActivationSource, Batch, window_order
 from csae.adam import Adam
 from csae.checkpoint import check_free, last_checkpoint, remove_checkpoints, restore_checkpoint, save_checkpoint
 from csae.contextual_sae import ContextualSAE
-from csae.errors import Stopped, UserError
+from csae.errors import Stopped, UserError, shown
 from csae.files import read_json
 from csae.progress import bar as progress_bar
 from csae.run import (
@@ -283,7 +283,7 @@ def _steps(
     device = sae.W_dec.device
     sweeps = sae.sweeps if isinstance(sae, ContextualSAE) else 0
     gap = ""
-    with progress_bar(total=config.steps, initial=first, desc=run.name, unit="step") as bar:
+    with progress_bar(total=config.steps, initial=first, desc=shown(run.name), unit="step") as bar:
         for step in range(first, config.steps):
             began = time.perf_counter()
             chosen = batch_of(windows, step, config)

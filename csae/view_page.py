@@ -39,7 +39,7 @@ def write_view(path: Path | str, about: dict[str, Any], facts: dict[str, Any]) -
         along=_along(facts),
         data=script_json(facts),
     )
-    write_file(Path(path), lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    write_file(Path(path), lambda temporary: temporary.write_text(page, "utf-8", "backslashreplace"))
 
 
 def _along(facts: dict[str, Any]) -> str:

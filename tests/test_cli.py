@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from csae.cli import main
+from csae.errors import shown
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
 
@@ -235,3 +236,39 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
     assert len(lines) == 1, err
     left = set(tmp_path.rglob("*")) - set(before)
     assert not [path for path in left if path.is_file() and path.suffix in (".safetensors", ".tmp")]
+
+
+NAMES = {"not UTF-8": os.fsdecode(b"run-\xff"), "escape sequence": "run-\x1b[31m", "markup": "[red]run[/blue]"}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_a_run_and_data_of_any_name(kind, tiny_model_path, tmp_path, capsys, monkeypatch):
+    """Trained, evaluated, viewed, and looked at in every file: nothing breaks at the end of the work."""
+    monkeypatch.chdir(tmp_path)
+    name = NAMES[kind].replace("/", "")
+    run = "run" if kind == "not UTF-8" else name  # such a run is refused at once: safetensors can't open it
+    (tmp_path / f"{name}.txt").write_text(TEXT)
+    data = ["--model", tiny_model_path, "--layer", "2", "--text", f"{name}.txt", "--n-ctx", "16", "--device", "cpu"]
+    code, out, err = csae("train", "-o", run, *data, *SMALL, "--tokens", "320", capsys=capsys)
+    assert code == 0, err
+    assert "\x1b[31m" not in out + err
+    code, out, err = csae("eval", run, "--device", "cpu", "--ce-windows", "1", capsys=capsys)
+    assert code == 0, err
+    assert "\x1b[31m" not in out + err
+    code, out, err = csae("view", run, "--text", f"{name}.txt", "-o", f"{name}.html", "--device", "cpu", capsys=capsys)
+    assert code == 0, err
+    assert "\x1b[31m" not in out + err
+    for file in (tmp_path / run / "eval.json", tmp_path / run / "README.md", tmp_path / f"{name}.html"):
+        assert "\x1b" not in file.read_text(encoding="utf-8")
+    assert json.loads((tmp_path / run / "eval.json").read_text())["data"] in (f"{name}.txt", shown(f"{name}.txt"))
+
+
+def test_no_path_of_this_machine_in_what_is_shared(from_model, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert csae("train", "-o", run, *from_model, *SMALL, "--tokens", "320", capsys=capsys)[0] == 0
+    assert csae("eval", run, "--device", "cpu", capsys=capsys)[0] == 0
+    page = tmp_path / "view.html"
+    assert csae("view", run, "--text", from_model[5], "-o", page, "--device", "cpu", capsys=capsys)[0] == 0
+    for file in (run / "config.json", run / "README.md", run / "eval.json", run / "model.safetensors", page):
+        for path in (tmp_path, from_model[1]):
+            assert str(path).encode() not in file.read_bytes(), file.name

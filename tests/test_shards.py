@@ -218,7 +218,7 @@ def failing_save(monkeypatch: pytest.MonkeyPatch, at: int, number: int = errno.E
             raise OSError(number, os.strerror(number))
         save_file(tensors, file)
 
-    monkeypatch.setattr(shards, "save_file", save)
+    monkeypatch.setattr(shards, "save_tensors", save)
 
 
 @pytest.mark.parametrize("existed", [True, False])
@@ -264,6 +264,7 @@ def test_a_cache_that_was_cut_short_goes_on_to_the_same_bytes(
     with pytest.raises((Stopped, UserError, RuntimeError), match=message):
         write_shards(tmp_path / "cache", read, 18, 4, {"of": "this"})
     (tmp_path / "cache" / f".activations-00003-of-00005.safetensors.{2**22}.tmp").write_bytes(b"a kill left this")
+    (tmp_path / "cache" / f".activations-00004-of-00005.safetensors.{2**22}.tmp.d").mkdir()
     (tmp_path / "cache" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="2 of 5 shards are there"):
         ShardReader(tmp_path / "cache")
@@ -354,6 +355,13 @@ def test_what_is_no_file_is_not_called_damaged(tmp_path: Path, kind: str) -> Non
     assert "delete" not in one_line(error)
 
 
+def test_a_name_that_safetensors_can_not_open_is_said_before_the_work(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"acts-\xff")
+    with pytest.raises(UserError, match=r"acts-\\xff: not UTF-8, and safetensors opens no other names"):
+        write(folder, some_tensors(4))
+    assert not folder.exists()
+
+
 def test_a_folder_that_can_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path) -> list[str]:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
@@ -371,7 +379,7 @@ def test_an_unfinished_shard_is_not_under_its_name(tmp_path: Path, monkeypatch: 
         assert not list(tmp_path.glob("*.safetensors"))
         save_file(tensors, file)
 
-    monkeypatch.setattr(shards, "save_file", save)
+    monkeypatch.setattr(shards, "save_tensors", save)
     write(tmp_path, some_tensors(4), 4)
     assert ShardReader(tmp_path).n_windows == 4
 
