@@ -34,7 +34,7 @@ from torch import Tensor
 from csae.errors import Stopped, UserError
 from csae.files import check_readable, check_utf8, parse_json, reading, write_file, write_json, writing
 from csae.progress import Progress, quiet
-from csae.tensors import WORKING, save_tensors
+from csae.tensors import WORKING, save_plain
 
 ABOUT_FILE = "activations.json"
 ACTIVATION_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -212,7 +212,7 @@ def write_shards(
         write_json(folder / ABOUT_FILE, about)
         shards = _shards(read, missing, n_windows, windows_per_shard, progress)
         for number, shard in zip(missing, shards, strict=True):
-            write_file(files[number], partial(save_tensors, shard))
+            write_file(files[number], partial(save_plain, shard))
             whole.append(files[number])
     except BaseException as error:
         if not whole:

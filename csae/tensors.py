@@ -34,11 +34,16 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path, about: Mapping[str, 
     """Write tensors of any device, and texts about them: what fills a file for `csae.files.write_file`."""
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     texts = {"format": "pt", **(about or {}), CHECKSUM: checksum(stored)}
+    save_plain(stored, file, texts)
+
+
+def save_plain(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors on the CPU as they are. Without metadata, whose order is chance, the same bytes each time."""
     # safetensors writes to a file of a random name first: in a folder of its own a kill leaves nothing unknown.
     folder = file.with_name(file.name + WORKING)
     folder.mkdir(exist_ok=True)
     try:
-        save_file(stored, folder / "tensors", metadata=texts)
+        save_file(dict(tensors), folder / "tensors", metadata=None if metadata is None else dict(metadata))
         os.replace(folder / "tensors", file)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

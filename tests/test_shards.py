@@ -218,7 +218,7 @@ def failing_save(monkeypatch: pytest.MonkeyPatch, at: int, number: int = errno.E
             raise OSError(number, os.strerror(number))
         save_file(tensors, file)
 
-    monkeypatch.setattr(shards, "save_tensors", save)
+    monkeypatch.setattr(shards, "save_plain", save)
 
 
 @pytest.mark.parametrize("existed", [True, False])
@@ -379,7 +379,7 @@ def test_an_unfinished_shard_is_not_under_its_name(tmp_path: Path, monkeypatch: 
         assert not list(tmp_path.glob("*.safetensors"))
         save_file(tensors, file)
 
-    monkeypatch.setattr(shards, "save_tensors", save)
+    monkeypatch.setattr(shards, "save_plain", save)
     write(tmp_path, some_tensors(4), 4)
     assert ShardReader(tmp_path).n_windows == 4
 
