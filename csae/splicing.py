@@ -462,8 +462,8 @@ def splice(
     Yields a `Spliced`, whose `output` is what the SAE made of the last pass.
 
     Raises ValueError or TypeError where the model, the layer, the width or an edit does not fit, where the SAE was
-    trained on another model or layer, and where what a pass goes on with, or what is text in it, can't be followed. Leaving it raises RuntimeError where the block never ran,
-    and warns where nothing was replaced.
+    trained on another model or layer, and where what a pass goes on with, or what is text in it, can't be followed.
+    Leaving it raises RuntimeError where the block never ran, and warns where nothing was replaced.
     """
     if torch.compiler.is_compiling():
         raise RuntimeError(COMPILED)
