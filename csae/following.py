@@ -143,8 +143,8 @@ def is_known(cache: Any) -> bool:
 
 
 @torch.no_grad()
-def content_of(cache: Any) -> Content | None:
-    """What a cache holds, None if nothing.
+def content_of(cache: Any, rows: int | None) -> Content | None:
+    """What a cache holds, None if nothing. rows: how many texts the pass is of, if that is known.
 
     Raises ValueError where it holds positions but shows none of them.
     """
@@ -158,22 +158,25 @@ def content_of(cache: Any) -> Content | None:
         held = keys[:, :, :length] if keys.shape[-2] > length else keys
         return Content(length, length - held.shape[-2], _marks(held[:, 0, :, :SAMPLED]))
     said = layer.length if layer is not None else _length(cache)
-    states = [state for state in _states(cache) if state.dim() > 1 and state.numel()]
+    states = [state for state in _states(cache) if state.numel()]
+    if not states and said:
+        raise ValueError(f"{named(cache)} says that it holds {said} positions, and shows none; needed another kind")
     if said == 0 or not any(bool(_bits(state).any()) for state in states):
-        if said:
-            raise ValueError(
-                f"{named(cache)} says that it holds {said} positions, and shows none of them; needed another kind"
-            )
-        return None
-    rows = states[0].shape[0]
-    mark = torch.zeros(rows, dtype=torch.int64, device=states[0].device)
-    for state in states:
-        if state.shape[0] == rows:
-            _settle(state)
-            flat = state.reshape(rows, -1)
-            chosen = torch.linspace(0, flat.shape[1] - 1, min(flat.shape[1], SAMPLED_OF_STATE)).long()
-            mark = mark * 31 + _marks(flat[:, chosen.to(flat.device)]).to(mark.device)
+        return None  # made, and not filled yet
+    by_row = [_rows_first(state, rows) for state in states]
+    same = [state for state in by_row if len(state) == len(by_row[0])]
+    mark = torch.zeros(len(same[0]), dtype=torch.int64, device=same[0].device)
+    for state in same:
+        _settle(state)
+        flat = state.reshape(len(state), -1)
+        chosen = torch.linspace(0, flat.shape[1] - 1, min(flat.shape[1], SAMPLED_OF_STATE)).long()
+        mark = mark * 31 + _marks(flat[:, chosen.to(flat.device)]).to(mark.device)
     return Content(said, None, (mark | 1).unsqueeze(1))
+
+
+def _rows_first(state: Tensor, rows: int | None) -> Tensor:
+    """A state [rows, ...], or of all layers in one tensor, [layers, rows, ...] -> [rows, ...]."""
+    return state.transpose(0, 1) if rows not in (None, state.shape[0]) and state.shape[1] == rows else state
 
 
 def _is_cache(value: Any) -> bool:

@@ -119,8 +119,9 @@ class Spliced:
         """A module around the block runs."""
         with self._running() as (running, outermost):
             values = (*args, *kwargs.values())
+            rows = next((len(value) for value in values if isinstance(value, Tensor) and value.dim() > 1), None)
             for cache in caches_in(values):
-                content = None if any(cache is known for known in running.caches) else content_of(cache)
+                content = None if any(cache is known for known in running.caches) else content_of(cache, rows)
                 running.caches.append(cache)
                 if content is not None:
                     running.entered.append((cache, content))
@@ -141,7 +142,7 @@ class Spliced:
             )
             if outermost:
                 running.arguments = _by_name(signature, args, kwargs)
-                if any(content_of(cache) is not None for cache in caches):
+                if any(content_of(cache, None) is not None for cache in caches):
                     raise ValueError(
                         "the block was called by itself with a cache; needed a call of the model around it"
                     )
@@ -272,7 +273,7 @@ class Spliced:
         known = [cache for cache in running.caches if is_known(cache)] or running.caches
         grown = []
         for cache in reversed(known):
-            content = content_of(cache)
+            content = content_of(cache, B)
             if content is None:
                 continue
             before = next((content for entered, content in running.entered if entered is cache), None)

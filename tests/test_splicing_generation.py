@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from architectures import ARCHITECTURES, D_IN, MISSING
 from torch import Tensor
 from torch.testing import assert_close
 
 from csae import SAE, ContextualSAE, TopKSAE, splice
-from csae.following import Content, Text
+from csae.following import Content, Text, content_of
 
 LAYER = 2
 ARCHS = ["topk", "current", "past"]
@@ -25,6 +26,7 @@ OTHERS = [name for name in ARCHITECTURES if name not in KINDS and name != "rwkv"
 # Without a splice, transformers' own tokens with a cache are others than without one.
 BROKEN_WITH_PADDING = {"minimax"}
 BROKEN_BEAMS = {"minimax", "recurrent-gemma"}
+OLD = transformers.__version__.startswith("4.")
 
 
 def make(arch: str) -> SAE:
@@ -147,7 +149,7 @@ def test_ways_to_generate(name: str, how: str, arch: str) -> None:
         pytest.skip("transformers' own beams with a cache are wrong")
     try:
         generate(model, ids, padded, **HOW[how])
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, TypeError) as error:
         pytest.skip(f"not without a splice either: {error}")
     with splice(model, LAYER, make(arch)):
         cached = generate(model, ids, padded, **HOW[how])
@@ -160,6 +162,8 @@ def test_ways_to_generate(name: str, how: str, arch: str) -> None:
 def test_a_bounded_look_back_is_followed(how: str, arch: str, llama: Any) -> None:
     """What rejected tokens wrote over is put back."""
     ids = tokens(1)
+    if how == "prompt-lookup" and OLD:
+        pytest.skip("transformers 4 wants an end-of-sequence token for it")
     with splice(llama, LAYER, make(arch), look_back=4):
         cached = generate(llama, ids, **HOW[how])
         plain = generate(llama, ids, use_cache=False, **WITHOUT_A_CACHE.get(how, HOW[how]))
@@ -211,6 +215,7 @@ def test_copies_repeated_rows_and_cut_ends_of_a_cache(arch: str, llama: Any) -> 
         assert_close(logits(llama, ids[:1], **cache), whole, rtol=1e-4, atol=1e-4)  # the first goes on too
 
 
+@pytest.mark.skipif(OLD, reason="transformers 4 makes such a cache in generate only")
 @pytest.mark.parametrize("name", ["mamba2", "jamba"])
 def test_copies_of_a_recurrent_state(name: str) -> None:
     model, prompt = ARCHITECTURES[name](), tokens(1)
@@ -270,6 +275,33 @@ def test_a_cache_from_before_the_splice_is_refused(arch: str, llama: Any) -> Non
         logits(llama, tokens())
         with pytest.raises(ValueError, match="did not go through this splice"):
             logits(llama, tokens()[:, :1], **cache)
+
+
+def test_states_of_all_layers_in_one_tensor() -> None:
+    class Stacked:
+        def __init__(self, B: int) -> None:
+            self.states = torch.randn(3, B, 8, 4)
+
+    cache = Stacked(2)
+    before = content_of(cache, 2)
+    assert before is not None
+    assert before.marks.shape == (2, 1)
+    cache.states = cache.states[:, [1, 0, 1]]
+    after = content_of(cache, 3)
+    assert after is not None  # as many rows as layers: not told from them, so it fits nothing
+    cache.states = cache.states[:, :2]
+    after = content_of(cache, 2)
+    assert after is not None
+    assert torch.equal(after.marks, before.marks[[1, 0]])
+
+
+def test_a_cache_that_shows_nothing_is_refused() -> None:
+    class Blind:
+        def get_seq_length(self) -> int:
+            return 4
+
+    with pytest.raises(ValueError, match=r"\(a Blind\) says that it holds 4 positions, and shows none"):
+        content_of(Blind(), 2)
 
 
 def test_rows_that_cannot_be_told_apart_are_refused() -> None:
