@@ -204,7 +204,7 @@ int csae_topk_add_products(const csae_topk* best, const void* x, int64_t x_strid
         const auto *rows = static_cast<const csae::BFloat16*>(x), *blocks = static_cast<const csae::BFloat16*>(table);
         const csae::Add add{*best,   rows,         x_stride,          blocks,       width,
                             columns, first_column, csae::topk_scan(), csae::units()};
-        // Each piece reads the whole table, so there are no more pieces than threads.
+        // Each piece reads the whole table, so a piece is a thread's whole share, up to rows_a_piece.
         const int64_t share = (n + n_threads - 1) / n_threads;
         const int64_t piece = std::min((share + csae::side - 1) / csae::side * csae::side, csae::rows_a_piece);
         csae::parallel_for(n, piece, n_threads,
