@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,8 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from csae import ContextualSAE, reference
+from csae import Adam, Code, ContextualSAE, reference
+from csae.kernels import cpu
 from csae.kernels.portable import lookback_attention as portable
+from csae.kernels.portable import topk_coarse
 from csae.ops import recurrence
 
 D_IN, B, T = 10, 3, 21
@@ -252,3 +256,146 @@ def test_read_memory_of_a_position_that_does_not_look() -> None:
     assert portable.read_memory(*given, torch.tensor([True]), 3).abs().min() > 0
     assert torch.equal(portable.read_memory(*given, torch.tensor([False]), 3), torch.zeros(1, 10))
     assert torch.equal(portable.read_memory(*given, torch.tensor([True]), 0), torch.zeros(1, 10))
+
+
+# --- what is needed to decode a code, or to go on from a state, is known or asked for ---------------------
+
+
+def bounds_of(which: str) -> tuple[Tensor | None, Tensor | None]:
+    _, mask, documents = batch()
+    return (mask if "mask" in which else None), (documents if "documents" in which else None)
+
+
+@pytest.mark.parametrize("which", ["none", "mask", "documents", "mask and documents"])
+def test_a_code_knows_what_it_was_encoded_with(which: str) -> None:
+    sae, (acts, *_), bounds = make("past"), batch(), bounds_of(which)
+    given = tuple(None if of is None else of.clone() for of in bounds)
+    output = sae(acts, *given)
+    for of in given:
+        if of is not None:
+            of.zero_()  # the caller's own, to be used again
+    for code in (output.code, copy.deepcopy(output.code), pickle.loads(pickle.dumps(output.code))):
+        torch.testing.assert_close(sae.decode(code), output.x_hat, rtol=1e-5, atol=1e-5)
+    edited = output.code._replace(values=2 * output.code.values)
+    torch.testing.assert_close(sae.decode(edited), sae.decode(Code(*edited), None, *bounds))
+    values, indices = output.code
+    torch.testing.assert_close(sae.decode(Code(values, indices), None, *bounds), output.x_hat, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sae.decode(output.code, None, *bounds), output.x_hat, rtol=1e-5, atol=1e-5)
+
+
+def stepped(sae: ContextualSAE) -> Code:
+    _, state = sae.step(batch()[0][:, :5], sae.initial_state(B))
+    return sae.step(batch()[0][:, 5:], state)[0]
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (lambda sae, code: Code(*code), "mask: not given, and this code doesn't know"),
+        (
+            lambda sae, code: Code(code.values[:, :5], code.indices[:, :5]),
+            "mask: not given, and this code doesn't know",
+        ),
+        (lambda sae, code: stepped(sae), "mask: not given, and this code doesn't know"),
+        (lambda sae, code: code._replace(values=code.values[:1], indices=code.indices[:1]), "mask: given shape"),
+        (lambda sae, code: Code(code.values[0], code.indices[0]), r"code: given values of shape \[21, 4\]"),
+    ],
+    ids=["from its parts", "cut", "of a step", "of some windows", "of no windows"],
+)
+def test_a_code_that_does_not_know_is_refused(code, words: str) -> None:
+    sae, (acts, *bounds) = make("past"), batch()
+    with pytest.raises(ValueError, match=words):
+        sae.decode(code(sae, sae.encode(acts, *bounds)))
+
+
+def test_another_mask_or_other_documents_than_it_was_encoded_with_are_refused() -> None:
+    sae, (acts, mask, documents) = make("past"), batch()
+    code = sae.encode(acts, mask, documents)
+    for name, other in (("mask", None), ("mask", ~mask), ("documents", None), ("documents", documents * 0)):
+        with pytest.raises(ValueError, match=f"{name}: given another than the code was encoded with"):
+            sae.decode(code, **{name: other})
+    torch.testing.assert_close(sae.decode(code, documents=documents + 5), sae.decode(code))  # the same runs
+    with pytest.raises(ValueError, match=r"mask: given shape \[3, 20\]; needed one entry a position, \[3, 21\]"):
+        sae.decode(Code(*code), mask=mask[:, 1:], documents=None)
+
+
+def test_a_c_of_other_windows_is_refused() -> None:
+    sae, (acts, *_) = make(), batch()
+    output = sae(acts)
+    with pytest.raises(ValueError, match=r"c: given shape \[1, 21, 10\]; needed \[3, 21, 10\], as the code is"):
+        sae.decode(output.code, output.c[:1])
+
+
+def loaded(sae: ContextualSAE) -> ContextualSAE:
+    sae.load_state_dict(sae.state_dict())
+    return sae
+
+
+def moved(sae: ContextualSAE) -> ContextualSAE:
+    return sae.double()
+
+
+def stepped_by_adam(sae: ContextualSAE) -> ContextualSAE:
+    acts, *_ = batch()
+    Adam(sae).update(sae.gradients(acts)[1])
+    return sae
+
+
+def rescaled(sae: ContextualSAE) -> ContextualSAE:
+    sae.initialise(sae.b_dec * sae.scale, 2.0)
+    return sae
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda sae: make("past"), "state: given one of other weights"),
+        (copy.deepcopy, "state: given one of other weights"),
+        (moved, "state: given one of other weights"),
+        (lambda sae: sae.requires_grad_(False), None),
+        (loaded, "state: given one from before the weights changed"),
+        (stepped_by_adam, "state: given one from before the weights changed"),
+        (rescaled, "state: given one from before the weights changed"),
+    ],
+    ids=["another SAE", "a copy", "in another dtype", "frozen", "loaded", "trained", "another scale"],
+)
+def test_a_state_goes_on_with_the_weights_that_made_it(change, words: str | None) -> None:
+    sae, (acts, *_) = make("past"), batch()
+    _, state = sae.step(acts[:, :3], sae.initial_state(B))
+    sae = change(sae)
+    for call in (sae.step, sae.stream):
+        if words is None:
+            call(acts[:, 3:], state.clone())
+        else:
+            with pytest.raises(ValueError, match=words):
+                call(acts[:, 3:].to(sae.W_enc.dtype), state)
+
+
+def test_what_is_no_state_is_refused() -> None:
+    sae, (acts, *_) = make(), batch()
+    with pytest.raises(TypeError, match="state: given a tuple; needed what initial_state"):
+        sae.step(acts, tuple(sae.initial_state(B)))
+    state = sae.initial_state(B)
+    with pytest.raises(ValueError, match="acts: given 3 sequences; needed 2, 3, as the state is of"):
+        sae.step(acts, state._replace(start=state.start[:2]))
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the native library was not built")
+@pytest.mark.parametrize("query", ["current", "past"])
+def test_steps_by_the_encoders_table(query: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once enough was encoded the weights are rounded, once, whether or not this CPU has units for them."""
+    monkeypatch.setattr(cpu, "has_matrix_units", lambda: True)
+    torch.manual_seed(0)
+    sae = ContextualSAE(130, 1700, 4, n_heads=2, d_head=3, d_value=5, query=query).eval()
+    acts = torch.randn(2, 150, 130)
+    wanted = sae.double().encode(acts.double())
+    sae.float()
+    made, table = [], topk_coarse.rounded
+    monkeypatch.setattr(topk_coarse, "rounded", lambda W, *rest: made.append(len(W)) or table(W, *rest))
+    state, codes = sae.initial_state(2), []
+    for t in range(150):
+        code, state = sae.step(acts[:, t], state)
+        codes.append(code.indices)
+    assert made.count(1700) == 1
+    assert state.table
+    assert (torch.stack(codes, dim=1) == wanted.indices).float().mean() > 0.99

@@ -56,6 +56,10 @@ class FeatureActs(Tensor):
         acts.carried = carried
         return acts
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        acts = self.as_subclass(Tensor).detach().clone().requires_grad_(self.requires_grad)
+        return acts.as_subclass(type(self)) if self.carried is None else self.of(acts, self.carried)
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -104,7 +108,7 @@ def _carried_to_all(name: str, first: FeatureActs, given: list[FeatureActs]) -> 
     if name in POINTWISE:
         return first.carried if all(of.carried is first.carried for of in given) else None
     # What is put elsewhere may be of any positions.
-    return first.carried if name in EDITS and all(of is first for of in given) else None
+    return first.carried if name in EDITS and len(given) == 1 else None
 
 
 def _carried(name: str, func: Any, args: Any, kwargs: Any, given: list[FeatureActs], found: Any) -> Any:
