@@ -50,6 +50,7 @@ class Adam(torch.optim.Optimizer):
     made for (replaced, in another dtype or on another device), and where gradients are of another SAE.
     """
 
+    @torch.compiler.disable  # torch's own __init__ breaks the graph, and what was set before is lost
     def __init__(
         self,
         sae: SAE,
@@ -95,7 +96,7 @@ class Adam(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("sae", "names", "lazy", "moments", "_apart")  # torch copies its own only
-        return super().__getstate__() | {name: getattr(self, name) for name in own}
+        return super().__getstate__() | {name: vars(self)[name] for name in own if name in vars(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)  # in the dtype of the parameters
