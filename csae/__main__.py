@@ -100,8 +100,10 @@ def _told(error: BaseException, stopped_by: int | None) -> int | None:
         _say(f"csae: {shown(error)}")
         return 2
     if isinstance(error, click.ClickException):
-        error.message = shown(error.message)
-        error.show()
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        if context is not None:
+            _say(f"{context.get_usage()}\nTry '{context.command_path} {context.help_option_names[0]}' for help.\n")
+        _say(f"Error: {shown(error.format_message())}")
         return 2
     reason = disk_problem(error, "use")
     if reason is None:
