@@ -12,7 +12,7 @@
 // parts. The product of two panels is a square of 32 x 32 sums in four AMX tiles: 24 tile products for 14 tile loads
 // for each 32 of k. One instruction sums 32 products before it adds them to the accumulator. That makes fewer roundings
 // among large numbers, so sums are more exact than when products are added one by one. Which thread splits a part is
-// not deterministic; the order of each sum is.
+// not deterministic; the order of each sum is fixed.
 //
 // Operations: 12 m n k in bfloat16. Bytes: a and b are read once, and 1.5 times their bytes are written. Floor: two
 // threads of a Xeon with AMX multiply 4.6 T a second on random numbers in L2 (5.9 T on zeros, which need less power):
