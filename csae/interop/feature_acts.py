@@ -37,6 +37,7 @@ EDITS = {
 SHAPES = {"flatten", "reshape", "reshape_as", "squeeze", "unflatten", "unsqueeze", "view", "view_as"}
 # or all of some positions, along a dimension that comes as so many-th argument.
 PARTS = {"chunk": 2, "index_select": 1, "narrow": 1, "select": 1, "split": 2, "tensor_split": 2, "unbind": 1}
+_GET_DATA, _SET_DATA = Tensor.data.__get__, Tensor.data.__set__  # type: ignore[attr-defined]
 JOINS = {"cat": 1, "concat": 1, "concatenate": 1, "stack": 1}
 
 
@@ -46,15 +47,27 @@ class FeatureActs(Tensor):
     A result of torch's functions knows it too where it is of the same positions: a copy, an edit, arithmetic, another
     dtype or device; an index of positions; batches put together or taken apart. Any other result is an ordinary tensor,
     and so is what is made of activations to which different things were carried.
+
+    Views share memory: where one is overwritten with what is of other positions, no view of it knows any more.
     """
 
-    carried: Tensor | None = None
+    _carried: Tensor | None = None
+    _memory: _Memory
+
+    @property
+    def carried(self) -> Tensor | None:
+        return None if self._carried is None or self._memory.of_others else self._carried
 
     @classmethod
-    def of(cls, feature_acts: Tensor, carried: Tensor) -> Self:
+    def of(cls, feature_acts: Tensor, carried: Tensor, view_of: FeatureActs | None = None) -> Self:
         acts = feature_acts.as_subclass(cls)
-        acts.carried = carried
+        acts._carried, acts._memory = carried, _Memory() if view_of is None else view_of._memory
         return acts
+
+    def forget(self) -> None:
+        """Note that it holds what is of other positions now."""
+        if self._carried is not None:
+            self._memory.of_others = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         acts = self.as_subclass(Tensor).detach().clone().requires_grad_(self.requires_grad)
@@ -67,10 +80,14 @@ class FeatureActs(Tensor):
             found = func(*args, **kwargs)
             given = [of for of in tree_leaves((args, kwargs)) if isinstance(of, FeatureActs)]
             name, in_place = _name(func)
-            if in_place:
-                changed = args[0]
-                if isinstance(changed, FeatureActs) and _carried_to_all(name, changed, given) is None:
-                    changed.carried = None
+            if func == _SET_DATA and isinstance(args[0], FeatureActs):
+                args[0]._carried = None  # it has another memory now
+                return found
+            if in_place or kwargs.get("out") is not None:
+                target = kwargs.get("out") if not in_place else args[0] if args else kwargs
+                for changed in tree_leaves(target):
+                    if isinstance(changed, FeatureActs) and not _stays(name, changed, given, args):
+                        changed.forget()
                 return found
             if not given or isinstance(found, FeatureActs):  # nothing was to be done
                 return found
@@ -79,8 +96,21 @@ class FeatureActs(Tensor):
             if carried is None:
                 return found
             if isinstance(found, Tensor):
-                return cls.of(found, carried)
-            return type(found)(cls.of(*pair) for pair in zip(found, carried, strict=True))
+                return cls.of(found, carried, _viewed(found, given))
+            return type(found)(cls.of(*pair, _viewed(pair[0], given)) for pair in zip(found, carried, strict=True))
+
+
+class _Memory:
+    """What views of one another share."""
+
+    of_others = False
+    """whether something of other positions was written to it"""
+
+
+def _viewed(found: Tensor, given: list[FeatureActs]) -> FeatureActs | None:
+    """Which of the arguments a result is a view of, if any."""
+    at = found.untyped_storage()._cdata
+    return next((of for of in given if of._carried is not None and of.untyped_storage()._cdata == at), None)
 
 
 def carried_of(feature_acts: Tensor) -> Tensor | None:
@@ -90,6 +120,8 @@ def carried_of(feature_acts: Tensor) -> Tensor | None:
 
 def _name(func: Any) -> tuple[str, bool]:
     """The name of a function without underscores, and whether it writes to its first argument."""
+    if func == _GET_DATA:
+        return "detach", False
     name = getattr(func, "__name__", "")
     if name.startswith("__"):
         bare = name.strip("_")
@@ -106,9 +138,26 @@ def _name(func: Any) -> tuple[str, bool]:
 def _carried_to_all(name: str, first: FeatureActs, given: list[FeatureActs]) -> Tensor | None:
     """What was carried to the positions of a result that is of all of them, and of nothing else."""
     if name in POINTWISE:
-        return first.carried if all(of.carried is first.carried for of in given) else None
+        return first.carried if all(_same(of.carried, first.carried) for of in given) else None
     # What is put elsewhere may be of any positions.
     return first.carried if name in EDITS and len(given) == 1 else None
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return False
+    return one is other or (one.shape == other.shape and one.device == other.device and torch.equal(one, other))
+
+
+def _stays(name: str, changed: FeatureActs, given: list[FeatureActs], args: Any) -> bool:
+    """Whether what was written to is of the positions that it was of."""
+    if changed.carried is None or _carried_to_all(name, changed, given) is not None:
+        return True
+    if name != "setitem" or len(given) != 2 or not isinstance(args[2], FeatureActs):
+        return False
+    # A part of it that was changed and put back, as acts[0] *= 2 does.
+    there = _at(changed.carried, args[1], args[2]) if _of_positions(args[1], changed.ndim) else None
+    return _same(there, args[2].carried)
 
 
 def _carried(name: str, func: Any, args: Any, kwargs: Any, given: list[FeatureActs], found: Any) -> Any:
@@ -125,11 +174,13 @@ def _carried(name: str, func: Any, args: Any, kwargs: Any, given: list[FeatureAc
         return carried.reshape(*found.shape[:-1], carried.shape[-1]) if whole else None
     if name == "getitem" and len(given) == 1:
         return _at(carried, args[1], found) if _of_positions(args[1], ndim) else None
+    if not args:  # all are given by name
+        return None
     if name in PARTS and len(given) == 1 and isinstance(args[0], FeatureActs):
-        dim = kwargs.get("dim", args[PARTS[name]] if len(args) > PARTS[name] else 0)
+        dim = kwargs.get("dim", kwargs.get("axis", args[PARTS[name]] if len(args) > PARTS[name] else 0))
         return func(carried, *args[1:], **kwargs) if _leads(dim, ndim) else None
     if name in JOINS and isinstance(args[0], list | tuple) and len(args[0]) == len(given):
-        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+        dim = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
         of_each = [of.carried for of in given]
         leads = _leads(dim, ndim + (name == "stack")) and not any(of is None for of in of_each)
         return func(of_each, *args[1:], **kwargs) if leads else None

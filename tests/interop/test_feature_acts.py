@@ -43,6 +43,13 @@ def in_place(acts: Tensor) -> Tensor:
     return acts.clamp_(min=0.1).add_(torch.ones(D_SAE))
 
 
+def window_in_place(acts: Tensor) -> Tensor:
+    acts = acts.clone()
+    acts[1] *= 2
+    acts[:, 2:4] = acts[:, 2:4] + 1
+    return acts + acts[:]
+
+
 # What a user may do, of which the reconstruction is that of the same done to a tensor, plus c done to likewise.
 EDITS: dict[str, Callable[[Tensor], Tensor]] = {
     "itself": lambda acts: acts,
@@ -62,6 +69,9 @@ EDITS: dict[str, Callable[[Tensor], Tensor]] = {
     "to float64": lambda acts: acts.to(torch.float64),
     "double and float": lambda acts: acts.double().float(),
     "deepcopy": lambda acts: copy.deepcopy(acts),
+    "data": lambda acts: acts.data,
+    "by name": lambda acts: torch.relu_(input=torch.relu(input=acts - 0.1)),
+    "a window in place": window_in_place,
     "contiguous": lambda acts: acts.contiguous(),
 }
 # What takes some of the positions, or has them in another shape.
@@ -91,6 +101,7 @@ PARTS: dict[str, Callable[[Tensor], Tensor]] = {
     "index_select": lambda of: of.index_select(0, ROWS),
     "narrow": lambda of: of.narrow(1, 3, 4),
     "select": lambda of: of.select(0, 2),
+    "along an axis": lambda of: torch.cat(of.unbind(axis=1)[2:4], axis=-2),
 }
 # What has other features, or of which the positions are not known.
 LOST: dict[str, Callable[[Tensor], Tensor]] = {
@@ -100,10 +111,14 @@ LOST: dict[str, Callable[[Tensor], Tensor]] = {
     "permuted by an index": lambda acts: acts.gather(0, torch.tensor([2, 1, 0])[:, None, None].expand_as(acts)),
     "new": lambda acts: torch.ones(B, T, D_SAE),
     "through numpy": lambda acts: torch.from_numpy(acts.numpy().copy()),
-    "data": lambda acts: acts.data,
     "sorted": lambda acts: acts.sort(dim=0).values,
     "repeated": lambda acts: acts.repeat(1, 1, 1),
     "index_copy": lambda acts: acts.index_copy(0, torch.tensor([2, 1, 0]), acts),
+    "joined by name": lambda acts: torch.cat(tensors=[acts[:1], acts[1:]]),
+    "taken by name": lambda acts: torch.index_select(input=acts, dim=0, index=ROWS),
+    "features along an axis": lambda acts: torch.stack(acts.unbind(axis=-1), -1),
+    "a feature along an axis": lambda acts: torch.stack([acts.select(axis=2, index=0)] * D_SAE, dim=2),
+    "features joined along an axis": lambda acts: torch.cat([acts, acts], axis=-1)[..., :D_SAE],
     "in place transposed": lambda acts: acts[:, :B].clone().transpose_(0, 1),
 }
 
@@ -151,6 +166,43 @@ def test_activations_of_two_windows_are_of_neither(dense: DenseSAE) -> None:
     joined = torch.cat([one, other[:1]])
     c = torch.cat([carried_of(one), carried_of(other)[:1]])
     torch.testing.assert_close(dense.decode(joined), plain(joined) @ dense.W_dec + dense.b_dec + c)
+
+
+OVERWRITE: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "detached": lambda one, other: one.detach().copy_(other),
+    "data": lambda one, other: one.data.copy_(other),
+    "data replaced": lambda one, other: setattr(one, "data", other.data),
+    "window": lambda one, other: one[0].copy_(other[0]),
+    "view": lambda one, other: one.view(-1, D_SAE).copy_(other.view(-1, D_SAE)),
+    "view of a view": lambda one, other: one[1:][1].copy_(other[0]),
+    "out": lambda one, other: torch.mul(other, 2, out=one),
+    "out of a view": lambda one, other: torch.mul(other, 2, out=one.detach()),
+    "out of an index": lambda one, other: torch.index_select(other, 0, ROWS, out=one[:2]),
+    "positions exchanged": lambda one, other: one.__setitem__(0, one[1]),
+    "list": lambda one, other: torch._foreach_copy_([one], [other]),
+}
+
+
+@pytest.mark.parametrize("way", OVERWRITE)
+def test_what_is_overwritten_by_another_window_is_refused(way: str, dense: DenseSAE) -> None:
+    one, other = dense.encode(activations(B, T)), dense.encode(activations(B, T) + 1)
+    copied, c = one.clone(), carried_of(one)
+    wanted = plain(copied) @ dense.W_dec + dense.b_dec + c
+    OVERWRITE[way](one, other)
+    with pytest.raises(ValueError, match="what was carried there is not known"):
+        dense.decode(one)
+    torch.testing.assert_close(dense.decode(copied), wanted)  # a copy has its own memory
+    if way != "data replaced":
+        assert other.carried is not None
+
+
+def test_no_view_of_what_is_overwritten_knows_any_more(dense: DenseSAE) -> None:
+    one, other = dense.encode(activations(B, T)), dense.encode(activations(B, T) + 1)
+    views = one[1], one.view(-1, D_SAE), one.detach(), one.flatten(0, 1), *one.unbind()
+    one.copy_(other)
+    for view in views:
+        with pytest.raises(ValueError, match="what was carried there is not known"):
+            dense.decode(view)
 
 
 def test_some_features_are_an_ordinary_tensor(dense: DenseSAE) -> None:
