@@ -6,6 +6,7 @@ import json
 import math
 import reprlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -183,6 +184,12 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
     def n_params(self) -> int:
         """Number of trained parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        scale = fn(self.scale)
+        if scale.dtype != self.scale.dtype and not scale.is_meta and not 0 < float(scale) < math.inf:
+            raise ValueError(f"scale: {float(self.scale):g} does not fit {scale.dtype}; needed a wider dtype: bfloat16")
+        return super()._apply(fn, recurse)
 
     @torch.no_grad()
     def initialise(self, mean: Tensor, scale: float) -> None:

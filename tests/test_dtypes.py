@@ -208,3 +208,12 @@ def test_other_dtypes_of_mask_and_documents_are_refused(kind: str, where: dict[s
     for call in (sae, sae.loss, sae.gradients):
         with pytest.raises(TypeError, match=words):
             call(acts(), **where)
+
+
+def test_a_scale_that_does_not_fit_is_refused() -> None:
+    for scale in (1e5, 1e-9):
+        sae = make("topk", scale)
+        with pytest.raises(ValueError, match=r"scale: 1.* does not fit torch.float16; needed a wider dtype"):
+            sae.half()
+        assert sae.W_enc.dtype == torch.float32
+        assert sae.bfloat16()(acts()).x_hat.isfinite().all()

@@ -80,7 +80,7 @@ class SAELensContextualSAE(sae_lens.SAE[ContextualSAEConfig]):
         return self.hook_sae_acts_post(self.dense.encode(self.hook_sae_input(x)))
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """feature_acts [B, T, d_sae], of `encode`, or edited of the last one -> the reconstruction [B, T, d_in]."""
+        """feature_acts [B, T, d_sae], of `encode`, or an edit or a slice of it -> the reconstruction [B, T, d_in]."""
         return self.hook_sae_recons(self.dense.decode(feature_acts))
 
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
