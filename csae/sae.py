@@ -234,6 +234,13 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
         Raises ValueError where all are frozen, or where two names are one parameter: `loss` takes those.
         """
         self._check_acts(acts, mask, documents)
+        if torch.compiler.is_compiling() and not _traces_autograd():
+            return _out_of_graph(self._gradients, acts, mask, documents, dead)
+        return self._gradients(acts, mask, documents, dead)
+
+    def _gradients(
+        self, acts: Tensor, mask: Tensor | None, documents: Tensor | None, dead: Tensor | None
+    ) -> tuple[Losses, Gradients]:
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():  # a compiler says so itself
             raise RuntimeError("gradients: called under torch.inference_mode(); needed outside of it")
         trained = check_trained(self)
@@ -459,6 +466,17 @@ def _saved_config(header: Header) -> dict[str, Any]:
 
 def _listed(shape: tuple[int, ...] | None) -> str:
     return "missing" if shape is None else reprlib.repr(list(shape))
+
+
+@torch.compiler.assume_constant_result
+def _traces_autograd() -> bool:
+    """Whether a call of torch.autograd.grad is part of a compiler's graph, and does not cut it in two."""
+    return bool(getattr(torch._dynamo.config, "trace_autograd_ops", False))
+
+
+@torch.compiler.disable  # what two graphs give each other has no gradient by what is inside of the first
+def _out_of_graph(function: Callable[..., Any], *given: Any) -> Any:
+    return function(*given)
 
 
 def check_bounds(positions: torch.Size, mask: Tensor | None, documents: Tensor | None) -> None:
