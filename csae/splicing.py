@@ -229,8 +229,9 @@ class Spliced:
                 new["past"] = x_hat - sae.b_dec
         else:
             self.output = sae(acts, self.mask)
-        base = acts if self.keep_error else self.output.x_hat
-        replaced = (base + self._edited(self.output.code, carried) * sae.scale).to(given)
+        base = given if self.keep_error else self.output.x_hat  # as it was given: weights may be less exact
+        change = self._edited(self.output.code, carried) * sae.scale
+        replaced = (base + change.to(base.device)).to(given)
         running.new = new
         self._passes += 1
         replaced_any = self.mask.any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -60,6 +61,18 @@ def test_with_the_error_added_back_the_logits_are_unchanged(arch: str, lm: Langu
     with splice(lm, LAYER, make(arch, lm)):
         assert not torch.allclose(logits(lm, tokens()), clean, atol=1e-3)
     assert torch.equal(logits(lm, tokens()), clean)  # nothing is left behind
+
+
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("stream", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_the_error_is_added_back_whatever_the_weights_can_tell(
+    stream: torch.dtype, weights: torch.dtype, lm: LanguageModel
+) -> None:
+    model = copy.deepcopy(lm.model).to(stream)
+    with torch.no_grad():
+        clean = model(input_ids=tokens()).logits
+        with splice(model, LAYER, make("current", lm).to(weights), keep_error=True):
+            assert torch.equal(model(input_ids=tokens()).logits, clean)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
