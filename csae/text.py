@@ -190,10 +190,18 @@ def pack(
     """Documents given as token ids, laid end to end and cut in windows of n_ctx tokens, at most max_tokens in all.
 
     Each window begins with the tokens `begin`, where what it is cut from does not. They are special tokens, there and
-    wherever else they are found, and don't count in max_tokens.
+    wherever else they are found, and don't count in max_tokens. Raises UserError where there is no whole window,
+    ValueError where a document is no flat list of token ids.
     """
-    rows = (np.asarray(token_list, dtype=np.int32) for token_list in token_lists)
-    return _pack(((ids, None) for ids in rows), n_ctx, max_tokens, begin)
+    return _pack(((_ids_of(document), None) for document in token_lists), n_ctx, max_tokens, begin)
+
+
+def _ids_of(document: Sequence[int]) -> np.ndarray:
+    """The token ids of a document, int32."""
+    ids = np.asarray(document)
+    if ids.ndim != 1 or (len(ids) and not (ids.dtype.kind in "iu" and 0 <= ids.min() <= ids.max() < 2**31)):
+        raise ValueError(f"token_lists: holds {_shown(document)}; needed flat lists of token ids, 0 to {2**31 - 1}")
+    return ids.astype(np.int32)
 
 
 def _pack(
@@ -220,7 +228,7 @@ def _pack(
     documents = np.repeat(np.arange(len(pieces), dtype=np.int32), lengths)[:max_tokens]
     begins = _begins(tokens, begin)
     for place in range(added):
-        special[place:] |= begins[: len(tokens) - place]
+        special[place:] |= begins[: max(0, len(tokens) - place)]
     spans = _spans(begins, n_ctx, added)
     if not spans:
         raise UserError(
@@ -243,8 +251,8 @@ def _pack(
 
 def _begins(tokens: np.ndarray, begin: Sequence[int]) -> np.ndarray:
     """Where the tokens `begin` are found: bool, at the first of them."""
-    found = np.full(len(tokens), bool(begin))
-    for place, token in enumerate(begin):
+    found = np.full(len(tokens), 0 < len(begin) <= len(tokens))
+    for place, token in enumerate(begin if found.any() else ()):
         found[len(tokens) - place :] = False
         found[: len(tokens) - place] &= tokens[place:] == token
     return found

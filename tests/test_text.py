@@ -153,6 +153,16 @@ def test_pack_with_too_little(n_ctx: int, max_tokens: int | None, message: str) 
         pack([[1, 2, 3], [4, 5]], n_ctx, max_tokens)
 
 
+@pytest.mark.parametrize(
+    "document",
+    [[1.5, 2.5, 3.5], [-1, 2, 3], [2**31, 2, 3], [[1, 2], [3, 4]], [True, False], ["1", "2"], [None, 1], 7, {"a": 1}],
+    ids=str,
+)
+def test_pack_takes_token_ids_alone(document: Any) -> None:
+    with pytest.raises(ValueError, match=r"token_lists: holds .*; needed flat lists of token ids, 0 to 2147483647"):
+        pack([[1, 2, 3], document], 2)
+
+
 # --- tokenizing --------------------------------------------------------------------------------------
 
 DOCUMENTS = [f"This is document {i}, which says {'so ' * i}and ends.\n" for i in range(150)]
@@ -483,3 +493,9 @@ def test_a_text_with_a_beginning(tiny_lm: LanguageModel) -> None:
 def test_pack_with_a_beginning_and_too_little(n_ctx: int, max_tokens: int | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
         pack([[1, 2, 3], [4, 5]], n_ctx, max_tokens, (7, 8))
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1, 2, 3])
+def test_pack_with_a_beginning_longer_than_the_text(n_tokens: int) -> None:
+    with pytest.raises(UserError, match=f"the text is {n_tokens} tokens long; one window takes 4"):
+        pack([[1] * n_tokens], 9, None, (1, 1, 1, 1, 1))
