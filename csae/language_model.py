@@ -201,6 +201,8 @@ class LanguageModel:
         Projections, scales and caps behind it are in, biases are not. So an effect is right up to a positive factor,
         the same for all directions. Raises UserError where the model gives no logits, or no derivative.
         """
+        if directions.dim() != 2 or directions.shape[1] != self.d_in or not len(directions):
+            raise ValueError(f"directions: given shape {list(directions.shape)}; needed [m, {self.d_in}], m >= 1")
         m = len(directions)
 
         def put_in(module: nn.Module, args: Any, output: Any) -> Any:

@@ -132,8 +132,11 @@ def view(
             at how many of them it is new.
         beside: None, or {"new", "rows", "missed", "figures"} as above, `new` with the features in `rows` only.
 
-    Raises UserError where an SAE does not fit the activations, was trained on another model, or gives NaN or Inf.
+    Raises UserError where an SAE does not fit the activations, was trained on another model, or gives NaN or Inf;
+    ValueError where there are no windows.
     """
+    if not windows:
+        raise ValueError("windows: given none; needed those of a text, from read_windows")
     for one in (sae, beside):
         if one is not None:
             check_place(one.trained_on, lm.name, None, elsewhere=elsewhere)
@@ -345,7 +348,7 @@ def logits(lm: LanguageModel, directions: Tensor, at_once: int = 256) -> list[di
         return both
 
     found = []
-    for some in directions.split(at_once):
+    for some in directions.split(at_once) if len(directions) else ():
         # Of one length, so that half precision neither overflows nor vanishes.
         scores = lm.logit_effects(nn.functional.normalize(some.float(), dim=1))  # [at most at_once, vocabulary]
         scores -= scores.mean(dim=1, keepdim=True)

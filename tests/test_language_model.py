@@ -582,6 +582,13 @@ def test_effects_in_half_precision(name: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found, exact, rtol=0.02, atol=0.02 * float(exact.std()))
 
 
+@pytest.mark.parametrize("shape", [(2, D_IN + 1), (D_IN,), (0, D_IN), (2, 2, D_IN)], ids=str)
+def test_directions_that_do_not_fit(shape: tuple[int, ...]) -> None:
+    lm = LanguageModel(ARCHITECTURES["llama"](), None, "llama")
+    with pytest.raises(ValueError, match=r"directions: given shape \[.*\]; needed \[m, 32\], m >= 1"):
+        lm.logit_effects(torch.randn(shape))
+
+
 def test_a_derivative_that_half_precision_has_not() -> None:
     lm = LanguageModel(ARCHITECTURES["gpt2"]().half(), None, "gpt2")
     with pytest.raises(UserError, match=r"no finite derivative .* in torch.float16: load it in float32 or bfloat16"):

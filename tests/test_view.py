@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,23 @@ def test_texts_in_which_little_happens(
         varies = text not in ("ab", "a" * 50, "<|endoftext|>" * 30)
         assert (facts["figures"]["fvu"] is not None) == (facts["beside"]["figures"]["fvu"] is not None) == varies
         assert ("Nothing varies along this text" in says) == ("unexplained (FVU)" not in says) == (not varies)
+
+
+def test_an_sae_that_finds_nothing(contextual: SAE, windows: list[Window], tiny_lm: LanguageModel) -> None:
+    silent = copy.deepcopy(contextual)
+    with torch.no_grad():
+        silent.b_enc.fill_(-1e4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        facts = view(silent, windows, tiny_lm)
+    assert facts["rows"] == []
+    assert facts["features"] == {}
+    assert facts["figures"]["mean_run"] == 0
+
+
+def test_no_windows(contextual: SAE, tiny_lm: LanguageModel) -> None:
+    with pytest.raises(ValueError, match="windows: given none; needed those of a text"):
+        view(contextual, [], tiny_lm)
 
 
 # ---- the effect on the next token ----
