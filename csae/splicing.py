@@ -397,26 +397,41 @@ def _restore(state: State, overwritten: tuple[int, Tensor, Tensor], first: int) 
     state.takes_part[:, slots] = takes_part[:, first - position :]
 
 
+class _Wrapper:
+    """A module's forward, run inside `around(signature, forward, args, kwargs)` while it lasts.
+
+    Of a copy of the module, it is a plain forward: a function would go on to run the module that it was copied from.
+    """
+
+    def __init__(self, forward: Callable[..., Any], around: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, forward)
+        self.forward, self.around, self.signature, self.lasts = forward, around, inspect.signature(forward), True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.around(self.signature, self.forward, args, kwargs) if self.lasts else self.forward(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self.forward,)
+
+
+def _itself(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return forward
+
+
 @contextmanager
 def _wrapped(module: nn.Module, around: Callable[..., Any]) -> Iterator[None]:
-    """module.forward runs inside `around(signature, forward, args, kwargs)`, while the context lasts.
+    """module.forward runs inside `around`, see `_Wrapper`, while the context lasts.
 
     Not by a hook: transformers 4.57 records hidden states inside the forward, before any hook, and 5 in hooks of its
     own. What is put in here is what they record.
     """
     forward, own = module.forward, vars(module).get("forward")
-    signature = inspect.signature(forward)
-    lasts = True
-
-    @functools.wraps(forward)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return around(signature, forward, args, kwargs) if lasts else forward(*args, **kwargs)
-
+    wrapper = _Wrapper(forward, around)
     module.forward = wrapper  # type: ignore[method-assign]
     try:
         yield
     finally:
-        lasts = False  # who has wrapped it again in the meantime keeps a wrapper that does nothing
+        wrapper.lasts = False  # who has wrapped it again in the meantime keeps a wrapper that does nothing
         if vars(module).get("forward") is wrapper:
             if own is None:
                 del module.forward
@@ -449,8 +464,9 @@ def splice(
     beams, rejected tokens, and copies of a prompt's cache; a contextual SAE runs in its exact form. Position 0,
     attention sinks and padding stay as they are, as in training (`csae.activations.sink_mask`; with a cache, norms are
     compared with those of the first pass). A cache must have been filled inside the splice, from the first token on.
-    What is compiled runs uncompiled in it. No gradient goes through the SAE. The first splice of a model runs it once
-    on a few tokens, to see what its blocks are (`csae.language_model.find_blocks`).
+    What is compiled runs uncompiled in it, and a copy of the model is one without it. No gradient goes through the
+    SAE. The first splice of a model runs it once on a few tokens, to see what its blocks are
+    (`csae.language_model.find_blocks`).
 
     Args:
         model: a causal language model of transformers, or a `LanguageModel`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from torch.testing import assert_close
 
 from csae import SAE, ContextualSAE, TopKSAE, splice
 from csae.following import Content, Text, content_of
+from csae.language_model import find_blocks
 
 LAYER = 2
 ARCHS = ["topk", "current", "past"]
@@ -367,11 +369,29 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
 
 
 def test_a_block_that_runs_twice_is_refused(llama: Any) -> None:
+    find_blocks(llama, "llama")  # it looks once, before the block runs twice
     first, second = llama.model.layers[LAYER - 1], llama.model.layers[LAYER]
     handle = second.register_forward_pre_hook(lambda _, args, kwargs: first(*args, **kwargs) and None, with_kwargs=True)
     with pytest.raises(ValueError, match="the block ran twice in one pass"), splice(llama, LAYER, make("topk")):
         logits(llama, tokens(), use_cache=False)
     handle.remove()
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_of_the_model_is_one_without_the_splice(how: str) -> None:
+    """It runs its own weights, not those of the model that it was copied from."""
+    model, ids = ARCHITECTURES["llama"](), tokens()
+    plain = logits(model, ids)
+    with splice(model, LAYER, make("past")):
+        spliced = logits(model, ids)
+        copied = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+        assert torch.equal(logits(copied, ids), plain)
+        assert torch.equal(logits(model, ids), spliced)
+    copied.lm_head.weight.data.zero_()
+    assert not logits(copied, ids).any()
+    assert torch.equal(logits(model, ids), plain)
+    with splice(copied, LAYER, make("past")):
+        assert not logits(copied, ids).any()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gptj", "gemma3"])
