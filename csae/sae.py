@@ -496,20 +496,23 @@ def check_bounds(positions: torch.Size, mask: Tensor | None, documents: Tensor |
 
 def check_trained(sae: SAE) -> set[str]:
     """The names of the parameters that are not frozen; ValueError where there is none, or where two are one."""
-    names = [name for name, _ in sae.named_parameters(remove_duplicate=False)]
-    twice = sorted(set(names) - {name for name, _ in sae.named_parameters()})
+    named = list(sae.named_parameters(remove_duplicate=False))
+    names = {name for name, _ in named}
+    twice: list[str] = []
+    if len({id(parameter) for _, parameter in named}) < len(named):
+        twice = sorted(names - {name for name, _ in sae.named_parameters()})
     if twice:
         raise ValueError(
             f"sae: {', '.join(twice)} is another name of a parameter; needed one for each name: tied parameters train "
             "by loss(...).loss.backward()"
         )
-    foreign = sorted({"W_enc", "b_enc", "W_dec", "b_dec", *sae.look_back} - set(names))
+    foreign = sorted({"W_enc", "b_enc", "W_dec", "b_dec", *sae.look_back} - names)
     if foreign:
         raise ValueError(
             f"sae: {', '.join(foreign)} is made of something else; needed a parameter: such an SAE trains by "
             "loss(...).loss.backward()"
         )
-    trained = {name for name, parameter in sae.named_parameters() if parameter.requires_grad}
+    trained = {name for name, parameter in named if parameter.requires_grad}
     if not trained:
         raise ValueError("sae: all of its parameters are frozen; needed one with requires_grad=True to train")
     return trained
