@@ -59,7 +59,6 @@ class Environment(NamedTuple):
 
 ENVIRONMENTS = {
     "libraries-newest": Environment("newest", locked=("torch",)),  # CI runs this one
-    "libraries-oldest": Environment("oldest", locked=("torch",)),
     "newest": Environment("newest", python="newest"),
     "oldest": Environment("oldest"),
 }
@@ -67,8 +66,9 @@ ENVIRONMENTS = {
 TOP = """# Versions that csae was tested with
 
 Written by `make test-versions`, which runs the tests that touch other libraries at both ends of the ranges in
-`pyproject.toml`; `make test-versions ENVIRONMENTS=NAME` runs one row. CI runs `libraries-newest`. `make test` runs all
-tests with what is in `constraints.txt`. What happens with a version outside is said in `csae/versions.py`.
+`pyproject.toml`; `make test-versions ENVIRONMENTS=NAME` runs one row. CI runs `libraries-newest`, the newest of all but
+torch, at every change. `make test` runs all tests with what is in `constraints.txt`. What happens with a version
+outside is said in `csae/versions.py`.
 
 """
 
@@ -78,11 +78,11 @@ def main(names: list[str]) -> int:
     if unknown:
         print(f"given {', '.join(unknown)}; needed some of {', '.join(ENVIRONMENTS)}", file=sys.stderr)
         return 2
-    wheel, failed = build_wheel(), []
+    wheel, state, failed = build_wheel(), commit(), []  # before the table is written
     for name in names or ENVIRONMENTS:
         python = make(name, ENVIRONMENTS[name], wheel)
         counts = run_tests(python)
-        row = {"environment": name, "date": str(date.today()), "commit": commit(), **versions_in(python), **counts}
+        row = {"environment": name, "date": str(date.today()), "commit": state, **versions_in(python), **counts}
         write(row)
         print(*row.values(), sep="  ", flush=True)
         if counts["failed"] or not counts["passed"]:
