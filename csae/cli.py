@@ -243,6 +243,7 @@ def view(
 
     check_writable(out)
     device = _device(options["device"])
+    sae = load_sae(run, device)
     trained_on = read_trained_on(run)
     given = {name: options[name] for name in ("model", "layer", "bos", "keep_first") if options[name] is not None}
     origin = trained_on | given
@@ -259,7 +260,6 @@ def view(
         if trained_on and trained_beside and bool(trained_beside.get(name)) != bool(trained_on.get(name)):
             with_it, without = (beside, run) if trained_beside.get(name) else (run, beside)
             raise UserError(f"--beside: {with_it} was trained with {what}, {without} without; needed two that agree")
-    sae = load_sae(run, device)
     other_sae = None if beside is None else load_sae(beside, device)
     for loaded in (sae, other_sae):
         if loaded is not None:
@@ -268,7 +268,7 @@ def view(
     longest = LONGER * trained_on.get("n_ctx", 256)
     n_ctx = min(longest, lm.max_ctx or longest) if options["n_ctx"] is None else options["n_ctx"]
     known = ({} if sae.trained_on is None else sae.trained_on.to_config()) | origin
-    begin = beginning(lm.tokenizer, known.get("bos", False if trained_on else None))
+    begin = beginning(lm.tokenizer, known.get("bos", False if trained_on else None), lm.n_vocab)
     keep_first = bool(known.get("keep_first"))
     windows, whole = read_windows(lm, origin["layer"], read_documents(text)[0], n_ctx, max_tokens, begin, keep_first)
     about = {

@@ -48,7 +48,7 @@ def _windows(origin: dict[str, Any], lm: LanguageModel, progress: Progress) -> T
     n_ctx, max_tokens = origin["n_ctx"], origin.get("max_tokens")
     if lm.max_ctx is not None and n_ctx > lm.max_ctx:
         raise UserError(f"--n-ctx: given {n_ctx}; the context of {lm.name} is {lm.max_ctx} tokens at most")
-    begin = beginning(lm.tokenizer, origin.get("bos", False))
+    begin = beginning(lm.tokenizer, origin.get("bos", False), lm.n_vocab)
     if origin.get("dataset") is not None:
         return load_token_dataset(origin["dataset"], n_ctx, max_tokens, begin=begin, n_vocab=lm.n_vocab)
     documents = read_documents(origin["text"])

@@ -124,24 +124,28 @@ def _docstrings(file: Path) -> Iterator[str]:
             yield docstring
 
 
-def beginning(tokenizer: Any, bos: bool | None = None) -> tuple[int, ...]:
+def beginning(tokenizer: Any, bos: bool | None = None, n_vocab: int | None = None) -> tuple[int, ...]:
     """The token ids that a window is to begin with: a beginning of sequence, or none.
 
     bos: None for the tokenizer's own convention, which is what it puts before a text that is tokenized with special
-    tokens. False for none. True for that of the convention, or the tokenizer's bos_token where it puts none. Raises
-    UserError where it has none of them.
+    tokens. False for none. True for that of the convention, or the tokenizer's bos_token where it puts none. n_vocab:
+    how many tokens the model knows. Raises UserError where there is no such token, or the model does not know it.
     """
     if bos is False:
         return ()
     found = {_put_before(tokenizer, text) for text in PROBES} - {None}
-    if len(found) == 1 and (convention := found.pop()):
-        return convention
-    if bos is None:
-        return ()
-    token = getattr(tokenizer, "bos_token_id", None)
-    if not isinstance(token, int):
-        raise UserError("--bos: the model's tokenizer has no beginning-of-sequence token: give --no-bos")
-    return (token,)
+    begin = found.pop() if len(found) == 1 else ()
+    if not begin and bos:
+        token = getattr(tokenizer, "bos_token_id", None)
+        if not isinstance(token, int):
+            raise UserError("--bos: the model's tokenizer has no beginning-of-sequence token: give --no-bos")
+        begin = (token,)
+    if begin and n_vocab is not None and max(begin) >= n_vocab:
+        raise UserError(
+            f"--bos: the tokenizer's beginning of sequence is token {max(begin)}, and the model knows 0 to "
+            f"{n_vocab - 1}: give --no-bos, or a model that was trained with it"
+        )
+    return begin or ()
 
 
 def _put_before(tokenizer: Any, text: str) -> tuple[int, ...] | None:

@@ -417,6 +417,19 @@ def test_no_beginning_to_be_had() -> None:
         beginning(tokenizer, bos=True)
 
 
+@pytest.mark.parametrize("bos", [None, True])
+def test_a_beginning_that_the_model_does_not_know(bos: bool | None) -> None:
+    """Added to the tokenizer, and not to the model."""
+    tokenizer = with_bos(byte_level(), "<s>")
+    (token,) = beginning(tokenizer, bos)
+    assert beginning(tokenizer, bos, token + 1) == (token,)
+    assert beginning(tokenizer, False, token) == ()
+    with pytest.raises(
+        UserError, match=f"beginning of sequence is token {token}, and the model knows 0 to {token - 1}"
+    ):
+        beginning(tokenizer, bos, token)
+
+
 @given(
     lengths=st.lists(st.integers(0, 30), min_size=1, max_size=12),
     begin=st.sampled_from([(7,), (7, 8)]),

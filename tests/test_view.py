@@ -545,3 +545,5 @@ def test_command(runs: tuple[Path, Path], tmp_path: Path, monkeypatch, capsys) -
     (runs[1] / "run.json").unlink()  # what says nothing may stand beside anything
     assert command(runs[0], "--beside", runs[1], *args, **options)[0] == 0
     assert command(runs[0], "--text", tmp_path / "none.txt", **options)[0] == 2
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "no such folder" in command(tmp_path / "nowhere", *args, **options)[1]
