@@ -13,6 +13,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from csae import SAE, Adam, Code, ContextualSAE, TopKSAE
 from csae.factors import Factors
+from csae.ops import lookback_attention, sparse_decode, topk_encode
+from csae.ops.heads import unit_heads
+from csae.ops.topk_encode import with_encode_gradient
 
 T = 6
 
@@ -235,6 +238,42 @@ def test_gradients_with_a_frozen_parameter(frozen: str) -> None:
     assert found.keys() == wanted.keys()
     for name, right in wanted.items():
         torch.testing.assert_close(found[name], right)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "sweeps"])
+@pytest.mark.parametrize("kind", ["topk", "current", "past"])
+def test_forward_mode_is_refused(kind: str, exact: bool, compiled: bool) -> None:
+    """An operator has no such derivative, and none would be taken for zero."""
+    sae = make(kind).eval()
+    how = {} if kind == "topk" else {"exact": exact}
+    acts = windows(2)[0]
+    for function in (lambda acts: sae(acts, **how).x_hat, lambda acts: sae.loss(acts).loss):
+
+        def derivative(acts: Tensor, function: Any = function) -> Any:
+            return torch.func.jvp(function, (acts,), (torch.ones_like(acts),))
+
+        with pytest.raises(Exception, match="given a tensor with a tangent"):
+            (torch.compile(derivative, backend="eager") if compiled else derivative)(acts)
+    with torch.autograd.forward_ad.dual_level():  # without one it is as always
+        assert torch.equal(sae(acts, **how).x_hat, make(kind).eval()(acts, **how).x_hat)
+
+
+def test_forward_mode_of_the_ops_is_refused() -> None:
+    x, W = torch.randn(4, 8), torch.randn(24, 8)
+    indices = torch.arange(3).expand(4, 3)
+    heads, two = torch.randn(1, 4, 2, 3), torch.zeros(2)
+    ops: list[tuple[Callable[[Tensor], Any], Tensor]] = [
+        (lambda of: topk_encode(of, W, W[:, 0], 3), x),
+        (lambda of: topk_encode(x, of, W[:, 0], 3), W),
+        (lambda of: sparse_decode(x[:, :3], indices, of), W),
+        (lambda of: lookback_attention(heads, heads, heads, of, two), two),
+        (unit_heads, heads),
+        (lambda of: with_encode_gradient(of, W, W[:, 0], x[:, :3], indices), x),
+    ]
+    for op, given in ops:
+        with pytest.raises(NotImplementedError, match="given a tensor with a tangent"):
+            torch.func.jacfwd(lambda of, op=op: torch.utils._pytree.tree_leaves(op(of))[0])(given)
 
 
 def test_a_state_that_is_refused_is_refused_under_the_compiler() -> None:

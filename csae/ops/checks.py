@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
@@ -48,6 +49,19 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...], mea
     if not fits:
         sizes = ", ".join("any" if want is None else str(want) for want in expected)
         raise ValueError(f"{name}: given shape {list(given)}; needed {meaning} = [{sizes}]")
+
+
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Forward-mode differentiation would find no derivative in an operator, and take it for zero."""
+    if getattr(forward_ad, "_current_level", 0) < 0:
+        return
+    for tensor in tensors:
+        # A compiler doesn't know of tangents where it traces.
+        if torch.compiler.is_compiling() or (tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None):
+            raise NotImplementedError(
+                "csae: given a tensor with a tangent (forward-mode differentiation, as torch.func.jvp and jacfwd do); "
+                "needed reverse mode: backward() or torch.autograd.grad"
+            )
 
 
 def check_k(k: object, d_sae: int) -> None:

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from csae.kernels.portable import scaled_heads
 
 from .backend import operator, refuse_second_derivative
+from .checks import refuse_tangents
 
 # What the root mean square of a head's values stays below.
 VALUE_BOUND = 4.0
@@ -37,6 +38,7 @@ def value_scale(values: Tensor) -> Tensor:
 
 
 def _scaled(heads: Tensor, gain: Tensor | None, least: float, weight: float) -> Tensor:
+    refuse_tangents(heads, gain)
     if heads.device.type == "cpu":
         return _scale_heads(heads, gain, least, weight)[0]
     return _Scaled.apply(heads, gain, least, weight)

@@ -9,6 +9,7 @@ from csae.kernels import cpu
 from csae.kernels.portable import on_native
 
 from .backend import operator
+from .checks import refuse_tangents
 
 # Where a product has fewer multiplications, or a side is shorter, splitting its numbers costs as much as is gained.
 LEAST_PRODUCTS, LEAST_SIDE = 1 << 24, 128
@@ -24,6 +25,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     floats = not torch.compiler.is_compiling() and on_native(x) and on_native(weight)
     if not floats or torch.is_autocast_enabled("cpu") or not _worthwhile(rows, *weight.shape):
         return nn.functional.linear(x, weight)
+    refuse_tangents(x, weight)
     return _multiply(x.reshape(rows, x.shape[-1]), weight.T).view(*x.shape[:-1], weight.shape[0])
 
 

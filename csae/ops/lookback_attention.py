@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .backend import kernels, operator, refuse_second_derivative
-from .checks import INTEGERS, autocast_to, check_device, check_floats, check_shape, check_tensor
+from .checks import INTEGERS, autocast_to, check_device, check_floats, check_shape, check_tensor, refuse_tangents
 
 
 def lookback_attention(
@@ -68,6 +68,7 @@ def lookback_attention(
         check_shape("documents", documents, (B, T), "[B, T]")
         check_device("documents", documents, "q", q)
         starts = document_starts(documents)
+    refuse_tangents(q, k, v, slope, null)
     return _lookback_attention(q, k, v, slope, null, mask, starts)[0]
 
 

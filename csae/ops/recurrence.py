@@ -18,6 +18,7 @@ from torch.nn import functional
 from csae.kernels.portable.scaled_heads import scale_heads
 
 from .backend import kernels, operator_without_gradient
+from .checks import refuse_tangents
 from .heads import BOUNDED, UNIT
 from .linear import linear
 
@@ -90,6 +91,7 @@ def recur(
         table: `round_table` of W_enc, if it was made already.
     """
     x, values, indices = (given, None, None) if isinstance(given, Tensor) else (None, *given)
+    refuse_tangents(x, values, past, *weights)
     state = mask, starts, memory, takes_part, past, position, followed
     return Recurred(*_recur(x, values, indices, *state, list(weights), k, k_mem, from_past, list(table)))
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .backend import kernels, operator, refuse_second_derivative
-from .checks import autocast_to, check_device, check_floats, check_shape, check_tensor
+from .checks import autocast_to, check_device, check_floats, check_shape, check_tensor, refuse_tangents
 
 
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
@@ -40,6 +40,7 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
         raise ValueError("values: given a scalar; needed [..., k]")
     check_shape("indices", indices, tuple(values.shape), "[..., k] as values")
     check_shape("W_dec", W_dec, (None, None), "[d_sae, d_out]")
+    refuse_tangents(values, W_dec)
     return _sparse_decode(values, indices, W_dec)
 
 

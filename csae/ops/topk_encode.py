@@ -12,7 +12,7 @@ from csae.kernels.portable import topk_encode as portable
 from csae.kernels.portable.topk_coarse import LEAST_ROWS
 
 from .backend import kernels, operator, refuse_second_derivative
-from .checks import autocast_to, check_floats, check_k, check_shape, check_tensor
+from .checks import autocast_to, check_floats, check_k, check_shape, check_tensor, refuse_tangents
 
 
 def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -49,6 +49,7 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor
     check_shape("W_enc", W_enc, (None, x.shape[-1]), "[d_sae, d_in]")
     check_shape("b_enc", b_enc, (W_enc.shape[0],), "[d_sae]")
     check_k(k, W_enc.shape[0])
+    refuse_tangents(x, W_enc, b_enc)
     return _topk_encode(x, W_enc, b_enc, k)
 
 
@@ -214,6 +215,7 @@ def encode_again(kept: Tensor, a: Tensor, W_a: Tensor, k: int) -> tuple[Tensor, 
 def with_encode_gradient(x: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor, indices: Tensor) -> Tensor:
     """The values of a code of x that was found without a gradient, with the gradient that `topk_encode` gives them."""
     x, W_enc, b_enc, values = autocast_to(x, W_enc, b_enc, values)
+    refuse_tangents(x, W_enc, b_enc)
     return _with_encode_gradient(x, W_enc, b_enc, values, indices)
 
 
