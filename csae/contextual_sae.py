@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from csae.factors import Trace
 from csae.ops import lookback_attention, sparse_decode
+from csae.ops.checks import check_tensor
 from csae.ops.heads import VALUE_BOUND, bounded_heads, unit_heads, value_scale
 from csae.ops.linear import linear
 from csae.ops.lookback_attention import document_starts
@@ -215,8 +216,11 @@ class ContextualSAE(SAE):
         if c is None:
             if self.query != "past":
                 raise ValueError('c: not given; needed with query="current": pass the c that forward() returned')
-            bounds = self._bounds(code, mask, documents)
-            return self._in_units_of(self._recur(code, *bounds)[0], self.W_dec.dtype)
+            bounds = self._bounds(values.shape[:-1], getattr(code, "bounds", None), mask, documents)
+            return self._in_units_of(self._recur(Code(values, indices), *bounds)[0], self.W_dec.dtype)
+        check_tensor("c", c)
+        if not c.is_floating_point():
+            raise TypeError(f"c: given dtype {c.dtype}; needed a floating dtype, as forward() gives it")
         if c.shape != (*values.shape[:-1], self.d_in):
             raise ValueError(
                 f"c: given shape {list(c.shape)}; needed {[*values.shape[:-1], self.d_in]}, as the code is"
@@ -227,13 +231,12 @@ class ContextualSAE(SAE):
 
     def _bounds(
         self,
-        code: Code,
+        positions: torch.Size,
+        known: Bounds | None,
         mask: Tensor | str | None,
         documents: Tensor | str | None,
     ) -> Bounds:
         """The mask and documents that a code is decoded with."""
-        positions = code.values.shape[:-1]
-        known: Bounds | None = getattr(code, "bounds", None)
         if known is not None:
             check_bounds(positions, *known)
         found: list[Tensor | None] = []
@@ -289,6 +292,7 @@ class ContextualSAE(SAE):
     ) -> tuple[Output, State]:
         """As `step`, with all of `Output`."""
         if isinstance(acts, Tensor) and acts.dim() == 2:
+            check_bounds(acts.shape[:1], mask, documents)
             one = (None if tensor is None else tensor.unsqueeze(1) for tensor in (mask, documents))
             output, state = self.stream(acts.unsqueeze(1), state, *one)
             code = Code(output.code.values.squeeze(1), output.code.indices.squeeze(1))
@@ -413,6 +417,8 @@ class ContextualSAE(SAE):
     @staticmethod
     def _shifted(x: Tensor) -> Tensor:
         """x [B, T, d] -> what was one position earlier; zero at position 0."""
+        if x.shape[1] == 0:
+            return x
         return nn.functional.pad(x[:, :-1], (0, 0, 1, 0))
 
     def _exactly(self, x: Tensor, mask: Tensor | None, documents: Tensor | None) -> Output:

@@ -109,7 +109,9 @@ class Trace:
     ) -> tuple[Tensor, Tensor]:
         """`topk_encode` by `features` [n_dead] only, of x that depends on no parameter. Indices are into features."""
         (x,) = autocast_to(x)
-        return self._note(x, *topk_encode(x, W_enc.detach()[features], b_enc[features], k), mask, features)
+        # Unlike W_enc[features], it refuses numbers below zero, which the factors would not know.
+        rows = nn.functional.embedding(features, W_enc.detach())
+        return self._note(x, *topk_encode(x, rows, b_enc[features], k), mask, features)
 
     def decode(
         self,

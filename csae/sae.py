@@ -19,7 +19,7 @@ from csae.errors import UserError
 from csae.factors import Gradients, Trace
 from csae.files import read_json, write_file, write_with_config
 from csae.ops import sparse_decode, topk_encode
-from csae.ops.checks import INTEGERS, check_k
+from csae.ops.checks import FLOATS, INTEGERS, check_device, check_k, check_tensor
 from csae.tensors import Header, load_tensors, read_header, save_tensors
 from csae.trained_on import KEY, TrainedOn, card
 
@@ -217,6 +217,7 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
             dead: [n_dead] int64, the dead features (`dead_features()`), or None for no AuxK.
         """
         self._check_acts(acts, mask, documents)
+        self._check_dead(dead)
         return self._losses(acts, mask, documents, dead, None)
 
     def gradients(
@@ -234,6 +235,7 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
         Raises ValueError where all are frozen, or where two names are one parameter: `loss` takes those.
         """
         self._check_acts(acts, mask, documents)
+        self._check_dead(dead)
         if torch.compiler.is_compiling() and not _traces_autograd():
             return _out_of_graph(self._gradients, acts, mask, documents, dead)
         return self._gradients(acts, mask, documents, dead)
@@ -261,6 +263,8 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
         trace: Trace | None,
     ) -> Losses:
         x = self._normalised(acts)
+        if mask is not None:  # what is left out may be NaN, or too large for its dtype
+            x = x.masked_fill(~mask.unsqueeze(-1), 0)
         x_hat, code, c = self._run(x, mask, documents, trace)
         ones = torch.promote_types(x.dtype, torch.float32)  # half precision can't count tokens
         weight = x.new_ones(x.shape[:-1], dtype=ones) if mask is None else mask.to(ones)
@@ -318,6 +322,7 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
     @torch.no_grad()
     def track(self, code: Code, mask: Tensor | None = None) -> None:
         """Count for each feature the tokens since it last fired. mask: code.values.shape[:-1] bool."""
+        check_bounds(code.values.shape[:-1], mask, None)
         active = code.values > 0
         if mask is not None:
             active = active & mask.unsqueeze(-1)
@@ -336,9 +341,28 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
             raise TypeError(f"acts: given a {type(acts).__name__}; needed a torch.Tensor")
         if acts.dim() == 0 or acts.shape[-1] != self.d_in:
             raise ValueError(f"acts: given shape {list(acts.shape)}; needed [..., d_in] with d_in = {self.d_in}")
-        if not acts.is_floating_point():
-            raise TypeError(f"acts: given dtype {acts.dtype}; needed a floating dtype")
+        if acts.dtype not in FLOATS:
+            raise TypeError(f"acts: given dtype {acts.dtype}; needed a floating dtype of 16 to 64 bits")
+        check_device("acts", acts, "the SAE", self.W_enc)
         check_bounds(acts.shape[:-1], mask, documents)
+        for name, tensor in (("mask", mask), ("documents", documents)):
+            if tensor is not None:
+                check_device(name, tensor, "acts", acts)
+
+    def _check_dead(self, dead: Tensor | None) -> None:
+        if dead is None:
+            return
+        check_tensor("dead", dead)
+        if dead.dtype not in (torch.int64, torch.int32) or dead.dim() != 1:
+            raise TypeError(
+                f"dead: given dtype {dead.dtype}, shape {list(dead.shape)}; needed [n_dead] int64, numbers of features "
+                "as dead_features() gives them"
+            )
+        if dead.device.type != "cpu" or dead.numel() == 0 or torch.compiler.is_compiling():
+            return  # there the lookup itself stops at a number that is out of range
+        least, most = map(int, dead.aminmax())
+        if least < 0 or most >= self.d_sae:
+            raise ValueError(f"dead: given {least} to {most}; needed 0 <= feature < d_sae = {self.d_sae}")
 
     # Saving and loading, through huggingface_hub's mixin: a local folder or a hub id. Safetensors only.
 

@@ -419,7 +419,7 @@ def exact_gap(sae: ContextualSAE, batch: Batch) -> tuple[float, float]:
     """The FVU of a batch in the exact form, and by how much it is above that of the sweeps, as a share of it."""
     acts, mask, documents = (tensor.to(sae.W_dec.device) for tensor in (batch.acts, batch.mask, batch.documents))
     forms = (sae(acts, mask, documents, exact=exact).x_hat.double() for exact in (True, False))
-    x, weight = acts.double(), mask.double()  # a small difference is to be seen
+    x, weight = acts.double().masked_fill(~mask.unsqueeze(-1), 0), mask.double()  # a small difference is to be seen
     exact, swept = (float(fraction_unexplained(x, x - x_hat, weight)) for x_hat in forms)
     return exact, exact / swept - 1 if swept > 0 else 0.0
 

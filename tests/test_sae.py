@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from csae import Code, ContextualSAE, TopKSAE, reference
 from csae.checkpoint import load_sae
 from csae.errors import UserError
+from csae.factors import Factors
 
 
 def contextual(dtype=torch.float64, **options):
@@ -374,6 +375,41 @@ def test_nothing_is_unpickled(tmp_path):
             "mask: given dtype torch.float32; needed torch.bool",
         ),
         (lambda: contextual()(torch.zeros(2, 6)), ValueError, "acts: given shape [2, 6]; needed windows [B, T, d_in]"),
+        (
+            lambda: topk()(torch.zeros(2, 6).to(torch.float8_e5m2)),
+            TypeError,
+            "acts: given dtype torch.float8_e5m2; needed",
+        ),
+        (
+            lambda: topk()(torch.zeros(2, 6, device="meta")),
+            ValueError,
+            "acts: given on meta; needed on cpu as the SAE is",
+        ),
+        (
+            lambda: contextual()(torch.zeros(2, 9, 6), torch.ones(2, 9, device="meta").bool(), exact=True),
+            ValueError,
+            "mask: given on meta; needed on cpu as acts is",
+        ),
+        (
+            lambda: contextual().step(torch.zeros(2, 6), contextual().initial_state(2), [True, True]),
+            TypeError,
+            "mask: given a list; needed a torch.Tensor",
+        ),
+        (
+            lambda: topk().track(topk().encode(torch.zeros(2, 9, 6)), torch.ones(9).bool()),
+            ValueError,
+            "mask: given shape [9]; needed one entry a position, [2, 9]",
+        ),
+        (
+            lambda: topk().track(topk().encode(torch.zeros(2, 6)), torch.full((2,), 2)),
+            TypeError,
+            "mask: given dtype torch.int64; needed torch.bool",
+        ),
+        (
+            lambda: contextual().decode(contextual().encode(torch.zeros(2, 9, 6)), torch.zeros(2, 9, 6).cfloat()),
+            TypeError,
+            "c: given dtype torch.complex64; needed a floating dtype",
+        ),
     ],
 )
 def test_errors_name_the_argument(make, kind, message):
@@ -446,3 +482,51 @@ def test_a_model_in_another_dtype(query, dtype):
         assert parameter.grad is not None
         assert parameter.grad.dtype == dtype
         assert (gradient - parameter.grad).norm() <= 0.05 * parameter.grad.norm()
+
+
+@pytest.mark.parametrize("method", ["loss", "gradients"])
+@pytest.mark.parametrize(
+    ("dead", "kind", "words"),
+    [
+        (torch.arange(23) > 3, TypeError, "dead: given dtype torch.bool"),
+        (torch.tensor([1, -5]), ValueError, "dead: given -5 to 1; needed 0 <= feature < d_sae"),
+        (torch.tensor([1, 10**6]), ValueError, "dead: given 1 to 1000000; needed 0 <= feature < d_sae"),
+        (torch.tensor([1.0]), TypeError, "dead: given dtype torch.float32"),
+        (torch.tensor([[1, 2], [3, 4]]), TypeError, r"dead: given dtype torch.int64, shape \[2, 2\]"),
+        ([1, 2], TypeError, "dead: given a list"),
+    ],
+    ids=["mask", "negative", "too large", "float", "matrix", "list"],
+)
+def test_dead_features_are_numbers_of_features(dead, kind, words, method):
+    with pytest.raises(kind, match=words):
+        getattr(topk(), method)(torch.randn(2, 9, 6), dead=dead)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e300])
+@pytest.mark.parametrize("sae", [topk, contextual, lambda: contextual(query="past")], ids=["topk", "current", "past"])
+def test_what_the_mask_leaves_out_of_a_loss_may_be_anything(sae, number):
+    """As an attention sink is, that is too large for float16."""
+    sae, acts, mask = sae(), torch.randn(2, 9, 6, dtype=torch.float64), torch.rand(2, 9) > 0.3
+    mask[0, 2] = False
+    wild = acts.masked_fill(~mask.unsqueeze(-1), number)
+    dead = torch.tensor([1, 3])
+    wanted, found = sae.gradients(acts, mask, None, dead), sae.gradients(wild, mask, None, dead)
+    for got, want in zip(found[0][:3], wanted[0][:3], strict=True):
+        assert torch.equal(got, want)
+    for name, of in wanted[1].items():
+        right, got = (g.dense() if isinstance(g, Factors) else g for g in (of, found[1][name]))
+        torch.testing.assert_close(got, right, msg=name)
+    sae.loss(wild, mask, None, dead).loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in sae.parameters())
+
+
+@pytest.mark.parametrize("query", ["current", "past"])
+def test_windows_of_no_positions(query):
+    out = contextual(query=query)(torch.zeros(2, 0, 6), exact=False)
+    assert out.x_hat.shape == (2, 0, 6)
+
+
+def test_a_code_may_be_a_plain_tuple():
+    sae = contextual(query="past")
+    out = sae(torch.randn(2, 9, 6), exact=True)
+    torch.testing.assert_close(sae.decode(tuple(out.code), mask=None, documents=None), out.x_hat.double())
