@@ -201,7 +201,9 @@ def run(case: Case, steps: int = STEPS, progress: Progress = quiet) -> dict[str,
         "train_seconds": seconds,
     }
     held_out = range(source.n_windows - HELD_OUT, source.n_windows)
-    return case._asdict() | made | figures(sae, source, held_out)
+    found = figures(sae, source, held_out)
+    del found["data"]  # `evaluate` has a name of the data there
+    return case._asdict() | made | found
 
 
 def fit(
