@@ -38,7 +38,7 @@ TEXT = click.option("--text", type=click.Path(), help="A text file, or a folder 
 DATASET = click.option(
     "--dataset", help="A tokenized Hugging Face dataset with a column input_ids: a folder, or a hub id."
 )
-N_CTX = click.option("--n-ctx", type=int, default=256, show_default=True, help="Positions a window.")
+N_CTX = click.option("--n-ctx", type=int, help="Positions a window; 256 if not given, or those of --activations.")
 BOS = click.option(
     "--bos/--no-bos",
     default=None,
@@ -127,7 +127,7 @@ def train(**options: Any) -> None:
     from csae.contextual_sae import ContextualSAE
     from csae.progress import track
     from csae.sae import SAE
-    from csae.sources import open_source, remembered
+    from csae.sources import check_said, open_source, remembered
     from csae.topk_sae import TopKSAE
     from csae.train import TrainConfig, check_one_process, read_origin
     from csae.train import train as run_training
@@ -137,6 +137,7 @@ def train(**options: Any) -> None:
     device = _device(options["device"])
     origin = _origin(options, read_origin(options["out"]))
     source, _ = open_source(origin, device, track)
+    check_said(origin, source)
     origin = remembered(origin, source)
     train_windows, _ = held_out(source.n_windows, options["held_out"])
     per_step = options["batch_windows"] * source.n_ctx
@@ -236,7 +237,7 @@ def view(
     from csae.progress import track
     from csae.text import beginning, read_documents
     from csae.train import read_trained_on
-    from csae.trained_on import check_place, model_name
+    from csae.trained_on import check_place, model_name, same_model
     from csae.view import LONGER, read_windows
     from csae.view import view as view_text
     from csae.view_page import write_view
@@ -244,7 +245,11 @@ def view(
     check_writable(out)
     device = _device(options["device"])
     sae = load_sae(run, device)
-    trained_on = read_trained_on(run)
+    of_config = {} if sae.trained_on is None else sae.trained_on.to_config()
+    kept = ("model", "layer", "n_ctx", "bos", "keep_first")
+    trained_on: dict[str, Any] = {name: of_config[name] for name in kept if name in of_config}
+    of_run = read_trained_on(run)
+    trained_on |= of_run
     given = {name: options[name] for name in ("model", "layer", "bos", "keep_first") if options[name] is not None}
     origin = trained_on | given
     for name in ("model", "layer"):
@@ -252,7 +257,9 @@ def view(
             raise UserError(f"--{name}: not given, and {run} does not say what it was trained on")
     trained_beside = {} if beside is None else read_trained_on(beside)
     for name in ("model", "layer"):
-        if name in trained_on and trained_beside.get(name, trained_on[name]) != trained_on[name]:
+        one, other = trained_on.get(name), trained_beside.get(name)
+        alike = one == other or (name == "model" and same_model(str(one), str(other)))
+        if one is not None and other is not None and not alike:
             raise UserError(
                 f"--beside: {beside} is of {name} {trained_beside[name]}; needed {trained_on[name]}, as {run}"
             )
@@ -268,7 +275,7 @@ def view(
     longest = LONGER * trained_on.get("n_ctx", 256)
     n_ctx = min(longest, lm.max_ctx or longest) if options["n_ctx"] is None else options["n_ctx"]
     known = ({} if sae.trained_on is None else sae.trained_on.to_config()) | origin
-    begin = beginning(lm.tokenizer, known.get("bos", False if trained_on else None), lm.n_vocab)
+    begin = beginning(lm.tokenizer, known.get("bos", False if of_run else None), lm.n_vocab)
     keep_first = bool(known.get("keep_first"))
     windows, whole = read_windows(lm, origin["layer"], read_documents(text)[0], n_ctx, max_tokens, begin, keep_first)
     about = {
@@ -400,6 +407,8 @@ def _origin(options: dict[str, Any], trained_on: dict[str, Any] | None = None) -
     for name in ("bos", "keep_first"):
         if name not in origin and trained_on:
             origin[name] = bool(trained_on.get(name))
+    if "activations" not in origin:
+        origin.setdefault("n_ctx", 256)
     return {"bos": None} | origin
 
 
@@ -409,6 +418,9 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     given = {name: options[name] for name in names if options.get(name) is not None}
     if "activations" in given and "bos" in given:
         raise UserError("--bos, --no-bos: given with --activations, which are as they were made; needed with a text")
+    for name in ("text", "dataset", "max_tokens"):
+        if "activations" in given and name in given:
+            raise UserError(f"--activations, --{name.replace('_', '-')}: both given; needed one of them")
     for name in ("activations", "text", "model", "dataset"):
         if name in given and (name in ("activations", "text") or Path(given[name]).exists()):
             given[name] = str(Path(given[name]).resolve())

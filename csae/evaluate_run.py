@@ -17,7 +17,7 @@ from csae.language_model import LanguageModel
 from csae.progress import Progress, quiet
 from csae.sae import CONFIG, SAE
 from csae.seen import Seen, hashes_of, read_seen
-from csae.sources import open_source
+from csae.sources import check_said, open_source
 from csae.train import RUN
 from csae.trained_on import KEY, data_name
 
@@ -76,11 +76,16 @@ def evaluate_run(
     origin, is_other = _origin(run, sae, job, given or {})
     opened = {} if opened is None else opened
     source, lm = _open(origin, device, progress, opened)
+    if not elsewhere:
+        check_said({**(given or {}), "activations": origin.get("activations")}, source)
     same_data = not is_other and _same_data(job.get("data"), source.describe())
     held = None if is_other else job["origin"].get("held_out")
-    candidates = range(source.n_windows) if held is None else held_out(source.n_windows, held)[1]
+    train_windows, candidates = (
+        (range(0), range(source.n_windows)) if held is None else held_out(source.n_windows, held)
+    )
     name = data_name({**source.describe(), **origin})
-    are_held_out = held is not None and same_data
+    # A share that leaves fewer than it trained on is not the one that it was trained with.
+    are_held_out = held is not None and same_data and len(train_windows) >= (job.get("n_windows") or 0)
     chosen = choose_windows(
         read_seen(Path(run)), source, candidates, are_held_out, n_windows, job.get("n_ctx"), trained_windows
     )

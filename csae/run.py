@@ -29,6 +29,7 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 RUN, METRICS = "run.json", "metrics.jsonl"
+LONGEST = 2**20  # bytes of a line of metrics
 # What a run.json holds, and of what type. Runs of earlier versions lack some.
 JOB: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("sae", "train", "data"), (dict,)),
@@ -69,6 +70,8 @@ def read_trained_on(run: Path) -> dict[str, Any]:
     kinds = {name: ORIGIN[name] for name in ("model", "layer", "n_ctx", "keep_first")} | {"bos": (bool, list)}
     # `data` is what a source says, which anyone may write.
     known = {name: data[name] for name, types in kinds.items() if _is_a(data.get(name), types)}
+    if origin.get("activations") is not None and "n_ctx" in known:
+        origin = origin | {"n_ctx": known["n_ctx"]}  # as long as they are, whatever was given
     return known | {name: origin[name] for name in kinds if origin.get(name) is not None}
 
 
@@ -162,7 +165,7 @@ def check_metrics(run: Path, done: int, by: str) -> int:
     advice = f"put {METRICS} back as it was, or train again in another folder"
     with reading(file), open(file, "rb") as lines:
         while step < done:
-            line = lines.readline()
+            line = lines.readline(LONGEST)  # what is no metrics at all may be one endless line
             where = f"{file}, line {step + 1}"
             if not line.endswith(b"\n"):
                 raise UserError(f"{where}: there is no whole line of step {step}, which {by} says was done: {advice}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from csae.activations import ActivationSource, ModelActivations, ShardActivations
-from csae.errors import UserError
+from csae.errors import UserError, shown
 from csae.language_model import LanguageModel
 from csae.progress import Progress, quiet
 from csae.text import TokenWindows, beginning, load_token_dataset, read_documents, tokenize
+from csae.trained_on import same_model
 
 
 def open_source(
@@ -35,6 +36,22 @@ def open_source(
     windows = _windows(origin, lm, progress)
     lm.check_tokens(windows.tokens)
     return ModelActivations(lm, origin["layer"], windows, keep_first=keep_first), lm
+
+
+def check_said(given: dict[str, Any], source: ActivationSource) -> None:
+    """Raises UserError where what was given beside --activations is not what those say of themselves."""
+    if given.get("activations") is None:
+        return
+    said = source.describe()
+    for name in ("model", "layer", "n_ctx"):
+        one, other = given.get(name), said.get(name)
+        if one is None or other is None or one == other:
+            continue
+        if name != "model" or not same_model(str(one), str(other)):
+            raise UserError(
+                f"--{name.replace('_', '-')}: given {shown(one)}, but the activations say {shown(other)}: "
+                "leave the option out, or give other activations"
+            )
 
 
 def remembered(origin: dict[str, Any], source: ActivationSource) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class TrainedOn:
             model=None if model is None else model_name(str(model)),
             layer=layer if isinstance(layer, int) and not isinstance(layer, bool) else None,
             hook=None if hook is None else shown(hook),
-            n_ctx=_whole(known.get("n_ctx")),
+            n_ctx=_whole(described.get("n_ctx", known.get("n_ctx"))),
             data=data_name(known),
             bos=_flag(known, "bos"),
             keep_first=_flag(known, "keep_first"),

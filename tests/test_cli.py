@@ -272,3 +272,38 @@ def test_no_path_of_this_machine_in_what_is_shared(from_model, tmp_path, capsys)
     for file in (run / "config.json", run / "README.md", run / "eval.json", run / "model.safetensors", page):
         for path in (tmp_path, from_model[1]):
             assert str(path).encode() not in file.read_bytes(), file.name
+
+
+def test_options_beside_activations_are_followed_or_refused(from_model, text, tmp_path, capsys):
+    acts, run = tmp_path / "acts", tmp_path / "run"
+    assert csae("cache", "-o", acts, *from_model, capsys=capsys)[0] == 0
+    small = ["train", "--activations", acts, "--arch", "topk", "--d-sae", "40", "--k", "4", "--batch-windows", "4"]
+    for option, value, message in (
+        ("--layer", "1", "--layer: given 1, but"),
+        ("--model", "other/lm", "--model: given other/lm, but"),
+        ("--n-ctx", "77", "--n-ctx: given 77, but"),
+        ("--max-tokens", "99", "--activations, --max-tokens: both given"),
+        ("--text", text, "--activations, --text: both given"),
+    ):
+        code, _, err = csae(*small, option, value, "-o", run, capsys=capsys)
+        assert (code, message in err) == (2, True), err
+    assert not run.exists()
+    assert csae(*small, "--tokens", "256", "-o", run, capsys=capsys)[0] == 0
+    assert json.loads((run / "config.json").read_text())["trained_on"]["n_ctx"] == 16
+    code, _, err = csae("eval", run, "--layer", "1", capsys=capsys)
+    assert (code, "--layer: given 1, but" in err) == (2, True), err
+
+
+def test_a_saved_sae_alone_is_viewed_as_its_config_says(
+    from_model, tiny_model_path, text, tmp_path, capsys, monkeypatch
+):
+    run, alone = tmp_path / "run", tmp_path / "alone"
+    options = ["--arch", "topk", "--d-sae", "40", "--k", "4", "--batch-windows", "4", "--tokens", "256"]
+    assert csae("train", "-o", run, *from_model, *options, capsys=capsys)[0] == 0
+    alone.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (alone / name).write_bytes((run / name).read_bytes())
+    monkeypatch.chdir(tiny_model_path.parent)  # the config knows no more of a folder than its name
+    view = ["--text", text, "-o", tmp_path / "page.html", "--max-tokens", "60"]
+    code, _, err = csae("view", alone, "--beside", run, *view, capsys=capsys)
+    assert code == 0, err

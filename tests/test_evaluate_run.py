@@ -180,3 +180,14 @@ def test_an_sae_of_mlp_outputs_is_refused_at_the_residual_stream(tiny_lm, tmp_pa
     said = trained(tmp_path / "said", ShardActivations(shards(tmp_path / "b", mlp, about)))
     with pytest.raises(UserError, match=r"trained on mlp_out of layer 2 of .*, and this is layer 2 of"):
         evaluate(said, stream, range(4))
+
+
+def test_a_share_held_out_that_was_changed_later_is_not_believed(acts: torch.Tensor, tmp_path: Path) -> None:
+    folder = shards(tmp_path / "acts", acts)
+    sae = trained(tmp_path / "run", ShardActivations(folder), {"activations": str(folder), "held_out": 4})
+    file = tmp_path / "run" / "run.json"
+    job = json.loads(file.read_text())
+    job["origin"]["held_out"] = 0.5
+    file.write_text(json.dumps(job))
+    found = evaluate_run(tmp_path / "run", sae)
+    assert (found["which"], found["windows"], found["trained_windows"]) == ("not trained on", 4, 0)

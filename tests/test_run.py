@@ -364,8 +364,23 @@ def test_a_checkpoint_of_an_earlier_version_is_gone_on_from(tmp_path):
         (lambda text: [text[0], "[" * 50_000 + "\n", *text[2:]], "line 2: not JSON"),
         (lambda text: [text[0], '{"step": ' + "1" * 5000 + "}\n", *text[2:]], "line 2: not JSON"),
         (lambda text: [], "line 1: there is no whole line of step 0"),
+        (lambda text: ["\0" * 2**20, *text], "line 1: there is no whole line of step 0"),
     ],
-    ids=["missing", "twice", "fewer", "torn", "no end", "no step", "true", "blank", "list", "nested", "digits", "none"],
+    ids=[
+        "missing",
+        "twice",
+        "fewer",
+        "torn",
+        "no end",
+        "no step",
+        "true",
+        "blank",
+        "list",
+        "nested",
+        "digits",
+        "none",
+        "endless",
+    ],
 )
 @pytest.mark.parametrize("state", ["stopped", "finished"])
 def test_metrics_that_are_not_those_of_the_steps_that_were_done_are_refused(state, change, message, tmp_path):
