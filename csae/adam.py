@@ -188,6 +188,17 @@ class Adam(torch.optim.Optimizer):
                     f"sae: {name} is on {parameter.device}, its moments on {self.state[parameter]['exp_avg'].device}; "
                     "needed an optimizer made after the SAE was moved"
                 )
+            gradient = gradients.get(name)
+            if isinstance(gradient, Tensor):
+                if gradient.shape != parameter.shape:  # what is fused would read past its end
+                    raise ValueError(
+                        f"gradients: given {name} of shape {list(gradient.shape)}; needed {list(parameter.shape)}"
+                    )
+                if gradient.dtype != parameter.dtype or gradient.device != parameter.device:
+                    raise TypeError(
+                        f"gradients: given {name} in {gradient.dtype} on {gradient.device}; needed {parameter.dtype} "
+                        f"on {parameter.device}"
+                    )
 
     def _others_than_most(self, parameters: list[Tensor]) -> set[str]:
         """Which of a group's parameters have counted fewer steps than another one."""

@@ -233,3 +233,21 @@ def test_a_whole_step_compiles(make: Callable[[], SAE]) -> None:
                 theirs.param_groups[0]["lr"] = 5e-4
     assert_same(sae, other)
     assert torch.equal(sae.tokens_since_fired, other.tokens_since_fired)
+
+
+@pytest.mark.parametrize(
+    ("name", "gradient", "error"),
+    [
+        ("W_enc", torch.zeros(6, 15), ValueError),
+        ("b_dec", torch.zeros(7), ValueError),
+        ("b_dec", torch.zeros(1), ValueError),
+        ("b_enc", torch.zeros(15, 1), ValueError),
+        ("b_dec", torch.zeros(6, dtype=torch.float64), TypeError),
+        ("W_enc", torch.zeros(15, 6, dtype=torch.float64), TypeError),
+    ],
+    ids=["transposed", "longer", "shorter", "column", "float64", "table in float64"],
+)
+def test_a_gradient_of_another_shape_or_dtype_is_refused(name, gradient, error):
+    sae = TopKSAE(6, 15, 3)
+    with pytest.raises(error, match=f"gradients: given {name} "):
+        Adam(sae).update({name: gradient})
