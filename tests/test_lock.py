@@ -98,3 +98,19 @@ def test_a_row_replaces_the_older_one(tmp_path: Path, monkeypatch: pytest.Monkey
         "| newest | 2026-11-29 | 2 |",
         "| oldest | 2026-11-29 | 3 |",
     ]
+
+
+def test_every_environment_was_run_within_the_ranges() -> None:
+    head, _, *rows = [line.strip("| ").split(" | ") for line in versions.TABLE.read_text().splitlines() if "|" in line]
+    run = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    assert run.keys() >= {"oldest", "newest"}  # by hand; CI runs the third
+    for name, row in run.items():
+        assert int(row["passed"]) > 1000
+        assert row["failed"] == "0", name
+        for requirement in versions.declared():
+            if requirement.name in row:
+                assert Version(row[requirement.name]).base_version in requirement.specifier, (name, requirement)
+    for requirement in versions.declared():
+        if requirement.name in run["oldest"]:
+            narrowed = versions.requirement_at("oldest", requirement)
+            assert Version(run["oldest"][requirement.name]).public in narrowed.specifier, narrowed
