@@ -31,6 +31,7 @@ test-slow: $(ready)
 lint: $(ready)
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
+	$(bin)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
 	$(bin)/mypy
 
 memory: $(ready)
