@@ -268,11 +268,11 @@ def test_a_contextual_sae_runs_exactly_in_sae_lens(query, scale, tmp_path):
 
 
 @needs_sae_lens
-def test_an_edit_in_sae_lens_is_of_what_is_new_and_other_shapes_are_refused(tmp_path):
+def test_an_edit_in_sae_lens_is_of_what_is_new_and_unknown_codes_are_refused(tmp_path):
     sae, windows = contextual(), activations(3, 11)
     interop.save(LIBRARY, sae, tmp_path)
     theirs = load_in_sae_lens(tmp_path)
-    with pytest.raises(ValueError, match="nothing was encoded last; needed those of the last encode"):
+    with pytest.raises(ValueError, match="what was carried there is not known; needed what encode"):
         theirs.decode(torch.zeros(3, 11, D_SAE))
     feature_acts = theirs.encode(windows)
     feature = int(feature_acts.sum(dim=(0, 1)).argmax())
@@ -280,8 +280,7 @@ def test_an_edit_in_sae_lens_is_of_what_is_new_and_other_shapes_are_refused(tmp_
     edited[..., feature] = 0
     change = theirs.decode(feature_acts) - theirs.decode(edited)
     torch.testing.assert_close(change, feature_acts[..., feature, None] * sae.W_dec[feature], **CLOSE)
-    with pytest.raises(ValueError, match=r"given shape \[2, 11, 19\], and windows of \[3, 11\] positions"):
-        theirs.decode(feature_acts[:2])
+    torch.testing.assert_close(theirs.decode(feature_acts[:2]), theirs.decode(feature_acts)[:2])
     for shape in ((11,), (3, 1)):
         with pytest.raises(ValueError, match=r"needed whole windows \[B, T, d_in\] with T >= 2"):
             theirs.encode(activations(*shape))
