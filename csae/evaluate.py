@@ -245,7 +245,9 @@ def _layer_of(lm: LanguageModel, source: ActivationSource, sae: SAE, layer: int 
 def _check_finite_weights(sae: SAE) -> None:
     for name, tensor in sae.state_dict().items():
         if not tensor.isfinite().all():
-            raise UserError(f"NaN or Inf in {name} of the SAE: its training failed; train it again, at a lower lr")
+            raise UserError(
+                f"NaN or Inf in {name} of the SAE: its files are damaged or its training failed; copy or train it again"
+            )
 
 
 def _now(device: torch.device) -> float:

@@ -156,6 +156,8 @@ def test_ways_to_generate(name: str, how: str, arch: str) -> None:
     try:
         generate(model, ids, padded, **HOW[how])
     except (ValueError, RuntimeError, TypeError, LookupError) as error:
+        if name == "llama" and not (OLD and how == "prompt-lookup"):
+            raise  # it can do all of them: something else is wrong
         pytest.skip(f"not without a splice either: {error}")
     with splice(model, LAYER, make(arch)):
         cached = generate(model, ids, padded, **HOW[how])
