@@ -35,11 +35,11 @@ lint: $(ready)
 	$(bin)/mypy
 
 memory: $(ready)
-	$(bin)/python -m bench.memory
+	$(bin)/python -m csae.bench.memory
 
 # On a machine with an NVIDIA GPU, with the environment or with the Python that is there. PEERS=folder of wheels.
 gpu:
-	$(or $(wildcard $(bin)/python),$(PYTHON)) -m bench.gpu $(if $(PEERS),--peers $(PEERS))
+	$(or $(wildcard $(bin)/python),$(PYTHON)) -m csae.bench.gpu $(if $(PEERS),--peers $(PEERS))
 
 bench: $(ready)
 	$(bin)/csae bench

@@ -135,17 +135,18 @@ class BdistWheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2] if native else "any")
 
 
-# csae/kernels may be a link to kernels/ in a developer's checkout: it is never what gets packed.
-folders = ("bench", "kernels")
-elsewhere = [
-    f"csae.{name}" for folder in folders for name in (folder, *(f"{folder}.{n}" for n in find_packages(folder)))
-]
+# A checkout has csae/bench and csae/kernels as links, so that csae is imported from it as it lies. What is packed is
+# found at the top level: a link is a plain file where git can't make links.
+elsewhere = [f"csae.{name}" for name in find_packages(include=["bench*", "kernels*"], exclude=["bench.evidence"])]
 setup(
-    packages=[*find_packages(include=["csae", "csae.*"], exclude=["csae.kernels", "csae.kernels.*"]), *elsewhere],
+    packages=[
+        *find_packages(include=["csae*"], exclude=["csae.bench*", "csae.kernels*"]),
+        *elsewhere,
+    ],
     package_dir={"csae.bench": "bench", "csae.kernels": "kernels"},
     package_data={
-        "csae": ["templates/*", "py.typed"],
-        "csae.bench.evidence": ["templates/*"],
+        "csae": ["py.typed"],
+        "csae.pages": ["templates/*"],
         "csae.kernels.triton": ["tuned.json"],
     },
     include_package_data=False,

@@ -6,3 +6,6 @@ d_sae and k. memory: a training step's peak by itself. demo_figure: the README's
 
 Needs torch and numpy alone; matplotlib for plots, and the peers where they are to be measured.
 """
+
+if __name__ != "csae.bench":
+    raise ImportError(f"{__name__} is imported as csae.bench: a module under two names is two modules")

@@ -1,4 +1,4 @@
-"""The README's figure, from what `make demo` left: `python -m bench.demo_figure`.
+"""The README's figure, from what `make demo` left: `python -m csae.bench.demo_figure`.
 
 Left, the unexplained variance of each batch as training goes; right, on held-out text at the end.
 """

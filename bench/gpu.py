@@ -1,7 +1,7 @@
 """All that needs a GPU, in one command of less than ten minutes: `make gpu`.
 
-    python -m bench.gpu [--fresh] [--peers FOLDER] [--minutes 10]
-    python -m bench.gpu --rehearse      as far as a machine without a GPU allows, in tiny sizes
+    python -m csae.bench.gpu [--fresh] [--peers FOLDER] [--minutes 10]
+    python -m csae.bench.gpu --rehearse      as far as a machine without a GPU allows, in tiny sizes
 
 In turn: build in place, without pip; the tests marked gpu; compute-sanitizer's memcheck and racecheck on small cases of
 every kernel; the fastest tiles of each kernel, into kernels/triton/tuned.json; the benchmark at shapes A, B and C, into
@@ -120,7 +120,7 @@ def racecheck(here: Here, seconds: float) -> str:
 
 def sanitizer(here: Here, tool: str, seconds: float) -> str:
     """bench.sanitize under a tool of compute-sanitizer."""
-    sanitize = [sys.executable, "-m", "bench.sanitize"]
+    sanitize = [sys.executable, "-m", "csae.bench.sanitize"]
     # Without torch's cache every tensor is an allocation of its own, so that a step beyond its end is seen. Calls of
     # the CUDA API that fail are torch's way to ask what there is.
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "3", "--report-api-errors", "no"]
@@ -142,7 +142,9 @@ def tune(here: Here, seconds: float) -> str:
     """The fastest tiles; compiling and the last candidate may take a little longer than it is given."""
     sizes = ["--shapes", "tiny", "--most", "1"] if here.rehearse else ["--shapes", *SHAPES]
     sizes += ["--seconds", f"{0.8 * seconds:.0f}", "--into", str(here.tuned)]
-    python(here, "tune", ["-m", "bench.tune", *sizes], seconds, {"TRITON_INTERPRET": "1"} if here.rehearse else None)
+    python(
+        here, "tune", ["-m", "csae.bench.tune", *sizes], seconds, {"TRITON_INTERPRET": "1"} if here.rehearse else None
+    )
     table = json.loads(here.tuned.read_text())
     entries = next(of_device for name, of_device in table.items() if name.startswith(("cpu", here.device)))
     return f"{len(entries)} kernels are faster in another form than by default: {here.tuned.name}"
@@ -319,7 +321,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=[one.name for one in STAGES], help="these stages")
     args = parser.parse_args()
     if not args.rehearse and not torch.cuda.is_available():
-        print("no CUDA device here: `make gpu` needs one; without, `python -m bench.gpu --rehearse` tries what it can")
+        print("no CUDA device here: `make gpu` needs one; `python -m csae.bench.gpu --rehearse` tries what it can")
         return 2
     slower = 6 if args.rehearse else 1  # the interpreter takes its time
     until = time.monotonic() + 60 * args.minutes * slower

@@ -1,6 +1,6 @@
 """Peak memory of a training step on a CPU, beyond weights and the optimizer's state.
 
-    python -m bench.memory [--n 4096 --d-in 576 --d-sae 36864 --k 32 --arch topk --dead 0]
+    python -m csae.bench.memory [--n 4096 --d-in 576 --d-sae 36864 --k 32 --arch topk --dead 0]
 
 Counts resident memory as Linux sees it: the high-water mark of the step, less what was resident before the
 model was made, less the bytes of weights and moments. The second step is measured, so that the moments of the
@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from csae import SAE, ContextualSAE, TopKSAE
-from csae.activations import Batch
 from csae.adam import Adam
+from csae.data.activations import Batch
 from csae.train import TrainConfig, adam, train_step
 
 from .measure import resident

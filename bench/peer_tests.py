@@ -1,6 +1,6 @@
 """Another library's own tests, without our patch and with it: `csae.patch` must fail none that passes without.
 
-    python -m bench.peer_tests sae_lens CHECKOUT
+    python -m csae.bench.peer_tests sae_lens CHECKOUT
 
 CHECKOUT is the library's repository, at the version that is installed or near it. Its tests run against the installed
 package, twice, each in a process of its own. A test that fails without the patch can't be compared (no network, no
@@ -79,7 +79,7 @@ class Result(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare, and print the table. The exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.peer_tests", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m csae.bench.peer_tests", description=__doc__.splitlines()[0])
     parser.add_argument("library", choices=TESTS)
     parser.add_argument("checkout", type=Path, help="its repository, with its tests")
     given = parser.parse_args(arguments)

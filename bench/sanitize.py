@@ -1,6 +1,6 @@
 """Every kernel on small, awkward cases: what compute-sanitizer watches.
 
-    compute-sanitizer --tool memcheck python -m bench.sanitize
+    compute-sanitizer --tool memcheck python -m csae.bench.sanitize
 
 On a machine without a GPU, with TRITON_INTERPRET=1, the same cases run in Triton's interpreter.
 """

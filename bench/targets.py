@@ -112,7 +112,8 @@ def markdown(folder: Path) -> str:
     lines = [
         "# Measured",
         "",
-        "Written by `make gpu` and `python -m bench.targets` from `bench/results/*.json`. Shapes (n, d_in, d_sae, k):",
+        "Written by `make gpu` and `python -m csae.bench.targets` from `bench/results/*.json`. "
+        "Shapes (n, d_in, d_sae, k):",
         "A is (8192, 768, 32768, 32), B (8192, 2304, 65536, 64), C (8192, 4096, 131072, 64). Products in bfloat16,",
         "weights in float32. Every number is a ratio of medians of one run; `!` marks a target that is missed.",
         "",

@@ -1,6 +1,6 @@
 """Find the fastest tiles of the Triton kernels on this device, and write them where the launchers read them.
 
-    python -m bench.tune [--shapes A B C] [--seconds 120] [--into kernels/triton/tuned.json]
+    python -m csae.bench.tune [--shapes A B C] [--seconds 120] [--into kernels/triton/tuned.json]
 
 Each op is run as a user runs it, and timed as a whole with each candidate of each kernel that it launches, all other
 kernels as they are by default. A form that can't be compiled or launched is passed over. What is known when the time

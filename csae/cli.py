@@ -7,6 +7,7 @@ can mend ends in one line and exit code 2.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -123,11 +124,11 @@ def demo(**options: Any) -> None:
 @DEVICE
 def train(**options: Any) -> None:
     """Train an SAE on activations: of a language model on the fly, or saved ones."""
-    from csae.activations import check_share, estimate_normalisation, held_out
     from csae.contextual_sae import ContextualSAE
+    from csae.data.activations import check_share, estimate_normalisation, held_out
+    from csae.data.sources import check_said, open_source, remembered
     from csae.progress import track
     from csae.sae import SAE
-    from csae.sources import check_said, open_source, remembered
     from csae.topk_sae import TopKSAE
     from csae.train import TrainConfig, check_one_process, read_origin
     from csae.train import train as run_training
@@ -232,15 +233,15 @@ def view(
 ) -> None:
     """Show a text as an SAE sees it: a page with what is new at each token, and what is carried from where."""
     from csae.checkpoint import load_sae
+    from csae.data.language_model import LanguageModel
+    from csae.data.text import beginning, read_documents
     from csae.files import check_writable
-    from csae.language_model import LanguageModel
+    from csae.pages.view import LONGER, read_windows
+    from csae.pages.view import view as view_text
+    from csae.pages.view_page import write_view
     from csae.progress import track
-    from csae.text import beginning, read_documents
     from csae.train import read_trained_on
     from csae.trained_on import check_place, model_name, same_model
-    from csae.view import LONGER, read_windows
-    from csae.view import view as view_text
-    from csae.view_page import write_view
 
     check_writable(out)
     device = _device(options["device"])
@@ -306,9 +307,9 @@ def view(
 @DEVICE
 def cache(**options: Any) -> None:
     """Write a language model's activations to a folder of shards, for --activations."""
-    from csae.activations import write_cache
+    from csae.data.activations import write_cache
+    from csae.data.sources import open_source
     from csae.progress import track
-    from csae.sources import open_source
 
     source, _ = open_source(_origin(options), _device(options["device"]), track)
     write_cache(source, options["out"], getattr(torch, options["dtype"]), track)
@@ -386,7 +387,14 @@ def compare(before: Path, after: Path) -> None:
 @click.option("--limit", type=int, help="Train this many SAEs at most, the most telling first.")
 @DEVICE
 def evidence(tokens: int | None, d_sae: int | None, n_ctx: int | None, **options: Any) -> None:
-    """Measure whether the contextual SAE works, beside other SAEs: figures, and a report. Goes on if stopped."""
+    """Measure whether the contextual SAE works, beside other SAEs: figures, and a report. Goes on if stopped.
+
+    Needs a checkout of the repository: an installation leaves the evidence out.
+    """
+    if importlib.util.find_spec("csae.bench.evidence") is None:
+        raise UserError(
+            "csae evidence: this installation does not have it; run it in a checkout of the repository, after `make`"
+        )
     from csae.bench.evidence.command import run_evidence
     from csae.bench.evidence.grid import Budget
 

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from csae.activations import (
+from csae.contextual_sae import ContextualSAE
+from csae.data.activations import (
     ActivationSource,
     ModelActivations,
     ShardActivations,
@@ -29,18 +30,17 @@ from csae.activations import (
     held_out,
     write_cache,
 )
-from csae.contextual_sae import ContextualSAE
+from csae.data.language_model import LanguageModel, smollm2
+from csae.data.shards import ABOUT_FILE
+from csae.data.text import beginning, python_prose, read_documents, tokenize
 from csae.errors import UserError, shown
 from csae.evaluate import EVAL, evaluate, table
 from csae.evaluate_run import HELD_OUT, keep_held_out_fvu
 from csae.files import write_json
-from csae.language_model import LanguageModel, smollm2
 from csae.passages import explain
 from csae.progress import Progress, track
 from csae.report import write_report
 from csae.sae import SAE
-from csae.shards import ABOUT_FILE
-from csae.text import beginning, python_prose, read_documents, tokenize
 from csae.topk_sae import TopKSAE
 from csae.train import METRICS, TrainConfig, check_one_process, train
 from csae.trained_on import model_name

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from csae.activations import ActivationSource, Batch
 from csae.contextual_sae import ContextualSAE
+from csae.data.activations import ActivationSource, Batch
+from csae.data.language_model import LanguageModel
 from csae.errors import UserError, shown
-from csae.language_model import LanguageModel
 from csae.progress import Progress, quiet
 from csae.sae import SAE, Output
 from csae.trained_on import TrainedOn, check_place

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from csae.activations import ActivationSource, held_out
+from csae.data.activations import ActivationSource, held_out
+from csae.data.language_model import LanguageModel
+from csae.data.seen import Seen, hashes_of, read_seen
+from csae.data.sources import check_said, open_source
 from csae.errors import UserError
 from csae.evaluate import evaluate
 from csae.files import read_json, write_json
-from csae.language_model import LanguageModel
 from csae.progress import Progress, quiet
 from csae.sae import CONFIG, SAE
-from csae.seen import Seen, hashes_of, read_seen
-from csae.sources import check_said, open_source
 from csae.train import RUN
 from csae.trained_on import KEY, data_name
 
@@ -58,7 +58,7 @@ def evaluate_run(
 
     Args:
         run: its folder, or the hub id that it was loaded from.
-        given: other data than the run held out, or other settings, as `csae.sources.open_source` takes them.
+        given: other data than the run held out, or other settings, as `csae.data.sources.open_source` takes them.
         n_windows: at most so many.
         trained_windows: evaluate also on windows that the run trained on.
         elsewhere: as `csae.evaluate.evaluate`.

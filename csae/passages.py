@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csae.activations import ActivationSource
 from csae.attribution import Attribution, attribute
 from csae.contextual_sae import ContextualSAE
+from csae.data.activations import ActivationSource
+from csae.data.pieces import token_pieces
 from csae.errors import UserError
 from csae.evaluate import run_form
-from csae.pieces import token_pieces
 from csae.progress import Progress, quiet
 
 BATCH_WINDOWS = 16

@@ -49,7 +49,7 @@ def render(template: str, **content: Any) -> str:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("csae", "templates"),
+        loader=jinja2.PackageLoader("csae.pages", "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

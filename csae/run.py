@@ -59,12 +59,12 @@ def read_run(run: Path) -> dict[str, Any]:
 
 
 def read_origin(run: Path) -> dict[str, Any]:
-    """Where the activations of a run came from (`csae.sources`); empty where it does not say."""
+    """Where the activations of a run came from (`csae.data.sources`); empty where it does not say."""
     return read_run(run).get("origin") or {}
 
 
 def read_trained_on(run: Path) -> dict[str, Any]:
-    """The model, layer, n_ctx, bos and keep_first of what a run was trained on (`csae.sources`); what it knows."""
+    """The model, layer, n_ctx, bos and keep_first of what a run was trained on (`csae.data.sources`); what it knows."""
     job = read_run(run)
     data, origin = job.get("data") or {}, job.get("origin") or {}
     kinds = {name: ORIGIN[name] for name in ("model", "layer", "n_ctx", "keep_first")} | {"bos": (bool, list)}

@@ -171,7 +171,7 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
 
     @property
     def masking(self) -> tuple[bool, bool]:
-        """keep_first and bos for `csae.activations.sink_mask`, so that positions take part as they did in training."""
+        """keep_first and bos for `csae.data.activations.sink_mask`: positions take part as they did in training."""
         on = self.trained_on
         return on is not None and bool(on.keep_first), on is not None and bool(on.bos)
 

@@ -8,7 +8,7 @@ checkpoint is the parameters, the moments and the step.
     RUN/metrics.jsonl      a line a step: step, tokens, loss, fvu, aux, l0, dead, lr, tokens_per_s; of a contextual
                            SAE, each `gap_every` steps, also fvu_exact and gap; loss, fvu, aux and l0 are null where
                            a step was left out, as the mask lets fewer than two of its positions take part
-    RUN/windows.bin        which windows were trained on (csae.seen)
+    RUN/windows.bin        which windows were trained on (csae.data.seen)
     RUN/checkpoint-STEP    the last checkpoint (csae.checkpoint)
     RUN/model.safetensors, RUN/config.json    the trained SAE, when it is done
 """
@@ -32,10 +32,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from csae.activations import ActivationSource, Batch, window_order
 from csae.adam import Adam
 from csae.checkpoint import check_free, last_checkpoint, remove_checkpoints, restore_checkpoint, save_checkpoint
 from csae.contextual_sae import ContextualSAE
+from csae.data.activations import ActivationSource, Batch, window_order
+from csae.data.seen import log, open_log, settle
 from csae.errors import Stopped, UserError, shown
 from csae.files import read_json
 from csae.progress import bar as progress_bar
@@ -54,7 +55,6 @@ from csae.run import (
     sync,
 )
 from csae.sae import CONFIG, SAE, Losses, check_config, fraction_unexplained
-from csae.seen import log, open_log, settle
 from csae.trained_on import TrainedOn
 
 PRECISIONS = ("float32", "bfloat16")
@@ -153,7 +153,7 @@ def train(
 
     Goes on from the last checkpoint where the folder holds one of the same job; returns at once where that
     job is done. `sae` is initialised by the caller (`SAE.initialise`), and on the device to train on.
-    `origin` (JSON) is kept in run.json: where the source can be opened again (`csae.sources`).
+    `origin` (JSON) is kept in run.json: where the source can be opened again (`csae.data.sources`).
 
     Raises:
         UserError: the folder holds another job, or parts that say different things; another process trains it, or

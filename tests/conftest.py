@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
-if importlib.util.find_spec("csae.kernels") is None:  # the checkout's csae, which is not installed
-    raise pytest.UsageError(
-        "the tests need csae installed: `pip install -e '.[cli,datasets,dev]'`; with a plain install, run them with "
-        "PYTHONSAFEPATH=1, or Python takes the csae of the current folder"
-    )
-
-from csae.language_model import LanguageModel
+from csae.data.language_model import LanguageModel
 
 
 @pytest.fixture(scope="session")

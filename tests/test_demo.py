@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from csae import TopKSAE
-from csae.activations import ModelActivations
 from csae.checkpoint import load_sae
+from csae.data.activations import ModelActivations
 from csae.demo import run_demo, wide_as
 from csae.errors import UserError
 from csae.progress import quiet

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from csae import TopKSAE, splice
-from csae.language_model import LanguageModel
+from csae.data.language_model import LanguageModel
+from csae.pages.view import read_windows, view
 from csae.trained_on import RESIDUAL, TrainedOn
-from csae.view import read_windows, view
 
 TEXT = "The sluice at the lower mill was opened on the third morning."
 

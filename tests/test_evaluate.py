@@ -14,11 +14,11 @@ from rich.console import Console
 from torch import Tensor
 
 from csae import ContextualSAE, TopKSAE
-from csae.activations import Batch, ModelActivations
+from csae.data.activations import Batch, ModelActivations
+from csae.data.language_model import LanguageModel
+from csae.data.text import TokenWindows
 from csae.errors import UserError
 from csae.evaluate import evaluate, table
-from csae.language_model import LanguageModel
-from csae.text import TokenWindows
 
 N, T, D, F, K = 7, 11, 16, 40, 4
 

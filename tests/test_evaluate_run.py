@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from csae import ContextualSAE, TopKSAE
-from csae.activations import ModelActivations, ShardActivations
 from csae.checkpoint import load_sae
+from csae.data.activations import ModelActivations, ShardActivations
+from csae.data.text import TokenWindows
 from csae.errors import UserError
 from csae.evaluate import data_in_words, evaluate
 from csae.evaluate_run import evaluate_run, keep_held_out_fvu
-from csae.text import TokenWindows
 from csae.train import TrainConfig, train
 
 N, T, D = 20, 6, 8

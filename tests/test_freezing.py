@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from csae import SAE, Adam, ContextualSAE, TopKSAE
-from csae.activations import Batch
+from csae.data.activations import Batch
 from csae.errors import Stopped, UserError
 from csae.factors import Factors
 from csae.train import TrainConfig, train

@@ -32,15 +32,12 @@ needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no comp
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout as a developer may have it: with csae/kernels linked, and left-overs of a build."""
+    """A copy of the checkout as a developer may have it: with left-overs of a build."""
     copy = tmp_path_factory.mktemp("packaging") / "checkout"
     ignored = shutil.ignore_patterns(
         ".git", ".venv", "build", "dist", "demo", "runs", "*.egg-info", "*.so", "*cache*", ".hypothesis"
     )
     shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
-    link = copy / "csae" / "kernels"
-    if not link.is_symlink():
-        link.symlink_to("../kernels")
     for left in ("lib", f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"):
         (copy / "build" / left / "csae").mkdir(parents=True)
         (copy / "build" / left / "csae" / "renamed_away.py").touch()
@@ -79,10 +76,11 @@ def names_in(wheel: Path) -> set[str]:
 
 
 def modules_of_checkout() -> set[str]:
-    """Where every module of the checkout is to be found once it is installed."""
+    """Where every module of the checkout is to be found once it is installed: all but the evidence."""
     of_csae = (path.relative_to(ROOT) for path in (ROOT / "csae").rglob("*.py"))
-    elsewhere = (path for folder in ("bench", "kernels") for path in (ROOT / folder).rglob("*.py"))
-    return {path.as_posix() for path in (*of_csae, *("csae" / path.relative_to(ROOT) for path in elsewhere))}
+    elsewhere = (path.relative_to(ROOT) for folder in ("bench", "kernels") for path in (ROOT / folder).rglob("*.py"))
+    kept = {path.as_posix() for path in (*of_csae, *("csae" / path for path in elsewhere))}
+    return {path for path in kept if not path.startswith("csae/bench/evidence/")}
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +116,7 @@ def test_wheel_holds_what_it_must(wheel: Path) -> None:
     names = names_in(wheel)
     assert LIBRARY in names
     assert {name for name in names if name.endswith(".py")} == modules_of_checkout()
-    templates = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csae" / "templates").glob("*")}
+    templates = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csae" / "pages" / "templates").glob("*")}
     assert templates <= names
     top = {name.split("/")[0] for name in names}
     assert len(top) == 2, f"besides csae and its dist-info: {top}"
@@ -177,7 +175,8 @@ def test_sdist_holds_what_a_build_needs(sdist: Path) -> None:
     needed += [path for folder in ("bench", "csae", "kernels") for path in (ROOT / folder).rglob("*.py")]
     needed += (ROOT / "kernels" / "cpu" / "src").rglob("*.[ch]*")
     relative = {path.relative_to(ROOT).as_posix() for path in needed}
-    assert {name for name in relative - names if not name.startswith("csae/kernels/")} == set()
+    linked = ("csae/bench/", "csae/kernels/", "bench/evidence/")
+    assert {name for name in relative - names if not name.startswith(linked)} == set()
     unwanted = [name for name in names if name.startswith(("csae/bench", "csae/kernels", "tests", "build"))]
     assert unwanted == []
     assert not any(name.endswith(".so") for name in names)
@@ -192,11 +191,12 @@ def test_sdist_builds_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -
 
 
 @needs_compiler
-@pytest.mark.parametrize("linked", [True, False], ids=["with csae/kernels linked", "without the link"])
+@pytest.mark.parametrize("linked", [True, False], ids=["links", "no links"])
 def test_editable_install(checkout: Path, tmp_path: Path, linked: bool) -> None:
     copy = shutil.copytree(checkout, tmp_path / "checkout", symlinks=True)
-    if not linked:
+    if not linked:  # as git leaves them on a system without links
         (copy / "csae" / "kernels").unlink()
+        (copy / "csae" / "bench").unlink()
     python = environment_with_torch(tmp_path / "env")
     run(python, "-m", "pip", "install", "--no-deps", "-e", copy)
     file, available = run(python, "-c", USE_IT, cwd=tmp_path).splitlines()

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from csae import ContextualSAE
-from csae.activations import ModelActivations
+from csae.data.activations import ModelActivations
+from csae.data.language_model import LanguageModel
+from csae.data.text import TokenWindows, tokenize
 from csae.errors import UserError
-from csae.language_model import LanguageModel
 from csae.passages import BEFORE, NEW_SHOWN, explain
-from csae.text import TokenWindows, tokenize
 
 LAYER, N_CTX, K = 2, 24, 10
 

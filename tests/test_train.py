@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from csae import ContextualSAE, TopKSAE
-from csae.activations import Batch, ShardActivations, estimate_normalisation
 from csae.adam import Adam
 from csae.checkpoint import last_checkpoint, load_sae
+from csae.data.activations import Batch, ShardActivations, estimate_normalisation
 from csae.errors import UserError
 from csae.train import Stopped, TrainConfig, batch_of, exact_gap, learning_rate, set_sweeps, train
 

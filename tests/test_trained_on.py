@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 import csae
 from csae import ContextualSAE, TopKSAE
-from csae.activations import ShardActivations
 from csae.checkpoint import load_sae
+from csae.data.activations import ShardActivations
 from csae.errors import UserError
 from csae.train import TrainConfig, train
 from csae.trained_on import RESIDUAL, TrainedOn, card, check_place, hook_place, model_name, same_model

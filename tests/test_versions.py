@@ -17,10 +17,10 @@ from packaging.requirements import Requirement
 
 import csae
 from csae import versions
+from csae.data.language_model import LanguageModel
+from csae.data.text import load_token_dataset
 from csae.errors import UserError
-from csae.language_model import LanguageModel
 from csae.ops import backend
-from csae.text import load_token_dataset
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

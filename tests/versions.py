@@ -30,19 +30,13 @@ TOOLS = ["pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=5"]
 
 # The ops, the kernels in Triton's interpreter, language models, splice, data sets, the hub.
 TESTS = [
+    "tests/data",
     "tests/ops",
     "tests/kernels/test_triton_*.py",
-    "tests/test_activations*.py",
-    "tests/test_architectures*.py",
-    "tests/test_language_model*.py",
-    "tests/test_pieces*.py",
     "tests/test_sae*.py",
     "tests/test_saving*.py",
-    "tests/test_shards*.py",
-    "tests/test_sources*.py",
-    "tests/test_splicing*.py",
-    "tests/test_text*.py",
-    "tests/test_view*.py",
+    "tests/splicing",
+    "tests/pages",
 ]
 
 

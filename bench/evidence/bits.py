@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from csae.activations import ActivationSource, Batch
 from csae.attribution import attribute
 from csae.contextual_sae import ContextualSAE
+from csae.data.activations import ActivationSource, Batch
 from csae.errors import UserError
 from csae.evaluate import run_form
 from csae.sae import SAE, Code, Output

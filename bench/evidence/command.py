@@ -22,14 +22,14 @@ from typing import Any
 
 import torch
 
-from csae.activations import ActivationSource, ModelActivations, held_out
 from csae.bench.evidence import grid, long_windows, page, power, redundancy, switches, synthetic, texts
 from csae.bench.evidence.grid import CURRENT, PAST, TOPK, Budget, Cell
+from csae.data.activations import ActivationSource, ModelActivations, held_out
+from csae.data.language_model import LanguageModel, smollm2
+from csae.data.text import TokenWindows, beginning
 from csae.errors import UserError
 from csae.files import write_json
-from csae.language_model import LanguageModel, smollm2
 from csae.progress import Progress, track
-from csae.text import TokenWindows, beginning
 
 KS = (4, 8, 16, 32, 64)
 LAYERS = (6, 12, 20)

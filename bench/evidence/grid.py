@@ -20,7 +20,10 @@ from typing import Any
 
 import torch
 
-from csae.activations import (
+from csae.bench.baselines import BASELINES
+from csae.bench.evidence import bits, texts
+from csae.contextual_sae import ContextualSAE
+from csae.data.activations import (
     ActivationSource,
     ModelActivations,
     ShardActivations,
@@ -28,13 +31,10 @@ from csae.activations import (
     held_out,
     write_cache,
 )
-from csae.bench.baselines import BASELINES
-from csae.bench.evidence import bits, texts
-from csae.contextual_sae import ContextualSAE
+from csae.data.language_model import LanguageModel
 from csae.demo import wide_as
 from csae.evaluate import evaluate
 from csae.files import write_json
-from csae.language_model import LanguageModel
 from csae.progress import Progress, quiet
 from csae.sae import CONFIG, SAE
 from csae.topk_sae import TopKSAE

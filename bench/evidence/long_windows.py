@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from csae.activations import ActivationSource
+from csae.data.activations import ActivationSource
 from csae.evaluate import run_form
 from csae.progress import Progress, quiet
 from csae.sae import SAE

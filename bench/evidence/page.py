@@ -17,7 +17,7 @@ from csae.bench.evidence.summary import ARCHS, CURRENT, PAST, TOPK, WIDE, Spread
 from csae.files import write_file
 from csae.report import INK, SOFT, figure_style, inline_svg
 
-# The first four, and the ink, are those of csae/templates/report.css in light; evidence.css has the others.
+# The first four, and the ink, are those of csae/pages/templates/report.css in light; evidence.css has the others.
 LIGHT = Colours("#1c2227", "#5d676f", ("#7b8790", "#ba6008", "#2868b2", "#3d8358", "#a8488f", "#8a7400", "#3a9cc4"))
 PAPER = "#fcfcfa"
 # The style sheet gives these a meaning in light and in dark.
@@ -56,7 +56,7 @@ def write_page(path: Path | str, evidence: dict[str, Any]) -> None:
 
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader(
-            [jinja2.PackageLoader("csae.bench.evidence", "templates"), jinja2.PackageLoader("csae", "templates")]
+            [jinja2.PackageLoader("csae.bench.evidence", "templates"), jinja2.PackageLoader("csae.pages", "templates")]
         ),
         autoescape=True,
         undefined=jinja2.StrictUndefined,

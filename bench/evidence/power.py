@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csae.activations import ActivationSource, Batch
 from csae.attribution import Attribution, attribute
 from csae.contextual_sae import ContextualSAE
+from csae.data.activations import ActivationSource, Batch
 from csae.errors import UserError
 from csae.sae import Code
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from csae.activations import ActivationSource
+from csae.data.activations import ActivationSource
 from csae.errors import UserError
 from csae.progress import Progress, quiet
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csae.activations import ActivationSource, Batch
 from csae.attribution import attribute
 from csae.contextual_sae import ContextualSAE
+from csae.data.activations import ActivationSource, Batch
 from csae.evaluate import run_form
 from csae.progress import Progress, quiet
 from csae.sae import SAE, Output

@@ -28,9 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from csae.activations import Batch, estimate_normalisation
 from csae.attribution import attribute
 from csae.contextual_sae import ContextualSAE
+from csae.data.activations import Batch, estimate_normalisation
 from csae.evaluate import evaluate, run_form
 from csae.progress import Progress, quiet
 from csae.sae import SAE, Code

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from csae.data.text import TokenWindows, pack, python_prose, read_documents, tokenize
 from csae.errors import UserError
 from csae.progress import Progress, quiet
-from csae.text import TokenWindows, pack, python_prose, read_documents, tokenize
 
 # Our name for a language, and the handbook's. English first: the others are translated from it.
 LANGUAGES = {"en": "en-US", "de": "de-DE", "fr": "fr-FR", "es": "es-ES", "ja": "ja-JP", "zh-cn": "zh-CN"}
@@ -38,7 +38,7 @@ CJK = "[\u3000-\u9fff\uff00-\uffef]"
 
 
 def english() -> list[str]:
-    """English prose that comes with CPython: `csae.text.python_prose`."""
+    """English prose that comes with CPython: `csae.data.text.python_prose`."""
     return python_prose()
 
 
@@ -68,7 +68,7 @@ def multilingual(cache_dir: str | Path | None = None, progress: Progress = quiet
 
 
 def read_languages(folder: str | Path) -> dict[str, list[str]]:
-    """Language -> documents, from a folder that holds a folder for each language; see `csae.text.read_documents`.
+    """Language -> documents, from a folder that holds a folder for each language; see `csae.data.text.read_documents`.
 
     Raises UserError where there are fewer than two languages, or one has no text.
     """
@@ -111,7 +111,7 @@ def windows(
 ) -> TokenWindows:
     """The windows of n_ctx tokens of a corpus to train on.
 
-    "english": documents shuffled and packed, as `csae.text.tokenize` does it.
+    "english": documents shuffled and packed, as `csae.data.text.tokenize` does it.
     "multilingual": the documents that `split` leaves to train on, cut in pieces of whole paragraphs, of about 64 to
     256 tokens, and laid end to end. The languages take turns in random order, so most windows switch language once or
     more, as often as each other, until one language is used up. A window is one document: what looks back sees across

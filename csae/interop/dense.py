@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from csae.activations import sink_mask
 from csae.contextual_sae import ContextualSAE
+from csae.data.activations import sink_mask
 from csae.interop.feature_acts import FeatureActs, carried_of
 from csae.ops import topk_encode
 from csae.sae import Code

@@ -32,7 +32,7 @@ from triton.compiler import ASTSource
 from . import tuning
 from .variant import Variant
 
-RESOURCES = Path(__file__).parents[1] / "RESOURCES.md"
+RESOURCES = Path(__file__).resolve().parents[1] / "RESOURCES.md"
 # A GPU's name: triton's target, and the bytes of shared memory that one program may use.
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csae.activations import Batch
+from csae.data.activations import Batch
 
 
 @dataclasses.dataclass

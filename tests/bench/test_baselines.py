@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from csae import TopKSAE
-from csae.activations import Batch, estimate_normalisation
 from csae.bench.baselines import BASELINES
 from csae.bench.baselines.batch_topk import THRESHOLD_RATE, BatchTopKSAE
 from csae.bench.baselines.temporal_features import TemporalFeatureSAE
 from csae.bench.baselines.temporal_sae import TemporalSAE
+from csae.data.activations import Batch, estimate_normalisation
 from csae.evaluate import evaluate
 from csae.factors import Factors
 from csae.train import TrainConfig, train

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from bench import demo_figure
+from csae.bench import demo_figure
 
 LINUX_ONLY = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 
@@ -35,5 +35,5 @@ def test_the_figure_is_drawn_from_what_the_demo_left(tmp_path):
 @pytest.mark.parametrize(("dead", "megabytes"), [(0, 128), (5000, 256)])
 def test_a_training_step_stays_within_its_memory(dead, megabytes):
     """n=4096, d_in=576, d_sae=36864, k=32: beyond weights and the optimizer's state."""
-    found = json.loads(run("bench.memory", "--dead", str(dead)))
+    found = json.loads(run("csae.bench.memory", "--dead", str(dead)))
     assert 0 < found["beyond_mb"] <= megabytes

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from bench import report
+from csae.bench import report
 from csae.errors import UserError
 
 

@@ -9,9 +9,9 @@ import torch
 from given_windows import GivenWindows
 from torch import Tensor
 
-from bench.evidence import bits
-from bench.evidence.bits import Sent, account, channel_for, code_lengths, index_bits, log2_choose, value_bits
 from csae import SAE, Code, ContextualSAE, Output, TopKSAE
+from csae.bench.evidence import bits
+from csae.bench.evidence.bits import Sent, account, channel_for, code_lengths, index_bits, log2_choose, value_bits
 from csae.errors import UserError
 
 N, T, D, F, K = 24, 16, 12, 30, 4

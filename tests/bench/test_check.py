@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from bench.check import difference
-from bench.data import CHECK, Data
 from csae import reference
+from csae.bench.check import difference
+from csae.bench.data import CHECK, Data
 
 FLOAT = torch.float32
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu, report, targets
+from csae.bench import gpu, report, targets
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,7 +25,7 @@ def here(tmp_path: Path) -> gpu.Here:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_says_so_and_does_nothing() -> None:
-    done = subprocess.run([sys.executable, "-m", "bench.gpu"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "csae.bench.gpu"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout.count("\n") == 1
     assert "no CUDA device" in done.stdout
@@ -102,7 +102,7 @@ def test_the_rehearsal() -> None:
     command = [
         sys.executable,
         "-m",
-        "bench.gpu",
+        "csae.bench.gpu",
         "--rehearse",
         "--fresh",
         "--only",

@@ -1,6 +1,6 @@
 """The growth plot's figures and their drawing, at sizes that take no time."""
 
-from bench import growth
+from csae.bench import growth
 
 
 def test_each_size_is_measured_and_drawn(tmp_path):

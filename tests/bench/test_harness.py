@@ -7,10 +7,10 @@ import time
 import pytest
 import torch
 
-from bench import harness, ours, plain
-from bench.cases import BACKWARD, CASES, ENCODE, FORWARD_BACKWARD, LOOK_BACK, TOPK_STEP
-from bench.data import CHECK, DTYPES, SHAPES, Built, Data, Shape, Skip
-from bench.measure import Ceilings, Clock
+from csae.bench import harness, ours, plain
+from csae.bench.cases import BACKWARD, CASES, ENCODE, FORWARD_BACKWARD, LOOK_BACK, TOPK_STEP
+from csae.bench.data import CHECK, DTYPES, SHAPES, Built, Data, Shape, Skip
+from csae.bench.measure import Ceilings, Clock
 from csae.errors import UserError
 
 CPU = torch.device("cpu")

@@ -7,8 +7,8 @@ For a quick look at one op and a comparison with a saved run (`--benchmark-compa
 import pytest
 import torch
 
-from bench.cases import BACKWARD, DECODE, ENCODE, LOOK_BACK
-from bench.data import SHAPES, Data
+from csae.bench.cases import BACKWARD, DECODE, ENCODE, LOOK_BACK
+from csae.bench.data import SHAPES, Data
 
 pytest.importorskip("pytest_benchmark")
 pytestmark = pytest.mark.slow

@@ -4,8 +4,8 @@ import importlib.metadata
 
 import pytest
 
-from bench import peer_tests
-from bench.peer_tests import Result
+from csae.bench import peer_tests
+from csae.bench.peer_tests import Result
 from csae.errors import UserError
 
 MADE_UP = """

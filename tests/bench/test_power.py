@@ -8,10 +8,10 @@ import pytest
 import torch
 from given_windows import GivenWindows
 
-from bench.evidence import power
-from bench.evidence.power import measure, pairs_and_distances, shuffled
 from csae import ContextualSAE, TopKSAE
 from csae.attribution import attribute
+from csae.bench.evidence import power
+from csae.bench.evidence.power import measure, pairs_and_distances, shuffled
 from csae.errors import UserError
 
 B, T, D, F, K = 3, 16, 12, 30, 3

@@ -7,7 +7,7 @@ import torch
 from given_windows import GivenWindows
 from torch import Tensor
 
-from bench.evidence import redundancy
+from csae.bench.evidence import redundancy
 from csae.errors import UserError
 
 N, T, D = 240, 64, 6

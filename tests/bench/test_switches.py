@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from csae import ContextualSAE, TopKSAE
-from csae.activations import Batch
 from csae.attribution import attribute
 from csae.bench.evidence.switches import START, information, measure
+from csae.data.activations import Batch
 
 R, T = 12, 36  # tokens a region, tokens a window
 D = 10

@@ -8,9 +8,9 @@ from itertools import product
 import pytest
 import torch
 
-from bench.evidence import synthetic
-from bench.evidence.synthetic import Windows
 from csae import ContextualSAE, TopKSAE
+from csae.bench.evidence import synthetic
+from csae.bench.evidence.synthetic import Windows
 from csae.sae import Code
 from csae.train import TrainConfig, train
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from csae import SAE, ContextualSAE, TopKSAE, reference
-from csae.activations import sink_mask
+from csae.data.activations import sink_mask
 
 D_IN, D_SAE, K = 7, 19, 3  # no two alike, no multiple of a block
 

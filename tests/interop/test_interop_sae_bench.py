@@ -7,7 +7,7 @@ import pytest
 import torch
 from interop_saes import D_IN, D_SAE, activations, contextual, dense, dense_windows, needs, topk
 
-from csae.activations import sink_mask
+from csae.data.activations import sink_mask
 from csae.interop.sae_bench import SAEBenchSAE
 from csae.trained_on import TrainedOn
 

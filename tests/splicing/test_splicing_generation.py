@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from csae import SAE, ContextualSAE, TopKSAE, splice
-from csae.following import Content, Text, content_of
-from csae.language_model import find_blocks
+from csae.data.language_model import find_blocks
+from csae.splicing.following import Content, Text, content_of
 
 LAYER = 2
 ARCHS = ["topk", "current", "past"]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from csae.data.seen import WINDOWS, log, open_log, read_seen, settle, window_hashes
 from csae.errors import UserError
-from csae.seen import WINDOWS, log, open_log, read_seen, settle, window_hashes
 
 TOKENS = torch.arange(60).view(6, 10)
 ACTS = torch.randn(6, 10, 4, generator=torch.Generator().manual_seed(0))

@@ -11,11 +11,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizer_kinds import KINDS, byte_level, with_bos
 
-from csae import text
-from csae.activations import ModelActivations, ShardActivations, write_cache
+from csae.data import text
+from csae.data.activations import ModelActivations, ShardActivations, write_cache
+from csae.data.language_model import LanguageModel
+from csae.data.text import TokenWindows, beginning, load_token_dataset, pack, python_prose, read_documents, tokenize
 from csae.errors import UserError
-from csae.language_model import LanguageModel
-from csae.text import TokenWindows, beginning, load_token_dataset, pack, python_prose, read_documents, tokenize
 
 # --- reading -----------------------------------------------------------------------------------------
 

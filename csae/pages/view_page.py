@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from csae.files import write_file
+from csae.pages.view import CARRIED, FRACTION
 from csae.report import INK, SERIES, SOFT, figure_style, inline_svg, render, script_json
-from csae.view import CARRIED, FRACTION
 
 SMOOTHED = 15  # tokens that a point of the curve is the mean of
 POINTS = 600  # of the curve: more can't be seen
@@ -25,7 +25,7 @@ def write_view(path: Path | str, about: dict[str, Any], facts: dict[str, Any]) -
 
     about: the names of the "text", the "run", the one "beside" it (or None) and the "model"; "layer", "n_ctx",
     "trained_on": the positions of a window here and in training (None where not known); "whole": whether that is all of
-    the text. facts: what csae.view.view gives.
+    the text. facts: what csae.pages.view.view gives.
     """
     page = render(
         "view.html",

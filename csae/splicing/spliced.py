@@ -4,7 +4,7 @@
         model.generate(...)
 
 In generation the model sees one token at a time; a contextual SAE follows it on a streaming state, with the same
-codes as if it had seen the whole text at once. `csae.following` says which text a pass goes on with.
+codes as if it had seen the whole text at once. `csae.splicing.following` says which text a pass goes on with.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from csae.activations import Begun, follow_mask
 from csae.contextual_sae import ContextualSAE
-from csae.following import Content, Text, caches_in, content_of, is_known, named
-from csae.language_model import LanguageModel, find_blocks, replacing_hook
+from csae.data.activations import Begun, follow_mask
+from csae.data.language_model import LanguageModel, find_blocks, replacing_hook
 from csae.recurrence import State, advance, carried_by, initial_state
 from csae.sae import SAE, Code, Output
+from csae.splicing.following import Content, Text, caches_in, content_of, is_known, named
+from csae.splicing.visible import first_position, visible
 from csae.trained_on import check_place
-from csae.visible import first_position, visible
 
 PARTS = ("new", "carried", "both")
 COMPILED = "splice: inside a compiled function; needed outside of one, around its call"
@@ -462,11 +462,11 @@ def splice(
 
     Forward passes over whole texts and `generate` work, of the model and of its base model, with caches of any kind,
     beams, rejected tokens, and copies of a prompt's cache; a contextual SAE runs in its exact form. Position 0,
-    attention sinks and padding stay as they are, as in training (`csae.activations.sink_mask`; with a cache, norms are
-    compared with those of the first pass). A cache must have been filled inside the splice, from the first token on.
-    What is compiled runs uncompiled in it, and a copy of the model is one without it. No gradient goes through the
-    SAE. The first splice of a model runs it once on a few tokens, to see what its blocks are
-    (`csae.language_model.find_blocks`).
+    attention sinks and padding stay as they are, as in training (`csae.data.activations.sink_mask`; with a cache,
+    norms are compared with those of the first pass). A cache must have been filled inside the splice, from the first
+    token on. What is compiled runs uncompiled in it, and a copy of the model is one without it. No gradient goes
+    through the SAE. The first splice of a model runs it once on a few tokens, to see what its blocks are
+    (`csae.data.language_model.find_blocks`).
 
     Args:
         model: a causal language model of transformers, or a `LanguageModel`.

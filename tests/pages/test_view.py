@@ -22,11 +22,11 @@ from tiny_model import D_IN, PROSE, make_tokenizer
 from csae import ContextualSAE, TopKSAE
 from csae.attribution import attribute
 from csae.cli import main
+from csae.data.language_model import LanguageModel
 from csae.errors import UserError
-from csae.language_model import LanguageModel
+from csae.pages.view import ACTIVITY, CARRIED, FRACTION, PARTS_SHOWN, ROWS, Window, read_windows, view
+from csae.pages.view_page import running_mean, write_view
 from csae.sae import SAE
-from csae.view import ACTIVITY, CARRIED, FRACTION, PARTS_SHOWN, ROWS, Window, read_windows, view
-from csae.view_page import running_mean, write_view
 
 LAYER, N_CTX, D_SAE, K = 2, 40, 90, 5
 TEXT = PROSE + "Quelqu'un ouvrit la vanne — « enfin » !\n\n日本語も。\n" + PROSE[:60]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from csae import splice
-from csae.visible import visible
+from csae.splicing.visible import visible
 
 T, PADDED = 9, 3
 MASK = torch.ones(2, T, dtype=torch.int64)

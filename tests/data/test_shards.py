@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from csae import shards
+from csae.data import shards
+from csae.data.shards import ShardReader, write_shards
 from csae.errors import Stopped, UserError
 from csae.files import reading
-from csae.shards import ShardReader, write_shards
 
 
 def some_tensors(n_windows: int, T: int = 5, d_in: int = 3) -> dict[str, torch.Tensor]:

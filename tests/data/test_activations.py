@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from csae.activations import (
+from csae.data.activations import (
     Batch,
     ModelActivations,
     ShardActivations,
@@ -20,9 +20,9 @@ from csae.activations import (
     window_order,
     write_cache,
 )
+from csae.data.language_model import LanguageModel
+from csae.data.text import TokenWindows, tokenize
 from csae.errors import UserError
-from csae.language_model import LanguageModel
-from csae.text import TokenWindows, tokenize
 
 T = 12
 

@@ -15,9 +15,9 @@ from architectures import ARCHITECTURES, D_IN, N_LAYERS, VOCABULARY
 from torch import nn
 from torch.nn import functional as F
 
-from csae import language_model
+from csae.data import language_model
+from csae.data.language_model import LanguageModel, find_blocks, smollm2
 from csae.errors import UserError
-from csae.language_model import LanguageModel, find_blocks, smollm2
 
 transformers = pytest.importorskip("transformers")
 

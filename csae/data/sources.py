@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from csae.activations import ActivationSource, ModelActivations, ShardActivations
+from csae.data.activations import ActivationSource, ModelActivations, ShardActivations
+from csae.data.language_model import LanguageModel
+from csae.data.text import TokenWindows, beginning, load_token_dataset, read_documents, tokenize
 from csae.errors import UserError, shown
-from csae.language_model import LanguageModel
 from csae.progress import Progress, quiet
-from csae.text import TokenWindows, beginning, load_token_dataset, read_documents, tokenize
 from csae.trained_on import same_model
 
 
@@ -19,9 +19,9 @@ def open_source(
 
     origin: {"activations": folder}, or {"model", "layer", "n_ctx", "max_tokens"} with one of {"text": file or
     folder} and {"dataset": name or folder}. Beside those "keep_first", true where position 0 and outliers take part
-    (`csae.activations.sink_mask`), and with a model "bos", whether windows begin with a beginning of sequence: false
-    if it is not there, null for the tokenizer's own convention (`csae.text.beginning`). Raises UserError where a part
-    is missing or does not fit.
+    (`csae.data.activations.sink_mask`), and with a model "bos", whether windows begin with a beginning of sequence:
+    false if it is not there, null for the tokenizer's own convention (`csae.data.text.beginning`). Raises UserError
+    where a part is missing or does not fit.
     """
     keep_first = bool(origin.get("keep_first"))
     if origin.get("activations") is not None:

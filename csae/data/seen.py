@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from csae.activations import ActivationSource
+from csae.data.activations import ActivationSource
 from csae.errors import UserError
 from csae.files import reading, write_file
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from csae import SAE, ContextualSAE, Edit, TopKSAE, splice
 from csae.attribution import attribute
-from csae.language_model import LanguageModel
+from csae.data.language_model import LanguageModel
 from csae.trained_on import TrainedOn
 
 LAYER = 2

@@ -16,12 +16,12 @@ from transformers import AutoTokenizer
 
 from csae import TopKSAE, demo
 from csae.cli import main
+from csae.data.language_model import LanguageModel
+from csae.data.sources import open_source
+from csae.data.text import TokenWindows, beginning
 from csae.errors import UserError
-from csae.language_model import LanguageModel
-from csae.sources import open_source
-from csae.text import TokenWindows, beginning
+from csae.pages.view import read_windows
 from csae.trained_on import TrainedOn
-from csae.view import read_windows
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
 BOS = 0

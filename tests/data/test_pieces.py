@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_kinds import KINDS, byte_fallback, byte_level, with_added, with_bos, word_piece
 
-from csae.pieces import NO_CHARACTER, text_pieces, token_piece, token_pieces
+from csae.data.pieces import NO_CHARACTER, text_pieces, token_piece, token_pieces
 
 TEXTS = {
     "plain": "The lower mill.\n\n  was  opened",

@@ -4,7 +4,7 @@ The format, which anyone may write. Each file holds
 
     activations  [windows, T, d_in]  float16, bfloat16 or float32
     mask         [windows, T]        bool or uint8, optional: true where a position takes part; without it
-                                     csae.activations.sink_mask decides, and zeros are padding in any case
+                                     csae.data.activations.sink_mask decides, and zeros are padding in any case
     documents    [windows, T]        integer, optional: a document is a run of equal ids
     tokens       [windows, T]        integer, optional: the token ids
 

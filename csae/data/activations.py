@@ -1,0 +1,365 @@
+"""Windows of activations, from a language model as it runs or from shards on disk, and what is measured on them.
+
+A source gives the same windows the same bits each time they are read together, so a resumed training goes on
+where it was. Windows are shuffled, tokens are not: a window stays whole, with a mask that leaves out
+attention sinks and with document ids that tell where nothing may look back any further.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from csae.data.language_model import LanguageModel
+from csae.data.shards import ShardReader, write_shards
+from csae.data.text import TokenWindows
+from csae.errors import UserError
+from csae.progress import Progress, quiet
+
+SINK_NORM = 10.0  # in medians of the window's norms; sinks are 30 and more, the rest stays below 3
+SHARD_BYTES = 256 * 2**20
+WINDOWS_AT_ONCE = 16
+
+
+class Batch(NamedTuple):
+    """B windows of T positions, all on one device."""
+
+    acts: Tensor  # [B, T, d_in] float32
+    mask: Tensor  # [B, T] bool, True where a position takes part
+    documents: Tensor  # [B, T] int64: a document is a run of equal ids
+    tokens: Tensor | None  # [B, T] int64, where the source knows them
+
+
+class ActivationSource(Protocol):
+    """Random access to windows of activations."""
+
+    n_windows: int
+    n_ctx: int
+    d_in: int
+
+    def read(self, window_indices: Sequence[int]) -> Batch:
+        """The windows asked for, one or more, in that order. The same request gives the same bits on the same machine.
+
+        Raises UserError where activations are NaN or Inf.
+        """
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What the source is, as JSON: enough to see whether two are the same."""
+        ...
+
+
+class ModelActivations:
+    """The residual stream of a language model after `layer` blocks, computed when it is read.
+
+    batch_size: how many windows go through the model at once. What is read lies on the model's device. keep_first:
+    position 0 and outliers take part (`sink_mask`).
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        layer: int,
+        token_windows: TokenWindows,
+        batch_size: int = 8,
+        keep_first: bool = False,
+    ) -> None:
+        """Raises UserError where the model has no such layer, a shorter context, or other tokens."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size: given {batch_size}; needed 1 or more")
+        lm.block(layer)
+        lm.check_tokens(token_windows.tokens)
+        self.lm = lm
+        self.layer = layer
+        self.token_windows = token_windows
+        self.batch_size = batch_size
+        self.keep_first = keep_first
+        self.n_windows, self.n_ctx = token_windows.tokens.shape
+        self.d_in = lm.d_in
+
+    def read(self, window_indices: Sequence[int]) -> Batch:
+        chosen = torch.as_tensor(window_indices, dtype=torch.int64)
+        tokens = self.token_windows.tokens[chosen].to(self.lm.device, torch.int64)
+        documents = self.token_windows.documents[chosen].to(self.lm.device, torch.int64)
+        acts = tokens.new_empty(*tokens.shape, self.d_in, dtype=torch.float32)
+        for start in range(0, len(tokens), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            acts[part] = self.lm.activations(tokens[part], self.layer)
+        finite = acts.flatten(1).abs().amax(dim=1).isfinite()
+        if not finite.all():
+            dtype = self.lm.model.dtype
+            advice = "its weights may be broken" if dtype == torch.float32 else "load it in float32"
+            raise UserError(
+                f"layer {self.layer} of {self.lm.name} gives NaN or Inf in window {int(chosen[~finite.cpu()][0])}, in "
+                f"{dtype}: {advice}"
+            )
+        special = self.token_windows.special
+        mask = sink_mask(acts, None, self.keep_first, special=None if special is None else special[chosen])
+        return Batch(acts, mask, documents, tokens)
+
+    def describe(self) -> dict[str, Any]:
+        windows, digest = self.token_windows, hashlib.sha256()
+        for part in (windows.tokens, windows.documents, windows.special):
+            if part is not None:
+                digest.update(part.int().numpy().tobytes())
+        about = {
+            "model": self.lm.name,
+            "layer": self.layer,
+            "n_ctx": self.n_ctx,
+            "n_windows": self.n_windows,
+            "d_in": self.d_in,
+            "dtype": str(self.lm.model.dtype).removeprefix("torch."),
+            "batch_size": self.batch_size,
+            "windows_sha256": digest.hexdigest(),
+        }
+        # Only where they are: runs of before these options say neither.
+        if windows.begin:
+            about["bos"] = True
+        if self.keep_first:
+            about["keep_first"] = True
+        return about
+
+
+class ShardActivations:
+    """Activations in a folder of shards (the format is in csae.data.shards), read to the CPU.
+
+    A file without `documents` has one document a window. A file without `mask` gets that of sink_mask, with keep_first
+    as given, or as activations.json says. Of a stored mask, positions whose activations are all zero are left out.
+    """
+
+    def __init__(self, folder: str | Path, keep_first: bool = False) -> None:
+        """Raises UserError where the folder or a file in it is not as the format wants it."""
+        self._reader = ShardReader(folder)
+        kept = self._reader.about.get("keep_first") is True
+        if keep_first and self._reader.has_mask and not kept:
+            raise UserError(
+                f"--keep-first: {str(folder)!r} was written with masks that leave position 0 and outliers out; needed "
+                "activations without masks, or cached with --keep-first"
+            )
+        self.keep_first = keep_first or kept
+        self.folder = self._reader.folder
+        self.n_windows, self.n_ctx, self.d_in = self._reader.n_windows, self._reader.n_ctx, self._reader.d_in
+
+    def read(self, window_indices: Sequence[int]) -> Batch:
+        windows = [self._reader.read(int(window)) for window in window_indices]
+        # In one piece: an operation a window would cost more in starting threads than in work.
+        acts = torch.stack([window.activations for window in windows]).float()
+        finite = acts.flatten(1).abs().amax(dim=1).isfinite()
+        if not finite.all():
+            where = self._reader.where(int(window_indices[int(finite.long().argmin())]))
+            raise UserError(
+                f"{where}: NaN or Inf in the activations; write it again (float16 ends at 65504, bfloat16 far above)"
+            )
+        mask = sink_mask(acts, keep_first=self.keep_first)
+        if any(window.mask is not None for window in windows):
+            is_text = sink_mask(acts, keep_first=True)
+        documents = torch.zeros(mask.shape, dtype=torch.int64)
+        tokens = torch.empty(mask.shape, dtype=torch.int64) if self._reader.has_tokens else None
+        for row, window in enumerate(windows):
+            if window.mask is not None:
+                mask[row] = window.mask.bool() & is_text[row]
+            if window.documents is not None:
+                documents[row] = window.documents
+            if tokens is not None and window.tokens is not None:
+                tokens[row] = window.tokens
+        return Batch(acts, mask, documents, tokens)
+
+    def tokens(self, window_indices: Sequence[int]) -> Tensor | None:
+        """The token ids [B, T] of windows; None where not all files hold them."""
+        if not self._reader.has_tokens:
+            return None
+        return torch.stack([self._reader.tokens(int(window)) for window in window_indices])
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            **self._reader.about,
+            "folder": str(self.folder),
+            "n_ctx": self.n_ctx,
+            "n_windows": self.n_windows,
+            "d_in": self.d_in,
+            "dtype": str(self._reader.dtype).removeprefix("torch."),
+            **({"keep_first": True} if self.keep_first else {}),
+        }
+
+
+class Begun(NamedTuple):
+    """What `follow_mask` keeps of a text, from one part of it to the next; rows are texts."""
+
+    begun: Tensor  # [B] bool: position 0 has come
+    usual_norm: Tensor  # [B] float32: the median that norms are compared with; NaN before there is one
+
+
+def sink_mask(
+    acts: Tensor,
+    text: Tensor | None = None,
+    keep_first: bool = False,
+    bos: bool = False,
+    special: Tensor | None = None,
+) -> Tensor:
+    """Which positions take part: acts [B, T, d_in] -> [B, T] bool.
+
+    The one rule for padding and attention sinks, wherever activations come from. No text is where `text` [B, T], bool
+    or integers, is false, and where all of a position's activations are zero, as others write padding. Of the text,
+    out is position 0, the first of each row that is text, and every position whose norm is more than ten times the
+    median norm of the other text of its row. `keep_first`, for activations of what has no such sinks, keeps both; with
+    `bos` only the latter, as position 0 is a beginning of sequence.
+    Out are also the positions that are true in `special` [B, T], tokens that the model sees as text and an SAE does
+    not: they are in no median, but the first may be position 0. The mask of a row does not depend on the rows beside
+    it. A position with NaN or Inf takes part: it is to be seen.
+
+    Raises ValueError or TypeError where shapes or dtypes are others.
+    """
+    return follow_mask(acts, None, text, keep_first, bos, special)[0]
+
+
+@torch.no_grad()
+def follow_mask(
+    acts: Tensor,
+    before: Begun | None = None,
+    text: Tensor | None = None,
+    keep_first: bool = False,
+    bos: bool = False,
+    special: Tensor | None = None,
+) -> tuple[Tensor, Begun]:
+    """`sink_mask` of texts that come in parts: the next T positions, and what their next parts need.
+
+    before: what the parts before gave, None where there are none. Norms are compared with the median of the first part
+    that has text beside position 0.
+    """
+    if acts.dim() != 3:
+        raise ValueError(f"acts: given shape {list(acts.shape)}; needed [B, T, d_in]")
+    B, T, d_in = acts.shape
+    is_text = torch.zeros(B, T, dtype=torch.bool, device=acts.device)
+    if d_in:
+        is_text = acts.abs().amax(dim=-1) != 0  # a sum of squares may round to zero
+    for name, marks in (("text", text), ("special", special)):
+        if marks is not None and marks.shape != (B, T):
+            raise ValueError(f"{name}: given shape {list(marks.shape)}; needed {[B, T]}, as acts")
+        if marks is not None and (marks.is_floating_point() or marks.is_complex()):
+            raise TypeError(f"{name}: given {marks.dtype}; needed bool or integers")
+    if text is not None:
+        is_text &= (text != 0).to(acts.device)
+    if before is None:
+        before = Begun(is_text.new_zeros(B), torch.full([B], math.nan, device=acts.device))
+    first = is_text & (is_text.cumsum(dim=1) == 1) & ~before.begun.unsqueeze(1)
+    begun = before.begun | is_text.any(dim=1)
+    if T == 0:
+        return is_text, before
+    norms = acts.float().norm(dim=-1)
+    finite = norms.isfinite()
+    taking_part = is_text if special is None else is_text & (special == 0).to(acts.device)
+    counted = norms.where(taking_part & ~first & finite, math.nan)
+    usual = before.usual_norm.where(before.usual_norm.isfinite(), counted.nanmedian(dim=1).values)
+    if keep_first:
+        return taking_part & ~first if bos else taking_part, Begun(begun, usual)
+    sink = finite & (norms > SINK_NORM * usual.unsqueeze(1))
+    return taking_part & ~first & ~sink, Begun(begun, usual)
+
+
+def window_order(n_windows: int, seed: int, epoch: int) -> list[int]:
+    """The order in which an epoch goes through the windows: a permutation of 0 to n_windows - 1."""
+    return np.random.default_rng([seed, epoch]).permutation(n_windows).tolist()
+
+
+def held_out(n_windows: int, amount: int | float) -> tuple[range, range]:
+    """The windows to train on and those held out: the last ones, a number (int) or a share (float) of them.
+
+    A share is one window at least. The documents were shuffled before they were packed, so the last windows are
+    like the others; a document on the border may be in both. Raises UserError where the share is none, or where either
+    part would be empty.
+    """
+    if isinstance(amount, float):
+        check_share(amount)
+    count = max(1, round(amount * n_windows)) if isinstance(amount, float) else amount
+    if not 1 <= count < n_windows:
+        raise UserError(
+            f"held out: {amount} of {n_windows} windows leaves {max(n_windows - count, 0)} to train on and {count} to "
+            "evaluate on; needed at least one each: give more text, or another amount"
+        )
+    return range(n_windows - count), range(n_windows - count, n_windows)
+
+
+def check_share(amount: float) -> None:
+    """Raises UserError where an amount to hold out is no share of the windows."""
+    if not 0 < amount < 1:
+        raise UserError(f"--held-out: given {amount}; needed a share of the windows, above 0 and below 1")
+
+
+class Normalisation(NamedTuple):
+    """(x - mean) / scale has mean squared norm d_in: about one a dimension."""
+
+    mean: Tensor  # [d_in] float32
+    scale: float
+
+
+def estimate_normalisation(
+    source: ActivationSource, windows: Sequence[int] | None = None, n_windows: int = 64, seed: int = 0
+) -> Normalisation:
+    """Mean and scale of the positions under the mask, over n_windows windows drawn from `windows` (by default all).
+
+    Windows whose mask leaves out everything don't count. Summed in float64. Raises UserError where all positions are
+    masked out or all activations are the same.
+    """
+    windows = range(source.n_windows) if windows is None else windows
+    drawn = [windows[i] for i in window_order(len(windows), seed, 0)]
+    total = torch.zeros(source.d_in, dtype=torch.float64)
+    squares = 0.0
+    count = read = with_text = 0
+    while read < len(drawn) and with_text < n_windows:
+        batch = source.read(drawn[read : read + min(WINDOWS_AT_ONCE, n_windows - with_text)])
+        read += len(batch.mask)
+        with_text += int(batch.mask.any(dim=1).sum())
+        acts = batch.acts[batch.mask].double()  # [tokens, d_in]
+        total += acts.sum(dim=0).cpu()
+        squares += float(acts.square().sum())
+        count += len(acts)
+    if count == 0:
+        raise UserError(f"the mask leaves out every position of the {read} windows read: nothing to train on")
+    mean = total / count
+    variance = squares / count - float(mean.square().sum())  # the mean squared distance from the mean
+    # Below this the difference is rounding only.
+    if not variance > 1e-12 * squares / count:
+        raise UserError(f"the activations of the {read} windows read are all the same: nothing to train on")
+    return Normalisation(mean.float(), math.sqrt(variance / source.d_in))
+
+
+def write_cache(
+    source: ActivationSource,
+    folder: str | Path,
+    dtype: torch.dtype = torch.float16,
+    progress: Progress = quiet,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Stores all windows of a source, with mask, documents and tokens, as shards of about shard_bytes each.
+
+    dtype: float16, bfloat16 or float32. Goes on where the folder holds a part of the same job. Raises UserError where
+    it holds something else, the disk is full, or an activation is too large for the dtype; Stopped after Ctrl-C.
+    """
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"dtype: given {dtype}; needed torch.float16, torch.bfloat16 or torch.float32")
+
+    def read(windows: range) -> dict[str, Tensor]:
+        batch = source.read(windows)
+        activations = batch.acts.to(dtype)
+        if not activations.isfinite().all():
+            largest = float(batch.acts.abs().max())
+            raise UserError(f"an activation of {largest:.0f} is too large for {dtype}; store bfloat16 or float32")
+        if (batch.mask & ~sink_mask(activations, keep_first=True)).any():  # who reads zeros takes them for padding
+            raise UserError(f"activations are so small that {dtype} rounds them to zero; store bfloat16 or float32")
+        stored = {
+            "activations": activations,
+            "mask": batch.mask,
+            "documents": batch.documents.int(),
+        }
+        return stored if batch.tokens is None else stored | {"tokens": batch.tokens.int()}
+
+    window_bytes = source.n_ctx * (source.d_in * dtype.itemsize + 9)
+    about = source.describe() | {"dtype": str(dtype).removeprefix("torch.")}
+    write_shards(folder, read, source.n_windows, max(1, shard_bytes // window_bytes), about, progress)

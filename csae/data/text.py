@@ -1,0 +1,382 @@
+"""Text into windows of tokens: documents are shuffled, packed end to end, and cut."""
+
+from __future__ import annotations
+
+import ast
+import json
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from csae import versions
+from csae.errors import UserError
+from csae.progress import Progress, quiet
+
+TEXT_SUFFIXES = {".txt", ".md", ".rst"}
+NOT_PROSE = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+NO_PROSE = {".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather"}
+DATASET_FILES = ("state.json", "dataset_info.json", "dataset_dict.json")  # of save_to_disk
+DOCUMENTS_AT_ONCE = 64
+ROWS_AT_ONCE = 256
+PROBES = ("a", "The end.")
+SAVE_IT = "tokenize it with the package datasets, save_to_disk(FOLDER), and give --dataset FOLDER"
+
+
+class TokenWindows(NamedTuple):
+    """Windows of tokens."""
+
+    tokens: Tensor  # [N, T] int32
+    documents: Tensor  # [N, T] int32: which document each token is of; a document is a run of equal ids
+    special: Tensor | None = None
+    """[N, T] bool, None where none is: tokens that the model sees and that take no part, such as a beginning of
+    sequence"""
+    begin: tuple[int, ...] = ()
+    """the tokens that each window begins with: a beginning of sequence, where the model is to have one"""
+
+
+def read_documents(path: str | Path) -> list[str]:
+    """The texts of a file, or of all *.txt, *.md and *.rst files in a folder and the folders in it, by path.
+
+    One file is one document; files with nothing but white space are left out. Raises UserError where
+    the path is missing, a file is no UTF-8 text or holds data and no prose, or nothing is left.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if any((path / name).is_file() for name in DATASET_FILES):
+            raise UserError(f"text {str(path)!r} is a saved dataset; give it as --dataset")
+        files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
+        if not files:
+            raise UserError(f"text {str(path)!r}: the folder holds no *.txt, *.md or *.rst file")
+    elif path.exists():
+        files = [path]
+    else:
+        raise UserError(f"text {str(path)!r}: no such file or folder")
+    documents = [text for text in map(_read_text, files) if text.strip()]
+    if not documents:
+        raise UserError(f"text {str(path)!r} is empty; give a file or folder with text in it")
+    return documents
+
+
+def _read_text(file: Path) -> str:
+    if file.suffix.lower() in NO_PROSE:
+        raise UserError(f"text {str(file)!r} is {file.suffix}, data and no prose: {SAVE_IT}")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"text {str(file)!r} is not UTF-8 (byte {error.start}); convert it or leave it out") from error
+    except OSError as error:
+        raise UserError(f"text {str(file)!r} can't be read: {error.strerror}") from error
+    if "\0" in text:
+        raise UserError(f"text {str(file)!r} holds zero bytes, as UTF-16 does; convert it to UTF-8, or leave it out")
+    if _is_json_lines(text):
+        raise UserError(f"text {str(file)!r} holds lines of JSON, data and no prose: {SAVE_IT}")
+    return text
+
+
+def _is_json_lines(text: str) -> bool:
+    """Whether the first line is a JSON object."""
+    line = text.lstrip().partition("\n")[0]
+    if not line.startswith("{"):
+        return False
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def python_prose() -> list[str]:
+    """English prose that comes with CPython, in a fixed order: about 1.8 MB in some 480 documents (CPython 3.11).
+
+    The topics of pydoc's help, one document each, and the docstrings of the standard library of more than 200
+    characters, those of one module as one document in the order of the source.
+    """
+    from pydoc_data.topics import topics
+
+    documents = [topics[name] for name in sorted(topics)]
+    library = Path(sysconfig.get_path("stdlib"))
+    for file in sorted(library.rglob("*.py")):
+        if NOT_PROSE.isdisjoint(file.relative_to(library).parts):
+            docstrings = list(_docstrings(file))
+            if docstrings:
+                documents.append("\n\n".join(docstrings) + "\n")
+    return documents
+
+
+def _docstrings(file: Path) -> Iterator[str]:
+    """The docstrings of more than 200 characters in a Python file, in the order of the source."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # some modules of the library hold invalid escapes
+            tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError, OSError):
+        return
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(tree) if isinstance(node, owners)]
+    for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
+        docstring = ast.get_docstring(node)
+        if docstring and len(docstring) > 200:
+            yield docstring
+
+
+def beginning(tokenizer: Any, bos: bool | None = None, n_vocab: int | None = None) -> tuple[int, ...]:
+    """The token ids that a window is to begin with: a beginning of sequence, or none.
+
+    bos: None for the tokenizer's own convention, which is what it puts before a text that is tokenized with special
+    tokens. False for none. True for that of the convention, or the tokenizer's bos_token where it puts none. n_vocab:
+    how many tokens the model knows. Raises UserError where there is no such token, or the model does not know it.
+    """
+    if bos is False:
+        return ()
+    found = {_put_before(tokenizer, text) for text in PROBES} - {None}
+    begin = found.pop() if len(found) == 1 else ()
+    if not begin and bos:
+        token = getattr(tokenizer, "bos_token_id", None)
+        if not isinstance(token, int):
+            raise UserError("--bos: the model's tokenizer has no beginning-of-sequence token: give --no-bos")
+        begin = (token,)
+    if begin and n_vocab is not None and max(begin) >= n_vocab:
+        raise UserError(
+            f"--bos: the tokenizer's beginning of sequence is token {max(begin)}, and the model knows 0 to "
+            f"{n_vocab - 1}: give --no-bos, or a model that was trained with it"
+        )
+    return begin or ()
+
+
+def _put_before(tokenizer: Any, text: str) -> tuple[int, ...] | None:
+    """The ids that a tokenizer puts before a text when it adds special tokens; None where it has none for the text."""
+    plain, whole = (
+        list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]) for special in (False, True)
+    )
+    if not plain:
+        return None
+    for at in range(len(whole) - len(plain) + 1):
+        if whole[at : at + len(plain)] == plain:
+            return tuple(whole[:at])
+    return ()
+
+
+def tokenize(
+    documents: Sequence[str],
+    tokenizer: Any,
+    n_ctx: int,
+    max_tokens: int | None = None,
+    seed: int = 0,
+    progress: Progress = quiet,
+    begin: Sequence[int] = (),
+) -> TokenWindows:
+    """Documents, shuffled with the seed and packed, as windows of n_ctx tokens.
+
+    tokenizer: one of transformers. It adds no special tokens; `begin` is what each window begins with (`beginning`).
+    At most max_tokens tokens of the text are used, where given; what is left over after the last whole window is
+    dropped. Document ids number the shuffled documents. Raises UserError where the text does not fill one window.
+    """
+    order = np.random.default_rng(seed).permutation(len(documents))
+
+    def token_lists() -> Iterator[list[int]]:
+        starts = range(0, len(order), DOCUMENTS_AT_ONCE)
+        for start in progress(starts, "tokenizing"):
+            texts = [documents[i] for i in order[start : start + DOCUMENTS_AT_ONCE]]
+            # verbose=False: a document longer than the model's context is no reason to warn, it is cut in windows.
+            yield from tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    return pack(token_lists(), n_ctx, max_tokens, begin)
+
+
+def pack(
+    token_lists: Iterable[Sequence[int]], n_ctx: int, max_tokens: int | None = None, begin: Sequence[int] = ()
+) -> TokenWindows:
+    """Documents given as token ids, laid end to end and cut in windows of n_ctx tokens, at most max_tokens in all.
+
+    Each window begins with the tokens `begin`, where what it is cut from does not. They are special tokens, there and
+    wherever else they are found, and don't count in max_tokens. Raises UserError where there is no whole window,
+    ValueError where a document is no flat list of token ids.
+    """
+    return _pack(((_ids_of(document), None) for document in token_lists), n_ctx, max_tokens, begin)
+
+
+def _ids_of(document: Sequence[int]) -> np.ndarray:
+    """The token ids of a document, int32."""
+    ids = np.asarray(document)
+    if ids.ndim != 1 or (len(ids) and not (ids.dtype.kind in "iu" and 0 <= ids.min() <= ids.max() < 2**31)):
+        raise ValueError(f"token_lists: holds {_shown(document)}; needed flat lists of token ids, 0 to {2**31 - 1}")
+    return ids.astype(np.int32)
+
+
+def _pack(
+    rows: Iterable[tuple[np.ndarray, np.ndarray | None]], n_ctx: int, max_tokens: int | None, begin: Sequence[int]
+) -> TokenWindows:
+    """`pack` of documents given as token ids int32 and, where known, which of them are special, bool."""
+    added = len(begin)
+    if n_ctx < max(2, added + 1):
+        raise UserError(f"n_ctx: given {n_ctx}; needed {max(2, added + 1)} or more")
+    if max_tokens is not None and max_tokens < n_ctx - added:
+        raise UserError(f"max_tokens: given {max_tokens}; needed at least one window of {n_ctx - added}")
+    pieces: list[np.ndarray] = []
+    marks: list[np.ndarray] = []
+    n_tokens = 0
+    for ids, special in rows:
+        pieces.append(ids)
+        marks.append(np.zeros(len(ids), dtype=bool) if special is None else special)
+        n_tokens += len(ids)
+        if max_tokens is not None and n_tokens >= max_tokens:
+            break
+    lengths = [len(piece) for piece in pieces]
+    tokens = np.concatenate(pieces)[:max_tokens] if pieces else np.zeros(0, dtype=np.int32)
+    special = np.concatenate(marks)[:max_tokens] if pieces else np.zeros(0, dtype=bool)
+    documents = np.repeat(np.arange(len(pieces), dtype=np.int32), lengths)[:max_tokens]
+    begins = _begins(tokens, begin)
+    for place in range(added):
+        special[place:] |= begins[: max(0, len(tokens) - place)]
+    spans = _spans(begins, n_ctx, added)
+    if not spans:
+        raise UserError(
+            f"the text is {len(tokens)} tokens long; one window takes {n_ctx - added}: give more text or a lower n_ctx"
+        )
+    parts = tokens, documents, special
+    if not added:
+        windows = [part[: spans[-1][1]].reshape(-1, n_ctx) for part in parts]
+    else:
+        windows = [np.empty((len(spans), n_ctx), dtype=part.dtype) for part in parts]
+        for row, (start, end) in enumerate(spans):
+            missing = n_ctx - (end - start)
+            for window, part, before in zip(windows, parts, (begin, documents[start], True), strict=True):
+                window[row, missing:] = part[start:end]
+                if missing:
+                    window[row, :missing] = before
+    marked = torch.from_numpy(windows[2]) if windows[2].any() else None
+    return TokenWindows(torch.from_numpy(windows[0]), torch.from_numpy(windows[1]), marked, tuple(begin))
+
+
+def _begins(tokens: np.ndarray, begin: Sequence[int]) -> np.ndarray:
+    """Where the tokens `begin` are found: bool, at the first of them."""
+    found = np.full(len(tokens), 0 < len(begin) <= len(tokens))
+    for place, token in enumerate(begin if found.any() else ()):
+        found[len(tokens) - place :] = False
+        found[: len(tokens) - place] &= tokens[place:] == token
+    return found
+
+
+def _spans(begins: np.ndarray, n_ctx: int, added: int) -> list[tuple[int, int]]:
+    """Start and end of each window in the text, where `added` tokens come before one that does not begin with them."""
+    spans = []
+    start = 0
+    while start < len(begins):
+        end = start + (n_ctx if begins[start] else n_ctx - added)
+        if end > len(begins):
+            break
+        spans.append((start, end))
+        start = end
+    return spans
+
+
+def load_token_dataset(
+    path: str | Path,
+    n_ctx: int,
+    max_tokens: int | None = None,
+    split: str = "train",
+    seed: int = 0,
+    begin: Sequence[int] = (),
+    n_vocab: int | None = None,
+) -> TokenWindows:
+    """Windows of n_ctx tokens from a tokenized Hugging Face dataset with a column `input_ids`, a row a document.
+
+    What a column `attention_mask` leaves out is padding, and dropped. What a column `special_tokens_mask` marks stays
+    among the tokens, since the model sees it, and takes no part (`TokenWindows.special`). Rows are shuffled with the
+    seed and packed, each window with the tokens `begin` before it where it does not begin with them (`pack`).
+
+    path: a folder that `datasets` saved, or the name of a dataset on the hub. n_vocab: how many tokens there are.
+    Raises UserError where the package `datasets`, the dataset, the split or the column is missing, and where a row is
+    no flat list of token ids or its masks don't fit it.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        how = versions.pip_install("datasets")
+        raise UserError(f"a tokenized dataset needs the package datasets: {how}") from error
+    versions.check("datasets")
+    name = f"dataset {str(path)!r}"
+    if Path(path).is_file():
+        raise UserError(f"{name} is a file; needed a folder: {SAVE_IT}")
+    try:
+        if Path(path).is_dir():
+            data = datasets.load_from_disk(str(path))
+        else:
+            data = datasets.load_dataset(str(path), split=split)
+    # datasets raises nearly anything on a bad name or folder, often over many lines.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name} can't be loaded ({reason}); give a folder of save_to_disk or a hub name") from error
+    if isinstance(data, dict):
+        if split not in data:
+            raise UserError(f"{name} has no split {split!r}; it has {', '.join(data)}")
+        data = data[split]
+    if "input_ids" not in data.column_names:
+        raise UserError(f"{name} has no column input_ids, only {', '.join(data.column_names)}; tokenize it first")
+    return _pack(_rows(data, name, seed, n_vocab), n_ctx, max_tokens, begin)
+
+
+def _rows(data: Any, name: str, seed: int, n_vocab: int | None) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """The rows of a dataset, shuffled: token ids int32 without padding, and which of them are special, bool."""
+    columns = [
+        column for column in ("input_ids", "attention_mask", "special_tokens_mask") if column in data.column_names
+    ]
+    data = data.with_format(None).select_columns(columns)
+    order = np.random.default_rng(seed).permutation(len(data)).tolist()
+    for start in range(0, len(order), ROWS_AT_ONCE):
+        numbers = order[start : start + ROWS_AT_ONCE]
+        found = data[numbers]
+        for place, number in enumerate(numbers):
+            where = f"{name}, row {number}"
+            ids = _token_ids(found["input_ids"][place], where, n_vocab)
+            marks = {column: _marks(found[column][place], where, column, len(ids)) for column in columns[1:]}
+            text = marks.get("attention_mask", np.ones(len(ids), dtype=bool))
+            special = marks.get("special_tokens_mask")
+            yield ids[text], None if special is None else special[text]
+
+
+def _token_ids(row: Any, where: str, n_vocab: int | None) -> np.ndarray:
+    """The input_ids of a row, checked: int32."""
+    ids = _flat(row)
+    if ids is None or (len(ids) and ids.dtype.kind not in "iu"):
+        raise UserError(
+            f"{where}: input_ids is {_shown(row)}; needed a flat list of integers, the tokens of a document"
+        )
+    limit = 2**31 if n_vocab is None else n_vocab
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < limit:
+        wrong = int(ids.min()) if ids.min() < 0 else int(ids.max())
+        raise UserError(
+            f"{where}: input_ids holds {wrong}; needed token ids, 0 to {limit - 1}: tokenize it for this model"
+        )
+    return ids.astype(np.int32)
+
+
+def _marks(row: Any, where: str, column: str, n: int) -> np.ndarray:
+    """A mask of a row of n tokens, checked: bool."""
+    marks = _flat(row)
+    if marks is None or (len(marks) and not (marks.dtype.kind in "biuf" and np.isin(marks, (0, 1)).all())):
+        raise UserError(f"{where}: {column} is {_shown(row)}; needed a flat list of 0 and 1")
+    if len(marks) != n:
+        raise UserError(f"{where}: {column} has {len(marks)} entries, input_ids {n}; needed one for each token")
+    return marks.astype(bool)
+
+
+def _flat(row: Any) -> np.ndarray | None:
+    """A list as an array of one dimension; None for anything else."""
+    if not isinstance(row, list):
+        return None
+    try:
+        array = np.asarray(row)
+    except ValueError:  # lists of different lengths
+        return None
+    return array if array.ndim == 1 and array.dtype.kind != "O" else None
+
+
+def _shown(row: Any) -> str:
+    text = repr(row)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,1 @@
+"""Pages to read a text with: what is on one, and how it is written."""

@@ -1,0 +1,365 @@
+"""One text as an SAE sees it, token by token: what is new, what is carried, from where, and what each feature does.
+
+The text is followed in windows of up to `n_ctx` tokens, cut evenly where it is longer. `csae view` takes windows LONGER
+times as long as those trained on: a cut makes everything that holds begin anew, which looks like news and is none. On
+windows that long the exact form has held so far (csae.bench.evidence.long_windows), and whether it does on this
+text is among the facts: `fvu_beyond`. What a window costs is the attention in it, [n_heads, T, T].
+
+Features have no names. What one is about shows in the tokens at which it is new.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from csae.attribution import attribute
+from csae.contextual_sae import ContextualSAE
+from csae.data.activations import sink_mask
+from csae.data.language_model import LanguageModel
+from csae.data.pieces import text_pieces, token_piece, token_pieces
+from csae.errors import UserError
+from csae.progress import Progress, quiet
+from csae.sae import SAE
+from csae.trained_on import check_place
+
+LONGER = 8  # times the windows that were trained on
+MAX_TOKENS = 4000
+CARRIED = 0.01  # of c: a feature with a smaller share counts as not carried
+PARTS_SHOWN = 12  # of c, at a token
+ROWS = 40  # of a timeline
+LOGITS_SHOWN = 6  # tokens at either end
+EFFECTS_SHOWN = 4000  # features, those that add most
+VARIES = 1e-10  # variance over mean square: where it is less, activations differ by rounding, and FVU says nothing
+LISTS = ("new", "carried", "parts", "others", "remainder", "c", "missed")  # with an entry for each token
+# Fractions are written as whole numbers of ten thousandths, and activities of hundredths: half the size of decimals.
+FRACTION, ACTIVITY = 10_000, 100
+
+
+class Window(NamedTuple):
+    """T tokens that follow each other; nothing is carried over the ends."""
+
+    tokens: Tensor  # [T] int64
+    acts: Tensor  # [T, d_in]
+    mask: Tensor  # [T] bool, True where a position takes part
+    pieces: list[str] | None = None  # [T] of the text; those of the tokens by themselves if not given
+
+
+def read_windows(
+    lm: LanguageModel,
+    layer: int,
+    text: str,
+    n_ctx: int,
+    max_tokens: int = MAX_TOKENS,
+    begin: Sequence[int] = (),
+    keep_first: bool = False,
+) -> tuple[list[Window], bool]:
+    """The first max_tokens tokens of a text with their activations, in as few windows of up to n_ctx as will do.
+
+    begin: tokens that each window begins with beside those of the text (`csae.data.text.beginning`). keep_first:
+    position 0 and outliers take part (`csae.data.activations.sink_mask`). Also whether that is all of the text.
+    """
+    for name, given, least in (("n_ctx", n_ctx, len(begin) + 2), ("max_tokens", max_tokens, 2)):
+        if given < least:
+            raise UserError(f"{name}: given {given}; needed {least} or more")
+    ids = lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    whole, ids = len(ids) <= max_tokens, ids[:max_tokens]
+    if len(ids) < 2:
+        raise UserError(f"the text is {len(ids)} tokens long; needed 2 or more: the first one is left out")
+    pieces = text_pieces(lm.tokenizer, text, ids)
+    windows = []
+    at = 0
+    for part in torch.tensor(ids).tensor_split(math.ceil(len(ids) / (n_ctx - len(begin)))):
+        tokens = torch.cat([torch.tensor(begin, dtype=part.dtype), part])
+        lm.check_tokens(tokens[None])
+        acts = lm.activations(tokens[None], layer).float()
+        if not acts.isfinite().all():
+            raise UserError(f"layer {layer} of {lm.name} gives NaN or Inf on this text: load it in float32")
+        special = torch.arange(len(tokens)) < len(begin)
+        mask = sink_mask(acts, None, keep_first, special=special[None])[0]
+        windows.append(Window(tokens, acts[0], mask, [""] * len(begin) + pieces[at : at + len(part)]))
+        at += len(part)
+    return windows, whole
+
+
+@torch.no_grad()
+def view(
+    sae: SAE,
+    windows: Sequence[Window],
+    lm: LanguageModel,
+    trained_on: int | None = None,
+    beside: SAE | None = None,
+    progress: Progress = quiet,
+    elsewhere: bool = False,
+) -> dict[str, Any]:
+    """A text under an SAE, in its exact form; JSON as it is.
+
+    Args:
+        sae: a contextual SAE, or a per-token one, which carries nothing.
+        windows: of the text, from `read_windows`.
+        lm: the language model that the activations are from.
+        trained_on: positions of a window in training, for `fvu_beyond`.
+        beside: a per-token SAE of the same activations, to compare with.
+        elsewhere: also where an SAE was trained on another model (`sae.trained_on`).
+
+    Returns a dictionary, in which `T` entries are one for each token of the text, and a position counts from 0 through
+    all windows:
+        tokens: T pieces, which join to the text. cuts: the positions at which a window begins, but 0. left_out:
+            positions out of the mask, where all of the lists below are empty.
+        new: T lists [feature, activity, feature, activity, ...], the most active first, in 1/ACTIVITY of the unit of
+            normalised activations.
+        carried: T lists [feature, share, ...]: the features with a share of CARRIED or more of c, all their parts
+            together, largest first, in 1/FRACTION. threshold: CARRIED in the same unit.
+        parts: T lists [position, feature, share, ...]: the PARTS_SHOWN single parts of c that are largest in share,
+            whatever its sign, in 1/FRACTION.
+        others: T pairs [how many parts there are beside those, their share in 1/FRACTION].
+        remainder: T numbers: the length of c less all its parts, over the length of c.
+        c: T numbers, the share of c in the reconstruction: its projection on x_hat - b_dec, over the length of that.
+            missed: squared error over the squared length of x - b_dec. Both in 1/FRACTION.
+        rows: the features that add most to the text, newly and carried, by where in the text they do it.
+        features: feature -> {"new", "carried", "cosine"}, for the EFFECTS_SHOWN that add most. new: what it does to
+            the next token where it is new, carried: what all that it carried in this text does (`logits`); cosine: of
+            the two directions. Only "new" where it carried nothing.
+        figures: arch, k, d_sae; fvu: squared error over variance, both on this text, None where nothing varies;
+            fvu_beyond: the same where a window goes on beyond the positions that were trained on, None where none
+            does; mean_run: for how many positions in a row a feature is present, that is new or carried; new_in_run:
+            at how many of them it is new.
+        beside: None, or {"new", "rows", "missed", "figures"} as above, `new` with the features in `rows` only.
+
+    Raises UserError where an SAE does not fit the activations, was trained on another model, or gives NaN or Inf;
+    ValueError where there are no windows.
+    """
+    if not windows:
+        raise ValueError("windows: given none; needed those of a text, from read_windows")
+    for one in (sae, beside):
+        if one is not None:
+            check_place(one.trained_on, lm.name, None, elsewhere=elsewhere)
+    for name, one in (("the SAE", sae), ("the SAE beside it", beside)):
+        if one is not None and one.d_in != windows[0].acts.shape[1]:
+            raise UserError(
+                f"{name} is {one.d_in} wide; needed {windows[0].acts.shape[1]}, as wide as the activations: it is of "
+                "another model"
+            )
+    if isinstance(beside, ContextualSAE):
+        raise UserError("the SAE beside it is a contextual one; needed one per token, that carries nothing")
+    read = _read(sae, windows, progress)
+    found = {
+        "tokens": [
+            piece for window in windows for piece in window.pieces or token_pieces(lm.tokenizer, window.tokens.tolist())
+        ],
+        "cuts": _starts(windows)[1:],
+        "left_out": (~torch.cat([window.mask for window in windows])).nonzero().squeeze(1).tolist(),
+        "threshold": _fraction(CARRIED),
+        **read.lists,
+        "rows": _rows(read),
+        "features": _effects(sae, lm, read),
+        "figures": _figures(sae, read, windows, trained_on),
+    }
+    if beside is None:
+        return found | {"beside": None}
+    read = _read(beside, windows, progress)
+    rows, figures = _rows(read), _figures(beside, read, windows, trained_on)
+    new, missed = _only(rows, read.lists["new"]), read.lists["missed"]
+    return found | {"beside": {"new": new, "rows": rows, "missed": missed, "figures": figures}}
+
+
+class _Reading(NamedTuple):
+    """What an SAE makes of the N tokens of a text."""
+
+    lists: dict[str, list[Any]]  # those of `view` that are named in LISTS, [N] each
+    lengths: list[float]  # [N]: of c, in normalised units
+    errors: Tensor  # [N] float64, squared
+    written: dict[int, Tensor]  # feature -> [d_in], the sum of all that it carried
+
+
+def _read(sae: SAE, windows: Sequence[Window], progress: Progress) -> _Reading:
+    lists: dict[str, list[Any]] = {name: [] for name in LISTS}
+    lengths: list[float] = []
+    errors: list[Tensor] = []
+    written: dict[int, Tensor] = {}
+    b = sae.b_dec * sae.scale
+    for start, window in zip(_starts(windows), windows, strict=True):
+        acts, mask = window.acts.to(b), window.mask.to(b.device)
+        found = attribute(sae, acts, mask) if isinstance(sae, ContextualSAE) else None
+        x_hat, code, c = found.output if found else sae(acts, mask)
+        if not x_hat.isfinite().all():
+            raise UserError(f"the {sae.arch} SAE gives NaN or Inf on this text: its weights are broken")
+        values = code.values.masked_fill(~mask[:, None], 0)
+        error = (acts - x_hat).square().sum(dim=-1)
+        of_c = (c * (x_hat - b)).sum(dim=-1) / (x_hat - b).square().sum(dim=-1).clamp_min(1e-12)
+        missed = error / (acts - b).square().sum(dim=-1).clamp_min(1e-12)
+        lengths += (c.norm(dim=-1) / sae.scale).tolist()
+        errors.append(error.double().cpu())
+        for t, counted in enumerate(mask.tolist()):
+            lists["new"].append(_pairs(code.indices[t], values[t], 0, ACTIVITY))
+            lists["c"].append(_fraction(of_c[t]) if counted else 0)
+            lists["missed"].append(_fraction(missed[t]) if counted else 0)
+        if found is None:
+            for name, nothing in (("carried", []), ("parts", []), ("others", [0, 0]), ("remainder", 0)):
+                lists[name] += [nothing] * len(acts)
+            continue
+        features, row = code.indices.unique(return_inverse=True)
+        for t in progress(range(len(acts)), "attributing"):
+            share = found.share_at(t)
+            carried = share.new_zeros(len(features)).index_add_(0, row.flatten(), share.flatten())
+            listed, others = _parts(share, code.indices, start)
+            lists["carried"].append(_pairs(features, carried, CARRIED, FRACTION))
+            lists["parts"].append(listed)
+            lists["others"].append(others)
+        lists["remainder"] += [float(f"{missing:.0e}") for missing in found.remainder().tolist()]
+        for feature, wrote in zip(features.tolist(), found.written()[1], strict=True):
+            written[feature] = written.get(feature, 0) + wrote
+    return _Reading(lists, lengths, torch.cat(errors), written)
+
+
+def _starts(windows: Sequence[Window]) -> list[int]:
+    """The position in the text at which each window begins."""
+    return [0, *itertools.accumulate(len(window.tokens) for window in windows)][:-1]
+
+
+def _parts(share: Tensor, indices: Tensor, start: int) -> tuple[list[int], list[int]]:
+    """The largest parts at a position, and what the others are; share, indices [T, k], of a window from start on."""
+    flat, k = share.flatten(), share.shape[1]
+    count = int((flat != 0).sum())
+    largest = flat.abs().topk(min(PARTS_SHOWN, count)).indices
+    listed: list[int] = []
+    for at, value in zip(largest.tolist(), flat[largest].tolist(), strict=True):
+        listed += [start + at // k, int(indices[at // k, at % k]), _fraction(value)]
+    return listed, [count - len(largest), _fraction(flat.double().sum() - flat[largest].double().sum())]
+
+
+def _rows(read: _Reading) -> list[int]:
+    """The ROWS features that add most, in the order of the position at which half of that is added."""
+    added = _added(read)
+
+    def middle(feature: int) -> int:
+        sums = list(itertools.accumulate(amount for _, amount in added[feature]))
+        return added[feature][bisect.bisect_left(sums, sums[-1] / 2)][0]
+
+    return sorted(_largest(added, ROWS), key=middle)
+
+
+def _largest(added: dict[int, list[tuple[int, float]]], n: int) -> list[int]:
+    """The n features of `_added` that add most in all, the most first."""
+    total = {feature: sum(amount for _, amount in at) for feature, at in added.items()}
+    return sorted(total, key=lambda feature: (-total[feature], feature))[:n]
+
+
+def _added(read: _Reading) -> dict[int, list[tuple[int, float]]]:
+    """For each feature [position, length that it adds to the reconstruction], newly or carried, in normalised units."""
+    added: dict[int, list[tuple[int, float]]] = {}
+    for t, (new, carried, length) in enumerate(
+        zip(read.lists["new"], read.lists["carried"], read.lengths, strict=True)
+    ):
+        for feature, activity in zip(new[::2], new[1::2], strict=True):
+            added.setdefault(feature, []).append((t, activity / ACTIVITY))
+        for feature, share in zip(carried[::2], carried[1::2], strict=True):
+            added.setdefault(feature, []).append((t, share / FRACTION * length))
+    return added
+
+
+def _only(rows: list[int], new: list[list[int]]) -> list[list[int]]:
+    """The lists `new` without the features that are not in rows."""
+    kept = set(rows)
+    return [
+        [number for pair in zip(here[::2], here[1::2], strict=True) if pair[0] in kept for number in pair]
+        for here in new
+    ]
+
+
+def _figures(sae: SAE, read: _Reading, windows: Sequence[Window], trained_on: int | None) -> dict[str, Any]:
+    """See `view`."""
+    mask = torch.cat([window.mask for window in windows]).cpu()
+    place = torch.cat([torch.arange(len(window.tokens)) for window in windows])
+    acts = torch.cat([window.acts for window in windows]).double().cpu()
+
+    def fvu(chosen: Tensor) -> float | None:
+        there = acts[chosen]
+        variance = (there - there.mean(dim=0)).square().sum()
+        return float(read.errors[chosen].sum() / variance) if variance > VARIES * there.square().sum() else None
+
+    runs = present = fresh = 0
+    before: set[int] = set()
+    for t, (new, carried) in enumerate(zip(read.lists["new"], read.lists["carried"], strict=True)):
+        here = {*new[::2], *carried[::2]}
+        runs += len(here if place[t] == 0 else here - before)
+        present += len(here)
+        fresh += len(new) // 2
+        before = here
+    return {
+        "arch": sae.arch,
+        "k": sae.k,
+        "d_sae": sae.d_sae,
+        "fvu": fvu(mask),
+        "fvu_beyond": None if trained_on is None else fvu(mask & (place >= trained_on)),
+        "mean_run": present / max(1, runs),
+        "new_in_run": fresh / max(1, runs),
+    }
+
+
+def _pairs(features: Tensor, amounts: Tensor, least: float, unit: int) -> list[int]:
+    """[feature, amount, ...] where the amount is positive and not below least, largest first, in 1/unit."""
+    chosen = ((amounts > 0) & (amounts >= least)).nonzero().squeeze(1)
+    chosen = chosen[amounts[chosen].argsort(descending=True, stable=True)]
+    pairs = zip(features[chosen].tolist(), amounts[chosen].tolist(), strict=True)
+    return [number for feature, amount in pairs for number in (feature, round(unit * amount))]
+
+
+def _fraction(value: Tensor | float) -> int:
+    return round(FRACTION * float(value))
+
+
+def _effects(sae: SAE, lm: LanguageModel, read: _Reading) -> dict[str, dict[str, Any]]:
+    """What features do to the next token; see `view`."""
+    features = sorted(_largest(_added(read), EFFECTS_SHOWN))
+    found = {str(feature): {"new": new} for feature, new in zip(features, logits(lm, sae.W_dec[features]), strict=True)}
+    wrote = [feature for feature in features if feature in read.written and read.written[feature].any()]
+    if wrote:
+        written = torch.stack([read.written[feature] for feature in wrote])
+        cosine = nn.functional.cosine_similarity(written, sae.W_dec[wrote], dim=-1).tolist()
+        for feature, carried, own in zip(wrote, logits(lm, written), cosine, strict=True):
+            found[str(feature)] |= {"carried": carried, "cosine": round(own, 2)}
+    return found
+
+
+def logits(lm: LanguageModel, directions: Tensor, at_once: int = 256) -> list[dict[str, list[Any]]]:
+    """The tokens that directions in the residual stream raise and lower most, by the direct path to the logits.
+
+    The direct path skips the blocks above, and is the model's own from there on (`LanguageModel.logit_effects`): the
+    final norm, projections, the unembedding, scales. What the norm divides by, the length of the stream, is left out:
+    it is a positive factor, and scores are relative. directions [m, d_in] -> m times {"up", "down"}, each a list
+    [token, score, ...] of LOGITS_SHOWN tokens, the strongest first; a score is in standard deviations from the mean of
+    all tokens.
+    """
+    pieces: dict[int, str] = {}
+
+    def listed(tokens: Tensor, scores: Tensor) -> list[Any]:
+        both: list[Any] = []
+        for token, score in zip(tokens.tolist(), scores.tolist(), strict=True):
+            if token not in pieces:
+                pieces[token] = token_piece(lm.tokenizer, token)
+            both += [pieces[token], round(score, 1)]
+        return both
+
+    found = []
+    for some in directions.split(at_once) if len(directions) else ():
+        # Of one length, so that half precision neither overflows nor vanishes.
+        scores = lm.logit_effects(nn.functional.normalize(some.float(), dim=1))  # [at most at_once, vocabulary]
+        scores -= scores.mean(dim=1, keepdim=True)
+        scores /= scores.std(dim=1, keepdim=True).clamp_min(1e-12)
+        n = min(LOGITS_SHOWN, scores.shape[1])
+        up, down = scores.topk(n), scores.topk(n, largest=False)
+        for row in range(len(some)):
+            found.append(
+                {
+                    "up": listed(up.indices[row], up.values[row]),
+                    "down": listed(down.indices[row], down.values[row]),
+                }
+            )
+    return found
