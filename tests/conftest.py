@@ -1,12 +1,16 @@
-"""What tests share: a tiny language model on disk."""
+"""What tests share: a tiny language model on disk, and readable ids for parameters of any kind."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
-from csae.data.language_model import LanguageModel
+if TYPE_CHECKING:
+    from csae.data.language_model import LanguageModel
 
 
 @pytest.fixture(scope="session")
@@ -20,4 +24,37 @@ def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_lm(tiny_model_path: Path) -> LanguageModel:
     """The tiny model, loaded on the CPU."""
+    from csae.data.language_model import LanguageModel
+
     return LanguageModel.load(tiny_model_path, device="cpu")
+
+
+def pytest_make_parametrize_id(val: Any, argname: str) -> str:
+    """Ids for any value: `k=3` for a dict, `float32[2, 5]` for a tensor, the name of the argument for a lambda."""
+    if isinstance(val, FunctionType) and val.__name__ == "<lambda>":
+        return argname
+    return readable(val)[:80]
+
+
+def readable(value: Any) -> str:
+    match value:
+        case str() | bytes():
+            return ascii(value).removeprefix("b")[1:-1]
+        case float():
+            return f"{value:g}"
+        case torch.dtype():
+            return str(value).removeprefix("torch.")
+        case torch.Tensor(shape=()):
+            return readable(value.item())
+        case torch.Tensor():
+            return f"{readable(value.dtype)}{list(value.shape)}"
+        case dict():
+            return " ".join(f"{name}={readable(of)}" for name, of in value.items()) or "{}"
+        case tuple() | list():
+            return f"[{', '.join(map(readable, value))}]"
+        case type() | FunctionType():
+            return value.__name__
+        case None | bool() | int() | Path():
+            return str(value)
+        case _:
+            return type(value).__name__

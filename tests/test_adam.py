@@ -127,7 +127,7 @@ def test_moments_in_bfloat16() -> None:
     assert abs(ours - theirs) < 0.05 * (untrained - theirs)
 
 
-@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
 def test_state_goes_through_a_state_dict(moments: torch.dtype) -> None:
     sae, other = topk(), topk()
     first, second = Adam(sae, moments=moments), Adam(other, moments=moments)

@@ -45,8 +45,8 @@ def forms(sae: SAE) -> dict[str, Callable[[Tensor], Output]]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("weights", FLOATS, ids=str)
-@pytest.mark.parametrize("given", FLOATS, ids=str)
+@pytest.mark.parametrize("weights", FLOATS)
+@pytest.mark.parametrize("given", FLOATS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_results_in_the_dtypes_of_the_rule(kind: str, given: torch.dtype, weights: torch.dtype) -> None:
     sae = make(kind).to(weights)
@@ -70,8 +70,8 @@ def test_results_in_the_dtypes_of_the_rule(kind: str, given: torch.dtype, weight
         torch.testing.assert_close(sae.decode(code).double(), sae(x.double()).x_hat, rtol=rough, atol=rough)
 
 
-@pytest.mark.parametrize("weights", FLOATS, ids=str)
-@pytest.mark.parametrize("given", FLOATS, ids=str)
+@pytest.mark.parametrize("weights", FLOATS)
+@pytest.mark.parametrize("given", FLOATS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_and_gradients(kind: str, given: torch.dtype, weights: torch.dtype) -> None:
     sae, x, dead = make(kind).to(weights), acts().to(given), torch.tensor([1, 5, 30])
@@ -115,8 +115,8 @@ def test_the_loss_of_many_tokens_in_half_precision() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("given", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("given", FLOATS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_autocast_in_evaluation(kind: str, given: torch.dtype, dtype: torch.dtype) -> None:
     sae, x = make(kind), acts().to(given)
@@ -172,7 +172,7 @@ def test_steps_and_attribution_take_no_notice_of_autocast(kind: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["current", "past"])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
 def test_documents_of_any_integer_dtype(dtype: torch.dtype, kind: str) -> None:
     """Also where it changes from step to step: 300 is no 44 in uint8."""
     sae, x = make(kind), acts()

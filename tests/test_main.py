@@ -93,7 +93,6 @@ def ended(error, monkeypatch, capsys):
         (OSError(errno.EIO, "Input/output error"), 2, "csae: the disk or the network behind it"),
         (RuntimeError("I/O error: Too many open files (os error 24)"), 2, "csae: too many open files"),
     ],
-    ids=lambda part: type(part).__name__ if isinstance(part, BaseException) else None,
 )
 def test_each_error_is_one_line(error, code, line, monkeypatch, capsys):
     found, said = ended(error, monkeypatch, capsys)

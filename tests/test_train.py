@@ -273,7 +273,7 @@ def outlier(acts, mask):
 
 
 @pytest.mark.parametrize("kind", ["topk", "contextual"])
-@pytest.mark.parametrize("change", [nothing, one_position], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("change", [nothing, one_position])
 def test_a_step_with_nothing_to_learn_from_is_left_out(change, kind, tmp_path):
     cfg = config(steps=12, batch_windows=1)
     left_out = [step for step in range(12) if batch_of(range(12), step, cfg)[0] in (3, 5)]

@@ -169,7 +169,7 @@ def test_an_sae_of_other_activations_is_refused_at_the_residual_stream():
 
 
 @pytest.mark.parametrize(
-    "value", [3, [], {"model": 3}, {"layer": True}, {"layer": "12"}, {"bos": 1}, {"train_fvu": "0.1"}], ids=str
+    "value", [3, [], {"model": 3}, {"layer": True}, {"layer": "12"}, {"bos": 1}, {"train_fvu": "0.1"}]
 )
 def test_a_damaged_record_is_one_line(value):
     with pytest.raises(UserError, match=r"config\.json: .*trained_on"):

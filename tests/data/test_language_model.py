@@ -582,7 +582,7 @@ def test_effects_in_half_precision(name: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found, exact, rtol=0.02, atol=0.02 * float(exact.std()))
 
 
-@pytest.mark.parametrize("shape", [(2, D_IN + 1), (D_IN,), (0, D_IN), (2, 2, D_IN)], ids=str)
+@pytest.mark.parametrize("shape", [(2, D_IN + 1), (D_IN,), (0, D_IN), (2, 2, D_IN)])
 def test_directions_that_do_not_fit(shape: tuple[int, ...]) -> None:
     lm = LanguageModel(ARCHITECTURES["llama"](), None, "llama")
     with pytest.raises(ValueError, match=r"directions: given shape \[.*\]; needed \[m, 32\], m >= 1"):

@@ -156,7 +156,6 @@ def test_pack_with_too_little(n_ctx: int, max_tokens: int | None, message: str) 
 @pytest.mark.parametrize(
     "document",
     [[1.5, 2.5, 3.5], [-1, 2, 3], [2**31, 2, 3], [[1, 2], [3, 4]], [True, False], ["1", "2"], [None, 1], 7, {"a": 1}],
-    ids=str,
 )
 def test_pack_takes_token_ids_alone(document: Any) -> None:
     with pytest.raises(ValueError, match=r"token_lists: holds .*; needed flat lists of token ids, 0 to 2147483647"):

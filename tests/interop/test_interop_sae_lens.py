@@ -155,7 +155,7 @@ def test_a_hub_id_names_a_repository_and_a_folder_in_it(tmp_path, monkeypatch):
     assert asked == [("org/repo", "blocks.1.hook_resid_post/k3")] * 2 + [("org/repo", None)] * 2
 
 
-@pytest.mark.parametrize("error", [LocalEntryNotFoundError("offline"), HFValidationError("no such name")], ids=str)
+@pytest.mark.parametrize("error", [LocalEntryNotFoundError("offline"), HFValidationError("no such name")])
 def test_what_is_nowhere_is_said_in_one_line(error, monkeypatch):
     def download(*args, **options):
         raise error

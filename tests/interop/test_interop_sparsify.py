@@ -117,7 +117,7 @@ def test_the_library_loads_ours_and_computes_the_same(scale, tmp_path, monkeypat
 
 
 @needs("sparsify")
-@pytest.mark.parametrize("sizes", [{"num_latents": D_SAE}, {"expansion_factor": 3}], ids=str)
+@pytest.mark.parametrize("sizes", [{"num_latents": D_SAE}, {"expansion_factor": 3}])
 def test_what_the_library_wrote_computes_the_same_and_goes_back_to_the_bit(sizes, tmp_path, monkeypatch):
     from sparsify import SparseCoderConfig
 

@@ -61,7 +61,6 @@ def test_the_library_s_own_names_are_filled_in(library, file, expected, tmp_path
         ("dictionary_learning", {"layer": 12}),
         ("dictionary_learning", {"submodule_name": "resid_post_layer_12"}),
     ],
-    ids=lambda part: "-".join(map(str, part.values())) if isinstance(part, dict) else part,
 )
 def test_other_names_are_refused_unless_asked_for(library, metadata, tmp_path):
     sae = topk()

@@ -44,7 +44,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_equal_to_the_plain_one(shape: tuple[int, ...]) -> None:
     given = inputs(*shape)
     wide = [of.double() if isinstance(of, Tensor) and of.is_floating_point() else of for of in given]

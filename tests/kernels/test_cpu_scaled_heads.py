@@ -25,7 +25,7 @@ def outcomes(heads: Tensor, gain: Tensor | None, grad: Tensor) -> list[Tensor]:
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("with_gain", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_equal_to_the_plain_one(shape: tuple[int, ...], with_gain: bool) -> None:
     generator = torch.Generator().manual_seed(sum(shape))
     heads, grad = (torch.randn(shape, generator=generator) for _ in range(2))

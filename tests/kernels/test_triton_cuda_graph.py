@@ -44,7 +44,7 @@ def assert_replays(step: Callable[..., list[Tensor]], inputs: list[Tensor], othe
     assert [bool(torch.equal(got, want)) for got, want in zip(out, wanted, strict=True)] == [True] * len(wanted)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "d_in", "d_sae", "k"), [(70, 40, 200, 5), (33, 64, 96, 96)])
 def test_topk_encode(n: int, d_in: int, d_sae: int, k: int, dtype: torch.dtype) -> None:
     from csae.ops import topk_encode
@@ -61,7 +61,7 @@ def test_topk_encode(n: int, d_in: int, d_sae: int, k: int, dtype: torch.dtype) 
     assert_replays(step, tensors(0), tensors(10))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_sparse_decode(dtype: torch.dtype) -> None:
     from csae.ops import sparse_decode
 
@@ -81,7 +81,7 @@ def test_sparse_decode(dtype: torch.dtype) -> None:
     assert_replays(step, tensors(0, 64), tensors(10, 3))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_lookback_attention(dtype: torch.dtype) -> None:
     from csae.ops import lookback_attention
 
@@ -104,7 +104,7 @@ def test_lookback_attention(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("lazy", [False, True], ids=["exact", "lazy"])
-@pytest.mark.parametrize("moments", DTYPES, ids=str)
+@pytest.mark.parametrize("moments", DTYPES)
 def test_adam_rows(moments: torch.dtype, lazy: bool) -> None:
     from csae.kernels.pairs import Table
     from csae.kernels.triton import feature_rows

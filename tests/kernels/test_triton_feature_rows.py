@@ -149,7 +149,7 @@ def test_pieces_grow_with_the_pairs_where_memory_asks_for_it(monkeypatch: pytest
     )
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("d", [1, 5, 17, 130, 520])
 def test_sums_of_every_width(d: int, dtype: torch.dtype) -> None:
     """Two tables of one width, which are summed together, and one of another."""
@@ -324,7 +324,7 @@ def rounded_by_chance(x: Tensor, seed: int) -> Tensor:
     return torch.where(x.isnan(), torch.nan, (bits >> 16).to(torch.int16).view(torch.bfloat16))
 
 
-@pytest.mark.parametrize("rows_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seed", [1, 2**32 + 5, 2**31 + 7])
 def test_bfloat16_moments_are_rounded_by_the_hash_of_their_place(seed: int, rows_dtype: torch.dtype) -> None:
     from csae.kernels.triton.feature_rows import adam_rows

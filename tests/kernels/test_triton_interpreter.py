@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the same tests run on the CUDA device")
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_kernels_in_the_interpreter(which: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-rs", f"--confcutdir={HERE}", "-m", which]
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-rs", "-m", which]
     done = subprocess.run(
         [*command, *(str(HERE / file) for file in FILES)],
         env={**os.environ, "TRITON_INTERPRET": "1"},

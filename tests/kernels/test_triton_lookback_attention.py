@@ -117,7 +117,7 @@ def lookback_forward_and_backward(tensors: dict[str, Tensor]) -> None:
     lookback_attention.backward(torch.ones_like(out), *tensors.values(), None, None, out, lse)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("B", "T", "H", "d_head", "d_value"), SHAPES)
 def test_equals_reference(B: int, T: int, H: int, d_head: int, d_value: int, dtype: torch.dtype) -> None:
     assert_equals_reference(inputs(B, T, H, d_head, d_value, dtype))

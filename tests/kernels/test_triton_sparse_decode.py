@@ -54,7 +54,7 @@ def feature_sums(values: Tensor, indices: Tensor, rows: Tensor, d_sae: int) -> t
     return zeros.index_add(0, indices.flatten(), terms), zeros.index_add(0, indices.flatten(), terms.abs())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "k", "d_sae", "d"), SHAPES)
 def test_forward_and_gradients_equal_the_reference(n: int, k: int, d_sae: int, d: int, dtype: torch.dtype) -> None:
     from csae.kernels.triton.sparse_decode import feature_sum, gather_dot, gather_sum
@@ -77,7 +77,7 @@ def test_forward_and_gradients_equal_the_reference(n: int, k: int, d_sae: int, d
     assert_sum_close(dtable, want_dtable, of_gradients[1], n * k)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_float32_values_with_a_narrower_table(dtype: torch.dtype) -> None:
     from csae.kernels.triton.sparse_decode import feature_sum, gather_dot, gather_sum
 
@@ -96,7 +96,7 @@ def test_float32_values_with_a_narrower_table(dtype: torch.dtype) -> None:
     assert_sum_close(feature_sum(values, indices, rows, 11), *feature_sums(values, indices, rows, 11), terms=15)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("slab", [512, 256, 128, 64])
 def test_slabs_of_every_width(slab: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where tokens are many, the width of a slab depends on how many rows there are for L2 to hold."""

@@ -54,7 +54,7 @@ SHAPES = [  # n, d_in, d_sae, k
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "d_in", "d_sae", "k"), SHAPES)
 def test_equals_reference(n: int, d_in: int, d_sae: int, k: int, dtype: torch.dtype) -> None:
     assert_equal_to_reference(integers(n, d_in), integers(d_sae, d_in, seed=1), integers(d_sae, seed=2), k, dtype)
@@ -65,7 +65,7 @@ def test_more_rows_than_a_block() -> None:
     assert_equal_to_reference(integers(130, 8), integers(129, 8, seed=1), integers(129, seed=2), 2, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_of_equal_pre_activations_gives_the_lowest_indices(dtype: torch.dtype) -> None:
     zeros = torch.zeros(2, 5, dtype=torch.float64)
     assert_equal_to_reference(zeros, integers(500, 5), torch.full((500,), 2.0, dtype=torch.float64), 7, dtype)
@@ -137,7 +137,7 @@ def _narrow_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.param(2, 1100, 5, 1, 512, id="a width that follows from k"),
     ],
 )
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_ranges_of_features_give_the_same(
     n: int, d_sae: int, k: int, rows: int, width: int, dtype: torch.dtype
 ) -> None:
@@ -206,7 +206,7 @@ def test_the_workspace_is_bounded() -> None:
         assert topk_encode._workspace(8192, d_sae, k)[0] == 8192
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "d_in", "d_sae"), [(2, 24, 320), (3, 72, 96), (1, 8, 32)])
 def test_products_by_tensor_descriptors(
     n: int, d_in: int, d_sae: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -246,7 +246,7 @@ def test_a_product_of_choice() -> None:
     torch.testing.assert_close(values, want_values)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_and_unaligned_inputs(dtype: torch.dtype) -> None:
     x, W_enc, b_enc = integers(33, 5).T[:, 1:], integers(65, 70)[:, 3:67:2], integers(130)[::2]
     assert_equal_to_reference(x, W_enc, b_enc, 4, dtype)
@@ -276,7 +276,7 @@ def test_float32_is_multiplied_as_torch_is_told_to() -> None:
 
 
 @pytest.mark.parametrize("precision", ["highest", "high"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_real_numbers_to_rounding(dtype: torch.dtype, precision: str) -> None:
     from csae.kernels.triton.topk_encode import topk_encode
 
@@ -311,7 +311,7 @@ def kept_and_again(
     return tuple(first), encode_again(kept, a.to(DEVICE, dtype), W_a.to(DEVICE, dtype), k)  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("n", "d_in", "d_sae", "r", "k"),
     [

@@ -70,7 +70,7 @@ def features(*pre_acts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.eye(len(pre_acts), dtype=torch.float64), torch.stack(pre_acts, dim=1), torch.zeros(D_SAE).double()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("d_in", "d_sae", "k"), [(16, 1024, 3), (5, 1101, 30)], ids=["whole groups", "odd sizes"])
 def test_rows_that_are_proved(d_in: int, d_sae: int, k: int, dtype: torch.dtype, failed: list[int]) -> None:
     x, W_enc = integers(3, d_in), integers(d_sae, d_in, seed=1)
@@ -78,7 +78,7 @@ def test_rows_that_are_proved(d_in: int, d_sae: int, k: int, dtype: torch.dtype,
     assert failed == [0, 0, 0]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_products_by_tensor_descriptors(dtype: torch.dtype, failed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     from csae.kernels.triton import topk_product
 

@@ -43,8 +43,8 @@ def check(tensors, mask, documents, tolerance):
 
 
 @pytest.mark.parametrize("bounds", [False, True], ids=["open", "mask+documents"])
-@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_matches_reference_forward_and_every_gradient(shape, dtype, bounds):
     mask, documents = holes(*shape[:2]) if bounds else (None, None)
     check(inputs(*shape, dtype), mask, documents, ROUNDING[dtype])

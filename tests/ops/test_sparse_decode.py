@@ -36,8 +36,8 @@ def check(values, indices, W_dec, tolerance):
         )
 
 
-@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
-@pytest.mark.parametrize(("n", "k", "d_sae", "d_out"), SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize(("n", "k", "d_sae", "d_out"), SHAPES)
 def test_matches_reference_forward_and_every_gradient(n, k, d_sae, d_out, dtype):
     check(*inputs(n, k, d_sae, d_out, dtype), ROUNDING[dtype])
 

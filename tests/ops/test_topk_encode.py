@@ -23,8 +23,8 @@ def inputs(n, d_in, d_sae, dtype=torch.float32, seed=0):
     )
 
 
-@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
-@pytest.mark.parametrize(("n", "d_in", "d_sae", "k"), SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize(("n", "d_in", "d_sae", "k"), SHAPES)
 def test_matches_reference_forward_and_every_gradient(n, d_in, d_sae, k, dtype):
     x, W, b = inputs(n, d_in, d_sae, dtype)
     values, indices = topk_encode(x, W, b, k)
@@ -57,7 +57,7 @@ def test_matches_reference_forward_and_every_gradient(n, d_in, d_sae, k, dtype):
         )
 
 
-@pytest.mark.parametrize(("n", "d_in", "d_sae", "k"), SHAPES, ids=str)
+@pytest.mark.parametrize(("n", "d_in", "d_sae", "k"), SHAPES)
 def test_selects_what_the_reference_selects(n, d_in, d_sae, k):
     # Small integers: products are exact in float32, and there are many ties.
     torch.manual_seed(1)
@@ -109,7 +109,7 @@ def test_selection_over_ties_negatives_nan_and_inf(n, d_sae, share, levels, kind
 
 
 @pytest.mark.parametrize("kind", ["reals", "ties", "negative", "specials"])
-@pytest.mark.parametrize("tile", [(1000, 5), (7, 5), (3, 1000), (1, 1), (1000, 64)], ids=str)
+@pytest.mark.parametrize("tile", [(1000, 5), (7, 5), (3, 1000), (1, 1), (1000, 64)])
 def test_many_tiles_give_what_the_reference_gives(kind, tile, monkeypatch):
     """Tiles of so many rows and columns, down to narrower ones than k."""
     from csae.kernels.portable import topk_encode as portable
@@ -131,7 +131,7 @@ def test_many_tiles_give_what_the_reference_gives(kind, tile, monkeypatch):
     assert torch.equal(indices, expected_indices)
 
 
-@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("dtype", ROUNDING)
 def test_the_workspace_is_bounded(dtype):
     from csae.kernels.portable.topk_encode import _tile
 
@@ -155,8 +155,8 @@ def exact_inputs(n, d_in, d_sae, r):
     return [torch.randint(-2, 3, shape).float() for shape in shapes]
 
 
-@pytest.mark.parametrize("tile", [(1000, 1000), (7, 50)], ids=str)
-@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("tile", [(1000, 1000), (7, 50)])
+@pytest.mark.parametrize("dtype", ROUNDING)
 def test_encoding_again_is_encoding_what_is_left(dtype, tile, monkeypatch):
     from csae.kernels.portable import topk_encode as portable
 

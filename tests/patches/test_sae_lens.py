@@ -80,7 +80,6 @@ def forward_pass(sae, x, dead=None):
         {"k": D_SAE},
         {"d_sae": 512, "k": 32},
     ],
-    ids=str,
 )
 def test_a_training_pass(options, rescale, sparse):
     def run():
@@ -157,7 +156,7 @@ def test_dead_neurons(dead, rescale, sparse):
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("rescale", [False, True])
-@pytest.mark.parametrize("batch", [(), (1,), (0,), (2, 7), (2, 3, 5)], ids=str)
+@pytest.mark.parametrize("batch", [(), (1,), (0,), (2, 7), (2, 3, 5)])
 def test_inference(training, rescale, batch):
     sae = make_sae(training, rescale_acts_by_decoder_norm=rescale)
     x = acts(*batch) if batch else acts(1)[0]
@@ -230,7 +229,7 @@ def no_further(ours, theirs, truth, dtype=torch.bfloat16):
 @pytest.mark.parametrize("dead", [0, 3])
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize("rescale", [False, True], ids=["", "rescale"])
-@pytest.mark.parametrize("options", [{}, {"apply_b_dec_to_input": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"apply_b_dec_to_input": False}])
 def test_autocast(options, rescale, sparse, dead, dtype):
     sae = make_sae(**options, rescale_acts_by_decoder_norm=rescale, use_sparse_activations=sparse)
     x, is_dead = told_apart(sae), torch.arange(D_SAE) < dead
@@ -244,7 +243,7 @@ def test_autocast(options, rescale, sparse, dead, dtype):
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize("rescale", [False, True], ids=["", "rescale"])
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("batch", [(-1,), (1, -1), (1, 1, -1)], ids=str)
+@pytest.mark.parametrize("batch", [(-1,), (1, -1), (1, 1, -1)])
 def test_inference_under_autocast(training, rescale, sparse, batch):
     """Each tensor that passes from function to function is of the library's dtype."""
     options = {"use_sparse_activations": sparse} if training else {}

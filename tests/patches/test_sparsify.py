@@ -65,7 +65,7 @@ FORMS = [
 
 @pytest.mark.parametrize("dead_share", [0, 0.05, 0.9])
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: " ".join(name for name in form if form[name]) or "sae")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_step_is_the_same(dtype, form, dead_share, monkeypatch):
     wanted = step(coder(dtype, **form), dead_share)
     monkeypatch.setattr(StandIn, "dense", lambda self: pytest.fail("pre-activations became dense"))

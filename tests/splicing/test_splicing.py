@@ -63,8 +63,8 @@ def test_with_the_error_added_back_the_logits_are_unchanged(arch: str, lm: Langu
     assert torch.equal(logits(lm, tokens()), clean)  # nothing is left behind
 
 
-@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("stream", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("stream", [torch.float16, torch.float32, torch.float64])
 def test_the_error_is_added_back_whatever_the_weights_can_tell(
     stream: torch.dtype, weights: torch.dtype, lm: LanguageModel
 ) -> None:
