@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from one_line import one_line
 from safetensors.torch import load_file, save_file
 
 from csae.data import shards
@@ -33,12 +34,6 @@ def write(folder: Path, tensors: dict[str, torch.Tensor], windows_per_shard: int
         return {name: tensor[windows.start : windows.stop] for name, tensor in tensors.items()}
 
     write_shards(folder, read, len(tensors["activations"]), windows_per_shard, about or {})
-
-
-def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
-    message = str(error.value)
-    assert "\n" not in message
-    return message
 
 
 # --- writing and reading back ------------------------------------------------------------------------
