@@ -8,61 +8,14 @@ import subprocess
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_runs import D_IN, Windows, config, lines, new_sae, same
 
 from csae import ContextualSAE, TopKSAE
 from csae.adam import Adam
 from csae.checkpoint import last_checkpoint, load_sae
-from csae.data.activations import Batch, ShardActivations, estimate_normalisation
+from csae.data.activations import ShardActivations, estimate_normalisation
 from csae.errors import UserError
-from csae.train import Stopped, TrainConfig, batch_of, exact_gap, learning_rate, set_sweeps, train
-
-D_IN = 6
-
-
-class Windows:
-    """12 windows of 7 positions with three directions in them; calls back at each read."""
-
-    n_windows, n_ctx, d_in = 12, 7, D_IN
-
-    def __init__(self, on_read=lambda count: None):
-        generator = torch.Generator().manual_seed(0)
-        directions = torch.randn(3, D_IN, generator=generator)
-        strengths = torch.rand(12, 7, 3, generator=generator) * 3
-        self.acts = strengths @ directions + 0.05 * torch.randn(12, 7, D_IN, generator=generator)
-        self.reads, self.on_read = 0, on_read
-
-    def read(self, window_indices):
-        self.reads += 1
-        self.on_read(self.reads)
-        acts = self.acts[list(window_indices)]
-        mask = torch.ones(acts.shape[:2], dtype=torch.bool)
-        mask[:, 0] = False
-        return Batch(acts, mask, torch.zeros(acts.shape[:2], dtype=torch.int64), None)
-
-    def describe(self):
-        return {"made": "in a test"}
-
-
-def new_sae(kind="contextual", source=None):
-    torch.manual_seed(0)
-    if kind == "topk":
-        sae = TopKSAE(D_IN, 12, 2, dead_after=50)
-    else:
-        sae = ContextualSAE(D_IN, 12, 2, n_heads=2, d_head=3, d_value=3, dead_after=50)
-    sae.initialise(*estimate_normalisation(source or Windows()))
-    return sae
-
-
-def config(**changed):
-    return TrainConfig(**({"steps": 11, "batch_windows": 3, "lr": 0.01, "checkpoint_every": 3} | changed))
-
-
-def lines(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def same(one, other):
-    return all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
+from csae.train import Stopped, batch_of, exact_gap, learning_rate, set_sweeps, train
 
 
 @pytest.mark.parametrize("kind", ["topk", "contextual"])
