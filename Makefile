@@ -1,5 +1,5 @@
 # `make demo` and `make test` do all the set-up they need. Other targets: test-slow, test-peers, test-versions, lint,
-# memory, bench, bench-peers, gpu, wheel, lock, clean.
+# docs, memory, bench, bench-peers, gpu, wheel, lock, clean.
 
 PYTHON ?= python3
 # What is installed is what was tested: constraints.txt names a version of everything, `make lock` renews it. torch comes
@@ -17,7 +17,7 @@ ready = .venv/.ready
 peers_bin = .venv-peers/bin
 peers_ready = .venv-peers/.ready
 
-.PHONY: demo test test-slow test-peers test-versions lint memory gpu bench peers bench-peers wheel lock clean
+.PHONY: demo test test-slow test-peers test-versions lint docs memory gpu bench peers bench-peers wheel lock clean
 
 demo: $(ready)
 	$(bin)/csae demo
@@ -33,6 +33,10 @@ lint: $(ready)
 	$(bin)/ruff format --check .
 	$(bin)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
 	$(bin)/mypy
+
+# site/, from docs/ and the docstrings; a warning is an error.
+docs: $(ready)
+	$(bin)/mkdocs build --quiet --strict
 
 memory: $(ready)
 	$(bin)/python -m csae.bench.memory
@@ -90,7 +94,7 @@ $(ready): $(sources)
 	$(PYTHON) -m venv .venv
 	$(LOCKED) $(bin)/python -m pip install --quiet torch
 	$(bin)/python -c 'import triton' 2>/dev/null || $(bin)/python -m pip install --quiet '$(TRITON)'
-	$(LOCKED) $(bin)/python -m pip install --quiet --editable '.[cli,datasets,dev]'
+	$(LOCKED) $(bin)/python -m pip install --quiet --editable '.[cli,datasets,dev,docs]'
 	touch $@
 
 # torchvision, which the peers ask for, goes at the end: where it doesn't fit this torch, `import transformers` fails.
@@ -105,4 +109,4 @@ $(peers_ready): $(sources)
 	touch $@
 
 clean:
-	rm -rf .venv .venv-peers .venv-lock .venv-versions build dist demo runs *.egg-info kernels/cpu/*.so
+	rm -rf .venv .venv-peers .venv-lock .venv-versions build dist site demo runs *.egg-info kernels/cpu/*.so

@@ -26,8 +26,9 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     The gradient flows to values and W_dec.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype. ValueError: a wrong shape or device; on a CPU also
-        an index out of range. On CUDA, where that check would stall the device, the token becomes NaN.
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape or device; on a CPU also an index out of range. On CUDA, where that check would
+            stall the device, the token becomes NaN.
     """
     for name, tensor in (("values", values), ("indices", indices), ("W_dec", W_dec)):
         check_tensor(name, tensor)
