@@ -1,54 +1,93 @@
-"""Every command and snippet of the README runs. Commands meet a tiny model in place of the one they name."""
+"""Every command and snippet of README.md and docs/*.md runs. Commands meet a tiny model in place of the one they name.
 
+Links lead to files that are there, functions are where a page says they are.
+"""
+
+import ast
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 OTHERS = ("sae_lens", "sparsify", "dictionary_learning", "sae_bench")
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
+}
+STARTS = ("make ", "csae ", "pip install ")
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", PAGES[page], flags=re.DOTALL)
 
 
 def commands(start):
-    lines = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    lines = [
+        line.split("#")[0].strip() for page in PAGES for block in blocks(page, "sh") for line in block.splitlines()
+    ]
     return [line for line in lines if line.startswith(start)]
 
 
-def test_every_line_of_shell_is_run_by_a_test_here():
-    lines = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
-    assert len(lines) == len(commands("make ")) + len(commands("csae "))
-    assert commands("make ") == ["make demo", "make test"]
+SNIPPETS = {f"{page}-{place}": code for page in PAGES for place, code in enumerate(blocks(page, "python"))}
 
 
-@pytest.mark.parametrize("block", range(len(blocks("python"))))
-def test_snippets_run(block, tmp_path, monkeypatch):
+def test_every_block_is_run_by_a_test_here():
+    for page, text in PAGES.items():
+        assert set(re.findall(r"^```(\w*)$", text, re.MULTILINE)) <= {"sh", "python", ""}, page
+        assert len(re.findall(r"^```$", text, re.MULTILINE)) == len(blocks(page, "(?:sh|python)")), page
+    lines = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines() if line.strip()]
+    assert [line for line in lines if not line.startswith(STARTS)] == []
+
+
+@pytest.mark.parametrize("name", SNIPPETS)
+def test_snippets_run(name, tmp_path, monkeypatch):
     for library in OTHERS:
-        if re.search(rf"^\s*(import|from) {library}\b", blocks("python")[block], flags=re.MULTILINE):
+        if re.search(rf"^\s*(import|from) {library}\b", SNIPPETS[name], flags=re.MULTILINE):
             pytest.importorskip(library, reason=f"{library} is not installed: `make test-peers` runs this")
     monkeypatch.chdir(tmp_path)
-    exec(compile(blocks("python")[block], f"README.md, snippet {block}", "exec"), {})
+    exec(compile(SNIPPETS[name], name, "exec"), {})
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_that_are_there(page):
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", PAGES[page]):
+        assert (ROOT / page).parent.joinpath(link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_functions_are_where_a_page_says_they_are(page):
+    for names, file in re.findall(r"((?:`\w+`(?:, | and )?)+) in \[?`?([\w/]+\.py)", PAGES[page]):
+        tree = ast.parse((ROOT / file).read_text())
+        defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        assert set(re.findall(r"`(\w+)`", names)) <= defined, f"{names} in {file}"
+
+
+def test_what_pip_installs_is_declared():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for command in commands("pip install "):
+        (wanted,) = re.fullmatch(r"pip install (?:-e )?'\.\[([\w,]+)\]'", command).groups()
+        assert set(wanted.split(",")) <= extras.keys()
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-@pytest.mark.parametrize("command", commands("make "))
+@pytest.mark.parametrize("command", sorted(set(commands("make "))))
 def test_make_targets_do_what_they_say(command):
     plan = subprocess.run([*command.split(), "--dry-run"], cwd=ROOT, capture_output=True, text=True)
     assert plan.returncode == 0, plan.stderr
-    assert {"make demo": "csae demo", "make test": "pytest"}[command] in plan.stdout
+    assert {"make demo": "csae demo", "make test": "pytest"}.get(command, "") in plan.stdout
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"`make ([a-z-]+)`", README))))
-def test_every_make_target_it_names_is_there(target):
+@pytest.mark.parametrize(
+    "target", sorted({name for text in PAGES.values() for name in re.findall(r"`make ([a-z-]+)", text)})
+)
+def test_every_make_target_they_name_is_there(target):
     plan = subprocess.run(["make", target, "--dry-run"], cwd=ROOT, capture_output=True, text=True)
     assert plan.returncode == 0, plan.stderr
 
@@ -58,13 +97,16 @@ def test_commands_run_in_their_order(tiny_model_path, tmp_path):
     (tmp_path / "books").mkdir()
     (tmp_path / "books" / "one.txt").write_text("It was the best of times, it was the worst of times. " * 300)
     (tmp_path / "letter.txt").write_text("It was the age of wisdom, it was the age of foolishness. " * 5)
-    for command in commands("csae "):
+    for command in dict.fromkeys(commands("csae ")):
         args = shlex.split(command.replace("HuggingFaceTB/SmolLM2-135M", str(tiny_model_path)))[1:]
         if "--layer" in args:
             args[args.index("--layer") + 1] = "2"
             args += ["--n-ctx", "32"]
         if args[0] == "train":
             args += ["--heads", "2", "--d-head", "4", "--d-value", "4"]
+        if args[0] == "bench":
+            args += ["--shape", "small", "--rounds", "1", "--case", "sparse_decode forward"]
+            args = [arg for at, arg in enumerate(args) if "cpu" not in args[at : at + 2]]  # the shape of the figures
         start = "from csae.cli import main; main()"
         if args[0] == "evidence":  # all that it does, in small
             args += ["--model", str(tiny_model_path), "--layer", "2", "--corpus", "english", "--k", "2", "--seeds", "1"]

@@ -41,7 +41,8 @@ def lookback_attention(
     The gradient flows to q, k, v, slope and null.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype. ValueError: a wrong shape or device.
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape or device.
     """
     floats = {"q": q, "k": k, "v": v, "slope": slope, "null": null}
     for name, tensor in floats.items():

@@ -32,13 +32,14 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor
             index first.
         indices: [..., k] int64.
 
-        A token with a NaN among its pre-activations gets k NaN values at indices 0..k-1. Infinities are
-        selected as the numbers they are.
+    A token with a NaN among its pre-activations gets k NaN values at indices 0..k-1. Infinities are
+    selected as the numbers they are.
 
     The gradient flows to x, W_enc and b_enc through the selected entries with a positive value.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype. ValueError: a wrong shape, device or k.
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, device or k.
     """
     for name, tensor in (("x", x), ("W_enc", W_enc), ("b_enc", b_enc)):
         check_tensor(name, tensor)
