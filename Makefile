@@ -12,6 +12,9 @@ TORCH = torch==2.13.0
 TRITON = triton==3.6.0
 PEERS_PACKAGES = 'sae-lens==6.54.*' 'eai-sparsify==1.3.*' 'dictionary-learning==0.1.*' 'pytest>=8' tabulate
 
+# A process a core, each with one thread: tests of threads ask for theirs.
+PARALLEL = OMP_NUM_THREADS=1 $(bin)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+
 bin = .venv/bin
 ready = .venv/.ready
 peers_bin = .venv-peers/bin
@@ -23,10 +26,10 @@ demo: $(ready)
 	$(bin)/csae demo
 
 test: $(ready)
-	$(bin)/python -m pytest
+	$(PARALLEL)
 
 test-slow: $(ready)
-	$(bin)/python -m pytest -m slow
+	$(PARALLEL) -m slow
 
 lint: $(ready)
 	$(bin)/ruff check .

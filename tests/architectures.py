@@ -174,12 +174,13 @@ def _made(model_class: Any, config: Any) -> Any:
 ARCHITECTURES: dict[str, Callable[[], Any]] = {}
 MISSING: dict[str, str] = {}
 
+_there = set(dir(transformers))  # which imports none of them
 for _name, (_model, _config, _sizes) in _CAUSAL.items():
-    if hasattr(transformers, _model) and hasattr(transformers, _config):
+    if {_model, _config} <= _there:
         ARCHITECTURES[_name] = partial(_causal, _model, _config, _sizes)
     else:
         MISSING[_name] = f"transformers {transformers.__version__} has no {_model}"
-if hasattr(transformers, "Gemma3ForConditionalGeneration"):
+if "Gemma3ForConditionalGeneration" in _there:
     ARCHITECTURES["gemma3-with-pictures"] = _gemma3_with_a_picture_tower
 else:
     MISSING["gemma3-with-pictures"] = f"transformers {transformers.__version__} has no Gemma3ForConditionalGeneration"

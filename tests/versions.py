@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".venv-versions"
 TABLE = ROOT / "docs" / "versions.md"
 SHOWN = ("torch", "triton", "transformers", "datasets", "huggingface-hub", "numpy", "safetensors")
-TOOLS = ["pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=5"]
+TOOLS = ["pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=5", "pytest-xdist>=3.6"]
 
 # The ops, the kernels in Triton's interpreter, language models, splice, data sets, the hub.
 TESTS = [
@@ -38,6 +38,7 @@ TESTS = [
     "tests/splicing",
     "tests/pages",
 ]
+PARALLEL = ["-n", "logical", "--maxprocesses", "8", "--dist", "worksteal"]  # as in the Makefile
 
 
 class Environment(NamedTuple):
@@ -151,9 +152,9 @@ def run_tests(python: Path) -> dict[str, int]:
     files = sorted(str(path.relative_to(ROOT)) for pattern in TESTS for path in ROOT.glob(pattern))
     # csae is what is installed, not what lies in the current folder.
     subprocess.run(
-        [python, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}", *files],
+        [python, "-m", "pytest", *PARALLEL, "-p", "no:cacheprovider", f"--junitxml={report}", *files],
         cwd=ROOT,
-        env={**os.environ, "PYTHONSAFEPATH": "1"},
+        env={**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"},
     )
     suite = ElementTree.parse(report).getroot().find("testsuite").attrib
     failed, skipped = int(suite["failures"]) + int(suite["errors"]), int(suite["skipped"])
