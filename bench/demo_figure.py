@@ -10,7 +10,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from csae.report import read_curve
+from csae.pages.comparison import read_curve
 from csae.train import METRICS
 
 COLOURS = {"topk": "#7f8c9b", "topk-wide": "#c08a3e", "contextual": "#2f6fb3"}

@@ -16,6 +16,7 @@ import json
 import shutil
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,11 @@ from csae.errors import UserError, shown
 from csae.evaluate import EVAL, evaluate, table
 from csae.evaluate_run import HELD_OUT, keep_held_out_fvu
 from csae.files import write_json
-from csae.passages import explain
+from csae.pages.comparison import comparison
+from csae.pages.held_out import examples, passages
+from csae.pages.view import view
+from csae.pages.view_page import write_view
 from csae.progress import Progress, track
-from csae.report import write_report
 from csae.sae import SAE
 from csae.topk_sae import TopKSAE
 from csae.train import METRICS, TrainConfig, check_one_process, train
@@ -149,13 +152,31 @@ def run_demo(
     }
     write_json(out / "results.json", results)
     _say("report: which features are active where")
-    contextual = saes["contextual"]
-    assert isinstance(contextual, ContextualSAE)
-    explained = explain(contextual, source, test_windows, lm.tokenizer, PASSAGES, progress)
-    write_report(out / "report.html", results, runs, explained)
+    _write_report(out / "report.html", results, runs, saes, source, test_windows, lm, progress)
     Console().print(table(rows))
     _say(f"figures: {shown(out / 'results.json')}\nreport:  {shown(out / 'report.html')}")
     return results
+
+
+def _write_report(
+    path: Path,
+    results: dict[str, Any],
+    runs: dict[str, Path],
+    saes: dict[str, SAE],
+    source: ActivationSource,
+    windows: Sequence[int],
+    lm: LanguageModel,
+    progress: Progress,
+) -> None:
+    """The page: the SAEs compared, and passages of held-out text under the contextual one, the TopK one beside it."""
+    contextual, n_ctx = saes["contextual"], results["n_ctx"]
+    chosen = passages(source, windows, lm.tokenizer, PASSAGES)
+    facts = view(contextual, chosen, lm, n_ctx, saes["topk"], progress)
+    features = [int(feature) for feature in facts["features"]]
+    shown = examples(contextual, source, windows, lm.tokenizer, features, progress)
+    about = {name: results[name] for name in ("text", "model", "layer", "n_ctx")}
+    about |= {"run": "contextual", "beside": "topk", "trained_on": n_ctx, "whole": True}
+    write_view(path, about, facts, comparison(results, runs), shown)
 
 
 def _make_saes(d_in: int, d_sae: int, k: int, seed: int) -> dict[str, SAE]:

@@ -64,7 +64,12 @@ def test_demo_twice(
     assert contextual["fvu_exact"] == contextual["fvu"]
     assert topk["d_sae"] == contextual["d_sae"] == 48
     assert 0 <= wide["n_params"] - contextual["n_params"] < 2 * 16 + 1
-    assert (out / "report.html").read_text().startswith("<!doctype html>")
+    html = (out / "report.html").read_text()
+    data = json.loads(html.split('id="data">')[1].split("</script>")[0])
+    assert len(data["tokens"]) > 32, "more than one passage"
+    assert data["examples"].keys() == data["features"].keys() != set()
+    assert data["beside"]["figures"]["arch"] == "topk"
+    assert "How much each SAE misses" in html
     printed = capsys.readouterr()
     assert "topk-wide" in printed.out
     assert str(out / "report.html") in printed.err

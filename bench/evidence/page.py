@@ -15,9 +15,9 @@ from csae.bench.evidence import figures, summary
 from csae.bench.evidence.figures import FIGURES, Colours
 from csae.bench.evidence.summary import ARCHS, CURRENT, PAST, TOPK, WIDE, Spread, value
 from csae.files import write_file
-from csae.report import INK, SOFT, figure_style, inline_svg
+from csae.pages.rendering import INK, SOFT, figure_style, inline_svg, write_html
 
-# The first four, and the ink, are those of csae/pages/templates/report.css in light; evidence.css has the others.
+# The first four, and the ink, are those of csae/pages/templates/page.css in light; evidence.css has the others.
 LIGHT = Colours("#1c2227", "#5d676f", ("#7b8790", "#ba6008", "#2868b2", "#3d8358", "#a8488f", "#8a7400", "#3a9cc4"))
 PAPER = "#fcfcfa"
 # The style sheet gives these a meaning in light and in dark.
@@ -52,20 +52,13 @@ def write_page(path: Path | str, evidence: dict[str, Any]) -> None:
     synthetic.run), and lists of what switches, redundancy, power and long_windows (`long`) measure, each entry with
     the name, arch, corpus or layer that it is of. Any of them may be missing.
     """
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.ChoiceLoader(
-            [jinja2.PackageLoader("csae.bench.evidence", "templates"), jinja2.PackageLoader("csae.pages", "templates")]
-        ),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        lstrip_blocks=True,
-    )
     runs = evidence.get("runs") or []
     where = summary.setting(runs)
     found = findings(evidence)
-    page = environment.get_template("evidence.html").render(
+    write_html(
+        path,
+        "evidence.html",
+        packages=("csae.bench.evidence", "csae.pages"),
         claim=claim(evidence),
         where=where,
         about=flat(evidence.get("about") or {}),
@@ -91,7 +84,6 @@ def write_page(path: Path | str, evidence: dict[str, Any]) -> None:
         changed=changed,
         key=key,
     )
-    write_file(Path(path), lambda temporary: temporary.write_text(page, encoding="utf-8"))
 
 
 def write_figures(folder: Path | str, evidence: dict[str, Any]) -> list[Path]:

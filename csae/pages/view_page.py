@@ -1,4 +1,4 @@
-"""The page of `csae view`: a text under an SAE, one HTML file that needs nothing else and fetches nothing.
+"""The explorer page: a text under an SAE. `csae view` writes it, and `csae demo` with a comparison of SAEs on top.
 
 The curve along the text is matplotlib's, as SVG. The timelines are drawn by the page's own script: a feature's row has
 as many cells as the text has tokens, which is too much for SVG, and a canvas takes the colours of the reader's light or
@@ -12,24 +12,36 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from csae.files import write_file
+from csae.pages.rendering import INK, SERIES, SOFT, figure_style, inline_svg, script_json, write_html
 from csae.pages.view import CARRIED, FRACTION
-from csae.report import INK, SERIES, SOFT, figure_style, inline_svg, render, script_json
 
 SMOOTHED = 15  # tokens that a point of the curve is the mean of
 POINTS = 600  # of the curve: more can't be seen
 
 
-def write_view(path: Path | str, about: dict[str, Any], facts: dict[str, Any]) -> None:
+def write_view(
+    path: Path | str,
+    about: dict[str, Any],
+    facts: dict[str, Any],
+    comparison: dict[str, Any] | None = None,
+    examples: dict[str, Any] | None = None,
+) -> None:
     """Writes the page to `path`, whole or not at all.
 
-    about: the names of the "text", the "run", the one "beside" it (or None) and the "model"; "layer", "n_ctx",
-    "trained_on": the positions of a window here and in training (None where not known); "whole": whether that is all of
-    the text. facts: what csae.pages.view.view gives.
+    Args:
+        about: the names of the "text", the "run", the one "beside" it (or None) and the "model"; "layer", "n_ctx",
+            "trained_on": the positions of a window here and in training (None where not known); "whole": whether that
+            is all of the text.
+        facts: what `csae.pages.view.view` gives.
+        comparison: what `csae.pages.comparison.comparison` gives, to stand above the text.
+        examples: what `csae.pages.held_out.examples` gives, where the text is a part of the held-out text.
     """
-    page = render(
+    write_html(
+        path,
         "view.html",
         about=about,
+        comparison=comparison,
+        examples=examples,
         figures=facts["figures"],
         beside=facts["beside"] and facts["beside"]["figures"],
         n_tokens=len(facts["tokens"]),
@@ -37,9 +49,8 @@ def write_view(path: Path | str, about: dict[str, Any], facts: dict[str, Any]) -
         n_windows=len(facts["cuts"]) + 1,
         carried=CARRIED,
         along=_along(facts),
-        data=script_json(facts),
+        data=script_json(facts if examples is None else facts | {"examples": examples}),
     )
-    write_file(Path(path), lambda temporary: temporary.write_text(page, "utf-8", "backslashreplace"))
 
 
 def _along(facts: dict[str, Any]) -> str:
@@ -77,7 +88,7 @@ def _along(facts: dict[str, Any]) -> str:
         axes.set_xlabel(f"token (each point the mean of {SMOOTHED})")
         axes.grid(axis="y", color=SOFT, linewidth=0.4, alpha=0.4)
         axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
-        return inline_svg(figure, "What is carried and what is missed, along the text", SERIES)
+        return inline_svg(figure, "What is carried and what is missed, along the text")
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:

@@ -15,6 +15,7 @@ from csae.bench.evidence import page, summary
 from csae.bench.evidence.figures import FIGURES
 from csae.bench.evidence.page import PARTS, write_figures, write_page
 from csae.bench.evidence.summary import ARCHS, Spread
+from csae.pages import rendering
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 # FVU at k = 16, parameters; others follow by a power of k.
@@ -393,7 +394,7 @@ def test_figures_as_files(tmp_path):
 def test_colours_are_those_of_the_style_sheets():
     css = "".join(
         (Path(module.__file__).parent / "templates" / name).read_text()
-        for module, name in ((__import__("csae"), "report.css"), (page, "evidence.css"))
+        for module, name in ((rendering, "page.css"), (page, "evidence.css"))
     )
     for number, colour in enumerate(page.LIGHT.series, start=1):
         assert f"--series-{number}: {colour}" in css

@@ -327,7 +327,7 @@ def test_text_never_becomes_markup(tmp_path: Path, facts: dict[str, Any]) -> Non
 
 def test_what_the_page_says(tmp_path: Path, facts: dict[str, Any], per_token: SAE, windows, tiny_lm) -> None:
     text = " ".join(re.sub(r"<[^>]+>", "", page(tmp_path / "view.html", facts)).split())
-    percent = f"{100 * facts['figures']['fvu']:.1f}&nbsp;%"
+    percent = f"{100 * facts['figures']['fvu']:.1f} %"
     assert f"Of this text’s variance it leaves {percent} unexplained (FVU); " in text
     assert "goes on beyond the 10 tokens of those that it was trained on. topk, the per-token SAE beside it" in text
     assert "a new window: nothing is carried over" in text

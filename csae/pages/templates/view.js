@@ -39,10 +39,16 @@
     return [...found];
   }
 
+  // What a feature is called by: the tokens at which it is most active in all held-out text, where that is known.
+  function called(feature) {
+    const known = (data.examples?.[feature]?.examples || []).map(([, word]) => word.trim() || word);
+    return known.length ? [...new Set(known)].slice(0, NAMES) : words(fresh.get(feature) || []);
+  }
+
   function link(feature) {
     const made = element("a", "feature", element("span", "number", `#${feature}`));
     made.href = `#feature-${feature}`;
-    words(fresh.get(feature) || []).forEach((word, at) => made.append(at ? " " : "", token(word)));
+    called(feature).forEach((word, at) => made.append(at ? " " : "", token(word)));
     return made;
   }
 
@@ -59,7 +65,7 @@
     let at = kept, row = 0;
     for (const feature of rows) {
       const name = element(paged ? "a" : "span", "", element("span", "number", `#${feature}`),
-        element("span", "words", words(fresh.get(feature) || []).map(visible).join(" ")));
+        element("span", "words", (paged ? called(feature) : words(fresh.get(feature) || [])).map(visible).join(" ")));
       if (paged) name.href = `#feature-${feature}`;
       names.append(name);
     }
@@ -282,15 +288,54 @@
     show(t);
   }
 
-  data.tokens.forEach((here, t) => {
-    const span = textToken(here, t, clamp(2 * data.c[t] / UNIT.share), leftOut.has(t));
+  // A token in the text, which can be pointed at. The more is carried, the bluer it is; grey where it is left out.
+  function textToken(t) {
+    const span = element("span", leftOut.has(t) ? "t out" : "t");
+    span.style.setProperty("--carried-share", clamp(2 * data.c[t] / UNIT.share).toFixed(3));
+    span.setAttribute("role", "option");
+    span.setAttribute("aria-selected", "false");
+    span.tabIndex = -1;
+    span.dataset.at = t;
+    // A line break is marked, so that there is something to point at.
+    for (const part of data.tokens[t].split(/(\n)/)) {
+      if (part === "\n") span.append(element("span", "mark", "↵"));
+      span.append(part);
+    }
+    if (!data.tokens[t]) span.append(element("span", "mark", "·"));
+    return span;
+  }
+
+  for (let t = 0; t < n; t++) {
+    const span = textToken(t);
     if (cuts.has(t)) text.append(element("hr", "boundary"));
     text.append(span);
     spans.push(span);
-  });
+  }
 
-  readAlong(text, { spans: () => spans, kept: () => kept, show, keep,
-    enter: () => detail.querySelector("a.feature")?.focus() });
+  // Pointing at a token shows it, until the pointer leaves; a click, a tap or the keyboard keeps it.
+  const pointedAt = (event) => {
+    const span = event.target.closest(".t");
+    return span ? Number(span.dataset.at) : -1;
+  };
+  text.addEventListener("pointerover", (event) => {
+    if (event.pointerType === "mouse" && pointedAt(event) >= 0) show(pointedAt(event));
+  });
+  text.addEventListener("pointerleave", (event) => {
+    if (event.pointerType === "mouse") show(kept);
+  });
+  for (const kind of ["click", "focusin"]) {
+    text.addEventListener(kind, (event) => {
+      if (pointedAt(event) >= 0) keep(pointedAt(event));
+    });
+  }
+  text.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+    const next = step ? kept + step : { Home: 0, End: n - 1 }[event.key];
+    if (event.key === "Enter") detail.querySelector("a.feature")?.focus();
+    else if (spans[next]) spans[next].focus();
+    else return;
+    event.preventDefault();
+  });
   detail.addEventListener("keydown", (event) => {
     const links = [...detail.querySelectorAll("a")];
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
@@ -333,7 +378,7 @@
     back.href = `#token-${kept + 1}`;
     const counted = n - leftOut.size, chart = element("div", "strip");
     const made = [element("p", "back", back, element("span", "small", " (Escape)")),
-      element("h1", "", `Feature #${feature} `, ...words(isNew).flatMap((word) => [token(word), " "])),
+      element("h1", "", `Feature #${feature} `, ...called(feature).flatMap((word) => [token(word), " "])),
       element("p", "", element("span", "is-new", `New at ${isNew.length}`), ` of ${counted} tokens; `,
         element("span", "is-carried", `only carried at ${only.length}`), " others, with ",
         `${share(data.threshold, 0)} or more of c each.`), chart];
@@ -344,7 +389,18 @@
       element("div", "", element("h2", "", "Only carried"), only.length
         ? passages("carried", strongest(only), (value) => share(value))
         : element("p", "small", "nowhere in this text")));
-    made.push(columns, element("h2", "", "Effect on the next token"));
+    made.push(columns);
+    const held = data.examples?.[feature];
+    if (held) {
+      const rate = 100 * held.rate, list = element("ul", "passages new");
+      for (const [before, here, after, activity] of held.examples) {
+        list.append(element("li", "", element("span", "amount", activity.toFixed(1)), element("span", "around",
+          `…${visible(before)}`, element("b", "", visible(here)), `${visible(after)}…`)));
+      }
+      made.push(element("h2", "", "In all held-out text"), element("p", "small",
+        `New at ${rate.toFixed(rate < 0.1 ? 2 : 1)} % of the held-out tokens, most strongly at:`), list);
+    }
+    made.push(element("h2", "", "Effect on the next token"));
     const effect = data.features[feature];
     if (effect) {
       const both = element("div", "columns", logits("Where it is new", effect.new));

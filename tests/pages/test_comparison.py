@@ -1,4 +1,4 @@
-"""The page: what it says, that it fetches nothing, and that no text in it becomes markup."""
+"""The comparison on top of a demo's page: what it says, and that no text in it becomes markup."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from csae.report import POINTS, read_curve, write_report
+from csae.pages.comparison import POINTS, comparison, read_curve
+from csae.pages.view_page import write_view
 
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\u2028 <!--"
 
@@ -46,6 +47,18 @@ class Page(HTMLParser):
             self.cells[-1][-1] += data.strip()
 
 
+# What csae.pages.view.view gives for a text of one token that is left out, and another.
+FIGURES = {"arch": "contextual", "k": 16, "d_sae": 2304, "fvu": 0.2, "fvu_beyond": None, "mean_run": 1, "new_in_run": 1}
+FACTS = {
+    "tokens": [NASTY, NASTY], "cuts": [], "left_out": [0], "threshold": 100, "new": [[], [7, 150]],
+    "carried": [[], []], "parts": [[], []], "others": [[0, 0]] * 2, "remainder": [0, 0], "c": [0, 0], "missed": [0, 9],
+    "rows": [7], "features": {}, "figures": FIGURES, "beside": None,
+}  # fmt: skip
+EXAMPLES = {"7": {"rate": 0.01, "examples": [[NASTY, NASTY, NASTY, 1.5]]}}
+ABOUT = {"text": "a <b>text</b>", "run": "contextual", "beside": None, "model": "some/<model>", "layer": 12}
+ABOUT |= {"n_ctx": 256, "trained_on": 256, "whole": True}
+
+
 def sae(arch: str, fvu: float, **more: Any) -> dict[str, Any]:
     common = {"k": 16, "d_in": 8, "d_sae": 2304, "n_params": 2_660_000, "l0": 15.9, "dead": 0.125, "tokens": 25_500}
     return {"arch": arch, "fvu": fvu, "tokens_per_s": 4321.0, **common, **more}
@@ -65,12 +78,6 @@ def inputs(tmp_path: Path) -> dict[str, Any]:
         lines = [{"step": s, "tokens": (s + 1) * 2048, "fvu": 0.2 + 0.1 * number + 1 / (s + 1)} for s in range(700)]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (runs[found["arch"]] / "metrics.jsonl").write_text(text)
-    token = {"text": NASTY, "counted": True, "starts": False, "carried": 0.4, "missed": 0.1, "l0": 1}
-    token |= {"new": [[7, 1.5]], "sources": []}
-    explained = {
-        "passages": [{"window": 3, "tokens": [token]}],
-        "features": {"7": {"rate": 0.01, "examples": [[NASTY, NASTY, NASTY, 1.5]]}},
-    }
     results = {
         "model": "some/<model>",
         "layer": 12,
@@ -81,11 +88,11 @@ def inputs(tmp_path: Path) -> dict[str, Any]:
         "seed": 0,
         "saes": saes,
     }
-    return {"path": tmp_path / "report.html", "results": results, "runs": runs, "explained": explained}
+    return {"path": tmp_path / "report.html", "results": results, "runs": runs}
 
 
 def written(inputs: dict[str, Any]) -> str:
-    write_report(**inputs)
+    write_view(inputs["path"], ABOUT, FACTS, comparison(inputs["results"], inputs["runs"]), EXAMPLES)
     return inputs["path"].read_text(encoding="utf-8")
 
 
@@ -97,18 +104,18 @@ def test_table_and_findings(inputs: dict[str, Any]) -> None:
     assert rows[0] == ["topk", "0.2500", "–", "15.9", "12.5\xa0%", "2,304", "2.66M", "4,321"]
     assert rows[2][:3] == ["contextual", "0.1800", "0.1800"]
     text = " ".join(re.sub(r"<[^>]+>", "", html).split())
-    assert "misses 28.0&nbsp;% less than topk" in text
-    assert "misses 10.0&nbsp;% less than topk-wide" in text
-    assert "(the exact one is 1.0&nbsp;% higher)" in text
+    assert "misses 28.0 % less than topk" in text
+    assert "misses 10.0 % less than topk-wide" in text
+    assert "(the exact one is 1.0 % higher)" in text
 
 
 def test_a_contextual_sae_that_is_worse_is_said_to_be(inputs: dict[str, Any]) -> None:
     contextual = inputs["results"]["saes"][2]
     contextual |= {"fvu": 0.3, "fvu_exact": 0.3, "gap": -0.02}
     text = " ".join(re.sub(r"<[^>]+>", "", written(inputs)).split())
-    assert "misses 20.0&nbsp;% more than topk," in text
-    assert "misses 50.0&nbsp;% more than topk-wide" in text
-    assert "2.0&nbsp;% lower)" in text
+    assert "misses 20.0 % more than topk," in text
+    assert "misses 50.0 % more than topk-wide" in text
+    assert "2.0 % lower)" in text
 
 
 def test_loss_recovered(inputs: dict[str, Any]) -> None:
@@ -121,7 +128,7 @@ def test_loss_recovered(inputs: dict[str, Any]) -> None:
 
 def test_text_never_becomes_markup(inputs: dict[str, Any]) -> None:
     page = Page(written(inputs))
-    assert json.loads(page.text["data"]) == inputs["explained"]
+    assert json.loads(page.text["data"]) == FACTS | {"examples": EXAMPLES}
     tags = [tag for tag, _ in page.tags]
     assert tags.count("script") == 2
     assert "img" not in tags
