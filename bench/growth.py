@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from csae.kernels.portable import topk_coarse
+from csae.kernels.cpu import topk_coarse
 from csae.ops import topk_encode
 
 from . import plain

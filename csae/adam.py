@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from csae.factors import Factors, Gradients
-from csae.kernels.pairs import Pairs, Table
-from csae.ops.adam_rows import adam_rows, sort_pairs
+from csae.ops.adam_rows import Pairs, Table, adam_rows, sort_pairs
 from csae.sae import SAE
 
 MOMENTS = (torch.float32, torch.bfloat16)

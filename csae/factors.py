@@ -18,9 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from csae.kernels.pairs import Pairs
 from csae.ops import sparse_decode, topk_encode
-from csae.ops.adam_rows import feature_sums, sort_pairs
+from csae.ops.adam_rows import Pairs, feature_sums, sort_pairs
 from csae.ops.checks import autocast_to
 from csae.ops.topk_encode import with_encode_gradient
 

@@ -11,7 +11,7 @@ import torch
 
 import csae
 from csae import versions
-from csae.kernels import cpu, triton
+from csae.ops.backend import cpu, has_matrix_units, triton
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "huggingface-hub", "transformers", "datasets")
 
@@ -56,7 +56,7 @@ def facts() -> list[Fact]:
     if cpu.available():
         found.append(Fact("native library", str(cpu.describe()["isa"]), str(cpu.describe()["library"])))
         units = "bfloat16 (AMX): topk_encode's large products, settled in float32"
-        found.append(Fact("matrix units", units if cpu.has_matrix_units() else "none"))
+        found.append(Fact("matrix units", units if has_matrix_units() else "none"))
     else:
         found.append(Fact("no native library", cpu.why_not() or ""))
     return found

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from csae import Adam, Code, ContextualSAE, reference
 from csae.kernels import cpu
-from csae.kernels.portable import lookback_attention as portable
-from csae.kernels.portable import topk_coarse
+from csae.kernels.cpu import library, topk_coarse
+from csae.kernels.portable import read_memory as portable
 from csae.ops import recurrence
 
 D_IN, B, T = 10, 3, 21
@@ -384,7 +384,7 @@ def test_what_is_no_state_is_refused() -> None:
 @pytest.mark.parametrize("query", ["current", "past"])
 def test_steps_by_the_encoders_table(query: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once enough was encoded the weights are rounded, once, whether or not this CPU has units for them."""
-    monkeypatch.setattr(cpu, "has_matrix_units", lambda: True)
+    monkeypatch.setattr(library, "has_matrix_units", lambda: True)
     torch.manual_seed(0)
     sae = ContextualSAE(130, 1700, 4, n_heads=2, d_head=3, d_value=5, query=query).eval()
     acts = torch.randn(2, 150, 130)

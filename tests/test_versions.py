@@ -170,7 +170,7 @@ def test_a_gpu_needs_a_triton_that_was_tested(site: Path, monkeypatch: pytest.Mo
     install(site, "triton", "3.5.1")
     monkeypatch.setattr(backend.triton, "available", lambda: True)
     with pytest.raises(UserError, match=r"triton 3\.5\.1 is older"):
-        backend.kernels("topk_encode", torch.device("cuda"))
+        backend.kernels("topk_encode", torch.device("cuda"), torch.float32)
 
 
 def test_the_ops_need_what_they_were_tested_with(site: Path) -> None:

@@ -18,6 +18,8 @@ from csae.kernels.pairs import Pairs, Table
 
 from .backend import kernels, operator
 
+__all__ = ["Pairs", "Table", "adam_rows", "feature_sums", "sort_pairs"]
+
 
 def sort_pairs(features: Tensor, tokens: Tensor, d_sae: int) -> Pairs:
     """features, tokens [P] int64 -> the pairs in order of feature, those of one feature in the order given.
@@ -45,7 +47,7 @@ def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, la
 
 @operator("sort_pairs")
 def _sort_pairs(features: Tensor, tokens: Tensor, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(kernels("feature_rows", features.device).sort_pairs(features, tokens, d_sae))  # type: ignore[return-value]
+    return tuple(kernels("feature_rows", features.device, torch.float32).sort_pairs(features, tokens, d_sae))  # type: ignore[return-value]
 
 
 @_sort_pairs.register_fake
@@ -69,7 +71,8 @@ def _adam_rows(
     lazy: bool,
 ) -> None:
     tables = list(map(Table, params, exp_avgs, exp_avg_sqs, weights, rows, unit_rows))
-    kernels("feature_rows", hyper.device).adam_rows(Pairs(order, tokens, ends), tables, hyper, seed, lazy)
+    dtype = params[0].dtype if params else torch.float32
+    kernels("feature_rows", hyper.device, dtype).adam_rows(Pairs(order, tokens, ends), tables, hyper, seed, lazy)
 
 
 @_adam_rows.register_fake
@@ -86,7 +89,8 @@ def feature_sums(pairs: Pairs, weights: list[Tensor], rows: list[Tensor]) -> lis
 def _feature_sums(
     order: Tensor, tokens: Tensor, ends: Tensor, weights: list[Tensor], rows: list[Tensor]
 ) -> list[Tensor]:
-    return kernels("feature_rows", ends.device).feature_sums(Pairs(order, tokens, ends), weights, rows)
+    dtype = rows[0].dtype if rows else torch.float32
+    return kernels("feature_rows", ends.device, dtype).feature_sums(Pairs(order, tokens, ends), weights, rows)
 
 
 @_feature_sums.register_fake

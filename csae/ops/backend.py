@@ -1,4 +1,7 @@
-"""Which kernels an op runs on: Triton for CUDA tensors, else the portable ones (native inside, on a CPU)."""
+"""Which kernels an op runs on, by device and dtype: the one place that chooses. And how an operator is registered.
+
+On CUDA: `kernels/triton`. On a CPU: `kernels/cpu`, for the dtypes that it knows. Otherwise `kernels/portable`.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,58 @@ import functools
 from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from csae import versions
 from csae.kernels import cpu, triton
+from csae.kernels.cpu import library
+
+_FLOAT32 = (torch.float32,)
+_STORED = (torch.float32, torch.bfloat16)
+_HALF = (torch.float32, torch.bfloat16, torch.float16)
+
+# The modules of `kernels/triton` and of `kernels/cpu`; and the dtypes that the latter know.
+ON_TRITON = ("topk_encode", "sparse_decode", "feature_rows", "lookback_attention")
+ON_CPU = {
+    "topk_encode": _HALF,
+    "sparse_decode": _STORED,
+    "feature_rows": _HALF,
+    "lookback_attention": _HALF,
+    "read_memory": _FLOAT32,
+    "scaled_heads": _FLOAT32,
+    "float_products": _FLOAT32,
+}
 
 
-def kernels(op: str, device: torch.device) -> ModuleType:
-    """The module that implements `op` on `device`."""
-    if device.type == "cuda" and triton.available():
-        versions.check("triton")
-        return import_module(f"csae.kernels.triton.{op}")
-    if device.type == "cpu" and not cpu.available():
+def kernels(op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The module that implements `op` for tensors of `dtype` on `device`."""
+    return _module(place(op, device, dtype), op)
+
+
+def place(op: str, device: torch.device, dtype: torch.dtype) -> Literal["triton", "cpu", "portable"]:
+    """The folder of that module."""
+    if device.type == "cuda" and op in ON_TRITON and triton.available():
+        return "triton"
+    if device.type == "cpu" and dtype in ON_CPU[op]:
+        if cpu.available():
+            return "cpu"
         cpu.warn_once()
-    return import_module(f"csae.kernels.portable.{op}")
+    return "portable"
+
+
+def has_matrix_units() -> bool:
+    """Whether this CPU has units for products of bfloat16 matrices (AMX) that `kernels/cpu` uses."""
+    return library.has_matrix_units()
+
+
+@functools.cache
+def _module(where: str, op: str) -> ModuleType:
+    if where == "triton":
+        versions.check("triton")
+    return import_module(f"csae.kernels.{where}.{op}")
 
 
 def operator(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:

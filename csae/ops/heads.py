@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from csae.kernels.portable import scaled_heads
 
-from .backend import operator, refuse_second_derivative
+from .backend import kernels, operator, place, refuse_second_derivative
 from .checks import refuse_tangents
 
 # What the root mean square of a head's values stays below.
@@ -39,7 +39,7 @@ def value_scale(values: Tensor) -> Tensor:
 
 def _scaled(heads: Tensor, gain: Tensor | None, least: float, weight: float) -> Tensor:
     refuse_tangents(heads, gain)
-    if heads.device.type == "cpu":
+    if place("scaled_heads", heads.device, heads.dtype) == "cpu":
         return _scale_heads(heads, gain, least, weight)[0]
     return _Scaled.apply(heads, gain, least, weight)
 
@@ -64,7 +64,8 @@ class _Scaled(torch.autograd.Function):
 
 @operator("scale_heads")
 def _scale_heads(heads: Tensor, gain: Tensor | None, least: float, weight: float) -> tuple[Tensor, Tensor]:
-    out, scale = scaled_heads.scale_heads(heads, gain, least, weight)
+    by = kernels("scaled_heads", heads.device, heads.dtype)
+    out, scale = by.scale_heads(heads, gain, least, weight)
     return out.contiguous(), scale.contiguous()
 
 
@@ -78,7 +79,8 @@ def _(heads, gain, least, weight):
 def _scale_heads_backward(
     grad: Tensor, heads: Tensor, gain: Tensor | None, scale: Tensor, weight: float
 ) -> tuple[Tensor, Tensor]:
-    d_heads, d_gain = scaled_heads.scale_heads_backward(grad, heads, gain, scale, weight)
+    by = kernels("scaled_heads", heads.device, heads.dtype)
+    d_heads, d_gain = by.scale_heads_backward(grad, heads, gain, scale, weight)
     return d_heads.contiguous(), d_gain
 
 

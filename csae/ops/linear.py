@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from csae.kernels import cpu
-from csae.kernels.portable import on_native
-
-from .backend import operator
+from .backend import has_matrix_units, kernels, operator, place
 from .checks import refuse_tangents
 
 # Where a product has fewer multiplications, or a side is shorter, splitting its numbers costs as much as is gained.
@@ -22,8 +19,12 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     float32: 0.6 to 0.8 of torch's time for 2,048 rows. A compiler gets torch's, which it may fuse.
     """
     rows = x.shape[:-1].numel()
-    floats = not torch.compiler.is_compiling() and on_native(x) and on_native(weight)
-    if not floats or torch.is_autocast_enabled("cpu") or not _worthwhile(rows, *weight.shape):
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+        or {place("float_products", of.device, of.dtype) for of in (x, weight)} != {"cpu"}
+        or not _worthwhile(rows, *weight.shape)
+    ):
         return nn.functional.linear(x, weight)
     refuse_tangents(x, weight)
     return _multiply(x.reshape(rows, x.shape[-1]), weight.T).view(*x.shape[:-1], weight.shape[0])
@@ -31,16 +32,12 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def _worthwhile(*sides: int) -> bool:
     products = sides[0] * sides[1] * sides[2]
-    return min(sides) >= LEAST_SIDE and products >= LEAST_PRODUCTS and cpu.has_matrix_units()
+    return min(sides) >= LEAST_SIDE and products >= LEAST_PRODUCTS and has_matrix_units()
 
 
 @operator("multiply")
 def _multiply(a: Tensor, b: Tensor) -> Tensor:
-    """a [m, k] b [k, n], float32 on a CPU; by torch where one has a number that is out of the units' range."""
-    if not on_native(a):
-        return a @ b
-    found = cpu.multiply(*(matrix if 1 in matrix.stride() else matrix.contiguous() for matrix in (a, b)))
-    return a @ b if found is None else found
+    return kernels("float_products", a.device, a.dtype).multiply(a, b)
 
 
 @_multiply.register_fake

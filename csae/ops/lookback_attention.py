@@ -85,7 +85,7 @@ def document_starts(documents: Tensor) -> Tensor:
 def _lookback_attention(
     q: Tensor, k: Tensor, v: Tensor, slope: Tensor, null: Tensor, mask: Tensor | None, starts: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return kernels("lookback_attention", q.device).forward(q, k, v, slope, null, mask, starts)
+    return kernels("lookback_attention", q.device, q.dtype).forward(q, k, v, slope, null, mask, starts)
 
 
 @_lookback_attention.register_fake
@@ -108,7 +108,7 @@ def _lookback_attention_backward(
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return kernels("lookback_attention", q.device).backward(grad, q, k, v, slope, null, mask, starts, out, lse)
+    return kernels("lookback_attention", q.device, q.dtype).backward(grad, q, k, v, slope, null, mask, starts, out, lse)
 
 
 @_lookback_attention_backward.register_fake

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from csae.kernels.portable.scaled_heads import scale_heads
-
 from .backend import kernels, operator_without_gradient
 from .checks import refuse_tangents
 from .heads import BOUNDED, UNIT
 from .linear import linear
+from .topk_encode import Encode, repeated
 
 # Positions from which on a CUDA graph is worth its capture, which costs about as much as a few positions.
 CAPTURED = 16
@@ -133,13 +131,21 @@ def _recur(
     by = Weights(*weights)
     B, n = mask.shape
     x = None if x is None else x - by.b_dec
+    topk, reads, sums, heads = (
+        kernels(op, memory.device, memory.dtype)
+        for op in ("topk_encode", "read_memory", "sparse_decode", "scaled_heads")
+    )
     run = _Run(
         weights=by,
         k_mem=k_mem,
         followed=followed,
-        encode=kernels("topk_encode", memory.device).Encoder(by.W_enc, by.b_enc, k, table),
-        attend=kernels("lookback_attention", memory.device),
-        gather=kernels("sparse_decode", memory.device),
+        encode=repeated(
+            *(by.W_enc, by.b_enc, k, table, topk.topk_encode, topk.round_table),
+            lambda *given: topk.encode_by_table(*given),
+        ),
+        read_memory=reads.read_memory,
+        gather_sum=sums.gather_sum,
+        scale_heads=heads.scale_heads,
     )
     chunk = _Chunk(
         x=x,
@@ -155,7 +161,7 @@ def _recur(
     state = memory, takes_part, past, position
     past = replay(run, chunk, *state, _captured) if captured else _loop(run, chunk, *state)
     code = chunk.values.flatten(0, 1), chunk.indices.flatten(0, 1)
-    x_hat = run.gather.gather_sum(*code, by.W_dec).view(chunk.c.shape) + chunk.c + by.b_dec
+    x_hat = run.gather_sum(*code, by.W_dec).view(chunk.c.shape) + chunk.c + by.b_dec
     found = (memory.new_empty(0), chunk.indices.new_empty(0)) if x is None else (chunk.values, chunk.indices)
     return x_hat, *found, chunk.c, chunk.carried, past.clone(memory_format=torch.contiguous_format)
 
@@ -166,18 +172,19 @@ class _Run(NamedTuple):
     weights: Weights
     k_mem: int
     followed: Tensor  # [m]
-    encode: Callable[[Tensor], tuple[Tensor, Tensor]]
-    attend: ModuleType
-    gather: ModuleType
+    encode: Encode
+    read_memory: Callable[..., Tensor]
+    gather_sum: Callable[[Tensor, Tensor, Tensor], Tensor]
+    scale_heads: Callable[..., tuple[Tensor, Tensor]]
 
     def queries(self, query: Tensor) -> Tensor:
         """query [..., d_in] -> [..., n_heads, d_head]."""
-        return scale_heads(self._heads(query, self.weights.W_Q), self.weights.gain, *UNIT)[0]
+        return self.scale_heads(self._heads(query, self.weights.W_Q), self.weights.gain, *UNIT)[0]
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """memory [..., d_memory] -> keys [..., n_heads, d_head], values [..., n_heads, d_value], and their scale."""
         keys, values = self._heads(memory, self.weights.W_K), self._heads(memory, self.weights.W_V)
-        return scale_heads(keys, None, *UNIT)[0], *scale_heads(values, None, *BOUNDED)
+        return self.scale_heads(keys, None, *UNIT)[0], *self.scale_heads(values, None, *BOUNDED)
 
     def _heads(self, x: Tensor, W: Tensor) -> Tensor:
         return linear(x, W).unflatten(-1, (len(self.weights.slope), -1))
@@ -214,7 +221,7 @@ def _position(
     by, followed = run.weights, run.followed
     H = len(by.slope)
     query = run.queries(past) if here.queries is None else here.queries
-    read = run.attend.read_memory(query, memory, takes_part, by.slope, by.null, here.starts, here.mask, t)
+    read = run.read_memory(query, memory, takes_part, by.slope, by.null, here.starts, here.mask, t)
     if len(followed):
         heads = read.unflatten(-1, (H, -1))
         d_value = heads.shape[-1] - len(followed)
@@ -226,13 +233,13 @@ def _position(
         here.values.copy_(values.masked_fill_(~here.mask[:, None], 0))
         here.indices.copy_(indices)
     values, indices = here.values[:, : run.k_mem], here.indices[:, : run.k_mem]
-    keys, heads, scale = run.keys_values(run.gather.gather_sum(values, indices, by.W_mem))
+    keys, heads, scale = run.keys_values(run.gather_sum(values, indices, by.W_mem))
     if len(followed):
         activity = torch.where(indices.unsqueeze(-1) == followed, values.unsqueeze(-1), 0).sum(dim=1)  # [B, m]
         heads = torch.cat([heads, scale * activity.unsqueeze(1)], dim=-1)
     left = torch.cat([keys.flatten(-2), heads.flatten(-2)], dim=-1)
     if here.queries is None:
-        past = run.gather.gather_sum(here.values, here.indices, by.W_dec) + here.c
+        past = run.gather_sum(here.values, here.indices, by.W_dec) + here.c
     return left, past
 
 

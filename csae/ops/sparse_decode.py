@@ -48,7 +48,7 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
 @operator("sparse_decode")
 def _sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     pairs = _pairs(indices)
-    out = kernels("sparse_decode", values.device).gather_sum(values.reshape(pairs.shape), pairs, W_dec)
+    out = kernels("sparse_decode", values.device, values.dtype).gather_sum(values.reshape(pairs.shape), pairs, W_dec)
     return out.view(*values.shape[:-1], W_dec.shape[1])
 
 
@@ -62,7 +62,7 @@ def _sparse_decode_backward(
     grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, need_values: bool, need_W: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of values and W_dec; one that is not needed comes back empty."""
-    sums = kernels("sparse_decode", values.device)
+    sums = kernels("sparse_decode", values.device, values.dtype)
     pairs = _pairs(indices)
     rows = grad.reshape(pairs.shape[0], W_dec.shape[1])
     return (

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from csae.kernels.portable import topk_coarse
-from csae.kernels.portable import topk_encode as portable
-from csae.kernels.portable.topk_coarse import LEAST_ROWS
+from csae.kernels.cpu import topk_coarse
+from csae.kernels.cpu.topk_coarse import LEAST_ROWS
 
-from .backend import kernels, operator, refuse_second_derivative
+from .backend import kernels, operator, place, refuse_second_derivative
 from .checks import autocast_to, check_floats, check_k, check_shape, check_tensor, refuse_tangents
 
 
@@ -57,7 +57,7 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor
 @operator("topk_encode")
 def _topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    values, indices = kernels("topk_encode", x.device).topk_encode(rows, W_enc, b_enc, k)
+    values, indices = kernels("topk_encode", x.device, x.dtype).topk_encode(rows, W_enc, b_enc, k)
     return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
 
 
@@ -85,13 +85,13 @@ def _topk_encode_backward(
     d_sae, d_in = W_enc.shape
     d_x, d_W, d_b = (x.new_empty(0) for _ in range(3))
     if need_x:
-        d_x = kernels("sparse_decode", x.device).gather_sum(grad, indices, W_enc).view(x.shape)
+        d_x = kernels("sparse_decode", x.device, x.dtype).gather_sum(grad, indices, W_enc).view(x.shape)
     if need_W or need_b:
         n, k = indices.shape
         rows = {"W": x.reshape(n, d_in)} if need_W else {}
         rows |= {"b": x.new_ones(n, 1)} if need_b else {}
         tokens = torch.arange(n, device=x.device).unsqueeze(1).expand(n, k)
-        sums = kernels("feature_rows", x.device)
+        sums = kernels("feature_rows", x.device, x.dtype)
         pairs = sums.sort_pairs(indices.reshape(-1), tokens.reshape(-1), d_sae)
         found = sums.feature_sums(pairs, [grad.reshape(-1)] * len(rows), list(rows.values()))
         gradients = dict(zip(rows, found, strict=True))
@@ -128,26 +128,46 @@ def _backward(ctx, grad_values, _grad_indices):
 _topk_encode.register_autograd(_backward, setup_context=_setup_context)
 
 
-def encoder(W_enc: Tensor, b_enc: Tensor, k: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def encoder(W_enc: Tensor, b_enc: Tensor, k: int) -> Encode:
     """`topk_encode` by the same weights again and again: what can be made of them once is made once. No gradient flows.
 
     Returns:
         what makes values and indices [..., k] of x [..., d_in]. It is of the weights as they are now.
     """
     W_enc, b_enc = autocast_to(W_enc.detach(), b_enc.detach())
-    encoded, table, last = 0, None, None
+
+    def by_table(x: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        check_floats(x=x, W_enc=W_enc, b_enc=b_enc)
+        check_shape("W_enc", W_enc, (None, x.shape[-1]), "[d_sae, d_in]")
+        return _encode_by_table(x, *given)
+
+    encode = repeated(W_enc, b_enc, k, [], topk_encode, _round_table, by_table)
+    return lambda x: encode(*autocast_to(x.detach()))
+
+
+def repeated(
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    table: list[Tensor],
+    topk_encode: Callable[..., tuple[Tensor, Tensor]],
+    round_table: Callable[..., list[Tensor]],
+    encode_by_table: Callable[..., tuple[Tensor, Tensor, Tensor]],
+) -> Encode:
+    """`encoder` from its three parts, operators or kernels. table: the `round_table` of the weights, if it was made."""
+    encoded, last = LEAST_ROWS if table else 0, None
 
     def encode(x: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal encoded, table, last
-        (x,) = autocast_to(x.detach())
-        encoded += x.shape[:-1].numel()
-        if table is None and encoded >= LEAST_ROWS:
-            table = round_table(W_enc, b_enc, k)
+        if encoded < LEAST_ROWS:
+            encoded += x.shape[:-1].numel()
+            table = round_table(W_enc, b_enc, k) if encoded >= LEAST_ROWS else []
         if not table:
             return topk_encode(x, W_enc, b_enc, k)
-        check_floats(x=x, W_enc=W_enc, b_enc=b_enc)
-        check_shape("W_enc", W_enc, (None, x.shape[-1]), "[d_sae, d_in]")
-        values, indices, last = _encode_by_table(x, W_enc, b_enc, k, table, last)
+        values, indices, last = encode_by_table(x, W_enc, b_enc, k, table, last)
         return values, indices
 
     return encode
@@ -160,12 +180,12 @@ def round_table(W_enc: Tensor, b_enc: Tensor, k: int) -> list[Tensor]:
 
 @operator("round_table")
 def _round_table(W_enc: Tensor, b_enc: Tensor, k: int) -> list[Tensor]:
-    return portable.round_table(W_enc, b_enc, k)  # only a CPU's units gain by it
+    return kernels("topk_encode", W_enc.device, W_enc.dtype).round_table(W_enc, b_enc, k)
 
 
 @_round_table.register_fake
 def _(W_enc: Tensor, b_enc: Tensor, k: int) -> list[Tensor]:
-    if not topk_coarse.worthwhile(W_enc, k):
+    if place("topk_encode", W_enc.device, W_enc.dtype) != "cpu" or not topk_coarse.worthwhile(W_enc, k):
         return []
     tables = W_enc, W_enc[:: topk_coarse.every(k)]
     return [of for rows in tables for of in topk_coarse.like_rounded(rows)]
@@ -176,7 +196,8 @@ def _encode_by_table(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, table: list[Tensor], last: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    values, indices, reached = portable.encode_by_table(rows, W_enc, b_enc, k, table, last)
+    by = kernels("topk_encode", x.device, x.dtype)
+    values, indices, reached = by.encode_by_table(rows, W_enc, b_enc, k, table, last)
     return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k), reached
 
 
@@ -223,7 +244,7 @@ def with_encode_gradient(x: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor
 @operator("encode_and_keep")
 def _encode_and_keep(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    values, indices, kept = kernels("topk_encode", x.device).encode_and_keep(rows, W_enc, b_enc, k)
+    values, indices, kept = kernels("topk_encode", x.device, x.dtype).encode_and_keep(rows, W_enc, b_enc, k)
     return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k), kept
 
 
@@ -238,7 +259,7 @@ def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor, 
 @operator("encode_again", ("kept",))
 def _encode_again(kept: Tensor, a: Tensor, W_a: Tensor, k: int) -> tuple[Tensor, Tensor]:
     rows = a.reshape(a.shape[:-1].numel(), a.shape[-1])
-    values, indices = kernels("topk_encode", a.device).encode_again(kept, rows, W_a, k)
+    values, indices = kernels("topk_encode", a.device, a.dtype).encode_again(kept, rows, W_a, k)
     return values.view(*a.shape[:-1], k), indices.view(*a.shape[:-1], k)
 
 

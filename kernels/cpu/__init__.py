@@ -1,50 +1,19 @@
 """The native CPU kernels: C++ in src/, built into one shared library and called through ctypes.
 
-Ask `available()` first. If it is False, `why_not()` says why, and all functions here raise RuntimeError. The same
-functions in `csae.kernels.portable` then do the work in PyTorch.
+One file per op, with the same functions as `csae.kernels.portable`, for fewer dtypes. Ask `available()` first. If it is
+False, `why_not()` says why, and all functions raise RuntimeError.
+
+topk_encode          the encoder: torch's product and a streaming top-k (topk_rows), or a product on matrix units
+                     (topk_coarse, round_rows)
+sparse_decode        the decoder: an embedding bag, and its gradients
+feature_rows         gradients summed per feature, and Adam fused with that sum
+lookback_attention   causal attention with a log-distance bias and a null score
+read_memory          the same for one position, over a key-value cache
+scaled_heads         RMSNorm of heads
+float_products       a bf16x3 GEMM
 """
 
-from .feature_rows import adam_rows, feature_sums, sort_pairs
-from .float_products import multiply
-from .library import available, describe, has_matrix_units, warn_once, why_not
-from .lookback_attention import lookback_backward, lookback_forward
-from .memory import fresh, release
-from .read_memory import read_memory
-from .round_rows import BESIDE, BLOCK, PairedRows, paired_room, round_pairs, round_rows
-from .scaled_heads import scale_heads, scale_heads_backward
-from .sparse_sums import feature_sum, gather_dot, gather_sum
-from .topk_rows import topk_add, topk_add_products, topk_capacity, topk_finish, topk_settle, topk_start
+from .library import available, describe, warn_once, why_not
+from .memory import release
 
-__all__ = [
-    "BESIDE",
-    "BLOCK",
-    "PairedRows",
-    "adam_rows",
-    "available",
-    "describe",
-    "feature_sum",
-    "feature_sums",
-    "fresh",
-    "gather_dot",
-    "gather_sum",
-    "has_matrix_units",
-    "lookback_backward",
-    "lookback_forward",
-    "multiply",
-    "paired_room",
-    "read_memory",
-    "release",
-    "round_pairs",
-    "round_rows",
-    "scale_heads",
-    "scale_heads_backward",
-    "sort_pairs",
-    "topk_add",
-    "topk_add_products",
-    "topk_capacity",
-    "topk_finish",
-    "topk_settle",
-    "topk_start",
-    "warn_once",
-    "why_not",
-]
+__all__ = ["available", "describe", "release", "warn_once", "why_not"]

@@ -8,8 +8,17 @@ from torch import Tensor
 from .library import TYPES
 from .memory import fresh
 
-# The dtypes that a function accepts if it takes any of TYPES.
+# The dtypes that native code reads and writes.
 STORED = tuple(TYPES)
+# The dtypes that are float32 to native code, by a copy if need be.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def with_rows(tensor: Tensor) -> Tensor:
+    """The tensor, its last dimension contiguous, as native code takes it; copied only if it is not so already."""
+    if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)  # contiguous() keeps any strides where it is empty
 
 
 def check_strided(

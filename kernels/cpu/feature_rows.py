@@ -1,8 +1,8 @@
 """Pairs sorted by feature, gradients summed from their factors, and Adam fused with that sum: on the CPU.
 
-`csae.kernels.portable.feature_rows` defines these functions, `csae.kernels.pairs` their tensors. Matrices have
-contiguous rows at any stride; vectors are contiguous. Each sum has a fixed order, so results don't depend on the number
-of threads, which is torch.get_num_threads(). TypeError and ValueError name the argument that doesn't fit.
+`csae.kernels.portable.feature_rows` has the same functions, `csae.kernels.pairs` their tensors. Each sum is float32 and
+has a fixed order, so results don't depend on the number of threads, which is torch.get_num_threads(). TypeError and
+ValueError name the argument that doesn't fit.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 from ..pairs import Pairs, Table
-from .arguments import STORED, check_count, check_matrix, check_output, check_strided
+from .arguments import FLOATS, STORED, check_count, check_output, check_strided, with_rows
 from .library import BAD_INDEX, TYPES, AdamStep, AdamTable, DenseGradient, Gradient, SortedPairs, check_status, native
 from .memory import fresh
 
 
 def sort_pairs(features: Tensor, tokens: Tensor, d_sae: int) -> Pairs:
     """features, tokens [P] int64 -> Pairs, stably sorted. Pairs with a feature outside of [0, d_sae) are inactive."""
-    _check_vector("features", features, torch.int64, (None,))
-    _check_vector("tokens", tokens, torch.int64, (features.shape[0],))
+    check_strided("features", features, torch.int64, (None,))
+    check_strided("tokens", tokens, torch.int64, (features.shape[0],))
     check_count("d_sae", d_sae)
+    features, tokens = features.contiguous(), tokens.contiguous()
     pairs = Pairs(torch.empty_like(features), torch.empty_like(tokens), features.new_empty(d_sae + 1))
     status = native().csae_sort_pairs(
         *(features.data_ptr(), tokens.data_ptr(), features.shape[0], d_sae),
@@ -33,31 +34,20 @@ def sort_pairs(features: Tensor, tokens: Tensor, d_sae: int) -> Pairs:
     return pairs
 
 
-def feature_sums(
-    pairs: Pairs, weights: list[Tensor], rows: list[Tensor], out: list[Tensor] | None = None
-) -> list[Tensor]:
-    """weights [P] float32 and rows [N, d] float32 or bfloat16 of each table -> its gradient [d_sae, d] in rows' dtype.
-
-    Gradients go to `out` if given, which must not overlap an input.
-    """
+def feature_sums(pairs: Pairs, weights: list[Tensor], rows: list[Tensor]) -> list[Tensor]:
+    """weights [P] and rows [N, d] of each table -> its gradient [d_sae, d] in rows' dtype."""
     sorted_pairs = _sorted(pairs)
-    gradients = [
-        _gradient(f"weights[{i}]", table_weights, f"rows[{i}]", table_rows, pairs)
-        for i, (table_weights, table_rows) in enumerate(zip(weights, rows, strict=True))
+    named = enumerate(zip(weights, rows, strict=True))
+    factors = [
+        _factors(pairs, f"weights[{i}]", own_weights, f"rows[{i}]", own_rows) for i, (own_weights, own_rows) in named
     ]
-    if out is None:
-        out = [fresh((sorted_pairs.d_sae, table_rows.shape[1]), table_rows.dtype) for table_rows in rows]
-    for i, (table_out, table_rows) in enumerate(zip(out, rows, strict=True)):
-        check_output(f"out[{i}]", table_out, table_rows.dtype, (sorted_pairs.d_sae, table_rows.shape[1]))
-    dense = [
-        DenseGradient(gradient, table_out.data_ptr(), table_out.stride(0))
-        for gradient, table_out in zip(gradients, out, strict=True)
-    ]
+    out = [fresh((sorted_pairs.d_sae, stored.shape[1]), stored.dtype) for _, stored in factors]
+    dense = [DenseGradient(_gradient(*own), o.data_ptr(), o.stride(0)) for own, o in zip(factors, out, strict=True)]
     status = native().csae_feature_sums(
         ctypes.byref(sorted_pairs), (DenseGradient * len(dense))(*dense), len(dense), torch.get_num_threads()
     )
     _check("feature_sums", status)
-    return out
+    return [o.to(own_rows.dtype) for o, own_rows in zip(out, rows, strict=True)]
 
 
 def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, lazy: bool) -> None:
@@ -68,9 +58,13 @@ def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, la
     lazy: rows without pairs stay as they are, as in torch.optim.SparseAdam.
     """
     sorted_pairs = _sorted(pairs)
-    natives = [_adam_table(f"tables[{i}]", table, pairs) for i, table in enumerate(tables)]
-    _check_vector("hyper", hyper, torch.float32, (6,))
-    _check_vector("seed", seed, torch.int64, (1,))
+    factors = [
+        _factors(pairs, f"tables[{i}].weights", table.weights, f"tables[{i}].rows", table.rows)
+        for i, table in enumerate(tables)
+    ]
+    natives = [_adam_table(f"tables[{i}]", table, *factors[i], sorted_pairs.d_sae) for i, table in enumerate(tables)]
+    check_strided("hyper", hyper, torch.float32, (6,))
+    check_strided("seed", seed, torch.int64, (1,))
     step = AdamStep(*hyper.tolist(), int(seed) & 0xFFFFFFFF, lazy)
     status = native().csae_adam_rows(
         *(ctypes.byref(sorted_pairs), (AdamTable * len(natives))(*natives), len(natives), ctypes.byref(step)),
@@ -80,39 +74,40 @@ def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, la
 
 
 def _sorted(pairs: Pairs) -> SortedPairs:
-    _check_vector("pairs.order", pairs.order, torch.int64, (None,))
-    _check_vector("pairs.tokens", pairs.tokens, torch.int64, tuple(pairs.order.shape))
-    _check_vector("pairs.ends", pairs.ends, torch.int64, (None,))
+    P = pairs.order.shape[0] if isinstance(pairs.order, Tensor) and pairs.order.ndim else None
+    for name, size in (("order", None), ("tokens", P), ("ends", None)):
+        tensor = getattr(pairs, name)
+        check_strided(f"pairs.{name}", tensor, torch.int64, (size,))
+        if not tensor.is_contiguous():
+            raise ValueError(f"pairs.{name}: given strides {tensor.stride()}; needed a contiguous tensor")
     if pairs.ends.shape[0] == 0:
         raise ValueError("pairs.ends: given no element; needed d_sae + 1")
     return SortedPairs(*(tensor.data_ptr() for tensor in pairs), pairs.order.shape[0], pairs.ends.shape[0] - 1)
 
 
-def _gradient(weights_name: str, weights: Tensor, rows_name: str, rows: Tensor, pairs: Pairs) -> Gradient:
-    _check_vector(weights_name, weights, torch.float32, (pairs.order.shape[0],))
-    check_matrix(rows_name, rows, STORED, (None, None))
+def _factors(pairs: Pairs, weights_name: str, weights: Tensor, rows_name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights and rows of one table as native code takes them: keep them alive as long as it does."""
+    check_strided(weights_name, weights, FLOATS, (pairs.order.shape[0],))
+    check_strided(rows_name, rows, FLOATS, (None, None))
+    return weights.float().contiguous(), with_rows(rows if rows.dtype in STORED else rows.float())
+
+
+def _gradient(weights: Tensor, rows: Tensor) -> Gradient:
     return Gradient(weights.data_ptr(), rows.data_ptr(), rows.stride(0), *rows.shape, TYPES[rows.dtype])
 
 
-def _adam_table(name: str, table: Table, pairs: Pairs) -> AdamTable:
-    gradient = _gradient(f"{name}.weights", table.weights, f"{name}.rows", table.rows, pairs)
-    shape = (pairs.ends.shape[0] - 1, table.rows.shape[1])
+def _adam_table(name: str, table: Table, weights: Tensor, rows: Tensor, d_sae: int) -> AdamTable:
+    shape = (d_sae, rows.shape[1])
     check_output(f"{name}.param", table.param, torch.float32, shape)
     check_output(f"{name}.exp_avg", table.exp_avg, STORED, shape)
     check_output(f"{name}.exp_avg_sq", table.exp_avg_sq, table.exp_avg.dtype, shape)
     updated = table[:3]
     return AdamTable(
-        gradient,
+        _gradient(weights, rows),
         *(tensor.data_ptr() for tensor in updated),
         *(tensor.stride(0) for tensor in updated),
         *(TYPES[table.exp_avg.dtype], table.unit_rows),
     )
-
-
-def _check_vector(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
-    check_strided(name, tensor, dtype, shape)
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name}: given strides {tensor.stride()}; needed a contiguous tensor")
 
 
 def _check(function: str, status: int) -> None:

@@ -1,7 +1,4 @@
-"""Look-back attention of one position of each of B sequences to its memory of earlier positions: float32.
-
-In language models this is decoding with a key-value cache; here the cache is a ring buffer.
-"""
+"""`csae.kernels.portable.read_memory`, in float32 on the CPU."""
 
 from __future__ import annotations
 
@@ -22,9 +19,9 @@ def read_memory(
     null: Tensor,
     start: Tensor,
     looks: Tensor,
-    t: int,
+    t: int | Tensor,
 ) -> Tensor:
-    """As `csae.kernels.portable.lookback_attention.read_memory`, which explains the arguments.
+    """As `csae.kernels.portable.read_memory`, which explains the arguments.
 
     The result doesn't depend on the number of threads, which is torch.get_num_threads(). TypeError and ValueError
     name the argument that doesn't fit.
@@ -40,6 +37,7 @@ def read_memory(
     check_strided("looks", looks, torch.bool, (B,))
     if H == 0 or d_head == 0 or width % H or width < H * d_head:
         raise ValueError(f"memory: given rows of {width}; needed n_heads * (d_head + d_value) with q {list(q.shape)}")
+    t = int(t)
     if t < 0:
         raise ValueError(f"t: given {t}; needed a position, 0 or more")
     d_value = width // H - d_head

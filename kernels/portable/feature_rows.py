@@ -4,7 +4,7 @@ sort_pairs     (feature, token) pairs by feature: a run of tokens a feature
 feature_sums   the gradients themselves, where they are wanted dense
 adam_rows      the step of Adam, in place
 
-Each sum has a fixed order. On a CPU the native library does the work where it is loaded and knows the dtype.
+Each sum has a fixed order.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from .. import cpu
 from ..pairs import Pairs, Table
-from . import on_native, with_rows
 
 LOW_32 = 0xFFFFFFFF
 # A row is divided by no less: one of zeros stays as it is.
@@ -24,8 +22,6 @@ LEAST_NORM = 1e-12
 
 def sort_pairs(features: Tensor, tokens: Tensor, d_sae: int) -> Pairs:
     """features, tokens [P] int64 -> Pairs; stable. A feature outside of [0, d_sae) is inactive, and comes last."""
-    if on_native(features, torch.int64):
-        return cpu.sort_pairs(features.contiguous(), tokens.contiguous(), d_sae)
     keys = torch.where((features >= 0) & (features < d_sae), features, d_sae)
     keys, order = keys.sort(stable=True)
     ends = torch.searchsorted(keys, torch.arange(d_sae + 1, device=keys.device))
@@ -34,8 +30,6 @@ def sort_pairs(features: Tensor, tokens: Tensor, d_sae: int) -> Pairs:
 
 def feature_sums(pairs: Pairs, weights: list[Tensor], rows: list[Tensor]) -> list[Tensor]:
     """weights [P] and rows [N, d] of each table -> its gradient [d_sae, d], in rows' dtype."""
-    if all(on_native(own, torch.float32, torch.bfloat16) for own in rows):
-        return cpu.feature_sums(pairs, list(map(_native_weights, weights)), list(map(_native_rows, rows)))
     return [
         _feature_sum(pairs, own_weights, own_rows).to(own_rows.dtype)
         for own_weights, own_rows in zip(weights, rows, strict=True)
@@ -50,26 +44,12 @@ def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, la
     lazy: a row without a pair is left as it is, as torch.optim.SparseAdam does (whose eps is outside of the
     correction: pass eps / sqrt(1 - beta2^t)). Otherwise each row is updated, as torch.optim.Adam does.
     """
-    if all(on_native(table.param) for table in tables):
-        factors = [
-            table._replace(weights=_native_weights(table.weights), rows=_native_rows(table.rows)) for table in tables
-        ]
-        cpu.adam_rows(pairs, factors, hyper, seed, lazy)
-        return
     touched = (pairs.ends.diff() > 0)[:, None] if lazy else None
     for table in tables:
         gradient = _feature_sum(pairs, table.weights, table.rows).to(table.param.dtype)
         updated = (table.param, table.exp_avg, table.exp_avg_sq)
         for old, new in zip(updated, _adam(table, gradient, hyper, seed), strict=True):
             old.copy_(new if touched is None else torch.where(touched, new, old))
-
-
-def _native_weights(weights: Tensor) -> Tensor:
-    return weights.float().contiguous()
-
-
-def _native_rows(rows: Tensor) -> Tensor:
-    return with_rows(rows if rows.dtype == torch.bfloat16 else rows.float())
 
 
 def _adam(table: Table, gradient: Tensor, hyper: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:

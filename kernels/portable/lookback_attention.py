@@ -11,11 +11,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .. import cpu
-from . import on_native
-
-# What the native library takes; half precision as float32, a small copy beside the scores that are never written.
-NATIVE = (torch.float32, torch.bfloat16, torch.float16)
 # Scores of one block of queries.
 WORKSPACE_BYTES = 16 << 20
 
@@ -26,9 +21,6 @@ def forward(
     """q, k [B, T, H, d_head], v [B, T, H, d_value], slope, null [H], mask [B, T] bool, starts [B, T]
     -> out [B, T, H, d_value] in v's dtype, lse [B, H, T] (float32, or float64 for float64 input).
     """
-    if on_native(q, *NATIVE):
-        out, lse = cpu.lookback_forward(*_floats(q, k, v, slope, null), mask, starts)
-        return out.to(v.dtype), lse
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     B, T, H = v.shape[:3]
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
@@ -57,10 +49,6 @@ def backward(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, slope and null, each in its own dtype."""
-    if on_native(q, *NATIVE):
-        found = cpu.lookback_backward(grad_out.float(), *_floats(q, k, v, slope, null), mask, starts, out.float(), lse)
-        d_q, d_k, d_v, d_slope, d_null = found
-        return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), d_slope.to(slope.dtype), d_null.to(null.dtype)
     wide = lse.dtype
     B, T, H, d_head = q.shape
     scale = 1 / math.sqrt(d_head)
@@ -88,46 +76,6 @@ def backward(
         d_slope.to(slope.dtype),
         d_null.to(null.dtype),
     )
-
-
-def read_memory(
-    q: Tensor,
-    memory: Tensor,
-    takes_part: Tensor,
-    slope: Tensor,
-    null: Tensor,
-    start: Tensor,
-    looks: Tensor,
-    t: int | Tensor,
-) -> Tensor:
-    """Position t of B sequences looks at the positions before it: forward, for one position at a time.
-
-    t: a number, or a tensor [1] int64, so that a CUDA graph can be run again for the next position.
-
-    q [B, H, d_head]; memory [B, L, H * (d_head + d_value)]: the keys of all heads, then their values, of position j
-    in row j % L; takes_part [B, L] bool: which may be looked at; start [B]: the first position in sight; looks [B]
-    bool: which sequences look at all -> [B, H * d_value] in memory's dtype. What is more than L back is forgotten.
-    """
-    if on_native(memory) and isinstance(t, int):
-        return cpu.read_memory(q, memory, takes_part, slope, null, start, looks, t)
-    B, H, d_head = q.shape
-    room = min(t, memory.shape[1]) if isinstance(t, int) else memory.shape[1]
-    rows = torch.arange(room, device=q.device)
-    distance = 1 + (t - 1 - rows) % memory.shape[1]
-    visible = takes_part[:, :room] & (rows < t) & (t - distance >= start[:, None]) & looks[:, None]
-    keys = memory[:, :room, : H * d_head].unflatten(2, (H, d_head))  # [B, room, H, d_head]
-    values = memory[:, :room, H * d_head :].unflatten(2, (H, -1))
-    scores = torch.einsum("bhd,bjhd->bhj", q, keys) * (1 / math.sqrt(d_head))
-    scores -= slope[:, None] * distance.to(scores.dtype).log()
-    scores.masked_fill_(~visible[:, None], -math.inf)
-    weights = torch.cat([scores, null[:, None].expand(B, H, 1)], dim=2).softmax(dim=2)[:, :, :room]
-    return torch.einsum("bhj,bjhd->bhd", weights, values).flatten(1)
-
-
-def _floats(
-    q: Tensor, k: Tensor, v: Tensor, slope: Tensor, null: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return q.float(), k.float(), v.float(), slope.float(), null.float()
 
 
 def _query_blocks(B: int, T: int, H: int) -> Iterator[slice]:

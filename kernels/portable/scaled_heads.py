@@ -1,12 +1,9 @@
-"""Heads brought to a length, and the gradients of that: on a CPU by the native library, in one pass each way."""
+"""RMSNorm of each head with an optional gain, and its gradients."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from .. import cpu
-from . import on_native
 
 
 def scale_heads(heads: Tensor, gain: Tensor | None, least: float, weight: float) -> tuple[Tensor, Tensor]:
@@ -14,8 +11,6 @@ def scale_heads(heads: Tensor, gain: Tensor | None, least: float, weight: float)
 
     scale is (least + weight * mean square of the head)^(-1/2), in float32 or wider; a gain that is not given is 1.
     """
-    if _on_native(heads, gain):
-        return cpu.scale_heads(heads.contiguous(), gain, least, weight)
     scale = head_scale(heads, least, weight)
     return (heads * (scale if gain is None else scale * gain.unsqueeze(-1))).to(heads.dtype), scale
 
@@ -24,13 +19,10 @@ def scale_heads_backward(
     grad: Tensor, heads: Tensor, gain: Tensor | None, scale: Tensor, weight: float
 ) -> tuple[Tensor, Tensor]:
     """grad [..., H, d] of what `scale_heads` gave -> the gradient of heads, and that of gain [H], also if not given."""
-    if _on_native(heads, gain) and grad.dtype == torch.float32:
-        d_heads, d_gains = cpu.scale_heads_backward(grad.contiguous(), heads.contiguous(), gain, scale, weight)
-    else:
-        d_gains = (grad * heads).sum(dim=-1, keepdim=True) * scale
-        factor = scale if gain is None else scale * gain.unsqueeze(-1)
-        along = d_gains * (factor * scale * (-weight / heads.shape[-1]))
-        d_heads = torch.addcmul(grad * factor, heads, along).to(heads.dtype)
+    d_gains = (grad * heads).sum(dim=-1, keepdim=True) * scale
+    factor = scale if gain is None else scale * gain.unsqueeze(-1)
+    along = d_gains * (factor * scale * (-weight / heads.shape[-1]))
+    d_heads = torch.addcmul(grad * factor, heads, along).to(heads.dtype)
     d_gain = d_gains.squeeze(-1).flatten(0, -2).sum(dim=0)
     return d_heads, d_gain if gain is None else d_gain.to(gain.dtype)
 
@@ -40,7 +32,3 @@ def head_scale(heads: Tensor, least: float, weight: float) -> Tensor:
     wide = torch.promote_types(heads.dtype, torch.float32)
     norms = torch.linalg.vector_norm(heads, dim=-1, keepdim=True, dtype=wide)
     return torch.rsqrt(least + norms.square() * (weight / heads.shape[-1]))
-
-
-def _on_native(heads: Tensor, gain: Tensor | None) -> bool:
-    return on_native(heads) and 0 not in heads.shape[-2:] and (gain is None or gain.dtype == torch.float32)

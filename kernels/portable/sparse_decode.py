@@ -14,17 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from .. import cpu
-from . import on_native, with_rows
-
 # Gathered rows [chunk, k, d] held at a time.
 WORKSPACE_BYTES = 16 << 20
 
 
 def gather_sum(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
     """values [n, k], indices [n, k] int64, table [d_sae, d] -> [n, d] in table's dtype."""
-    if on_native(table, torch.float32, torch.bfloat16):
-        return cpu.gather_sum(with_rows(values.float()), with_rows(indices), with_rows(table))
     _check_range(indices, table.shape[0])
     n, k = indices.shape
     if n == 0 or k == 0 or table.shape[1] == 0:
@@ -45,8 +40,6 @@ def _gather_sum_wide(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
 
 def gather_dot(grad: Tensor, indices: Tensor, table: Tensor) -> Tensor:
     """grad [n, d], indices [n, k] int64, table [d_sae, d] -> [n, k] in grad's dtype."""
-    if on_native(table, torch.float32, torch.bfloat16):
-        return cpu.gather_dot(with_rows(grad.float()), with_rows(indices), with_rows(table)).to(grad.dtype)
     _check_range(indices, table.shape[0])
     out = grad.new_empty(indices.shape)
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
@@ -58,8 +51,6 @@ def gather_dot(grad: Tensor, indices: Tensor, table: Tensor) -> Tensor:
 
 def feature_sum(values: Tensor, indices: Tensor, rows: Tensor, d_sae: int) -> Tensor:
     """values [n, k], indices [n, k] int64, rows [n, d] -> [d_sae, d] in rows' dtype; zero where none is active."""
-    if on_native(rows, torch.float32, torch.bfloat16):
-        return cpu.feature_sum(with_rows(values.float()), with_rows(indices), with_rows(rows), d_sae)
     _check_range(indices, d_sae)
     n, k = indices.shape
     if n == 0 or k == 0 or rows.shape[1] == 0:

@@ -53,9 +53,6 @@ _LN2 = tl.constexpr(math.log(2))
 _PAD = tl.constexpr(128)  # every BLOCK_T and BLOCK_J divides this
 _ON_AMD = torch.version.hip is not None
 
-# With one position a sequence there is nothing to tile: plain PyTorch does as well.
-read_memory = portable.read_memory
-
 
 @triton.jit
 def _rows(ptr, window, head, o_t, o_d, stride_b, stride_t, stride_h, UNIT: tl.constexpr):

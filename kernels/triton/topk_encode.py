@@ -37,13 +37,11 @@ H100 was measured to reach, 798 TFLOP/s in bf16 and 3.0 TB/s. The shapes are tho
 A n=8192, d_in=768, d_sae=32768, k=32; B 8192, 2304, 65536, 64; C 8192, 4096, 131072, 64.
 """
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import triton
 from torch import Tensor
 
+from ..portable.topk_encode import round_table as round_table
 from . import tuning
 from .topk_merge import merge_ranges, ordered
 from .topk_product import GROUP, best_product, launch_product, product_variant
@@ -96,11 +94,6 @@ def topk_encode(
         return x.new_empty(0, k), columns.long()
     search(x, W_enc, bias, keys, columns, product or best_product(x, d_sae))
     return ordered(keys, columns, x.dtype)
-
-
-def Encoder(W_enc: Tensor, b_enc: Tensor, k: int, table: object = ()) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """topk_encode with fixed weights, for repeated use; as the portable one, but there is nothing to prepare."""
-    return partial(topk_encode, W_enc=W_enc, b_enc=b_enc, k=k)
 
 
 def search(

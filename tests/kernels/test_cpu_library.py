@@ -14,6 +14,7 @@ import torch
 
 from csae.kernels import cpu
 from csae.kernels.cpu import library
+from csae.kernels.cpu.topk_rows import topk_add, topk_start
 
 needs_library = pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_not()))
 
@@ -39,9 +40,10 @@ def test_one_openmp_runtime_in_the_process() -> None:
     script = """
 import re, torch
 from csae.kernels import cpu
+from csae.kernels.cpu.topk_rows import topk_add, topk_start
 torch.set_num_threads(2)
 x = torch.randn(512, 512) @ torch.randn(512, 4096)
-cpu.topk_add(cpu.topk_start(512, 4096, 8), x, torch.zeros(4096), 0)
+topk_add(topk_start(512, 4096, 8), x, torch.zeros(4096), 0)
 print(cpu.describe()["openmp"])
 files = {line.split()[-1] for line in open("/proc/self/maps")}
 print(sorted(file for file in files if re.search(r"/lib(g|i|)omp[^/]*$", file)))
@@ -59,7 +61,7 @@ def test_a_missing_library_is_said_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert re.search(r"was not built.*install a C\+\+17 compiler.*pip install", str(cpu.why_not()))
     assert cpu.describe()["library"] is None
     with pytest.raises(RuntimeError, match="was not built"):
-        cpu.topk_add(cpu.topk_start(3, 10, 1), torch.zeros(3, 10), torch.zeros(10), 0)
+        topk_add(topk_start(3, 10, 1), torch.zeros(3, 10), torch.zeros(10), 0)
     with pytest.warns(RuntimeWarning, match="slower PyTorch path.*was not built"):
         cpu.warn_once()
     with warnings.catch_warnings():

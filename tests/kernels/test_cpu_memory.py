@@ -28,15 +28,15 @@ def _nothing_kept() -> Iterator[None]:
 
 
 def test_given_out_again_when_it_is_gone() -> None:
-    tensor = cpu.fresh(SHAPE, torch.float32)
+    tensor = memory.fresh(SHAPE, torch.float32)
     assert tensor.shape == SHAPE
     assert tensor.dtype == torch.float32
     assert tensor.is_contiguous()
     tensor.fill_(1)
     address = tensor.data_ptr()
-    assert cpu.fresh(SHAPE, torch.float32).data_ptr() != address
+    assert memory.fresh(SHAPE, torch.float32).data_ptr() != address
     del tensor
-    again = cpu.fresh((1 << 20, 18), torch.bfloat16)  # as large, whatever it is
+    again = memory.fresh((1 << 20, 18), torch.bfloat16)  # as large, whatever it is
     assert again.data_ptr() == address
     assert again.dtype == torch.bfloat16
     assert again.shape == (1 << 20, 18)
@@ -59,24 +59,24 @@ def as_gradient(tensor: Tensor) -> Tensor:
     ],
 )
 def test_not_given_out_while_something_sees_it(hold: Callable[[Tensor], Any], look: Callable[[Any], float]) -> None:
-    tensor = cpu.fresh(SHAPE, torch.float32).fill_(3)
+    tensor = memory.fresh(SHAPE, torch.float32).fill_(3)
     address, held = tensor.data_ptr(), hold(tensor)
     del tensor
-    other = cpu.fresh(SHAPE, torch.float32).fill_(0)
+    other = memory.fresh(SHAPE, torch.float32).fill_(0)
     assert other.data_ptr() != address
     assert look(held) == 3
     del held
-    assert cpu.fresh(SHAPE, torch.float32).data_ptr() == address
+    assert memory.fresh(SHAPE, torch.float32).data_ptr() == address
 
 
 def test_only_so_much_is_kept() -> None:
-    tensors = [cpu.fresh(SHAPE, torch.float32) for _ in range(6)]
+    tensors = [memory.fresh(SHAPE, torch.float32) for _ in range(6)]
     assert len({tensor.data_ptr() for tensor in tensors}) == 6
     del tensors
     assert len(memory._free) == 4
-    del_me = cpu.fresh((memory.MOST_BYTES + 1,), torch.int8)
+    del_me = memory.fresh((memory.MOST_BYTES + 1,), torch.int8)
     del del_me
-    small = cpu.fresh((100, 100), torch.float32)
+    small = memory.fresh((100, 100), torch.float32)
     del small
     assert len(memory._free) == 4
     assert all(len(block) == 36 << 20 for block in memory._free)
@@ -86,11 +86,11 @@ def test_only_so_much_is_kept() -> None:
 
 def test_blocks_of_other_sizes_are_left() -> None:
     sizes = (33, 47, 61)
-    tensors = [cpu.fresh((size << 20,), torch.int8) for size in sizes]
+    tensors = [memory.fresh((size << 20,), torch.int8) for size in sizes]
     addresses = [tensor.data_ptr() for tensor in tensors]
     tensors.clear()
-    assert [cpu.fresh((size << 20,), torch.int8).data_ptr() for size in sizes] == addresses
-    assert cpu.fresh((50 << 20,), torch.int8).data_ptr() not in addresses
+    assert [memory.fresh((size << 20,), torch.int8).data_ptr() for size in sizes] == addresses
+    assert memory.fresh((50 << 20,), torch.int8).data_ptr() not in addresses
 
 
 def test_a_training_step_of_plain_autograd_faults_no_page() -> None:
@@ -117,9 +117,9 @@ def test_the_memory_is_a_process_s_own() -> None:
     """A child that was forked writes to a copy."""
     program = """
 import os, torch
-from csae.kernels import cpu
+from csae.kernels.cpu import memory
 torch.set_num_threads(1)  # a child has no other
-tensor = cpu.fresh((9, 1 << 20), torch.float32).fill_(1)
+tensor = memory.fresh((9, 1 << 20), torch.float32).fill_(1)
 if os.fork() == 0:
     tensor.fill_(2)
     os._exit(0)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from csae.kernels import cpu
-from csae.kernels.portable import lookback_attention as portable
+from csae.kernels.cpu.read_memory import read_memory
+from csae.kernels.portable import read_memory as portable
 
 if not cpu.available():
     pytest.skip(f"native library: {cpu.why_not()}", allow_module_level=True)
@@ -49,14 +50,14 @@ def test_equal_to_the_plain_one(shape: tuple[int, ...]) -> None:
     given = inputs(*shape)
     wide = [of.double() if isinstance(of, Tensor) and of.is_floating_point() else of for of in given]
     expected = portable.read_memory(*wide)  # type: ignore[arg-type]
-    torch.testing.assert_close(cpu.read_memory(*given).double(), expected, rtol=1e-5, atol=1e-5)  # type: ignore[arg-type]
+    torch.testing.assert_close(read_memory(*given).double(), expected, rtol=1e-5, atol=1e-5)  # type: ignore[arg-type]
 
 
 def test_large_scores_do_not_overflow() -> None:
     given = inputs(2, 30, 2, 8, 4, 30, scale=40)
     wide = [of.double() if isinstance(of, Tensor) and of.is_floating_point() else of for of in given]
     expected = portable.read_memory(*wide)  # type: ignore[arg-type]
-    torch.testing.assert_close(cpu.read_memory(*given).double(), expected, rtol=1e-4, atol=1e-3)  # type: ignore[arg-type]
+    torch.testing.assert_close(read_memory(*given).double(), expected, rtol=1e-4, atol=1e-3)  # type: ignore[arg-type]
 
 
 def test_nan_is_seen_where_it_is_looked_at() -> None:
@@ -66,25 +67,25 @@ def test_nan_is_seen_where_it_is_looked_at() -> None:
     memory[1, 5] = torch.nan
     start, looks = torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=torch.bool)
     takes_part[:] = True
-    seen = cpu.read_memory(q, memory, takes_part, slope, null, start, looks, t)  # type: ignore[arg-type]
+    seen = read_memory(q, memory, takes_part, slope, null, start, looks, t)  # type: ignore[arg-type]
     assert seen[1].isnan().all()
     assert seen[[0, 2]].isfinite().all()
     takes_part[1, 5] = False
-    hidden = cpu.read_memory(q, memory, takes_part, slope, null, start, looks, t)  # type: ignore[arg-type]
+    hidden = read_memory(q, memory, takes_part, slope, null, start, looks, t)  # type: ignore[arg-type]
     assert hidden.isfinite().all()
 
 
 def test_any_strides_and_any_number_of_threads() -> None:
     q, memory, takes_part, slope, null, start, looks, t = inputs(5, 12, 2, 3, 4, 11)
     assert isinstance(memory, Tensor)
-    expected = cpu.read_memory(q, memory, takes_part, slope, null, start, looks, t)  # type: ignore[arg-type]
+    expected = read_memory(q, memory, takes_part, slope, null, start, looks, t)  # type: ignore[arg-type]
     wider = torch.zeros(5, 12, 2, memory.shape[2])
     wider[:, :, 1] = memory
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            found = cpu.read_memory(q, wider[:, :, 1], takes_part, slope, null, start, looks, t)  # type: ignore[arg-type]
+            found = read_memory(q, wider[:, :, 1], takes_part, slope, null, start, looks, t)  # type: ignore[arg-type]
             assert torch.equal(found, expected)
     finally:
         torch.set_num_threads(before)
@@ -105,4 +106,4 @@ def test_bad_arguments(place: int, value: object, error: type[Exception], words:
     given = inputs(2, 5, 3, 7, 9, 4)
     given[place] = value  # type: ignore[call-overload]
     with pytest.raises(error, match=words):
-        cpu.read_memory(*given)  # type: ignore[arg-type]
+        read_memory(*given)  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from torch import Tensor
 from csae import reference
 from csae.kernels import cpu
 from csae.kernels.cpu import library
+from csae.kernels.cpu.topk_rows import topk_add, topk_finish, topk_start
 
 needs_library = pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_not()))
 
@@ -47,12 +48,12 @@ def topk_rows(
 ) -> tuple[Tensor, Tensor]:
     """The k largest of each row, taken in `width` columns at a time."""
     n, d_sae = pre_acts.shape
-    best = cpu.topk_start(n, d_sae, k)
+    best = topk_start(n, d_sae, k)
     bias = torch.zeros(d_sae) if bias is None else bias
     for first in range(0, d_sae, width or d_sae):
         columns = slice(first, first + (width or d_sae))
-        cpu.topk_add(best, pre_acts[:, columns], bias[columns], first)
-    return cpu.topk_finish(best, *out)
+        topk_add(best, pre_acts[:, columns], bias[columns], first)
+    return topk_finish(best, *out)
 
 
 @st.composite
@@ -223,9 +224,9 @@ X = torch.zeros(3, 10)
 )
 def test_topk_rows_refuses(arguments: tuple, error: type[Exception], message: str) -> None:
     def call(pre_acts: Tensor, k: int, out: tuple = ()) -> None:
-        best = cpu.topk_start(3, 10, k)
-        cpu.topk_add(best, pre_acts, torch.zeros(10), 0)
-        cpu.topk_finish(best, *out)
+        best = topk_start(3, 10, k)
+        topk_add(best, pre_acts, torch.zeros(10), 0)
+        topk_finish(best, *out)
 
     with pytest.raises(error, match=message):
         call(*arguments)
@@ -233,23 +234,23 @@ def test_topk_rows_refuses(arguments: tuple, error: type[Exception], message: st
 
 @needs_library
 def test_topk_rows_refuses_what_does_not_belong_together() -> None:
-    best = cpu.topk_start(3, 10, 4)
+    best = topk_start(3, 10, 4)
     with pytest.raises(ValueError, match=r"bias: given shape \[9\]; needed \[10\]"):
-        cpu.topk_add(best, X, torch.zeros(9), 0)
+        topk_add(best, X, torch.zeros(9), 0)
     with pytest.raises(TypeError, match=r"bias: given torch\.float64; needed torch\.float32"):
-        cpu.topk_add(best, X, torch.zeros(10).double(), 0)
+        topk_add(best, X, torch.zeros(10).double(), 0)
     with pytest.raises(ValueError, match=r"topk_add: .*refused"):
-        cpu.topk_add(best, X, torch.zeros(10), 2**31 - 10)
-    cpu.topk_add(best, X[:, :3], torch.zeros(3), 0)
+        topk_add(best, X, torch.zeros(10), 2**31 - 10)
+    topk_add(best, X[:, :3], torch.zeros(3), 0)
     with pytest.raises(ValueError, match=r"topk_finish: .*refused"):
-        cpu.topk_finish(best)  # 3 columns only
+        topk_finish(best)  # 3 columns only
 
 
 @needs_library
 def test_topk_rows_refuses_in_c_too() -> None:
     values, indices = torch.full((3, 2), 7.0), torch.full((3, 2), 7)
-    best = cpu.topk_start(3, 10, 2)
-    cpu.topk_add(best, X, torch.zeros(10), 0)
+    best = topk_start(3, 10, 2)
+    topk_add(best, X, torch.zeros(10), 0)
     good = library.Topk(*(part.data_ptr() for part in best[:4]), 3, 2, best.order.shape[1])
     function = library.native().csae_topk_finish
 

@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import copy
-import sys
-from importlib import import_module
 
 import pytest
 import torch
 from triton_setup import DEVICE, needs_triton, random_normal
 
 from csae import SAE, Adam, ContextualSAE, TopKSAE, contextual_sae
+from csae.ops import backend
 
 pytestmark = needs_triton
-
-CALLERS = [
-    f"csae.ops.{name}" for name in ("topk_encode", "sparse_decode", "lookback_attention", "adam_rows", "recurrence")
-]
 
 
 def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ops take the Triton kernels wherever the tensors are: in the interpreter they are on the CPU."""
-    for name in CALLERS:
-        monkeypatch.setattr(sys.modules[name], "kernels", lambda op, device: import_module(f"csae.kernels.triton.{op}"))
+    monkeypatch.setattr(backend, "place", lambda op, *_: "triton" if op in backend.ON_TRITON else "portable")
 
 
 def on_portable(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in CALLERS:
-        kernels = lambda op, device: import_module(f"csae.kernels.portable.{op}")  # noqa: E731
-        monkeypatch.setattr(sys.modules[name], "kernels", kernels)
+    monkeypatch.setattr(backend, "place", lambda *_: "portable")
 
 
 def make(arch: str) -> SAE:

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from csae import ContextualSAE
 from csae.kernels import cpu
+from csae.kernels.cpu import float_products, library
 from csae.ops import linear
 
 
@@ -18,14 +19,14 @@ def by_units(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     if not cpu.available():
         pytest.skip(str(cpu.why_not()))
     found: list[tuple[int, ...]] = []
-    multiply = cpu.multiply
+    multiply = float_products.multiply
 
-    def noted(a: Tensor, b: Tensor) -> Tensor | None:
+    def noted(a: Tensor, b: Tensor) -> Tensor:
         found.append((*a.shape, b.shape[1]))
         return multiply(a, b)
 
     monkeypatch.setattr(linear, "_worthwhile", lambda *_: True)
-    monkeypatch.setattr(cpu, "multiply", noted)
+    monkeypatch.setattr(float_products, "multiply", noted)
     return found
 
 
@@ -93,11 +94,11 @@ def test_other_dtypes_and_autocast_and_the_compiler_take_torchs(by_units: list[t
 
 
 def test_small_products_take_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "has_matrix_units", lambda: True)
+    monkeypatch.setattr(library, "has_matrix_units", lambda: True)
     assert linear._worthwhile(2048, 256, 256)
     assert not linear._worthwhile(64, 512, 2048)
     assert not linear._worthwhile(128, 256, 256)
-    monkeypatch.setattr(cpu, "has_matrix_units", lambda: False)
+    monkeypatch.setattr(library, "has_matrix_units", lambda: False)
     assert not linear._worthwhile(2048, 256, 256)
 
 

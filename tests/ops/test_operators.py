@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import csae  # registers them
 from csae.kernels import cpu
-from csae.kernels.portable import topk_coarse
+from csae.kernels.cpu import library, topk_coarse
 from csae.ops.recurrence import Weights
 from csae.ops.topk_encode import _round_table
 
@@ -129,7 +129,7 @@ DIFFERENTIABLE += ["multiply"]
 def coarsely(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table of rounded weights is made, whether or not this CPU has units for it."""
     if cpu.available():
-        monkeypatch.setattr(cpu, "has_matrix_units", lambda: True)
+        monkeypatch.setattr(library, "has_matrix_units", lambda: True)
         monkeypatch.setattr(topk_coarse, "LEAST_SAMPLED", 4)
 
 

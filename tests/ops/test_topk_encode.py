@@ -1,4 +1,5 @@
 import math
+from importlib import import_module
 
 import pytest
 import torch
@@ -112,10 +113,10 @@ def test_selection_over_ties_negatives_nan_and_inf(n, d_sae, share, levels, kind
 @pytest.mark.parametrize("tile", [(1000, 5), (7, 5), (3, 1000), (1, 1), (1000, 64)])
 def test_many_tiles_give_what_the_reference_gives(kind, tile, monkeypatch):
     """Tiles of so many rows and columns, down to narrower ones than k."""
-    from csae.kernels.portable import topk_encode as portable
-
     n, d_in, d_sae, k = 37, 8, 150, 6
-    monkeypatch.setattr(portable, "_tile", lambda *given: (min(n, tile[0]), min(d_sae, tile[1])))
+    for place in ("cpu", "portable"):
+        module = import_module(f"csae.kernels.{place}.topk_encode")
+        monkeypatch.setattr(module, "_tile", lambda *given: (min(n, tile[0]), min(d_sae, tile[1])))
     torch.manual_seed(0)
     if kind == "reals":
         x, W, b = (tensor.detach() for tensor in inputs(n, d_in, d_sae))
@@ -133,18 +134,21 @@ def test_many_tiles_give_what_the_reference_gives(kind, tile, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_the_workspace_is_bounded(dtype):
-    from csae.kernels.portable.topk_encode import _tile
+    from csae.kernels.cpu.topk_encode import _tile as native_tile
+    from csae.kernels.cpu.topk_rows import topk_capacity
+    from csae.kernels.portable.topk_encode import _tile as portable_tile
 
+    on_native = cpu.available() and dtype != torch.float64
+    itemsize = 8 if dtype == torch.float64 else 4
     for n in (1, 100, 5_000, 1_000_000):
         for d_sae in (1, 300, 40_000, 1_000_000):
             for k in {1, 32, d_sae}:
                 x = torch.empty(0, dtype=dtype).expand(n, 0)
-                rows, columns = _tile(x, d_sae, min(k, d_sae))
+                given = (x, d_sae, min(k, d_sae)) if on_native else (n, d_sae, min(k, d_sae), itemsize)
+                rows, columns = (native_tile if on_native else portable_tile)(*given)
                 assert 1 <= rows <= n
                 assert 1 <= columns <= d_sae
-                itemsize = 8 if dtype == torch.float64 else 4
-                on_native = cpu.available() and dtype != torch.float64
-                candidates = 8 * cpu.topk_capacity(d_sae, min(k, d_sae)) if on_native else 0
+                candidates = 8 * topk_capacity(d_sae, min(k, d_sae)) if on_native else 0
                 assert rows * (columns * itemsize + candidates) <= 16 << 20 or rows == 1
 
 

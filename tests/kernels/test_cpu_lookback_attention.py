@@ -13,7 +13,7 @@ from torch import Tensor
 
 from csae import reference
 from csae.kernels import cpu
-from csae.kernels.cpu import library
+from csae.kernels.cpu import library, lookback_attention
 from csae.ops.lookback_attention import document_starts
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_not()))
@@ -47,8 +47,8 @@ def native(
 ) -> tuple[Tensor, ...]:
     """out and the gradients of q, k, v, slope, null."""
     starts = None if documents is None else document_starts(documents)
-    out, lse = cpu.lookback_forward(*tensors, mask, starts)
-    return out, *cpu.lookback_backward(grad_out, *tensors, mask, starts, out, lse)
+    out, lse = lookback_attention.forward(*tensors, mask, starts)
+    return out, *lookback_attention.backward(grad_out, *tensors, mask, starts, out, lse)
 
 
 def defined(
@@ -156,7 +156,7 @@ def test_any_shape(B: int, T: int, H: int, d_head: int, d_value: int, masked: bo
 
 def test_lse_is_the_log_of_the_denominator(isa: str) -> None:
     q, k, v, slope, null = inputs(2, 70, 2, 4, 5)
-    lse = cpu.lookback_forward(q, k, v, slope, null, None, None)[1]
+    lse = lookback_attention.forward(q, k, v, slope, null, None, None)[1]
     # The weights add up to one: with v = 1 the output is the share that is not null's.
     share = reference.lookback_attention(*(x.double() for x in (q, k, torch.ones_like(v), slope, null)))[..., 0]
     torch.testing.assert_close(
@@ -171,8 +171,8 @@ def test_starts_may_be_any_number(isa: str) -> None:
     tensors = inputs(1, 130, 2, 4, 5)
     starts = torch.randint(-200, 300, (1, 130), dtype=torch.int32)
     starts[0, :4] = torch.tensor([2**31 - 1, -(2**31), 0, 130])
-    out, lse = cpu.lookback_forward(*tensors, None, starts)
-    gradients = cpu.lookback_backward(torch.ones_like(out), *tensors, None, starts, out, lse)
+    out, lse = lookback_attention.forward(*tensors, None, starts)
+    gradients = lookback_attention.backward(torch.ones_like(out), *tensors, None, starts, out, lse)
     q, k, v, slope, null = (x.double().requires_grad_() for x in tensors)
     t = torch.arange(130)
     distance = t[:, None] - t
@@ -189,11 +189,11 @@ def test_starts_may_be_any_number(isa: str) -> None:
 def test_a_masked_query_gets_nothing_and_gives_nothing(isa: str) -> None:
     tensors = inputs(2, 70, 2, 4, 5)
     mask = holes(2, 70)[0]
-    out, lse = cpu.lookback_forward(*tensors, mask, None)
+    out, lse = lookback_attention.forward(*tensors, mask, None)
     assert (out[~mask] == 0).all()
     null = tensors[4].expand(2, 70, 2)
     assert torch.equal(lse.transpose(1, 2)[~mask], null[~mask])
-    d_q, d_k, d_v, _, _ = cpu.lookback_backward(torch.ones_like(out), *tensors, mask, None, out, lse)
+    d_q, d_k, d_v, _, _ = lookback_attention.backward(torch.ones_like(out), *tensors, mask, None, out, lse)
     assert all((gradient[~mask] == 0).all() for gradient in (d_q, d_k, d_v))
 
 
@@ -201,7 +201,7 @@ def test_a_masked_query_gets_nothing_and_gives_nothing(isa: str) -> None:
 def test_any_null(isa: str, null: float) -> None:
     tensors = inputs(1, 70, 1, 4, 5)
     tensors[4].fill_(null)
-    out = cpu.lookback_forward(*tensors, None, None)[0]
+    out = lookback_attention.forward(*tensors, None, None)[0]
     want = reference.lookback_attention(*(x.double() for x in tensors))
     torch.testing.assert_close(out.double(), want, rtol=0, atol=ROUNDING, equal_nan=True)
     assert out[0, 0].isnan().all() == (null == -math.inf)  # then position 0 has nothing at all
@@ -212,7 +212,7 @@ def test_weights_are_exact_to_a_few_ulp(isa: str) -> None:
     scores = torch.linspace(-86, -20, 5000)
     k = torch.ones(5000, 2, 1, 1)
     q, v = scores[:, None, None, None].expand(5000, 2, 1, 1), torch.ones(5000, 2, 1, 1)
-    out = cpu.lookback_forward(q, k, v, torch.zeros(1), torch.zeros(1), None, None)[0][:, 1, 0, 0]
+    out = lookback_attention.forward(q, k, v, torch.zeros(1), torch.zeros(1), None, None)[0][:, 1, 0, 0]
     torch.testing.assert_close(out.double(), scores.double().exp(), rtol=4e-7, atol=0)
 
 
@@ -247,16 +247,16 @@ def test_a_weight_of_one_leaves_no_gradient_to_its_score(isa: str, d_value: int)
 @pytest.mark.parametrize("name", ["k", "v"])
 def test_a_bad_key_or_value_reaches_those_that_look_at_it(isa: str, name: str, value: float, position: int) -> None:
     tensors = inputs(1, 140, 1, 3, 4)
-    good = cpu.lookback_forward(*tensors, None, None)[0]
+    good = lookback_attention.forward(*tensors, None, None)[0]
     tensors["qkv".index(name)][0, position] = value
-    out = cpu.lookback_forward(*tensors, None, None)[0]
+    out = lookback_attention.forward(*tensors, None, None)[0]
     # Sums over finite values only; they are rounded in another way where a tile has others.
     torch.testing.assert_close(out[:, : position + 1], good[:, : position + 1], rtol=0, atol=ROUNDING)
     if name == "v" or math.isnan(value):  # an infinite key has score infinity or -infinity: the latter is no error
         assert not out[:, position + 1 :].isfinite().any()
     # Another document doesn't look at it, and neither does anyone where it is out of the mask.
     documents = (torch.arange(140) > position)[None]
-    found = cpu.lookback_forward(*tensors, None, document_starts(documents))[0]
+    found = lookback_attention.forward(*tensors, None, document_starts(documents))[0]
     assert found.isfinite().all()
     mask = torch.arange(140)[None] != position
     grad_out = torch.ones_like(out)
@@ -288,7 +288,7 @@ def test_nan_is_in_each_gradient_that_it_belongs_to_and_in_no_other_position(isa
 def test_a_nan_slope_or_null_is_nan_out(isa: str, index: int) -> None:
     tensors = inputs(1, 70, 2, 3, 4)
     tensors[index][1] = math.nan
-    out = cpu.lookback_forward(*tensors, None, None)[0]
+    out = lookback_attention.forward(*tensors, None, None)[0]
     assert out[:, 1:, 1].isnan().all()
     assert out[:, :, 0].isfinite().all()
 
@@ -318,9 +318,9 @@ def test_any_strides() -> None:
     starts = document_starts(documents).T.contiguous().T
     mask = mask.T.contiguous().T
     expanded = torch.ones(1).expand(2, 70, 3, 6)
-    out, lse = cpu.lookback_forward(*turned, mask, starts)
+    out, lse = lookback_attention.forward(*turned, mask, starts)
     out, lse = (x.transpose(0, 2).contiguous().transpose(0, 2) for x in (out, lse))
-    found = out, *cpu.lookback_backward(expanded, *turned, mask, starts, out, lse)
+    found = out, *lookback_attention.backward(expanded, *turned, mask, starts, out, lse)
     for got, want in zip(found, wanted, strict=True):
         assert torch.equal(got, want)
 
@@ -368,11 +368,11 @@ def test_errors_name_the_argument(changed: dict[str, object], error: type[Except
     arguments = {**tensors, "mask": None, "starts": None}
     backward = {"grad_out": torch.zeros(2, 5, 3, 6), "out": torch.zeros(2, 5, 3, 6), "lse": torch.zeros(2, 3, 5)}
     with pytest.raises(error) as raised:
-        cpu.lookback_backward(**(backward | arguments | changed))
+        lookback_attention.backward(**(backward | arguments | changed))
     assert message in str(raised.value)
     if not changed.keys() & backward.keys():
         with pytest.raises(error) as raised:
-            cpu.lookback_forward(**(arguments | changed))
+            lookback_attention.forward(**(arguments | changed))
         assert message in str(raised.value)
 
 

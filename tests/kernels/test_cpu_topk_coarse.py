@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from csae import reference
 from csae.kernels import cpu
-from csae.kernels.portable import topk_coarse, topk_encode
+from csae.kernels.cpu import library, topk_coarse, topk_encode
+from csae.kernels.cpu.round_rows import BESIDE, PairedRows, paired_room, round_pairs, round_rows
+from csae.kernels.cpu.topk_rows import topk_add_products, topk_finish, topk_settle, topk_start
+from csae.ops.topk_encode import repeated
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the native library was not built")
 
@@ -21,15 +26,20 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     found = []
     coarsely = topk_coarse.topk_encode
 
-    def noted(*arguments) -> tuple[Tensor, topk_coarse.Reached | None]:
+    def noted(*arguments) -> tuple[Tensor, Tensor]:
         proven, reached = coarsely(*arguments)
         found.append(proven)
         return proven, reached
 
-    monkeypatch.setattr(cpu, "has_matrix_units", lambda: True)
+    monkeypatch.setattr(library, "has_matrix_units", lambda: True)
     monkeypatch.setattr(topk_coarse, "LEAST_SAMPLED", 1)
     monkeypatch.setattr(topk_coarse, "topk_encode", noted)
     return found
+
+
+def encoder(W_enc: Tensor, b_enc: Tensor, k: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """topk_encode by the same weights again and again."""
+    return repeated(W_enc, b_enc, k, [], topk_encode.topk_encode, topk_encode.round_table, topk_encode.encode_by_table)
 
 
 def given(seed: int = 0, n: int = N, d_in: int = D_IN, d_sae: int = D_SAE) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,7 +70,7 @@ def test_it_is_the_definition(n: int, d_in: int, d_sae: int, k: int, settled: li
 def test_the_same_features_as_by_the_product_in_float32(settled: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     x, W_enc, b_enc = given(2)
     values, indices = topk_encode.topk_encode(x, W_enc, b_enc, K)
-    monkeypatch.setattr(cpu, "has_matrix_units", lambda: False)
+    monkeypatch.setattr(library, "has_matrix_units", lambda: False)
     wanted = topk_encode.topk_encode(x, W_enc, b_enc, K)
     assert torch.equal(indices, wanted[1])
     torch.testing.assert_close(values, wanted[0])
@@ -123,7 +133,7 @@ def test_numbers_that_are_none_or_far_off(value: float, where: str, monkeypatch:
     x, W_enc, b_enc = given(7)
     {"x": x, "W_enc": W_enc, "b_enc": b_enc}[where][3] = value
     values, indices = topk_encode.topk_encode(x, W_enc, b_enc, K)
-    monkeypatch.setattr(cpu, "has_matrix_units", lambda: False)
+    monkeypatch.setattr(library, "has_matrix_units", lambda: False)
     wanted = topk_encode.topk_encode(x, W_enc, b_enc, K)
     torch.testing.assert_close(values, wanted[0], equal_nan=True)
     assert torch.equal(indices, wanted[1])
@@ -163,7 +173,7 @@ def test_tables_that_lie_otherwise(settled: list[Tensor]) -> None:
     assert len(settled) == 3
 
 
-def unpaired(table: cpu.PairedRows) -> Tensor:
+def unpaired(table: PairedRows) -> Tensor:
     """[n, width]: the rows themselves."""
     return table.pairs.transpose(1, 2).flatten(2).flatten(0, 1)[: len(table.lengths)]
 
@@ -174,13 +184,13 @@ def test_the_bounds_hold(d_in: int, settled: list[Tensor], monkeypatch: pytest.M
     x, W_enc, b_enc = given(11, d_in=d_in)
     W_enc *= 10 ** torch.linspace(-2, 2, len(W_enc))[:, None]  # each feature has a bound of its own
     bounds = []
-    add = cpu.topk_add_products
+    add = topk_add_products
 
-    def noted(best: object, acts: Tensor, table: cpu.PairedRows, first: int) -> None:
+    def noted(best: object, acts: Tensor, table: PairedRows, first: int) -> None:
         bounds.append(acts.double() @ unpaired(table).double().T)
         add(best, acts, table, first)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(cpu, "topk_add_products", noted)
+    monkeypatch.setattr(topk_coarse, "topk_add_products", noted)
     monkeypatch.setattr(topk_coarse, "TILE_BYTES", 0)
     topk_encode.topk_encode(x, W_enc, b_enc, K)
     assert len(bounds) == 1 + -(-D_SAE // topk_coarse.LEAST_TILE_ROWS)  # the first is of a sample
@@ -200,11 +210,11 @@ def test_products(n: int, d_in: int, columns: int, isa: str) -> None:
     wanted = (acts.double() @ unpaired(topk_coarse.rounded(W_enc, bias)).double().T).relu()
     k = min(columns, 50)
     for size in (columns, 16):
-        best = cpu.topk_start(n, columns, k)
+        best = topk_start(n, columns, k)
         for first in range(0, columns, size):
             here = slice(first, first + size)
-            cpu.topk_add_products(best, acts, topk_coarse.rounded(W_enc[here], bias[here]), first)
-        values, indices = cpu.topk_finish(best)
+            topk_add_products(best, acts, topk_coarse.rounded(W_enc[here], bias[here]), first)
+        values, indices = topk_finish(best)
         torch.testing.assert_close(values.double(), wanted.topk(k, dim=1).values, rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(wanted.gather(1, indices), values.double(), rtol=1e-5, atol=1e-4)
         assert all(len(row.unique()) == k for row in indices)
@@ -213,7 +223,7 @@ def test_products(n: int, d_in: int, columns: int, isa: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_round_pairs(dtype: torch.dtype) -> None:
     rows, bias = torch.randn(37, 7).to(dtype), torch.randn(37, 2).bfloat16()
-    table = cpu.round_pairs(rows, bias, 0.5, 2.0, cpu.paired_room(37, 12))
+    table = round_pairs(rows, bias, 0.5, 2.0, paired_room(37, 12))
     assert tuple(table.pairs.shape) == (3, 6, 16, 2)
     found = unpaired(table)
     assert torch.equal(found[:, :7], rows.bfloat16())
@@ -225,9 +235,9 @@ def test_round_pairs(dtype: torch.dtype) -> None:
     assert not found[:, 11].any()
     assert not table.pairs.transpose(1, 2).flatten(2).flatten(0, 1)[37:].any()
     with pytest.raises(ValueError, match=r"out: given torch.bfloat16 \[2, 6, 16, 2\]; needed .* \[3, 6, 16, 2\]"):
-        cpu.round_pairs(rows, bias, 0.5, 2.0, cpu.paired_room(32, 12))
+        round_pairs(rows, bias, 0.5, 2.0, paired_room(32, 12))
     with pytest.raises(ValueError, match=r"out: .* with room for 11 numbers a row"):
-        cpu.round_pairs(rows, bias, 0.5, 2.0, cpu.paired_room(37, 10))
+        round_pairs(rows, bias, 0.5, 2.0, paired_room(37, 10))
 
 
 def test_a_sample_that_misleads(settled: list[Tensor]) -> None:
@@ -251,7 +261,7 @@ def test_what_lies_beside_the_numbers_is_not_multiplied(settled: list[Tensor]) -
     acts, _ = topk_coarse.rounded_acts(given(16)[0])
     assert acts.shape[1] % topk_coarse.AT_ONCE == 0
     assert acts.is_contiguous()
-    assert not acts[:, D_IN + cpu.BESIDE :].any()
+    assert not acts[:, D_IN + BESIDE :].any()
 
 
 @pytest.mark.parametrize("value", [0.3, -0.3, 1e-41, 77.7, -1e30, torch.inf, -torch.inf, 0.0])
@@ -266,58 +276,38 @@ def test_a_bias_in_two_parts_is_no_less(value: float) -> None:
 
 def test_round_rows() -> None:
     rows = torch.randn(5, 37)
-    found = cpu.round_rows(rows)
+    found = round_rows(rows)
     assert torch.equal(found.rows, rows.bfloat16())
     torch.testing.assert_close(found.lengths, rows.norm(dim=1))
     torch.testing.assert_close(found.errors, (rows - rows.bfloat16().float()).norm(dim=1), rtol=1e-3, atol=0)
     with pytest.raises(TypeError, match=r"rows: given torch.float64"):
-        cpu.round_rows(rows.double())
+        round_rows(rows.double())
 
 
 def test_settle_refuses() -> None:
     x, W_enc, b_enc = given(12, n=3)
     acts, table = topk_coarse.rounded_acts(x)[0], topk_coarse.rounded(W_enc, b_enc)
-    best = cpu.topk_start(3, D_SAE, 20)
+    best = topk_start(3, D_SAE, 20)
     with pytest.raises(TypeError, match=r"x: given torch.float32; needed torch.bfloat16"):
-        cpu.topk_add_products(best, acts.float(), table, 0)
+        topk_add_products(best, acts.float(), table, 0)
     with pytest.raises(ValueError, match=r"x: given shape \[3, 128\]; needed \[3, 160\]"):
-        cpu.topk_add_products(best, acts[:, :128], table, 0)
-    narrow = cpu.round_pairs(W_enc, W_enc[:, :2].bfloat16(), 0, 1, cpu.paired_room(D_SAE, 136))
+        topk_add_products(best, acts[:, :128], table, 0)
+    narrow = round_pairs(W_enc, W_enc[:, :2].bfloat16(), 0, 1, paired_room(D_SAE, 136))
     with pytest.raises(ValueError, match=r"topk_add_products: .* refused"):
-        cpu.topk_add_products(best, acts[:, :136], narrow, 0)
-    cpu.topk_add_products(best, acts, table, 0)
+        topk_add_products(best, acts[:, :136], narrow, 0)
+    topk_add_products(best, acts, table, 0)
     with pytest.raises(ValueError, match=r"table: given shape \[1600, 129\]; needed \[any, 130\]"):
-        cpu.topk_settle(best, 4, x, W_enc[:, :-1], b_enc)
+        topk_settle(best, 4, x, W_enc[:, :-1], b_enc)
     with pytest.raises(ValueError, match=r"topk_settle: .* refused"):
-        cpu.topk_settle(best, 20, x, W_enc, b_enc)
+        topk_settle(best, 20, x, W_enc, b_enc)
     with pytest.raises(ValueError, match=r"best: holds a column of 1000 or more"):
-        cpu.topk_settle(best, 4, x, W_enc[:1000], b_enc[:1000])
-
-
-@pytest.mark.parametrize("inference", [False, True])
-@pytest.mark.parametrize("n", [1, 5, 300])
-def test_encoder_sees_new_weights(
-    n: int, inference: bool, settled: list[Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(topk_coarse, "LEAST_ROWS", 1)
-    with torch.inference_mode(inference):
-        x, W_enc, b_enc = given(13, n)
-        encode = topk_encode.Encoder(W_enc, b_enc, K)
-        for changed in (5, 77, 900):
-            values, indices = encode(x)
-            wanted = reference.topk_encode(x.double(), W_enc.double(), b_enc.double(), K)
-            assert torch.equal(indices, wanted[1])
-            torch.testing.assert_close(values.double(), wanted[0], rtol=1e-5, atol=1e-5)
-            W_enc[changed] = x[0]  # now the largest, which no old candidate shows
-            b_enc[changed + 1] = 9  # and so is this
-    if not inference:
-        assert len(settled) == 3
+        topk_settle(best, 4, x, W_enc[:1000], b_enc[:1000])
 
 
 def test_encoder_is_coarse_in_inference_mode_too(settled: list[Tensor]) -> None:
     x, W_enc, b_enc = given(13)
     with torch.inference_mode():
-        topk_encode.Encoder(W_enc.detach(), b_enc, K)(x)
+        encoder(W_enc.detach(), b_enc, K)(x)
     assert len(settled) == 1
 
 
@@ -327,16 +317,13 @@ def test_encoder_rounds_the_weights_once_and_not_for_a_few_rows(
     x, W_enc, b_enc = given(18, 100)
     made, rounded = [], topk_coarse.rounded
     monkeypatch.setattr(topk_coarse, "rounded", lambda W, *table: made.append(len(W)) or rounded(W, *table))
-    encode = topk_encode.Encoder(W_enc, b_enc, K)
+    encode = encoder(W_enc, b_enc, K)
     found = [encode(x) for _ in range(5)]
     assert (len(settled), made.count(D_SAE)) == (3, 1)
     assert len(made) == 2  # the other is a sample
     for values, indices in found[1:]:
         assert torch.equal(indices, found[0][1])
         torch.testing.assert_close(values, found[0][0])
-    W_enc.mul_(2)
-    encode(x)
-    assert (len(settled), made.count(D_SAE)) == (3, 1)
 
 
 def searches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -348,10 +335,10 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def check_again(first: Tensor, second: Tensor, W_enc: Tensor, b_enc: Tensor, k: int = K) -> None:
     """The second is encoded after the first as it would be alone."""
-    encode = topk_encode.Encoder(W_enc, b_enc, k)
+    encode = encoder(W_enc, b_enc, k)
     encode(first)
     values, indices = encode(second)
-    wanted = topk_encode.Encoder(W_enc, b_enc, k)(second)
+    wanted = encoder(W_enc, b_enc, k)(second)
     torch.testing.assert_close(values, wanted[0], equal_nan=True)
     assert torch.equal(indices, wanted[1])
 

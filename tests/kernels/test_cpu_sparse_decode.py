@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from csae.kernels import cpu
+from csae.kernels.cpu.sparse_decode import feature_sum, gather_dot, gather_sum
 
 needs_library = pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_not()))
 
@@ -60,14 +61,14 @@ def assert_sums(case: Sums) -> None:
         assert ((given.double() - wanted).abs() <= 1e-6 * of_absolutes + rounding * wanted.abs() + 1e-30).all()
 
     terms = values.unsqueeze(2) * table[indices]  # [n, k, d]
-    close(cpu.gather_sum(case.values, case.indices, case.table), stored, terms.sum(1), terms.abs().sum(1))
+    close(gather_sum(case.values, case.indices, case.table), stored, terms.sum(1), terms.abs().sum(1))
     terms = rows.unsqueeze(1) * table[indices]  # [n, k, d]
-    dots = cpu.gather_dot(case.rows.float(), case.indices, case.table)
+    dots = gather_dot(case.rows.float(), case.indices, case.table)
     close(dots, torch.float32, terms.sum(2), terms.abs().sum(2))
     terms = (values.unsqueeze(2) * rows.unsqueeze(1)).flatten(0, 1)  # [n * k, d]
     nothing = torch.zeros(d_sae, d, dtype=torch.float64)
     close(
-        cpu.feature_sum(case.values, case.indices, case.rows, d_sae),
+        feature_sum(case.values, case.indices, case.rows, d_sae),
         stored,
         nothing.index_add(0, indices.flatten(), terms),
         nothing.index_add(0, indices.flatten(), terms.abs()),
@@ -110,7 +111,7 @@ def test_bfloat16_is_rounded_as_torch_rounds_it(isa: str) -> None:
             left = (row - sum(part.float() for part in parts)).nan_to_num(0, 0, 0)
             parts.append(left.bfloat16())
         table = torch.cat(parts)
-        summed = cpu.gather_sum(torch.ones(1, 4), torch.arange(4)[None], table)
+        summed = gather_sum(torch.ones(1, 4), torch.arange(4)[None], table)
         wanted = sum(part.float() for part in parts).bfloat16()
         torch.testing.assert_close(summed, wanted, rtol=0, atol=0, equal_nan=True)
 
@@ -126,9 +127,9 @@ def test_sums_have_the_same_bits_for_any_number_of_threads(d_sae: int) -> None:
         results.append(
             torch.cat(
                 [
-                    cpu.gather_sum(case.values, case.indices, case.table).flatten(),
-                    cpu.gather_dot(case.rows, case.indices, case.table).flatten(),
-                    cpu.feature_sum(case.values, case.indices, case.rows, d_sae).flatten(),
+                    gather_sum(case.values, case.indices, case.table).flatten(),
+                    gather_dot(case.rows, case.indices, case.table).flatten(),
+                    feature_sum(case.values, case.indices, case.rows, d_sae).flatten(),
                 ]
             ).view(torch.int32)
         )
@@ -141,7 +142,7 @@ def test_feature_sum_adds_in_the_order_of_rows() -> None:
     # 1e8 + 1 - 1e8 is 0 in float32 in this order, and 1 in another.
     values = torch.tensor([[1e8, 1.0], [1.0, 2.0], [-1e8, 3.0]])
     indices = torch.tensor([[2, 0], [2, 0], [2, 0]])
-    assert cpu.feature_sum(values, indices, torch.ones(3, 1), 4).tolist() == [[6.0], [0.0], [0.0], [0.0]]
+    assert feature_sum(values, indices, torch.ones(3, 1), 4).tolist() == [[6.0], [0.0], [0.0], [0.0]]
 
 
 @needs_library
@@ -149,28 +150,26 @@ def test_sums_pass_nan_and_inf_on() -> None:
     # A zero weight does not hide what it multiplies.
     table = torch.tensor([[1.0, math.inf], [math.nan, 2.0]])
     indices, values = torch.tensor([[0, 1]]), torch.tensor([[0.0, 1.0]])
-    assert cpu.gather_sum(values, indices, table).isnan().all()
-    assert cpu.gather_dot(torch.tensor([[1.0, 0.0]]), indices, table).isnan().all()
-    assert cpu.feature_sum(values, indices, torch.tensor([[math.inf, 1.0]]), 2).isnan().tolist() == [
+    assert gather_sum(values, indices, table).isnan().all()
+    assert gather_dot(torch.tensor([[1.0, 0.0]]), indices, table).isnan().all()
+    assert feature_sum(values, indices, torch.tensor([[math.inf, 1.0]]), 2).isnan().tolist() == [
         [True, False],
         [False, False],
     ]
 
 
 @needs_library
-def test_sums_write_into_out() -> None:
+def test_sums_of_any_strides() -> None:
     case = sums_of(5, 3, 8, 12)
-    buffer = torch.full((12, 10), 7.0)
-    for function, arguments, shape in [
-        (cpu.gather_sum, (case.values, case.indices, case.table), (5, 8)),
-        (cpu.gather_dot, (case.rows, case.indices, case.table), (5, 3)),
-        (cpu.feature_sum, (case.values, case.indices, case.rows, 12), (12, 8)),
-    ]:
-        out = buffer.fill_(7.0)[: shape[0], 1 : 1 + shape[1]]
-        assert function(*arguments, out=out) is out
-        assert torch.equal(out, function(*arguments))
-        out.fill_(7.0)
-        assert (buffer == 7).all()
+    turned = Sums(*(tensor.T.contiguous().T for tensor in case))
+    assert torch.equal(
+        gather_sum(turned.values, turned.indices, turned.table), gather_sum(case.values, case.indices, case.table)
+    )
+    assert torch.equal(
+        gather_dot(turned.rows, turned.indices, turned.table), gather_dot(case.rows, case.indices, case.table)
+    )
+    sums = (feature_sum(of.values, of.indices, of.rows, 12) for of in (case, turned))
+    assert torch.equal(*sums)
 
 
 @needs_library
@@ -180,9 +179,9 @@ def test_sums_refuse_an_index_out_of_range(wrong: int, place: tuple[int, int]) -
     case = sums_of(5, 3, 8, 12)
     case.indices[place] = wrong
     for call in (
-        lambda: cpu.gather_sum(case.values, case.indices, case.table),
-        lambda: cpu.gather_dot(case.rows, case.indices, case.table),
-        lambda: cpu.feature_sum(case.values, case.indices, case.rows, 12),
+        lambda: gather_sum(case.values, case.indices, case.table),
+        lambda: gather_dot(case.rows, case.indices, case.table),
+        lambda: feature_sum(case.values, case.indices, case.rows, 12),
     ):
         with pytest.raises(
             ValueError, match=rf"indices: given values from .*{wrong}.*; needed 0 <= index < d_sae = 12"
@@ -197,24 +196,25 @@ V, N, R, T = sums_of(5, 3, 8, 12)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: cpu.gather_sum(V.double(), N, T), TypeError, "values: given torch.float64; needed torch.float32"),
-        (lambda: cpu.gather_sum(V, N.int(), T), TypeError, "indices: given torch.int32; needed torch.int64"),
-        (lambda: cpu.gather_sum(V, N[:, :2], T), ValueError, r"indices: given shape \[5, 2\]; needed \[5, 3\]"),
-        (lambda: cpu.gather_sum(V, N, T.T), ValueError, "table: given strides"),
         (
-            lambda: cpu.gather_sum(V, N, T.half()),
+            lambda: gather_sum(V.double(), N, T),
+            TypeError,
+            "values: given torch.float64; needed torch.float32 or torch.bfloat16",
+        ),
+        (lambda: gather_sum(V, N.int(), T), TypeError, "indices: given torch.int32; needed torch.int64"),
+        (lambda: gather_sum(V, N[:, :2], T), ValueError, r"indices: given shape \[5, 2\]; needed \[5, 3\]"),
+        (
+            lambda: gather_sum(V, N, T.half()),
             TypeError,
             "table: given torch.float16; needed torch.float32 or torch.bfloat16",
         ),
-        (lambda: cpu.gather_dot(R.bfloat16(), N, T), TypeError, "grad: given torch.bfloat16; needed torch.float32"),
-        (lambda: cpu.gather_sum(V, N, T, R.T), ValueError, r"out: given shape \[8, 5\]; needed \[5, 8\]"),
-        (lambda: cpu.gather_dot(R[:, :4], N, T), ValueError, r"grad: given shape \[5, 4\]; needed \[any, 8\]"),
-        (lambda: cpu.gather_dot(R, N[:3], T), ValueError, r"indices: given shape \[3, 3\]; needed \[5, any\]"),
-        (lambda: cpu.gather_dot(R, N, T.to("meta")), ValueError, "table: given a torch.strided tensor on meta"),
-        (lambda: cpu.feature_sum(V, N, R[:4], 12), ValueError, r"rows: given shape \[4, 8\]; needed \[5, any\]"),
-        (lambda: cpu.feature_sum(V, N, R, -1), ValueError, "d_sae: given -1; needed 0 or more"),
-        (lambda: cpu.feature_sum(V, N, R, 12.0), TypeError, "d_sae: given float; needed int"),
-        (lambda: cpu.feature_sum(V, N, R, 12, T[0].expand(12, 8)), ValueError, "out: given strides"),
+        (lambda: gather_dot(R.half(), N, T), TypeError, "grad: given torch.float16; needed torch.float32"),
+        (lambda: gather_dot(R[:, :4], N, T), ValueError, r"grad: given shape \[5, 4\]; needed \[any, 8\]"),
+        (lambda: gather_dot(R, N[:3], T), ValueError, r"indices: given shape \[3, 3\]; needed \[5, any\]"),
+        (lambda: gather_dot(R, N, T.to("meta")), ValueError, "table: given a torch.strided tensor on meta"),
+        (lambda: feature_sum(V, N, R[:4], 12), ValueError, r"rows: given shape \[4, 8\]; needed \[5, any\]"),
+        (lambda: feature_sum(V, N, R, -1), ValueError, "d_sae: given -1; needed 0 or more"),
+        (lambda: feature_sum(V, N, R, 12.0), TypeError, "d_sae: given float; needed int"),
     ],
 )
 def test_sums_refuse(call: Callable[[], Tensor], error: type[Exception], message: str) -> None:

@@ -23,12 +23,15 @@ bounds reach the 32nd largest pre-activation.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import cpu
+from . import library
+from .arguments import STORED
+from .memory import fresh
+from .round_rows import BESIDE, BLOCK, PairedRows, paired_room, round_pairs, round_rows
+from .topk_rows import topk_add_products, topk_finish, topk_settle, topk_start
 
 # Below, rounding W_enc costs more than the product saves.
 LEAST_ROWS, LEAST_WIDTH = 256, 128
@@ -41,10 +44,9 @@ AT_ONCE = 32
 SAMPLE_RANK, CANDIDATES_PER_SAMPLED = 14, 6
 # For fewer rows, looking for a threshold first costs more than it saves.
 LEAST_SAMPLED = 768
-# Rows that are searched once more, after a little has changed: one in so many tells how far their thresholds moved, by
-# its own; that is the bound that so many features of its sample reach, which is right for all but the share that
-# moved further.
-EVERY_ROW, RANK_OF_MOVED, MOVED_FURTHER = 8, 9, 0.25
+# When rows are searched again after a little has changed: the threshold of every EVERY_ROW-th row is measured again, as
+# the bound that RANK_OF_MOVED features of the sample reach. All thresholds are scaled by this quantile of the ratios.
+EVERY_ROW, RANK_OF_MOVED, MOVED_QUANTILE = 8, 9, 0.25
 # So much of W_enc is rounded at a time, and multiplied while it is in cache; but rows enough to be worth a call.
 TILE_BYTES, LEAST_TILE_ROWS = 5 << 19, 512
 # Lengths are measured to one part in 2^10, and then rounded to 8 bits.
@@ -64,31 +66,30 @@ def candidates(k: int) -> int:
 def worthwhile(W_enc: Tensor, k: int) -> bool:
     """Whether this is a gain for LEAST_ROWS or more, W_enc being [d_sae, d_in]."""
     d_sae, d_in = W_enc.shape
-    known = W_enc.dtype in (torch.float32, torch.bfloat16) and W_enc.device.type == "cpu"
     large = LEAST_WIDTH <= d_in <= MOST_WIDTH and d_sae >= LEAST_COLUMNS_PER_CANDIDATE * candidates(k)
-    return known and large and cpu.has_matrix_units()
+    return W_enc.dtype in STORED and large and library.has_matrix_units()
 
 
 def width(d_in: int) -> int:
     """Of the rows that are multiplied."""
-    return -(-(d_in + cpu.BESIDE) // AT_ONCE) * AT_ONCE
+    return -(-(d_in + BESIDE) // AT_ONCE) * AT_ONCE
 
 
-def rounded(W_enc: Tensor, bias: Tensor, out: Tensor | None = None) -> cpu.PairedRows:
+def rounded(W_enc: Tensor, bias: Tensor, out: Tensor | None = None) -> PairedRows:
     """W_enc [m, d_in] float32 or bfloat16, rows contiguous, bias [m] float32 -> rounded, and wider, [m, width(d_in)].
 
-    In `out`, a `cpu.paired_room`, if given.
+    In `out`, a `paired_room`, if given.
     """
     m, d_in = W_enc.shape
-    out = cpu.paired_room(m, width(d_in)) if out is None else out
-    return cpu.round_pairs(W_enc, in_two(bias, d_in), _unseen(d_in), ABOVE, out)
+    out = paired_room(m, width(d_in)) if out is None else out
+    return round_pairs(W_enc, in_two(bias, d_in), _unseen(d_in), ABOVE, out)
 
 
 def like_rounded(W_enc: Tensor) -> tuple[Tensor, Tensor]:
     """The pairs and lengths that `rounded` gives, of that shape and dtype, nothing written yet."""
     m, d_in = W_enc.shape
-    blocks = -(-m // cpu.BLOCK)
-    pairs = W_enc.new_empty(blocks, width(d_in) // 2, cpu.BLOCK, 2, dtype=torch.bfloat16)
+    blocks = -(-m // BLOCK)
+    pairs = W_enc.new_empty(blocks, width(d_in) // 2, BLOCK, 2, dtype=torch.bfloat16)
     return pairs, W_enc.new_empty(m, dtype=torch.float32)
 
 
@@ -105,9 +106,9 @@ def in_two(bias: Tensor, d_in: int) -> Tensor:
 def rounded_acts(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [n, d_in] float32, rows contiguous -> the same, rounded and wider, [n, width(d_in)] bfloat16; lengths [n]."""
     n, d_in = x.shape
-    out = cpu.fresh((n, width(d_in)), torch.bfloat16)
-    _, lengths, errors = cpu.round_rows(x, out[:, :d_in])
-    # Too large by a share that their own rounding to bfloat16 doesn't take away.
+    out = fresh((n, width(d_in)), torch.bfloat16)
+    _, lengths, errors = round_rows(x, out[:, :d_in])
+    # Inflate, so that they stay upper bounds after rounding to bfloat16.
     for measured in (lengths, errors):
         measured.add_(_unseen(d_in)).mul_(ABOVE)
     out[:, d_in : d_in + 2] = 1
@@ -124,18 +125,7 @@ def _unseen(d_in: int) -> float:
 
 def _sums(d_in: int) -> float:
     """What two sums of a row's numbers differ by, as a share of what the numbers come to."""
-    return 2.0**-22 * (d_in + cpu.BESIDE)
-
-
-class Reached(NamedTuple):
-    """What a search leaves for the next one of the same rows, changed a little, by the same table."""
-
-    bounds: Tensor
-    """[rows] float32: what the last candidate of each row reached"""
-    lengths: Tensor
-    """[rows] float32: of the rows"""
-    sample: cpu.PairedRows
-    """of the table"""
+    return 2.0**-22 * (d_in + BESIDE)
 
 
 def topk_encode(
@@ -145,41 +135,38 @@ def topk_encode(
     k: int,
     values: Tensor,
     indices: Tensor,
-    table: cpu.PairedRows | None = None,
-    last: Reached | None = None,
-    sample: cpu.PairedRows | None = None,
-) -> tuple[Tensor, Reached | None]:
+    table: PairedRows | None = None,
+    sample: PairedRows | None = None,
+    last: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """x [rows, d_in], bias [d_sae] float32, W_enc [d_sae, d_in] float32 or bfloat16 -> values, indices [rows, k].
 
-    table: W_enc rounded; a tile at a time is, if not given.
-    last: of a search of rows like these. What is found does not depend on it, only how soon.
-    sample: `sample_of` the table, if it was made already.
+    Args:
+        table: W_enc rounded; without it W_enc is rounded a tile at a time.
+        sample: `sample_of` W_enc, to find a threshold by before the search; without it there is none.
+        last: what this gave for rows much like these, [2, rows]. The result does not depend on it, only the time.
 
-    Gives settled [rows] bool, False where values and indices hold nothing; and what the next search may be given,
-    nothing where the rows are too few.
+    Returns:
+        settled [rows] bool, False where values and indices hold nothing; and [2, rows] float32: the bound that the last
+        candidate of each row reached, and the length of the row.
     """
     acts, lengths = rounded_acts(x)
-    if last is None and len(x) < LEAST_SAMPLED:
-        return _search(x, acts, lengths, W_enc, bias, k, values, indices, table, None)[0], None
-    if last is not None:
-        sample = last.sample
-    elif sample is None:
-        sample = sample_of(W_enc, bias, k)
-    if last is None:
+    threshold = None
+    if sample is not None and last is None:
         threshold = _reached(acts, sample, SAMPLE_RANK)
-    else:
-        before = last.bounds * (lengths / last.lengths)
+    elif sample is not None and last is not None:
+        before = last[0] * (lengths / last[1])
         moved = _reached(acts[::EVERY_ROW], sample, RANK_OF_MOVED) / before[::EVERY_ROW]
-        threshold = before * moved.nanquantile(MOVED_FURTHER)
+        threshold = before * moved.nanquantile(MOVED_QUANTILE)
     settled, bounds = _search(x, acts, lengths, W_enc, bias, k, values, indices, table, threshold)
-    if last is not None and not settled.all():
+    if sample is not None and last is not None and not settled.all():
         left = (~settled).nonzero().squeeze(1)
         found, threshold = (values[left], indices[left]), _reached(acts[left], sample, SAMPLE_RANK)
         settled[left], bounds[left] = _search(
             x[left], acts[left], lengths[left], W_enc, bias, k, *found, table, threshold
         )
         values[left], indices[left] = found
-    return settled, Reached(bounds, lengths, sample)
+    return settled, torch.stack([bounds, lengths])
 
 
 def _search(
@@ -191,7 +178,7 @@ def _search(
     k: int,
     values: Tensor,
     indices: Tensor,
-    table: cpu.PairedRows | None,
+    table: PairedRows | None,
     threshold: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`topk_encode` of x, which is rounded in acts, among the features whose bounds are not below threshold [rows].
@@ -199,25 +186,25 @@ def _search(
     Gives settled, and [rows] float32: the bounds that the last candidates reached.
     """
     d_sae, d_in = W_enc.shape
-    best = cpu.topk_start(x.shape[0], d_sae, candidates(k))
+    best = topk_start(x.shape[0], d_sae, candidates(k))
     if threshold is not None:
         best.threshold.copy_(threshold)
     if table is not None:
-        cpu.topk_add_products(best, acts, table, 0)
+        topk_add_products(best, acts, table, 0)
         longest = table.lengths.max()
     else:
-        size = max(LEAST_TILE_ROWS, TILE_BYTES // (2 * width(d_in)) // cpu.BLOCK * cpu.BLOCK)
-        room = cpu.paired_room(min(size, d_sae), width(d_in))
+        size = max(LEAST_TILE_ROWS, TILE_BYTES // (2 * width(d_in)) // BLOCK * BLOCK)
+        room = paired_room(min(size, d_sae), width(d_in))
         first, longest = 0, x.new_zeros(())
         for W, bias_here in zip(W_enc.split(size), bias.split(size), strict=True):
-            tile = rounded(W, bias_here, room[: -(-len(W) // cpu.BLOCK)])
-            cpu.topk_add_products(best, acts, tile, first)
+            tile = rounded(W, bias_here, room[: -(-len(W) // BLOCK)])
+            topk_add_products(best, acts, tile, first)
             first, longest = first + len(W), torch.maximum(longest, tile.lengths.max())  # NaN, if one is there
-    settled = cpu.topk_settle(best, k, x, W_enc, bias, values, indices)[2]
+    settled = topk_settle(best, k, x, W_enc, bias, values, indices)[2]
     return settled & (lengths * longest < TOO_LONG), best.threshold
 
 
-def sample_of(W_enc: Tensor, bias: Tensor, k: int) -> cpu.PairedRows:
+def sample_of(W_enc: Tensor, bias: Tensor, k: int) -> PairedRows:
     """Some of the features: SAMPLE_RANK of them reach a bound that about 2.3 candidates(k) of all features reach.
 
     The result does not depend on which ones: features whose bounds are below are no candidates, and a row that would
@@ -232,9 +219,9 @@ def every(k: int) -> int:
     return max(1, candidates(k) // CANDIDATES_PER_SAMPLED)
 
 
-def _reached(acts: Tensor, sample: cpu.PairedRows, rank: int) -> Tensor:
+def _reached(acts: Tensor, sample: PairedRows, rank: int) -> Tensor:
     """acts [rows, width(d_in)] -> [rows] float32: the bound that so many features of the sample reach."""
     m = len(sample.lengths)
-    best = cpu.topk_start(acts.shape[0], m, min(rank, m))
-    cpu.topk_add_products(best, acts, sample, 0)
-    return cpu.topk_finish(best)[0][:, -1]
+    best = topk_start(acts.shape[0], m, min(rank, m))
+    topk_add_products(best, acts, sample, 0)
+    return topk_finish(best)[0][:, -1]

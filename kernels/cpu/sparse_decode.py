@@ -4,11 +4,10 @@ gather_sum   out[t]    = sum_i values[t, i] * table[indices[t, i]]    a weighted
 gather_dot   out[t, i] = <grad[t], table[indices[t, i]]>              an SDDMM
 feature_sum  out[f]    = sum over (t, i) with indices[t, i] = f of values[t, i] * rows[t]    an SpMM, code^T rows
 
-All tensors are on the CPU, with contiguous rows at any stride; indices are int64. table, rows of feature_sum, and
-results with rows of that width are float32 or bfloat16; all else, and each sum, is float32. Results go to `out` if
-given, which must not overlap an input. Each sum has a fixed order, so results don't depend on the number of threads,
-which is torch.get_num_threads(). TypeError and ValueError name the argument that doesn't fit; an index outside of
-[0, d_sae) is a ValueError.
+`csae.kernels.portable.sparse_decode` has the same functions. Tensors are on the CPU; indices are int64, all else is
+float32 or bfloat16. Each sum is float32 and has a fixed order, so results don't depend on the number of threads, which
+is torch.get_num_threads(). TypeError and ValueError name the argument that doesn't fit; an index outside of [0, d_sae)
+is a ValueError.
 """
 
 from __future__ import annotations
@@ -16,19 +15,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arguments import STORED, check_count, check_matrix, output_matrix
+from .arguments import STORED, check_count, check_strided, with_rows
 from .feature_rows import feature_sums, sort_pairs
 from .library import BAD_INDEX, TYPES, check_status, native
+from .memory import fresh
 
 
-def gather_sum(values: Tensor, indices: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
+def gather_sum(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
     """values [n, k], indices [n, k], table [d_sae, d] -> [n, d] in table's dtype."""
-    check_matrix("values", values, torch.float32, (None, None))
+    check_strided("values", values, STORED, (None, None))
     n, k = values.shape
-    check_matrix("indices", indices, torch.int64, (n, k))
-    check_matrix("table", table, STORED, (None, None))
+    check_strided("indices", indices, torch.int64, (n, k))
+    check_strided("table", table, STORED, (None, None))
     d_sae, d = table.shape
-    out = output_matrix("out", out, table.dtype, (n, d))
+    values, indices, table = with_rows(values.float()), with_rows(indices), with_rows(table)
+    out = fresh((n, d), table.dtype)
     status = native().csae_gather_sum(
         *(values.data_ptr(), values.stride(0), indices.data_ptr(), indices.stride(0), n, k),
         *(table.data_ptr(), table.stride(0), d_sae, d, TYPES[table.dtype]),
@@ -38,37 +39,36 @@ def gather_sum(values: Tensor, indices: Tensor, table: Tensor, out: Tensor | Non
     return out
 
 
-def gather_dot(grad: Tensor, indices: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
-    """grad [n, d], indices [n, k], table [d_sae, d] -> [n, k] float32."""
-    check_matrix("table", table, STORED, (None, None))
+def gather_dot(grad: Tensor, indices: Tensor, table: Tensor) -> Tensor:
+    """grad [n, d], indices [n, k], table [d_sae, d] -> [n, k] in grad's dtype."""
+    check_strided("table", table, STORED, (None, None))
     d_sae, d = table.shape
-    check_matrix("grad", grad, torch.float32, (None, d))
+    check_strided("grad", grad, STORED, (None, d))
     n = grad.shape[0]
-    check_matrix("indices", indices, torch.int64, (n, None))
+    check_strided("indices", indices, torch.int64, (n, None))
     k = indices.shape[1]
-    out = output_matrix("out", out, torch.float32, (n, k))
+    rows, indices, table = with_rows(grad.float()), with_rows(indices), with_rows(table)
+    out = fresh((n, k), torch.float32)
     status = native().csae_gather_dot(
-        *(grad.data_ptr(), grad.stride(0), indices.data_ptr(), indices.stride(0), n, k),
+        *(rows.data_ptr(), rows.stride(0), indices.data_ptr(), indices.stride(0), n, k),
         *(table.data_ptr(), table.stride(0), d_sae, d, TYPES[table.dtype]),
         *(out.data_ptr(), out.stride(0), torch.get_num_threads()),
     )
     _check(status, "gather_dot", indices, d_sae)
-    return out
+    return out.to(grad.dtype)
 
 
-def feature_sum(values: Tensor, indices: Tensor, rows: Tensor, d_sae: int, out: Tensor | None = None) -> Tensor:
+def feature_sum(values: Tensor, indices: Tensor, rows: Tensor, d_sae: int) -> Tensor:
     """values [n, k], indices [n, k], rows [n, d] -> [d_sae, d] in rows' dtype, zero for a feature in no code."""
-    check_matrix("values", values, torch.float32, (None, None))
+    check_strided("values", values, STORED, (None, None))
     n, k = values.shape
-    check_matrix("indices", indices, torch.int64, (n, k))
-    check_matrix("rows", rows, STORED, (n, None))
+    check_strided("indices", indices, torch.int64, (n, k))
+    check_strided("rows", rows, STORED, (n, None))
     check_count("d_sae", d_sae)
-    out = output_matrix("out", out, rows.dtype, (d_sae, rows.shape[1]))
-    tokens = torch.arange(n).repeat_interleave(k)
-    pairs = sort_pairs(indices.flatten().contiguous(), tokens, d_sae)
+    pairs = sort_pairs(indices.flatten(), torch.arange(n).repeat_interleave(k), d_sae)
     if pairs.ends[-1] != n * k:
         _refuse(indices, d_sae)
-    return feature_sums(pairs, [values.flatten().contiguous()], [rows], [out])[0]
+    return feature_sums(pairs, [values.flatten()], [rows])[0]
 
 
 def _check(status: int, function: str, indices: Tensor, d_sae: int) -> None:
