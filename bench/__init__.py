@@ -1,8 +1,15 @@
-"""What things cost, measured, beside what the hardware allows and what others take: `csae bench`.
+"""The benchmark, `csae bench`: time and memory beside the hardware's limit and other implementations.
 
-cases: what is measured, its reference and its floor. ours, plain, peers, attention: the implementations. check: none
-is timed that gives another result. harness: the run. report: table, JSON, plot, comparison. growth: cost against
-d_sae and k. memory: a training step's peak by itself. demo_figure: the README's figure.
+cases                          what is measured, with its reference and its floor
+ours, plain, peers, attention  the implementations
+check                          compares results: an implementation with another result is not timed
+harness                        the run
+report                         table, JSON, plot, comparison
+growth                         cost against d_sae and k
+memory                         peak memory of a training step
+gpu, tune, sanitize, targets   what a GPU is needed for
+peer_tests                     other libraries' own tests under our patch
+demo_figure                    the README's figure
 
 Needs torch and numpy alone; matplotlib for plots, and the peers where they are to be measured.
 """

@@ -1,8 +1,8 @@
-"""The look-back by PyTorch's own attentions, with the same scores, mask and null slot; and a contextual step on one.
+"""The look-back with PyTorch's own attention: FlexAttention, and scaled_dot_product_attention (SDPA).
 
-FlexAttention takes the scores as a function. The null slot is either one more key, of value zero, or a correction
-after the fact: with lse the log of the softmax's denominator, out * sigmoid(lse - null) is what one more key of
-that score and value zero leaves. scaled_dot_product_attention takes the scores' bias [H, T, 1 + T] whole.
+Scores, mask and null slot are ours. FlexAttention takes the scores as a function. Its null slot is either one more key
+with value zero, or a correction of the result: out * sigmoid(lse - null), where lse is the log of the softmax's
+denominator. SDPA takes the bias of the scores, [H, T, 1 + T].
 """
 
 from __future__ import annotations

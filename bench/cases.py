@@ -1,9 +1,9 @@
 """What is measured: each case with its implementations, its reference in float64, and its floor.
 
-A floor is what no implementation can go below on the device: for each part of the work the longer of its operations
-at the rate of the device's matrix product and its bytes at the rate of a copy, summed over parts that need each
-other's results. Gathered rows count as read from memory each time: where a cache serves them, a share above 1 is
-possible.
+The floor is a time that no implementation can go below on the device. A part of the work takes the longer of two
+times: its operations at the rate of a matrix product, and its bytes at the rate of a copy. Parts that need each other's
+results add up. Gathered rows count as read from memory each time. Where a cache serves them, an implementation can be
+faster than the floor.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OURS = "csae"
 
 
 class Work(NamedTuple):
-    """A part of a case's work that can overlap with itself only."""
+    """A part of a case's work. Its operations and its bytes can overlap; those of two parts can't."""
 
     operations: float
     bytes: float
@@ -39,11 +39,11 @@ class Case:
 
     name: str
     floor: Callable[[Shape, int], list[Work]]
-    """of a shape, and the bytes of a number of the dtype it is computed in"""
+    """given the shape, and the bytes of a number in the dtype of the products"""
     reference: Callable[[Data], dict[str, Tensor]]
     """what the implementations' `outputs` have to be, computed in float64"""
     implementations: dict[str, Build]
-    """by name; ours first: others are held against it at full size"""
+    """by name; ours first: the others are compared with it at full size"""
 
 
 # --- references ------------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def _look_back_reference(data: Data) -> dict[str, Tensor]:
 
 
 def _topk_step_reference(data: Data) -> dict[str, Tensor]:
-    """With the direction of a decoder whose rows need not keep unit norm, as SAELens has it, beside those of ours."""
+    """Also with the step of a decoder whose rows don't keep unit norm: SAELens has such a decoder."""
     x = data.x.double()
 
     def forward(W: dict[str, Tensor]) -> Tensor:
@@ -108,9 +108,9 @@ def _first_step(
     slower: tuple[str, ...] = (),
     unit_rows: bool = True,
 ) -> dict[str, Tensor]:
-    """Which way Adam's first step on the fraction of variance unexplained moves each of the weights.
+    """The direction in which Adam's first step moves each weight; the loss is the fraction of variance unexplained.
 
-    slower: those with a quarter of the learning rate. unit_rows: W_dec's rows keep unit norm.
+    slower: names of the weights with a quarter of the learning rate. unit_rows: W_dec's rows keep unit norm.
     """
     start = {name: tensor.double() for name, tensor in weights.items()}
     moved = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
@@ -133,13 +133,13 @@ def _first_step(
 
 
 def _encode_floor(shape: Shape, itemsize: int) -> list[Work]:
-    """The product in the dtype of the case. In float32, a CPU with bfloat16 units goes below it, to the same result."""
+    """The product in the dtype of the case. In float32, a CPU with bfloat16 units is faster, with the same result."""
     n, d, F = shape.n, shape.d_in, shape.d_sae
     return [Work(2 * n * d * F, (n * d + F * d) * itemsize + n * shape.k * (itemsize + 8))]
 
 
 def _gather(shape: Shape, itemsize: int, d: int) -> Work:
-    """k rows of width d for each token, and what they give."""
+    """k rows of width d read for each token, and one row written."""
     return Work(2 * shape.n * shape.k * d, (shape.n * shape.k * d + shape.n * d) * itemsize)
 
 
@@ -158,7 +158,7 @@ def _forward_backward_floor(shape: Shape, itemsize: int) -> list[Work]:
 
 
 def _look_back_floor(shape: Shape, itemsize: int) -> list[Work]:
-    """Half of each of 4 products of width d_head and 3 of width d_value; each tensor read or written once."""
+    """Products for the pairs j < t: 4 of width d_head, 3 of width d_value. Each tensor is read or written once."""
     pairs = shape.n * shape.T / 2 * shape.heads
     forward = Work(
         2 * pairs * (shape.d_head + shape.d_value),
@@ -172,7 +172,7 @@ def _look_back_floor(shape: Shape, itemsize: int) -> list[Work]:
 
 
 def _adam(shape: Shape, width: int) -> Work:
-    """Weights and two moments of a row a feature, float32, each read and written once; the gradient never."""
+    """A row of weights and two of moments for each feature, float32, read and written once. No gradient is read."""
     return Work(0, 6 * 4 * shape.d_sae * width)
 
 
@@ -182,9 +182,9 @@ def _topk_step_floor(shape: Shape, itemsize: int) -> list[Work]:
 
 
 def _contextual_step_floor(shape: Shape, itemsize: int) -> list[Work]:
-    """A TopK step; the second encode by a narrow product or whole; the memory; the look-back; their Adam.
+    """A TopK step, the second encode (by the cheaper of two products), the memory, the look-back, and Adam for these.
 
-    The first code gets no gradient but through the memory: one more gather for its part of W_enc's.
+    The first code gets its gradient through the memory only: one more gather, for its part of W_enc's gradient.
     """
     n, d, F = shape.n, shape.d_in, shape.d_sae
     values = shape.heads * shape.d_value
@@ -259,7 +259,7 @@ TOPK_STEP = Case(
     _topk_step_reference,
     {
         OURS: ours.step(ours.topk_sae),
-        # With this eps its first step is Adam's: SparseAdam adds eps before the correction by beta2, not after.
+        # SparseAdam adds eps before the correction by beta2, not after. With this eps its first step is Adam's.
         "csae, lazy Adam": ours.step(ours.topk_sae, lazy=True, eps=1e-8 * (1 - 0.999) ** 0.5),
         "csae, bfloat16 moments": ours.step(ours.topk_sae, moments=torch.bfloat16),
         "csae, plain autograd + torch Adam": ours.autograd_step(ours.topk_sae),

@@ -1,7 +1,7 @@
-"""Whether two implementations gave the same result; one that differs is not timed.
+"""Whether two implementations gave the same result. One that differs is not timed.
 
-Tolerances are set by the dtype's rounding. In bfloat16 two features whose pre-activations round to one number are a
-matter of taste, and a rounded gradient now and then has another sign: hence the wider ones.
+Tolerances follow the rounding of the dtype. In bfloat16 two pre-activations may round to the same number, so either
+feature may be chosen, and a small gradient may change its sign. So the tolerances for bfloat16 are wide.
 """
 
 from __future__ import annotations
@@ -9,21 +9,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Largest difference of activations, as a share of the row's largest.
+# Largest difference of two activations, as a share of the largest in the row.
 NEAR = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-# Least cosine between two tensors: at the size of the check, where nothing ties, and at full size, where in bfloat16
-# the choice between near ties, and so the rows of their features, may differ.
+# Least cosine between two tensors. At the small size of the check nothing ties. At full size, in bfloat16, another of
+# two nearly equal features may be chosen, and then the gradients of their rows differ.
 COSINE = {torch.float32: 0.999, torch.bfloat16: 0.95}
 COSINE_TIED = {torch.float32: 0.99, torch.bfloat16: 0.7}
-# Norms may differ by as much.
+# Largest difference of two norms, as a share.
 NORM = 0.1
 
 
 def difference(got: dict[str, Tensor], wanted: dict[str, Tensor], dtype: torch.dtype, tied: bool = False) -> str | None:
-    """What differs, in words, or None. Only what both have is compared; codes up to near ties.
+    """What differs, in words, or None. Names that only one of them has are left out.
 
-    A code is values and indices [n, k]; anything else is compared by direction and norm. `tied`: near ties may have
-    been resolved otherwise, upstream of what is compared.
+    A code (values and indices [n, k]) is compared feature by feature, any other tensor by direction and norm. Of
+    nearly equal features either may be chosen.
+
+    tied: such a choice may also have changed the tensors that are compared by direction.
     """
     if not got.keys() & wanted.keys():
         return "it gave nothing that can be compared"
@@ -36,7 +38,7 @@ def difference(got: dict[str, Tensor], wanted: dict[str, Tensor], dtype: torch.d
         if not cosine >= least:
             return f"{name}: cosine {cosine:.4f}; needed {least}"
         if not abs(ratio - 1) <= NORM:
-            return f"{name}: norm {ratio:.4f} of what it is to be"
+            return f"{name}: norm is {ratio:.4f} times the expected one; needed 1 within {NORM}"
     if "indices" in got and "indices" in wanted:
         return _other_code((got["values"], got["indices"]), (wanted["values"], wanted["indices"]), NEAR[dtype])
     return None
@@ -57,7 +59,11 @@ def _cosine_and_ratio(a: Tensor, b: Tensor) -> tuple[float, float]:
 
 
 def _other_code(got: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], near: float) -> str | None:
-    """values, indices [n, k] of both: each feature that both have must be as active; others must be at the edge."""
+    """What differs between two codes: values, indices [n, k] each.
+
+    A feature of both must be equally active. One that only one of them has must be about as active as the least active
+    feature of the other.
+    """
     if got[1].shape != wanted[1].shape:
         return f"indices have shape {list(got[1].shape)}, not {list(wanted[1].shape)}"
     for first in range(0, got[1].shape[0], 1024):
@@ -67,7 +73,7 @@ def _other_code(got: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], near:
         if not bool((same.sum(1) <= 1).all()):
             return "a feature is chosen twice"
         slack = near * want_values.amax(1, keepdim=True).clamp_min(1e-6)  # [rows, 1]
-        expected = (same * want_values[:, None, :]).sum(2)  # [rows, k]: zero where the other has it not
+        expected = (same * want_values[:, None, :]).sum(2)  # [rows, k]: zero where the other lacks it
         edge = want_values.amin(1, keepdim=True)
         expected = torch.where(same.any(2), expected, edge)
         wrong = ~((values - expected).abs() <= slack)
@@ -75,5 +81,5 @@ def _other_code(got: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], near:
             row, place = (int(part) for part in wrong.nonzero()[0])
             found, needed = float(values[row, place]), float(expected[row, place])
             feature = int(indices[row, place])
-            return f"token {first + row}: feature {feature} is active by {found:.5g}; needed {needed:.5g}"
+            return f"token {first + row}: feature {feature} has the activation {found:.5g}; needed {needed:.5g}"
     return None

@@ -1,4 +1,4 @@
-"""What every case is made of: a shape, its data, and what an implementation hands to the harness."""
+"""The parts of every case: a shape, its data, and what an implementation gives to the harness."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class Shape:
     d_value: int
     d_memory: int = 256
     planted: bool = False
-    """whether each token is k rows of the decoder and little else, so that no two features tie for the last place"""
+    """whether each token is the sum of k decoder rows and a little noise, so that no two features tie for the k-th
+    place"""
 
     @property
     def windows(self) -> int:
@@ -42,7 +43,7 @@ class Shape:
 SHAPES = {
     shape.name: shape
     for shape in (
-        # On a CPU all cases of it, with the peers, take a few minutes.
+        # On a CPU all cases of this shape, with the peers, take a few minutes.
         Shape("small", 512, 256, 8192, 32, T=128, heads=8, d_head=32, d_value=64),
         Shape("cpu", 2048, 576, 18432, 32, T=256, heads=8, d_head=32, d_value=64),
         Shape("A", 8192, 768, 32768, 32, T=1024, heads=8, d_head=64, d_value=64),
@@ -50,7 +51,7 @@ SHAPES = {
         Shape("C", 8192, 4096, 131072, 64, T=1024, heads=8, d_head=64, d_value=64),
     )
 }
-# Where every implementation is held against the reference in float64 before it is timed.
+# The shape at which every implementation is compared with the float64 reference before it is timed.
 CHECK = Shape("check", 256, 512, 512, 4, T=128, heads=2, d_head=16, d_value=16, planted=True)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -66,15 +67,15 @@ class Built(NamedTuple):
     run: Callable[[], object]
     """what is timed"""
     outputs: Callable[[], dict[str, Tensor]]
-    """runs it once, the first time, and gives what is compared with other implementations; empty: nothing is"""
+    """runs it once, the first time, and gives the tensors to compare with other implementations; empty for none"""
     parameters: Sequence[Tensor] = ()
-    """whose gradient is dropped before memory is measured, so that the gradients count as the step's"""
+    """parameters whose gradients are dropped before memory is measured, so that new ones count"""
 
 
 class Data:
-    """The inputs of a case: activations, weights of an SAE, queries, keys, values. Made when first asked for.
+    """The inputs of a case: activations, weights of an SAE, queries, keys, values. Each is made when first read.
 
-    All numbers are those of `dtype`; a training step gets them widened to float32, its master weights.
+    All are in `dtype`. A training step widens them to float32 for its master weights.
     """
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
@@ -87,7 +88,7 @@ class Data:
 
     @cached_property
     def W_enc(self) -> Tensor:
-        """[d_sae, d_in], as W_dec: tied at the start of training (Gao et al. 2024)"""
+        """[d_sae, d_in], equal to W_dec, as at the start of training (Gao et al. 2024)"""
         return self.W_dec.clone()
 
     @cached_property
@@ -104,7 +105,7 @@ class Data:
         generator = torch.Generator(self.device).manual_seed(3)
         scores = torch.rand(shape.n, shape.d_sae, generator=generator, device=self.device)
         features = scores.topk(shape.k).indices
-        # Far enough apart for bfloat16 to keep their order.
+        # Far enough apart that bfloat16 keeps their order.
         size = torch.linspace(6, 8, shape.k, device=self.device)
         planted = (self.W_dec.float()[features] * size[:, None]).sum(dim=1)
         return (planted + 0.02 * self._normal(4, shape.n, shape.d_in).float()).to(self.dtype)
@@ -145,7 +146,7 @@ class Data:
 
     @cached_property
     def look_back(self) -> dict[str, Tensor]:
-        """The parameters of a contextual SAE's look-back, by name, as `csae.ContextualSAE` begins."""
+        """The parameters of a look-back by name, scaled as those of a new `csae.ContextualSAE`."""
         shape = self.shape
         keys, values = shape.heads * shape.d_head, shape.heads * shape.d_value
         return {

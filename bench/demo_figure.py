@@ -1,4 +1,4 @@
-"""The README's figure, from what `make demo` left: `python -m csae.bench.demo_figure`.
+"""Draws the README's figure from the results of `make demo`: `python -m csae.bench.demo_figure`.
 
 Left, the unexplained variance of each batch as training goes; right, on held-out text at the end.
 """

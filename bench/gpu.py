@@ -7,9 +7,9 @@ In turn: build in place, without pip; the tests marked gpu; compute-sanitizer's 
 every kernel; the fastest tiles of each kernel, into kernels/triton/tuned.json; the benchmark at shapes A, B and C, into
 bench/results/<device>.json and bench/RESULTS.md; and kernels/RESOURCES.md again, with the tiles that were chosen.
 
-A stage that was done is not done again unless the code or the device has changed since: after a run that was cut short,
-the next one goes on where it ended. What stages print, and that they are done, is kept in build/gpu. Every stage is
-stopped when its time is up. --peers: a folder with wheels of other libraries to measure against.
+A stage that is done is left out the next time, unless the code or the device has changed. So a run that was cut short
+is continued by the next one. build/gpu keeps the logs and the list of stages that are done. Every stage is stopped when
+its time is up. --peers: a folder with wheels of other libraries to measure against.
 
 Needs torch, triton, numpy, what csae needs to be imported, and pytest; no network and no virtual environment.
 """
@@ -38,7 +38,7 @@ SHAPES = ("A", "B", "C")
 
 
 class Skip(Exception):
-    """A stage can't be done here, and that is all right; the message says why."""
+    """A stage can't be done here, which is no failure; the message says why."""
 
 
 class Failed(Exception):
@@ -50,7 +50,7 @@ class Here(NamedTuple):
 
     device: str
     rehearse: bool
-    """no GPU: interpret kernels, tiny sizes, and nothing that is committed is written"""
+    """no GPU: kernels are interpreted, sizes tiny, and no file of the repository is written"""
     peers: Path | None
     state: Path
     """what is kept between runs"""
@@ -67,19 +67,19 @@ class Stage(NamedTuple):
 
     name: str
     seconds: int
-    """it is stopped after"""
+    """after which it is stopped"""
     work: Callable[[Here, float], str]
-    """does it within so many seconds, and says in a line what came out"""
+    """does the work within that many seconds, and returns a line on the result"""
 
 
 # --- the stages ----------------------------------------------------------------------------------------------------
 
 
 def build(here: Here, seconds: float) -> str:
-    """csae importable from the checkout, and the native library where cmake, ninja and a compiler are."""
+    """Make csae importable from the checkout; build the native library if cmake, ninja and a compiler are there."""
     try:
         python(here, "build", ["-c", "import csae.kernels.triton"], seconds)
-    except Failed:  # not installed: the folder that an installation maps to csae.kernels is to be found there
+    except Failed:  # the checkout was copied without its links
         link = ROOT / "csae" / "kernels"
         if not link.is_symlink():
             link.symlink_to(Path("..", "kernels"), target_is_directory=True)
@@ -98,7 +98,7 @@ def build(here: Here, seconds: float) -> str:
 
 
 def tests(here: Here, seconds: float) -> str:
-    """The tests marked gpu. Those of other folders import more than is here."""
+    """The tests marked gpu. Only those of tests/kernels: others import packages that may be missing here."""
     if importlib.util.find_spec("pytest") is None:
         raise Skip("pytest is not installed")
     command = ["-m", "pytest", "-o", "addopts=", "-q", "-m", "gpu and not slow", "-p", "no:cacheprovider"]
@@ -121,8 +121,8 @@ def racecheck(here: Here, seconds: float) -> str:
 def sanitizer(here: Here, tool: str, seconds: float) -> str:
     """bench.sanitize under a tool of compute-sanitizer."""
     sanitize = [sys.executable, "-m", "csae.bench.sanitize"]
-    # Without torch's cache every tensor is an allocation of its own, so that a step beyond its end is seen. Calls of
-    # the CUDA API that fail are torch's way to ask what there is.
+    # Without torch's cache every tensor is an allocation of its own, so that an access beyond its end is seen. Failing
+    # calls of the CUDA API are not reported: torch makes some to find out what the device can do.
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "3", "--report-api-errors", "no"]
     command += ["--print-limit", "20", *sanitize]
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -139,7 +139,7 @@ def sanitizer(here: Here, tool: str, seconds: float) -> str:
 
 
 def tune(here: Here, seconds: float) -> str:
-    """The fastest tiles; compiling and the last candidate may take a little longer than it is given."""
+    """Find the fastest tiles. It gets less than its time: compiling and the last candidate may overrun a little."""
     sizes = ["--shapes", "tiny", "--most", "1"] if here.rehearse else ["--shapes", *SHAPES]
     sizes += ["--seconds", f"{0.8 * seconds:.0f}", "--into", str(here.tuned)]
     python(
@@ -153,7 +153,7 @@ def tune(here: Here, seconds: float) -> str:
 MEASURE = """
 import sys
 from pathlib import Path
-from bench import cases, harness, report
+from csae.bench import cases, harness, report
 folder, rounds, *shapes = sys.argv[1:]
 for case in cases.CASES:
     for shape in shapes:
@@ -166,7 +166,7 @@ for case in cases.CASES:
 
 
 def bench(here: Here, seconds: float) -> str:
-    """Each case at each shape; what was measured before time was up stands, and the rest is measured next time."""
+    """Measure each case at each shape. What is left when time is up is measured next time."""
     folder = here.state / "measured"
     code = key(here, "bench")
     if not (folder / code).exists():
@@ -184,11 +184,11 @@ def bench(here: Here, seconds: float) -> str:
 
 
 def peers(here: Here, seconds: float) -> Path:
-    """The folder that the peers' wheels are unpacked to; they are left out where that fails."""
+    """Unpack the peers' wheels; returns the folder, which is empty where that fails."""
     folder = here.state / "peers"
     wheels = [str(wheel) for wheel in sorted((here.peers or folder).glob("*.whl"))]
     shutil.rmtree(folder, ignore_errors=True)
-    # What they need comes as wheels too, or is there; torch must not come along.
+    # What they need is in wheels too, or installed already; pip must not install another torch.
     install = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(folder), *wheels]
     try:
         if not wheels:
@@ -200,7 +200,7 @@ def peers(here: Here, seconds: float) -> Path:
 
 
 def resources(here: Here, seconds: float) -> str:
-    """kernels/RESOURCES.md, which the forms that were tuned belong to."""
+    """Write kernels/RESOURCES.md, which lists the tuned forms too."""
     command = ["-m", "csae.kernels.triton.offline", "--write", "--processes", str(os.cpu_count() or 1)]
     if here.rehearse:
         return f"would run: {shlex.join(command)}"
@@ -208,7 +208,7 @@ def resources(here: Here, seconds: float) -> str:
 
 
 def write_results(here: Here, files: list[Path]) -> str:
-    """One JSON file of all that was measured on this device, and the table of all devices."""
+    """Write one JSON file with all that was measured on this device, and the table of all devices."""
     from . import report, targets
 
     parts = [report.read(file) for file in files]
@@ -244,9 +244,9 @@ def python(
 
 
 def run(here: Here, log: str, command: list[str], seconds: float, environment: dict[str, str] | None = None) -> str:
-    """Run a command from the checkout; what it prints, which build/gpu/<log>.log keeps.
+    """Run a command in the checkout. Returns what it prints, which is also kept in build/gpu/<log>.log.
 
-    Raises Failed where it fails, or takes longer.
+    Raises Failed where it fails or takes longer than `seconds`.
     """
     path = here.state / f"{log}.log"
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(environment or {})}
@@ -278,7 +278,7 @@ def last_line(output: str) -> str:
 
 
 def key(here: Here, stage: str) -> str:
-    """Changes when the device, torch or the code does; and for the benchmark when the tiles do."""
+    """A hash of the device, torch and the code, and for the benchmark of the tiles."""
     digest = hashlib.sha256(repr((here.device, torch.__version__, sys.version, str(here.peers))).encode())
     folders = ("kernels", "csae", "bench", "tests")
     files = {file.resolve() for folder in folders for file in (ROOT / folder).rglob("*.py")}
@@ -291,7 +291,7 @@ def key(here: Here, stage: str) -> str:
 
 
 def do(here: Here, wanted: Stage, seconds: float) -> tuple[bool, str]:
-    """Do a stage that isn't done yet. Whether all is well, and what to say."""
+    """Do a stage that isn't done yet. Returns whether it succeeded, and a line to print."""
     done, code = here.state / f"{wanted.name}.json", key(here, wanted.name)
     if done.exists():
         before = json.loads(done.read_text())

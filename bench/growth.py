@@ -1,8 +1,8 @@
 """How cost grows with d_sae and k: time beyond the encoder's product against n * k * d_in.
 
-What is sparse costs n * k * d_in, whatever d_sae is; what touches every pre-activation costs n * d_sae. Adam moves
-every row, whether its feature fired or not: 2 * d_sae * d_in weights and twice as many moments, whatever n and k are.
-The product is the one that the encoder does: in bfloat16 where a CPU has units for that.
+Sparse work costs n * k * d_in, whatever d_sae is. Work on every pre-activation costs n * d_sae. Adam moves every row,
+whether its feature fired or not: 2 * d_sae * d_in weights and twice as many moments, whatever n and k are. The product
+is the one that the encoder computes: in bfloat16 on a CPU with units for that.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def run(
     device: str | None = None,
     say: Callable[[str], None] = print,
 ) -> Report:
-    """Time of each of TIMED less that of the product, both in each round; medians of the differences.
+    """The median over rounds of the time of each of TIMED minus the time of the product in the same round.
 
-    Gives device, threads and results, each with d_sae, k, n, d_in, what, product_ms, beyond_ms, spread_ms.
+    Returns device, threads and results; each result has d_sae, k, n, d_in, what, product_ms, beyond_ms, spread_ms.
     """
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     clock, results = Clock(on), []

@@ -1,6 +1,6 @@
-"""The run: each implementation checked, then timed in turn with the others, then its memory.
+"""The run: check each implementation, time it in turn with the others, measure its memory.
 
-Rounds are interleaved: each runs every implementation once, so that a noisy machine disturbs all alike.
+A round runs every implementation once, so that a noisy machine disturbs all alike.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .check import difference
 from .data import CHECK, DTYPES, SHAPES, Built, Data, Skip
 from .measure import Ceilings, Clock, ceilings, map_large_blocks, median_and_spread, peak_bytes
 
-# An implementation that takes longer to be built and checked (compiled, that is) is left out.
+# An implementation that takes longer to compile and check is left out.
 SECONDS_TO_BUILD = 180
 WARM_UP = 2
 
@@ -47,7 +47,7 @@ def run(
     rounds: int | None = None,
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
 ) -> Report:
-    """Measure, and say on the way what is being measured.
+    """Measure, and print what is being measured.
 
     Args:
         shapes: names of `SHAPES`; if none: small on a CPU; A, B and C on CUDA.
@@ -58,7 +58,7 @@ def run(
         rounds: 7 on a CPU, 20 on CUDA, if not given.
 
     Raises:
-        UserError: a name that isn't there, or no round.
+        UserError: an unknown name, or fewer rounds than one.
     """
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cuda = on.type == "cuda"
@@ -76,7 +76,7 @@ def run(
     for shape in sizes:
         for case in chosen:
             say(f"{time.perf_counter() - started:4.0f} s  {shape.name}: {case.name}")
-            # Again before each case: a noisy machine must not lower the floor of the whole run.
+            # Measured again before each case, and the best is kept: noise must not raise the floor of the whole run.
             ceiling = Ceilings(*map(max, ceiling, ceilings(on, number, clock)))
             results += measure(case, Data(shape, number, on), rounds, clock)
     for result in results:
@@ -101,7 +101,7 @@ def floor_ms(parts: list[Work], ceiling: Ceilings) -> float:
 
 
 def measure(case: Case, data: Data, rounds: int, clock: Clock) -> list[dict[str, Any]]:
-    """The results of one case on the data, but for the floor."""
+    """The results of one case, without the floor."""
     passed, skipped = check(case, data)
     times, failed = _times(passed, data, rounds, clock)
     peaks = _peaks(case, data, list(times))
@@ -131,9 +131,9 @@ def measure(case: Case, data: Data, rounds: int, clock: Clock) -> list[dict[str,
 
 
 def check(case: Case, data: Data) -> tuple[dict[str, Build], dict[str, str]]:
-    """Which implementations give the right result, and why the others don't.
+    """The implementations that give the right result, and why each of the others is left out.
 
-    Each against the reference in float64 at the size of CHECK; then, at full size, against the first that passed.
+    Each is compared with the float64 reference at the size of CHECK, then at full size with the first that passed.
     """
     small = Data(CHECK, data.dtype, data.device)
     expected = case.reference(small)
@@ -169,8 +169,8 @@ def _times(
     builds: dict[str, Build], data: Data, rounds: int, clock: Clock
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Milliseconds of each implementation in each round, and why some could not be timed."""
-    # A GPU hasn't the memory to keep all of them, each with its weights and moments: there each is built again in
-    # every round, which takes no time worth speaking of.
+    # A GPU has no memory for all of them, each with its weights and moments. There each is built again in every round,
+    # which takes little time.
     keep = data.device.type != "cuda"
     kept: dict[str, Built] = {}
     times: dict[str, list[float]] = {}
@@ -199,7 +199,7 @@ def _times(
 
 
 def _peaks(case: Case, data: Data, names: list[str]) -> dict[str, int | None]:
-    """The peak of each implementation; on a CPU measured in a process of its own, where nothing else is resident."""
+    """Peak memory of each implementation. On a CPU another process measures it, where nothing else is resident."""
     if data.device.type == "cuda":
         return {name: _peak(case.implementations[name], data) for name in names}
     if sys.platform != "linux":
@@ -216,7 +216,7 @@ def _peaks(case: Case, data: Data, names: list[str]) -> dict[str, int | None]:
 
 
 def peaks_here(asked: str) -> None:
-    """Print a line of JSON for each implementation asked for: its peak in this process."""
+    """Print a line of JSON for each implementation in `asked`: its peak memory in this process."""
     given = json.loads(asked)
     map_large_blocks()
     case = CASES[given["case"]]
@@ -229,7 +229,7 @@ def _peak(build: Build, data: Data) -> int | None:
     try:
         return peak_bytes(build(data), data.device)
     except Exception:
-        return None  # it ran before: here memory may be what it lacks
+        return None  # it ran before; here there may be too little memory
     finally:
         _release(data.device)
 
@@ -251,7 +251,7 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _time_limit(seconds: int) -> Iterator[None]:
-    """TimeoutError in what takes longer; no limit where there is no alarm clock (Windows, another thread)."""
+    """Raise TimeoutError in a block that takes longer. No limit on Windows or in another thread: no alarm there."""
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -288,7 +288,7 @@ def _named(what: str, name: str, known: dict[str, Any]) -> Any:
 
 
 def device_name(device: torch.device) -> str:
-    """As its maker calls it."""
+    """The name that its maker gave it; for a CPU also the instruction set that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):

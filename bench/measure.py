@@ -18,7 +18,7 @@ from .data import Built
 
 
 class Ceilings(NamedTuple):
-    """What the device does at most."""
+    """The highest rates of the device."""
 
     operations_per_s: float
     """of a large square matrix product in the dtype of the cases"""
@@ -29,8 +29,8 @@ class Ceilings(NamedTuple):
 class Clock:
     """Milliseconds of a function on a device.
 
-    On CUDA by events, with the L2 cache emptied before: that also keeps the device busy while the host sends what is
-    timed, so that a short kernel isn't charged for the host.
+    On CUDA by events, after the L2 cache was emptied. Emptying it also keeps the device busy while the host launches
+    the function, so that the time of the host isn't counted.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -52,14 +52,14 @@ class Clock:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, clock: Clock) -> Ceilings:
-    """Measured here and now; the best of several, since a ceiling is what is possible."""
+    """Measured now: the best of several tries."""
     (n, d, F), length = ((8192, 8192, 8192), 1 << 30) if device.type == "cuda" else ((2048, 576, 8192), 1 << 28)
     x, W = (torch.randn(size, d, device=device).to(dtype) for size in (n, F))
     out = torch.empty(n, F, dtype=dtype, device=device)
     product = _best(clock, lambda: torch.mm(x, W.T, out=out))
     source = torch.zeros(length // 4, device=device)
     target = torch.zeros_like(source)
-    # Reading and writing one block is faster than copying on a CPU, which reads what a copy is to overwrite.
+    # On a CPU an update in place is faster than a copy: before a copy writes to memory, the CPU reads it.
     moved = min(_best(clock, lambda: target.copy_(source)), _best(clock, lambda: target.add_(1)))
     return Ceilings(2 * n * d * F / (product / 1000), 2 * length / (moved / 1000))
 
@@ -77,10 +77,10 @@ def median_and_spread(times: list[float]) -> tuple[float, float]:
 
 
 def peak_bytes(built: Built, device: torch.device) -> int | None:
-    """The most that a run holds beyond what was there before it: inputs, weights, and the optimizer's state.
+    """The most memory that a run needs beyond its inputs, weights and optimizer state, in bytes.
 
-    What it has run before stays warm; gradients left by it are dropped first, so that those of the run count. On a
-    CPU resident memory is read, as Linux counts it; None elsewhere.
+    It is run once before. Gradients of that run are dropped, so that those of the measured run count. On a CPU this is
+    resident memory as Linux counts it; None on other systems.
     """
     built.run()
     for parameter in built.parameters:

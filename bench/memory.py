@@ -2,10 +2,9 @@
 
     python -m csae.bench.memory [--n 4096 --d-in 576 --d-sae 36864 --k 32 --arch topk --dead 0]
 
-Counts resident memory as Linux sees it: the high-water mark of the step, less what was resident before the
-model was made, less the bytes of weights and moments. The second step is measured, so that the moments of the
-first are there. glibc is told to give back what is freed at once: what it would keep, for how long it likes, made the
-same step take 210 to 285 MB, of which it holds 196.
+Resident memory as Linux counts it: the high-water mark of the step, minus what was resident before the model was made,
+minus the bytes of weights and moments. The second step is measured, since the first one makes the moments. glibc is
+told to return freed memory at once: otherwise the same step took between 210 and 285 MB, for 196 MB of tensors.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def measure(n: int, d_in: int, d_sae: int, k: int, arch: str, dead: int) -> dict[str, float]:
-    """Megabytes (2**20 bytes): the step's peak beyond weights and moments, and those."""
+    """In MiB: the step's peak beyond weights and moments, and the weights and moments."""
     config = TrainConfig(steps=10)
     device = torch.device("cpu")
-    _step(TopKSAE(8, 16, 2), 64, 0, config, device)  # threads and caches of the libraries are up
+    _step(TopKSAE(8, 16, 2), 64, 0, config, device)  # starts the libraries' threads and fills their caches
     before = resident("VmRSS")
     torch.manual_seed(0)
     sae: SAE = TopKSAE(d_in, d_sae, k) if arch == "topk" else ContextualSAE(d_in, d_sae, k)

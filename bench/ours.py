@@ -22,7 +22,7 @@ def autoencode(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, k: int) -
 
 
 def threshold_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The other exact selection, on CUDA: a sampled threshold, and a proof by counting."""
+    """Another exact selection, on CUDA: a threshold from a sample of columns, and a count that proves it low enough."""
     if x.device.type != "cuda":
         raise Skip("a Triton kernel: needs CUDA")
     try:
@@ -46,7 +46,7 @@ def contextual_sae(data: Data) -> tuple[SAE, dict[str, Tensor]]:
 
 
 def uncompared(build: Callable[[Data], Built]) -> Callable[[Data], Built]:
-    """The same beside a case that it is no implementation of."""
+    """Timed beside the implementations of a case, without being compared with them."""
     return lambda data: build(data)._replace(outputs=dict)
 
 
@@ -54,11 +54,11 @@ MakeSAE = Callable[[Data], tuple[SAE, dict[str, Tensor]]]
 
 
 def step(make: MakeSAE, **how: Any) -> Callable[[Data], Built]:
-    """Gradients in factors, and the Adam that takes them, made with `how`: what `csae train` does."""
+    """The step of `csae train`: gradients in factors, and `csae.Adam`, which is made with `how`."""
 
     def build(data: Data) -> Built:
         sae, state, acts, mask, documents = _begin(make, data)
-        optimizer = Adam(sae, LR, **{"eps": 1e-8} | how)  # the eps of the others, whose steps are compared with this
+        optimizer = Adam(sae, LR, **{"eps": 1e-8} | how)  # as the other implementations, whose steps are compared
 
         def run() -> None:
             with data.autocast:

@@ -1,4 +1,4 @@
-"""Another library's own tests, without our patch and with it: `csae.patch` must fail none that passes without.
+"""Another library's own tests, without `csae.patch` and with it: a test that passes without must pass with it.
 
     python -m csae.bench.peer_tests sae_lens CHECKOUT
 
@@ -49,10 +49,10 @@ TESTS = {
 
 PASSED = "passed"
 
-# Of an error's first line.
+# How much of an error's first line is shown.
 MOST_CHARACTERS = 160
 
-# What in a failure's text says that something is missing on this machine.
+# Words in the text of a failure that show what this machine lacks.
 _MISSING = {
     "needs the network": (
         "couldn't connect",
@@ -78,7 +78,7 @@ class Result(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare, and print the table. The exit code."""
+    """Compare, and print the table. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m csae.bench.peer_tests", description=__doc__.splitlines()[0])
     parser.add_argument("library", choices=TESTS)
     parser.add_argument("checkout", type=Path, help="its repository, with its tests")
@@ -133,7 +133,7 @@ def read_report(report: Path) -> dict[str, Result]:
 
 
 def table(without: dict[str, Result], patched: dict[str, Result]) -> tuple[str, list[str]]:
-    """What came out, in words, and the tests that the patch fails: those that pass, or are skipped, without it."""
+    """The table as text, and the tests that fail with the patch though they pass, or are skipped, without it."""
     passed = _passed(without)
     cannot = {name: result.reason for name, result in without.items() if result.outcome == "failed"}
     skipped = {name: result.reason for name, result in without.items() if result.outcome == "skipped"}
@@ -162,7 +162,7 @@ def _listed(title: str, reasons: dict[str, str]) -> list[str]:
 
 
 def _why(message: str) -> str:
-    """A failure in a line: what is missing on this machine, where that is the reason, and the error's first line."""
+    """A failure in one line: what this machine lacks, if that is the reason, and the error's first line."""
     first = message.splitlines()[0]
     for reason, signs in _MISSING.items():
         if any(sign in message.lower() for sign in signs):
@@ -170,7 +170,7 @@ def _why(message: str) -> str:
     return first[:MOST_CHARACTERS]
 
 
-# --- this module as a pytest plugin: `-p bench.peer_tests --csae-patch LIBRARY` ------------------------------------
+# --- this module as a pytest plugin: `-p csae.bench.peer_tests --csae-patch LIBRARY` --------------------------------
 
 
 def pytest_addoption(parser: Any) -> None:

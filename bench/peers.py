@@ -1,9 +1,9 @@
 """Training steps of other libraries, by their own classes, where they are installed.
 
-Each runs what its trainer runs between one batch and the next, but for logging and checkpoints: forward, loss,
-backward, clipping, optimizer, schedule, the decoder's norm, the count of dead features. The optimizer is torch's Adam,
-as their trainers make it. No feature is dead in so few steps, so AuxK costs them only the look. Those that are
-`..._patched` are the same steps under `csae.patch`.
+Each runs what its trainer runs for one batch, without logging and checkpoints: forward, loss, backward, clipping,
+optimizer, schedule, the decoder's norm, the count of dead features. The optimizer is torch's Adam, made as their
+trainers make it. No feature is dead after so few steps, so AuxK costs only the check for dead features. A name that
+ends in `_patched` is the same step under `csae.patch`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import csae
 from .data import Built, Data, Skip
 from .step import LR, Step
 
-# The name of a decoder's direction where its rows need not keep unit norm.
+# The name, among the compared tensors, of the step of a decoder whose rows don't keep unit norm.
 FREE_ROWS = "W_dec, free rows"
 
 PACKAGES = ("eai-sparsify", "sae-lens", "dictionary-learning")
 
 
 def _patched(library: str, build: Callable[[Data], Built]) -> Callable[[Data], Built]:
-    """The same on our ops. The patch is there while it runs: others run in between."""
+    """The same under our patch, which is applied only while it runs: other implementations run in between."""
 
     def build_patched(data: Data) -> Built:
         built = build(data)
@@ -52,11 +52,13 @@ def sparsify(data: Data) -> Built:
     """EleutherAI's SparseCoder; the step is what `sparsify.Trainer.fit` and its hook do for one hookpoint."""
     _needs("eai-sparsify")
     if data.device.type == "cuda" and data.dtype == torch.float32:
-        raise Skip("its forward pass is bfloat16 on CUDA, whatever is asked")
+        raise Skip("its forward pass on CUDA is always in bfloat16")
     if data.device.type == "cpu":
         if "sparsify.utils" in sys.modules and os.environ.get("SPARSIFY_DISABLE_TRITON") != "1":
-            raise Skip("it was imported for CUDA: its decoder can't run on a CPU in this process")
-        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # where triton is installed it is used, also on a CPU
+            raise Skip("it was imported with its Triton decoder, which can't run on a CPU")
+        os.environ["SPARSIFY_DISABLE_TRITON"] = (
+            "1"  # otherwise it uses Triton wherever that is installed, also on a CPU
+        )
     with contextlib.redirect_stdout(io.StringIO()):
         from sparsify import SparseCoder, SparseCoderConfig
     from transformers import get_linear_schedule_with_warmup
@@ -76,7 +78,7 @@ def sparsify(data: Data) -> Built:
     def run() -> None:
         sae.set_decoder_norm_to_unit_norm()
         total_variance = (acts - acts.mean(0)).pow(2).sum()
-        # Its own autocast is for CUDA.
+        # Its own autocast works on CUDA only.
         with data.autocast:
             out = sae(x=acts, y=acts, dead_mask=None, total_variance=total_variance)
         fired[out.latent_indices.flatten()] = True
@@ -183,7 +185,7 @@ def dictionary_learning(data: Data) -> Built:
     acts = data.x
 
     def run() -> None:
-        # A step from the long middle of training: past the start of its threshold, which it then keeps up.
+        # A step number from the middle of training, where it updates its threshold in every step.
         with data.autocast:
             trainer.update(2000, acts)
 

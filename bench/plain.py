@@ -1,7 +1,7 @@
-"""What a user of PyTorch would write: dense, dense and compiled, and the best sparse composition of PyTorch's ops.
+"""What a user of PyTorch would write: dense, dense and compiled, and the best sparse combination of PyTorch's ops.
 
-The sparse one selects without a graph, computes the k chosen pre-activations again from their rows, and decodes with
-`embedding_bag`: so neither direction multiplies by zeros, and only the encoder's product is dense.
+The sparse one selects without recording a graph, computes the k chosen pre-activations again from their rows, and
+decodes with `embedding_bag`. So only the encoder's product is dense, and nothing is multiplied by zero.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def dense_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tenso
 
 
 def encode(encoder: Encoder) -> Callable[[Data], Built]:
-    """topk_encode forward by any function of its signature."""
+    """The forward pass of a function with `topk_encode`'s signature."""
 
     def build(data: Data) -> Built:
         x, W_enc, b_enc, k = data.x, data.W_enc, data.b_enc, data.shape.k
@@ -65,7 +65,7 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
 
 
 def decode(decoder: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Data], Built]:
-    """sparse_decode forward by any function of its signature."""
+    """The forward pass of a function with `sparse_decode`'s signature."""
 
     def build(data: Data) -> Built:
         (values, indices), W_dec = data.code, data.W_dec
@@ -114,7 +114,7 @@ def forward_backward(autoencode: Autoencoder) -> Callable[[Data], Built]:
 
 
 def backward(autoencode: Autoencoder) -> Callable[[Data], Built]:
-    """The gradients of W_enc, b_enc, W_dec alone, of one forward pass that is kept."""
+    """The gradients of W_enc, b_enc, W_dec, without the forward pass, which runs once."""
 
     def build(data: Data) -> Built:
         weights = [tensor.detach().requires_grad_() for tensor in (data.W_enc, data.b_enc, data.W_dec)]
@@ -141,7 +141,7 @@ def _named(found: tuple[Tensor, ...]) -> dict[str, Tensor]:
 
 
 def step(autoencode: Autoencoder, compile_it: bool = False) -> Callable[[Data], Built]:
-    """A TopK training step with a fused Adam; what surrounds the products compiled too, if they are."""
+    """A TopK training step with a fused Adam. compile_it: the loss and the norms of W_dec are compiled too."""
 
     def build(data: Data) -> Built:
         wrap = compiled if compile_it else (lambda function: function)
@@ -166,7 +166,7 @@ def step(autoencode: Autoencoder, compile_it: bool = False) -> Callable[[Data], 
 
 @cache
 def _loss(autoencode: Autoencoder) -> Callable[..., Tensor]:
-    """The fraction of variance unexplained, as a function that the compiler finds again."""
+    """The fraction of variance unexplained. One function for each autoencoder, so that it is compiled once."""
 
     def loss(
         x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int, dtype: torch.dtype
@@ -188,5 +188,5 @@ def _normalise(W_dec: Tensor) -> None:
 
 @cache
 def compiled(function: Callable) -> Callable:
-    """torch.compile, once a function, so that what is built again for the same shapes is not compiled again."""
+    """torch.compile, cached: an implementation that is built again for the same shapes is not compiled again."""
     return torch.compile(function, dynamic=False)

@@ -1,4 +1,4 @@
-"""What a run found: a table, JSON, a plot, and two runs compared."""
+"""The results of a run: a table, JSON, a plot, and the comparison of two runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .harness import Report
 
 TOP_LEVEL = ("device", "versions", "ceilings", "results")
 OF_A_RESULT = ("case", "shape", "dtype", "impl")
-# A median that moved by less is not called faster or slower, nor one that moved by less than the spreads.
+# A median that changed by a smaller share counts as the same, and so does one that changed by less than the spreads.
 NOISE = 0.03
 
 

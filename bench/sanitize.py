@@ -1,4 +1,4 @@
-"""Every kernel on small, awkward cases: what compute-sanitizer watches.
+"""Every kernel on small, awkward cases, to be run under compute-sanitizer.
 
     compute-sanitizer --tool memcheck python -m csae.bench.sanitize
 

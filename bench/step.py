@@ -1,4 +1,4 @@
-"""What training steps share: float32 weights that begin as the data's, and which way the first step moves them."""
+"""Shared by training steps: float32 copies of the data's weights, and the direction of the first step."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ LR = 1e-3
 
 
 def direction(move: Tensor) -> Tensor:
-    """Which way each weight moved: 1 or -1, or between where it moved by less than a tenth of the learning rate.
+    """Which way each weight moved: 1 or -1; in between where it moved by less than a tenth of the learning rate.
 
-    The first step of Adam is the sign of the gradient, whatever the scale of the loss, but where the gradient is about
-    as small as eps. So the steps of losses that are multiples of each other, as those of the peers are, have one
-    direction.
+    The first step of Adam is the sign of the gradient, unless the gradient is as small as eps. So the scale of the loss
+    doesn't matter. The peers' losses differ from ours by a factor, and their first steps have the same direction.
     """
     return (move * (10 / LR)).clamp(-1, 1)
 
 
 class Step:
-    """A step's parameters, and the direction of the first step, which is what is compared.
+    """A step's parameters, and the direction of its first step, by which steps are compared.
 
-    start: the weights by name, as the data has them. transposed: those that an implementation keeps the other way.
+    start: the data's weights by name. transposed: names of the weights that an implementation keeps transposed.
     """
 
     def __init__(self, start: dict[str, Tensor], transposed: tuple[str, ...] = ()) -> None:
@@ -33,12 +32,12 @@ class Step:
         self.parameters: list[Tensor] = []
 
     def own(self) -> list[Tensor]:
-        """New parameters."""
+        """New parameters with the data's weights."""
         self.parameters = [tensor.float().clone().requires_grad_() for tensor in self.start.values()]
         return self.parameters
 
     def load(self, parameters: dict[str, Tensor]) -> None:
-        """Take a module's parameters, by our names, and give them the data's weights."""
+        """Use a module's parameters, given by our names, and fill them with the data's weights."""
         self.parameters = [parameters[name] for name in self.start]
         with torch.no_grad():
             for name, parameter in zip(self.start, self.parameters, strict=True):

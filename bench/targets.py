@@ -1,4 +1,4 @@
-"""What is to be seen on a GPU, in ratios of one run, and bench/RESULTS.md, which shows what was seen."""
+"""Targets for a GPU, as ratios within one run; and bench/RESULTS.md, which shows what was measured."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ SHAPES = ("A", "B", "C")
 
 
 class Target(NamedTuple):
-    """A ratio that is to be reached."""
+    """A ratio to reach."""
 
     what: str
     limit: float
     at_most: bool
-    """whether the ratio is to be at most the limit, or at least"""
+    """whether the limit is an upper one"""
     of: Callable[[Report, str], float | None]
     """the ratio at a shape; None where it wasn't measured"""
 
@@ -39,7 +39,7 @@ def _value(found: Report, case: Case, shape: str, impl: str, what: str) -> float
 
 
 def _against(case: Case, *impls: str, what: str = "median_ms") -> Callable[[Report, str], float | None]:
-    """What another takes, the best of those named, divided by what ours takes."""
+    """The smallest value of `impls`, divided by ours."""
 
     def of(found: Report, shape: str) -> float | None:
         ours = _value(found, case, shape, OURS, what)

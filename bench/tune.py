@@ -2,9 +2,8 @@
 
     python -m csae.bench.tune [--shapes A B C] [--seconds 120] [--into kernels/triton/tuned.json]
 
-Each op is run as a user runs it, and timed as a whole with each candidate of each kernel that it launches, all other
-kernels as they are by default. A form that can't be compiled or launched is passed over. What is known when the time
-is up is kept.
+Each op is timed as a whole, with each candidate of each kernel that it launches; all other kernels have their default
+form. A form that can't be compiled or launched is left out. When the time is up, what was found so far is written.
 """
 
 from __future__ import annotations
@@ -31,17 +30,17 @@ from csae.kernels.triton.variant import Variant
 from .data import SHAPES, Data, Shape
 from .measure import Clock
 
-# For a run in the interpreter, which takes seconds for what a GPU does in microseconds.
+# For a run in Triton's interpreter, which is very slow.
 TINY = Shape("tiny", 8, 16, 96, 2, T=4, heads=1, d_head=8, d_value=8)
 ROUNDS = 5
-# What is faster by less is not worth an entry: the next run may find it slower.
+# A smaller gain is not worth an entry: the next run may find the form slower.
 WORTH = 0.98
 
 Op = Callable[[], object]
 
 
 def ops(data: Data) -> Iterator[tuple[str, Op]]:
-    """Everything that launches kernels, by name. What one needs is made when it is its turn."""
+    """Everything that launches kernels, by name. The inputs of each are made when it is reached."""
     topk, threshold, sums, rows, look_back = (
         import_module(f"csae.kernels.triton.{name}")
         for name in ("topk_encode", "topk_threshold", "sparse_decode", "feature_rows", "lookback_attention")
@@ -110,7 +109,7 @@ class Timed(NamedTuple):
 
 
 def compilable(others: list[Variant], device: torch.device) -> Iterator[Variant]:
-    """Those of `others` that are fit to be launched; compiled side by side, to be found in triton's cache."""
+    """Those of `others` that can be launched. They are compiled in parallel, and lie in triton's cache afterwards."""
     capability = "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
     if capability not in offline.TARGETS:
         yield from others
@@ -123,7 +122,7 @@ def compilable(others: list[Variant], device: torch.device) -> Iterator[Variant]
 def try_candidates(
     op: Op, timed: dict[tuple[str, str], Timed], entries: dict[str, dict[str, int]], clock: Clock, until: float
 ) -> None:
-    """Time an op with each candidate of each kernel that it launches. entries: the table as the launchers read it."""
+    """Time an op with each candidate of each kernel that it launches. entries: the table that the launchers read."""
     used = {str(variant) for variant in launched(op)}
     mine = [form for form in timed.values() if str(form.default) in used]
     whole = _median(op, clock) if mine else math.nan
@@ -140,7 +139,7 @@ def try_candidates(
 
 
 def chosen(timed: dict[tuple[str, str], Timed]) -> list[tuple[Timed, float]]:
-    """For each variant that was timed the form that is the best over all shapes, and its share."""
+    """For each timed variant, the form that is best over all shapes, and its share of the default's time."""
     best: dict[str, tuple[Timed, float]] = {}
     most = {name: max(len(f.shares) for (of, _), f in timed.items() if of == name) for name, _ in timed}
     for (name, _), form in timed.items():
@@ -153,7 +152,7 @@ def chosen(timed: dict[tuple[str, str], Timed]) -> list[tuple[Timed, float]]:
 def tune(
     shapes: list[Shape], device: torch.device, dtype: torch.dtype, seconds: float, most: int | None, into: Path
 ) -> list[str]:
-    """Fill in the table of this device at `into`, and say what was found. most: candidates a variant, if not all."""
+    """Write the table of this device to `into`; returns lines to print. most: how many candidates a variant."""
     until = time.monotonic() + seconds
     clock = Clock(device)
     entries: dict[str, dict[str, int]] = {}
@@ -191,7 +190,7 @@ def tune(
 
 
 def _median(op: Op, clock: Clock) -> float:
-    op()  # compiles what isn't compiled
+    op()  # the first run compiles
     return statistics.median(clock(op) for _ in range(ROUNDS))
 
 

@@ -54,7 +54,7 @@ def test_a_wrong_code_is_named(spoil, said):
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda t: t * 1.2, "norm 1.2"),
+        (lambda t: t * 1.2, "norm is 1.2"),
         (lambda t: t + 0.1 * torch.randn(t.shape, generator=torch.Generator().manual_seed(1)), "cosine"),
         (torch.zeros_like, "cosine"),
         (lambda t: t * float("nan"), "cosine"),

@@ -31,6 +31,10 @@ def test_without_a_gpu_it_says_so_and_does_nothing() -> None:
     assert "no CUDA device" in done.stdout
 
 
+def test_what_measures_in_a_process_of_its_own_imports_the_benchmark(tmp_path: Path) -> None:
+    assert gpu.python(here(tmp_path), "bench", ["-c", gpu.MEASURE, str(tmp_path), "1"], 120) == ""  # of no shape
+
+
 def test_a_stage_is_done_once_until_the_code_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[float] = []
 
