@@ -46,15 +46,18 @@ if triton.knobs.runtime.interpret:
 
     triton.runtime.interpreter._patch_lang_tensor = _patch_tensor_and_index
 
-    # The interpreter applies a custom reduction one element at a time, which takes seconds a tile.
+    # The interpreter applies a custom reduction, and the exclusive or that tl.sort is made of, one element at a time,
+    # which takes seconds a tile.
     _reduce = triton.runtime.interpreter.ReduceOps.apply_impl
 
-    def _reduce_or_max(self: Any, values: Any) -> Any:
+    def _reduce_at_once(self: Any, values: Any) -> Any:
         if self.combine_fn is max_or_nan:
             return self.min_max(values[0], val_reduce_op=np.max)
+        if self.combine_fn is getattr(tl.standard, "_xor_combine", None):
+            return self.min_max(values[0], val_reduce_op=np.bitwise_xor.reduce)
         return _reduce(self, values)
 
-    triton.runtime.interpreter.ReduceOps.apply_impl = _reduce_or_max
+    triton.runtime.interpreter.ReduceOps.apply_impl = _reduce_at_once
 
 
 @triton.jit

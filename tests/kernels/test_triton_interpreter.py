@@ -1,4 +1,4 @@
-"""The tests of the Triton kernels, in Triton's interpreter, in a process of their own."""
+"""The tests of the Triton kernels, in Triton's interpreter, in processes of their own."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ import torch
 
 HERE = Path(__file__).parent
 NAMES = ("feature_rows", "lookback_attention", "models", "sparse_decode", "topk_encode", "topk_threshold")
-FILES = [f"test_triton_{name}.py" for name in NAMES]
 
 pytest.importorskip("triton")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the same tests run on the CUDA device")
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_kernels_in_the_interpreter(which: str) -> None:
+@pytest.mark.parametrize(
+    ("which", "name"),
+    [*(("not slow", name) for name in NAMES), pytest.param("slow", "sparse_decode", marks=pytest.mark.slow)],
+)
+def test_kernels_in_the_interpreter(which: str, name: str) -> None:
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-rs", "-m", which]
     done = subprocess.run(
-        [*command, *(str(HERE / file) for file in FILES)],
+        [*command, str(HERE / f"test_triton_{name}.py")],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

@@ -6,6 +6,7 @@ started by test_triton_interpreter.py with TRITON_INTERPRET=1; elsewhere they sk
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from types import ModuleType
@@ -25,6 +26,21 @@ DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torc
 needs_triton = [] if INTERPRETED else [pytest.mark.gpu]
 if not INTERPRETED and DEVICE == "cpu":
     pytest.skip("no CUDA device: test_triton_interpreter.py runs these", allow_module_level=True)
+
+if INTERPRETED:
+    # At every call of a jit function the interpreter looks through triton.language for what it replaces.
+    from triton.runtime import interpreter
+
+    _replace, _first = interpreter._patch_builtin, {}
+
+    def _replace_once(package: Any, builder: Any, scope: Any) -> None:
+        is_builtin = interpreter.tl.core.is_builtin
+        if package not in _first:
+            _first[package] = [name for name, of in inspect.getmembers(package) if is_builtin(of)][:1]
+        if any(is_builtin(getattr(package, name)) for name in _first[package]):
+            _replace(package, builder, scope)
+
+    interpreter._patch_builtin = _replace_once
 
 
 def random_normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
