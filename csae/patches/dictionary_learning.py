@@ -17,8 +17,8 @@ layers with hooks or of another class, torch.compile, torch.func, float64 on CUD
 What differs: codes come in descending order, where the library's have none. Between equal activations the lower index
 wins, where torch.topk takes any: so where fewer than k features of a token are positive, those that fill up its code at
 zero, and count as fired, are the largest before the relu. In half precision the selection is made before rounding.
-Activations before the top-k (return_topk's last) can't be read once the weights have changed, nor those after it once
-the values or indices that came with them have. Second derivatives raise an error.
+Activations before the top-k (return_topk's last) can't be read once the weights have changed. Second derivatives raise
+an error.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ from csae.ops.topk_encode import with_encode_gradient
 
 from . import Replacement
 from .batch_topk import batch_topk
-from .features import Features, PreActs
+from .features import pre_acts, scattered
+from .lazy import plain
+from .topk_graph import code_of
 
 PACKAGE = "dictionary-learning"
 TESTED = "0.1"
@@ -52,15 +54,15 @@ def replacements() -> list[Replacement]:
             return own_encode(self, x, return_topk, use_threshold)
         weights = x - self.b_dec, _rows(self.encoder.weight), self.encoder.bias
         values, indices = topk_encode(*weights, int(self.k))
-        features = Features(values, indices, self.dict_size)
-        return (features, values, indices, PreActs(*weights)) if return_topk else features.dense()
+        features = scattered(values, indices, self.dict_size)
+        return (features, values, indices, pre_acts(*weights)) if return_topk else plain(features)
 
     def forward(self: Any, x: Tensor, output_features: bool = False) -> Any:
         if type(self).encode is not encode or not _can_encode(self) or (output_features and torch.is_grad_enabled()):
             return own_forward(self, x, output_features)
         features, *_ = self.encode(x, return_topk=True)
         x_hat = self.decode(features)
-        return (x_hat, features.dense()) if output_features else x_hat
+        return (x_hat, plain(features)) if output_features else x_hat
 
     def encode_batch(self: Any, x: Tensor, return_active: bool = False, use_threshold: bool = True) -> Any:
         if use_threshold or x.dim() != 2 or not _can_encode(self):
@@ -70,16 +72,17 @@ def replacements() -> list[Replacement]:
         if code is None:
             return own_batch_encode(self, x, return_active, use_threshold)
         values, indices = with_encode_gradient(*weights, code.values, code.indices), code.indices
-        features = Features(values, indices, self.dict_size)
+        features = scattered(values, indices, self.dict_size)
         if not return_active:
-            return features.dense()
+            return plain(features)
         active = torch.zeros(self.dict_size, dtype=torch.bool, device=x.device)
         active[indices[values > 0]] = True
-        return features, active, PreActs(*weights)
+        return features, active, pre_acts(*weights)
 
     def update_threshold(self: Any, f: Tensor) -> None:
         # It takes the least of the positive entries, which are all in the code.
-        own_update_threshold(self, f.unchanged()[0] if isinstance(f, Features) and f.known is None else f)
+        code = code_of(f)
+        own_update_threshold(self, f if code is None else code.values)
 
     return [
         Replacement(TopK, "encode", encode),

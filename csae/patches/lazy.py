@@ -7,6 +7,7 @@ is there until then for code that knows what to do with it: most of all a `Code`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,6 +17,10 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
+
+ANSWERS: dict[Callable[..., Any], Callable[..., Any]] = {}
+"""Functions of torch, and for each what answers it without making the tensor: it takes the function's arguments, and
+gives its result, in autograd's graph, or NotImplemented."""
 
 
 class Source(Protocol):
@@ -62,7 +67,7 @@ class Sum(NamedTuple):
         return self.first.dense() + self.second.dense()
 
 
-class _Content:
+class Content:
     """The source of a tensor, and then the tensor. Shared by tensors that share memory."""
 
     def __init__(self, source: Source, device_type: str) -> None:
@@ -81,16 +86,16 @@ class _Content:
 class Lazy(Tensor):
     """A tensor of this shape, dtype and device that `source` makes when it is first read."""
 
-    content: _Content
+    content: Content
     note: Any = None
     """what its maker leaves with it, for itself"""
 
     @staticmethod
     def __new__(
-        cls, source: Source | _Content, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+        cls, source: Source | Content, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> Lazy:
         lazy = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
-        lazy.content = source if isinstance(source, _Content) else _Content(source, device.type)
+        lazy.content = source if isinstance(source, Content) else Content(source, device.type)
         return lazy
 
     def __init__(self, *args: object) -> None:
@@ -105,8 +110,16 @@ class Lazy(Tensor):
         """What it is yet to be made from, or None."""
         return self.content.source
 
+    def become(self, source: Source) -> None:
+        """Be made from another source; for a tensor that is not made yet."""
+        self.content.source = source
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in ANSWERS:
+            answer = ANSWERS[func](*args, **(kwargs or {}))
+            if answer is not NotImplemented:
+                return answer
         with torch._C.DisableTorchFunctionSubclass():
             if func in _READ_MEMORY:
                 args = tree_map(_plain, args)

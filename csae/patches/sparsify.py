@@ -26,7 +26,7 @@ from csae.ops import sparse_decode, topk_encode
 from csae.ops.topk_encode import _topk_encode_backward
 
 from . import Replacement
-from .features import PreActs
+from .features import pre_acts
 
 PACKAGE = "eai-sparsify"
 TESTED = "1.3"
@@ -41,8 +41,8 @@ def replacements() -> list[Replacement]:
         if activation != "topk" or bias is None or torch.compiler.is_compiling() or _too_wide(weight):
             return own_encoder(input, weight, bias, k, activation)
         values, indices = _Encode.apply(input, weight, bias, k)
-        pre_acts = PreActs(input.detach(), weight.detach(), bias.detach())
-        return encoder.EncoderOutput(values, indices, pre_acts)
+        given = input.detach(), weight.detach(), bias.detach()
+        return encoder.EncoderOutput(values, indices, pre_acts(*given))
 
     def decoder_impl(top_indices: Tensor, top_acts: Tensor, W_dec: Tensor) -> Tensor:
         if _too_wide(W_dec):

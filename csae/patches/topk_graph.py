@@ -245,16 +245,37 @@ class Select(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         values, indices, d_sae = ctx.code
-        source = grad.source if isinstance(grad, Lazy) else None
-        code = source.code if isinstance(source, _Decoded) else code_of(grad)
-        if code is None or not (code.indices is indices or torch.equal(code.indices, indices)):
-            found = dense(grad.to_dense()).gather(-1, indices)
-        else:
-            found = code.values
+        found = _entries(grad, indices)
         found = torch.where(values <= 0, 0, found)
         through = _Selected(Code(found, indices, d_sae), values)
         shape = (*values.shape[:-1], d_sae)
         return Lazy(through, shape, values.dtype, values.device), None, None
+
+
+class Scatter(Function):
+    """A lazy tensor [..., d_sae] of zeros, into which values, indices [..., k] are put, in place."""
+
+    @staticmethod
+    def forward(ctx: Any, zeros: Lazy, values: Tensor, indices: Tensor) -> Tensor:
+        # Others hold values and indices too, and what they write into them is not to be seen here.
+        ctx.indices = indices.clone()
+        zeros.become(Code(values.detach().clone(), ctx.indices, zeros.shape[-1]))
+        ctx.mark_dirty(zeros)
+        return zeros
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, _entries(grad, ctx.indices), None
+
+
+def _entries(grad: Tensor, indices: Tensor) -> Tensor:
+    """The gradient [..., k] of a code through that of its dense tensor."""
+    source = grad.source if isinstance(grad, Lazy) else None
+    code = source.code if isinstance(source, _Decoded) else code_of(grad)
+    if code is not None and (code.indices is indices or torch.equal(code.indices, indices)):
+        return code.values
+    return dense(grad.to_dense()).gather(-1, indices)
 
 
 class Decode(Function):

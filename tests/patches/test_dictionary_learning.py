@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 import csae
 from csae.patches.batch_topk import ROOM
-from csae.patches.features import Features, PreActs, StandIn
+from csae.patches.lazy import Lazy
 
 pytest.importorskip("dictionary_learning", reason="dictionary-learning is not installed: `make test-peers` has it")
 # It imports nnsight, which replaces functions of torch: torch.compile no longer works then.
@@ -68,7 +68,7 @@ def sparse_decoder(monkeypatch):
 @pytest.fixture
 def never_dense(monkeypatch):
     """A test in which nothing [n, d_sae] is read."""
-    monkeypatch.setattr(StandIn, "dense", lambda self: pytest.fail(f"{type(self).__name__} became dense"))
+    monkeypatch.setattr("csae.patches.lazy.Content.dense", lambda self: pytest.fail("it became dense"))
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def test_encode_gives_an_ordinary_dense_tensor_and_forward_needs_none(shape, mon
         with monkeypatch.context() as patch:
             patch.setattr("csae.patches.features.FEW_TOKENS", N + 1)
             close(ae(x), x_hat)
-        monkeypatch.setattr(StandIn, "dense", lambda self: pytest.fail("became dense"))
+        monkeypatch.setattr("csae.patches.lazy.Content.dense", lambda self: pytest.fail("it became dense"))
         close(ae(x), x_hat)
 
 
@@ -214,7 +214,7 @@ def test_return_topk_gives_all_four():
     wanted = ae.encode(activations(), return_topk=True)
     with csae.patch("dictionary_learning"):
         found = ae.encode(activations(), return_topk=True)
-    assert [type(of) for of in found] == [Features, torch.Tensor, torch.Tensor, PreActs]
+    assert [type(of) for of in found] == [Lazy, torch.Tensor, torch.Tensor, Lazy]
     order, own_order = found[2].argsort(dim=1), wanted[2].argsort(dim=1)
     for mine, theirs in ((found[1], wanted[1]), (found[2], wanted[2])):
         close(mine.gather(1, order), theirs.gather(1, own_order))
@@ -411,7 +411,7 @@ def test_the_batchs_top_k_is_exact(case):
         found = batch_results(ae, x)
         ours = type(ae.encode(x, return_active=True, use_threshold=False)[0])
     # Where one token may have more than was looked at, the library's own code runs.
-    assert ours is (torch.Tensor if case == "one has too many" else Features)
+    assert ours is (torch.Tensor if case == "one has too many" else Lazy)
     counts = (wanted[1] != 0).sum(dim=1)
     assert case != "uneven" or counts.max() > 2 * K
     assert case != "one has too many" or counts[0] > ROOM * K

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from csae.patches.features import Features, PreActs, StandIn
+from csae.patches.features import pre_acts, scattered
 
 N, D_IN, D_SAE, K = 5, 7, 19, 3
 
@@ -39,10 +39,10 @@ def never_dense(monkeypatch):
     """A test in which nothing becomes dense."""
 
     def refuse(self):
-        raise AssertionError(f"{type(self).__name__} became dense")
+        raise AssertionError("became dense")
 
     monkeypatch.setattr("csae.patches.features.FEW_TOKENS", 0)
-    monkeypatch.setattr(StandIn, "dense", refuse)
+    monkeypatch.setattr("csae.patches.lazy.Content.dense", refuse)
 
 
 READS = {
@@ -72,7 +72,7 @@ READS = {
 @pytest.mark.parametrize("name", READS)
 def test_whoever_reads_gets_what_the_dense_tensor_gives(name, weights):
     values, indices = code()
-    pairs = (PreActs(*weights), dense_pre_acts(weights)), (Features(values, indices, D_SAE), dense_features(*code()))
+    pairs = (pre_acts(*weights), dense_pre_acts(weights)), (scattered(values, indices, D_SAE), dense_features(*code()))
     for found, wanted in pairs:
         result = READS[name](found)
         assert type(result) is torch.Tensor
@@ -80,11 +80,11 @@ def test_whoever_reads_gets_what_the_dense_tensor_gives(name, weights):
 
 
 def test_the_text_of_it_is_that_of_the_dense_tensor(weights):
-    assert repr(PreActs(*weights).detach()) == repr(dense_pre_acts(weights).detach())
+    assert repr(pre_acts(*weights).detach()) == repr(dense_pre_acts(weights).detach())
 
 
 def test_metadata_needs_no_dense_tensor(weights, never_dense):
-    for found in (PreActs(*weights), Features(*code(), D_SAE)):
+    for found in (pre_acts(*weights), scattered(*code(), D_SAE)):
         assert isinstance(found, torch.Tensor)
         assert found.shape == found.size() == (N, D_SAE)
         assert (found.dim(), found.ndim, len(found), found.numel()) == (2, 2, N, N * D_SAE)
@@ -96,8 +96,8 @@ def test_the_gradient_is_that_of_the_dense_tensor(weights):
     values, indices = code()
     scale = torch.rand(N, D_SAE, dtype=torch.float64)
     for found, wanted, inputs in (
-        (PreActs(*weights), dense_pre_acts(weights), weights),
-        (Features(values, indices, D_SAE), dense_features(values, indices), [values]),
+        (pre_acts(*weights), dense_pre_acts(weights), weights),
+        (scattered(values, indices, D_SAE), dense_features(values, indices), [values]),
     ):
         gradients = (torch.autograd.grad((of * scale).sum(), inputs) for of in (found, wanted))
         for mine, theirs in zip(*gradients, strict=True):
@@ -105,16 +105,16 @@ def test_the_gradient_is_that_of_the_dense_tensor(weights):
 
 
 def test_a_gradient_is_recorded_as_where_it_was_made(weights):
-    recorded = PreActs(*weights)
+    recorded = pre_acts(*weights)
     with torch.no_grad():
         assert recorded.sum() > 0  # it becomes dense here
-        not_recorded = PreActs(*weights)
+        not_recorded = pre_acts(*weights)
     assert (recorded * 2).requires_grad
     assert not (not_recorded * 2).requires_grad
 
 
 def test_what_is_written_stays():
-    found, wanted = Features(*code(), D_SAE), dense_features(*code())
+    found, wanted = scattered(*code(), D_SAE), dense_features(*code())
     with torch.no_grad():
         for tensor in (found, wanted):
             tensor[:, 4] = 3
@@ -126,7 +126,7 @@ def test_what_is_written_stays():
 def test_the_decoders_product_is_sparse(never_dense):
     W_dec = torch.rand(D_IN, D_SAE, dtype=torch.float64, requires_grad=True)
     values, indices = code()
-    found = torch.nn.functional.linear(Features(values, indices, D_SAE), W_dec)
+    found = torch.nn.functional.linear(scattered(values, indices, D_SAE), W_dec)
     wanted = dense_features(values, indices) @ W_dec.T
     torch.testing.assert_close(found, wanted, rtol=1e-13, atol=0)
     grad = torch.randn_like(found)
@@ -140,11 +140,11 @@ def test_the_decoders_product_is_sparse(never_dense):
 def test_topk_of_pre_activations_is_encoded(k, only, weights, never_dense):
     chosen = torch.zeros(D_SAE, dtype=torch.bool)
     chosen[torch.randperm(D_SAE)[:only]] = True
-    pre_acts, wanted = PreActs(*weights), linear(*weights)  # not relu'd: no ties at zero
+    lazy_acts, wanted = pre_acts(*weights), linear(*weights)  # not relu'd: no ties at zero
     if only is not None:
-        pre_acts = torch.where(chosen[None], pre_acts, -math.inf)
+        lazy_acts = torch.where(chosen[None], lazy_acts, -math.inf)
         wanted = torch.where(chosen, wanted, -math.inf)
-    values, indices = pre_acts.topk(k, sorted=False)
+    values, indices = lazy_acts.topk(k, sorted=False)
     found = wanted.topk(int(k))
     assert torch.equal(indices, found.indices)
     torch.testing.assert_close(values, found.values.relu(), rtol=1e-13, atol=0)
@@ -155,15 +155,15 @@ def test_topk_of_pre_activations_is_encoded(k, only, weights, never_dense):
 
 
 def test_more_than_there_are_is_the_dense_tensors_business(weights):
-    few = torch.where(torch.arange(D_SAE)[None] < 2, PreActs(*weights), -math.inf)
+    few = torch.where(torch.arange(D_SAE)[None] < 2, pre_acts(*weights), -math.inf)
     assert few.topk(3).values[:, 2].eq(-math.inf).all()
     with pytest.raises(RuntimeError, match="out of range"):
-        PreActs(*weights).topk(D_SAE + 1)
+        pre_acts(*weights).topk(D_SAE + 1)
 
 
 def test_a_code_scattered_into_zeros_is_a_code(weights, never_dense):
     values, indices = code()
-    features = torch.zeros_like(PreActs(*weights))
+    features = torch.zeros_like(pre_acts(*weights))
     assert features.scatter_(dim=-1, index=indices, src=values) is features
     W_dec = torch.rand(D_IN, D_SAE, dtype=torch.float64)
     wanted = dense_features(values, indices) @ W_dec.T
@@ -173,50 +173,52 @@ def test_a_code_scattered_into_zeros_is_a_code(weights, never_dense):
 def test_a_feature_scattered_twice_counts_once(weights):
     values, indices = code()
     indices[:, 1] = indices[:, 0]
-    features = torch.zeros_like(PreActs(*weights)).scatter_(-1, indices, values.detach())
+    features = torch.zeros_like(pre_acts(*weights)).scatter_(-1, indices, values.detach())
     wanted = torch.zeros(N, D_SAE, dtype=torch.float64).scatter_(-1, indices, values.detach())
     torch.testing.assert_close(features, wanted, rtol=0, atol=0)
 
 
 def test_pre_activations_of_weights_that_changed_are_an_error(weights):
-    pre_acts = PreActs(*weights)
+    lazy_acts = pre_acts(*weights)
     with torch.no_grad():
         weights[1].mul_(2)
-    for read in (lambda: pre_acts.sum(), lambda: pre_acts.topk(2)):
+    for read in (lambda: lazy_acts.sum(), lambda: lazy_acts.topk(2)):
         with pytest.raises(RuntimeError, match="weights that were changed since they encoded"):
             read()
 
 
-def test_features_of_a_code_that_changed_are_an_error(monkeypatch):
+def test_the_gradient_after_writing_into_pre_activations(weights):
+    gradients = []
+    for of in (pre_acts(*weights), dense_pre_acts(weights).clone()):
+        of.mul_(-2)
+        gradients.append(torch.autograd.grad(of.square().sum(), weights))
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+def test_features_stay_as_they_were_made_when_their_code_changes(changed, monkeypatch):
     monkeypatch.setattr("csae.patches.features.FEW_TOKENS", 0)
-    for changed in (0, 1):
-        held = code()
-        made, scattered = (
-            Features(*held, D_SAE),
-            torch.zeros_like(Features(*code(), D_SAE)).scatter_(-1, *reversed(held)),
-        )
-        with torch.no_grad():
-            held[changed].zero_()
-        for features in (made, scattered):
-            for read in (torch.sum, lambda of: linear(of, torch.ones(2, D_SAE).double())):
-                with pytest.raises(RuntimeError, match="values or indices were changed in place"):
-                    read(features)
-    values, indices = code()
-    features = Features(values.detach(), indices, D_SAE)
-    wanted = features.sum()
-    values.detach().zero_()
-    assert features.sum() == wanted, "what was read before stays"
+    held, wanted = code(), dense_features(*code())
+    made = scattered(*held, D_SAE)
+    put_in = torch.zeros_like(made).scatter_(-1, *reversed(held))
+    with torch.no_grad():
+        held[changed].zero_()
+    W_dec = torch.rand(2, D_SAE, dtype=torch.float64)
+    for features in (made, put_in):
+        torch.testing.assert_close(linear(features, W_dec), linear(wanted, W_dec), rtol=1e-13, atol=0)
+        torch.testing.assert_close(features + 0, wanted, rtol=0, atol=0)
 
 
 def test_autocast_holds_where_it_was_on_when_they_were_made(weights):
     weights = [tensor.detach().float() for tensor in weights]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        pre_acts, wanted = PreActs(*weights), linear(*weights).relu()
-    assert pre_acts.dtype == pre_acts.sum().dtype == torch.bfloat16
-    torch.testing.assert_close(pre_acts.topk(2).values, wanted.topk(2).values, rtol=0, atol=0)
-    torch.testing.assert_close(pre_acts + 0, wanted, rtol=0, atol=0)
+        lazy_acts, wanted = pre_acts(*weights), linear(*weights).relu()
+    assert lazy_acts.dtype == lazy_acts.sum().dtype == torch.bfloat16
+    torch.testing.assert_close(lazy_acts.topk(2).values, wanted.topk(2).values, rtol=0, atol=0)
+    torch.testing.assert_close(lazy_acts + 0, wanted, rtol=0, atol=0)
     with torch.no_grad():
-        stale = PreActs(*weights)
+        stale = pre_acts(*weights)
         weights[1].mul_(2)
     with pytest.raises(RuntimeError, match="changed since they encoded"):
         stale.sum()
@@ -224,6 +226,6 @@ def test_autocast_holds_where_it_was_on_when_they_were_made(weights):
 
 def test_inference_mode(weights):
     with torch.inference_mode():
-        pre_acts = PreActs(weights[0] - 1, *weights[1:])
+        lazy_acts = pre_acts(weights[0] - 1, *weights[1:])
         wanted = linear(weights[0] - 1, *weights[1:]).relu()
-    torch.testing.assert_close(pre_acts + 0, wanted, rtol=0, atol=0)
+    torch.testing.assert_close(lazy_acts + 0, wanted, rtol=0, atol=0)

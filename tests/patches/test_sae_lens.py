@@ -129,7 +129,7 @@ def test_the_trainer(sparse):
 @pytest.mark.parametrize("rescale", [False, True])
 def test_a_step_makes_no_dense_tensor(rescale, autocast, monkeypatch):
     trainer = trainer_of(make_sae(rescale_acts_by_decoder_norm=rescale), autocast=autocast)
-    monkeypatch.setattr(lazy._Content, "dense", lambda self: pytest.fail("a dense tensor was made"))
+    monkeypatch.setattr(lazy.Content, "dense", lambda self: pytest.fail("a dense tensor was made"))
     with csae.patch("sae_lens"):
         out = trainer.step(acts())
         trainer.build_train_step_log_dict(out, N)
@@ -451,7 +451,7 @@ def test_what_chooses_over_the_batch_under_autocast():
 
 def test_a_step_over_the_batch_makes_no_dense_tensor(monkeypatch):
     sae, x = batch_sae("BatchTopKTrainingSAE")
-    monkeypatch.setattr(lazy._Content, "dense", lambda self: pytest.fail("a dense tensor was made"))
+    monkeypatch.setattr(lazy.Content, "dense", lambda self: pytest.fail("a dense tensor was made"))
     with csae.patch("sae_lens"):
         out = trainer_of(sae).step(x)
     assert isinstance(out.feature_acts, Lazy)

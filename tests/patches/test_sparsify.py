@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import csae
-from csae.patches.features import PreActs, StandIn
+from csae.patches.lazy import Lazy
 
 os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # where triton is installed it is used, also on a CPU
 sparsify = pytest.importorskip("sparsify", reason="eai-sparsify is not installed: `make test-peers` has it")
@@ -68,7 +68,7 @@ FORMS = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_step_is_the_same(dtype, form, dead_share, monkeypatch):
     wanted = step(coder(dtype, **form), dead_share)
-    monkeypatch.setattr(StandIn, "dense", lambda self: pytest.fail("pre-activations became dense"))
+    monkeypatch.setattr("csae.patches.lazy.Content.dense", lambda self: pytest.fail("it became dense"))
     with csae.patch("sparsify"):
         found = step(coder(dtype, **form), dead_share)
     assert_same(found, wanted, dtype)
@@ -89,7 +89,7 @@ def test_pre_acts_are_there_when_read():
     with csae.patch("sparsify"):
         found = coder().encode(activations())
     assert type(found) is type(wanted)
-    assert isinstance(found.pre_acts, PreActs)
+    assert isinstance(found.pre_acts, Lazy)
     top = found.top_acts.sort(dim=1)
     torch.testing.assert_close(top.values, wanted.top_acts.sort(dim=1).values)
     torch.testing.assert_close(found.pre_acts.gather(1, found.top_indices), found.top_acts)
