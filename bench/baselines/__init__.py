@@ -1,7 +1,7 @@
-"""What the contextual SAE is compared with: SAEs of other papers, written here from the papers.
+"""SAEs of other papers, written here from the papers, to compare the contextual SAE with.
 
-Each is a `csae.sae.SAE`, so that `csae.train` and `csae.evaluate` take it as they take ours. Its `note` says in a
-line what its figures do not show.
+Each is a `csae.sae.SAE`, so `csae.train` and `csae.evaluate` work with it. Its `note` says in a line what its figures
+don't show.
 """
 
 from __future__ import annotations

@@ -22,11 +22,11 @@ class BatchTopKSAE(SAE):
                 the pre-activations above the threshold                                  in evaluation mode
         x_hat = sum_i code.values_i * W_dec[code.indices_i] + b_dec
 
-    The threshold is the paper's: the smallest active value of a batch, averaged over batches. Ours is how it is
-    averaged, since the parameters move while they train: a running mean that forgets the early batches. So are
-    the unit rows of W_dec and AuxK as in `csae.TopKSAE` (the paper has AuxK too).
+    As in the paper, the threshold is the smallest active value of a batch, averaged over batches. Different from the
+    paper: the average is a running mean that forgets early batches, since the parameters move during training; W_dec
+    has unit rows, and AuxK is that of `csae.TopKSAE`.
 
-    The code is as wide as the token with the most features; other tokens fill up with zeros.
+    The code is as wide as the token with the most features needs; other tokens are padded with zeros.
 
     Args: see `SAE`; k is the mean number of active features.
     """

@@ -1,4 +1,4 @@
-"""Gradients by plain autograd, for the SAEs whose tables meet a batch by more than sparse codes."""
+"""Gradients by plain autograd, for SAEs that use their tables in other ways than by sparse codes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def dense_gradients(
     with torch.autocast(acts.device.type, enabled=False):  # forward's business
         found = torch.autograd.grad(losses.loss, list(parameters.values()), allow_unused=True)
     gradients = Gradients(
-        # AuxK gives sparse ones where nothing else joins them.
+        # AuxK alone gives sparse gradients.
         (name, gradient.to_dense() if gradient.is_sparse else gradient)
         for name, gradient in zip(parameters, found, strict=True)
         if gradient is not None

@@ -23,19 +23,19 @@ class TemporalFeatureSAE(SAE):
         code_t = relu(topk(W_enc (x_t - b_dec - c_t) + b_enc, k))        the novel part
         x_hat  = sum_i code_t.values_i * W_dec[code_t.indices_i] + c_t + b_dec
 
-    The paper's, and its authors' release's (eslubana/TemporalFeatureAnalysis): the two parts and their order, one
-    dictionary for both, attention from the dense code of this activation to those of past ones, 4 heads, the
-    projection, TopK on what is left, and a loss on the reconstruction alone. In the release the past begins with a
-    code of zeros that every position may look at; with the biases of keys and values taken into b_Q and b_O, that
-    is a null slot of score 0.
+    As in the paper and its authors' release (eslubana/TemporalFeatureAnalysis): the two parts and their order, one
+    dictionary for both, attention from the dense code of this activation to those of earlier ones, 4 heads, the
+    projection, TopK on the rest, and a loss on the reconstruction alone. In the release every position may also look at
+    a code of zeros before the first position. With the biases of keys and values taken into b_Q and b_O, that is a null
+    slot with score 0.
 
-    Ours: keys and values of a width of their own (with maps of [d_sae, d_sae], as the paper has them, the
-    attention would hold many times the parameters of the dictionary); the encoder untied from the decoder and
-    with a bias, unit rows of W_dec, and AuxK, all as in `csae.TopKSAE`, of which this is then an extension; and a
-    learned price of distance and null score (`lookback_attention`), both zero at first.
+    Different from the paper: keys and values have a width of their own (with maps of [d_sae, d_sae] the attention would
+    have many times the parameters of the dictionary). The encoder is not tied to the decoder and has a bias, W_dec has
+    unit rows, and there is AuxK, all as in `csae.TopKSAE`, so that this is an extension of it. The slopes and null
+    scores of `lookback_attention` are learned, and start at zero.
 
-    c is dense, and a code does not hold it: it reads the true activations of the past, and takes its query and
-    its length from the present one. So k understates what a reader must take in.
+    c is dense, and the code does not determine it: it reads the true activations of the past, and its query and length
+    come from the present one. So k understates how much a reader must take in.
 
     Args: as `SAE`, and
         n_heads: heads of the attention.

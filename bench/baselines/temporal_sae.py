@@ -1,4 +1,4 @@
-"""TemporalSAE: some features are asked to stay the same from one token to the next."""
+"""TemporalSAE: a loss term keeps some features the same from one token to the next."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from csae.sae import Code, Losses, fraction_unexplained
 class TemporalSAE(BatchTopKSAE):
     """The Temporal SAE (Bhalla et al. 2025, arXiv 2511.05541).
 
-    A BatchTopK SAE whose first features are high-level, with two more terms in its loss. The high-level features
-    alone have to reconstruct the activations as well, as in a Matryoshka SAE of two groups. And they are contrasted:
-    those of a token and of the one before it are to be more alike than those of tokens of other documents,
+    A BatchTopK SAE whose first features are high-level, with two more terms in its loss. The high-level features alone
+    must reconstruct the activations too, as in a Matryoshka SAE with two groups. And a contrastive term makes those of
+    a token and of the token before it more similar than those of tokens of other documents:
 
         s(i, j)  = cosine(high-level code at t_i, high-level code at t_j - 1)
         contrast = mean_i -log(exp(s(i, i) / temperature) / sum_j exp(s(i, j) / temperature)), and the same
@@ -25,13 +25,14 @@ class TemporalSAE(BatchTopKSAE):
         loss     = high_weight * fvu of the high-level features alone + (1 - high_weight) * fvu
                    + contrast_coef * contrast + aux_coef * aux
 
-    The paper's: BatchTopK, the two groups, the contrast by cosines within a batch, a fifth of the features as
-    high-level ones. The authors' release (AI4LIFE-GROUP/temporal-saes) gives the weights: 0.1 for the contrast,
-    and to each reconstruction the share of its group. It contrasts scalar products, not cosines.
+    As in the paper: BatchTopK, the two groups, the contrast by cosines within a batch, and a fifth of the features
+    high-level. The weights are those of the authors' release (AI4LIFE-GROUP/temporal-saes): 0.1 for the contrast, and
+    for each reconstruction the share of its group. The release contrasts scalar products, not cosines.
 
-    Ours: reconstruction in units of variance, so that the weights mean the same for any data; all pairs of whole
-    windows, where other pairs of the same document are left out as negatives (the authors draw pairs from many
-    documents); a temperature other than 1, which makes high-level features smoother at some cost in fvu.
+    Different from the paper: reconstruction is measured in units of variance, so that the weights mean the same for any
+    data. All pairs of whole windows are used, and other pairs of the same document are no negatives (the authors draw
+    pairs from many documents). There is a temperature; other values than 1 make high-level features smoother and cost
+    some FVU.
 
     Args: as `BatchTopKSAE`, and
         high_level: the share of the features, the first ones, that are high-level.

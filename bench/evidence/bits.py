@@ -1,11 +1,11 @@
-"""Bits per token of a code: the same currency for every SAE, whatever its l0 and whatever it carries along.
+"""Bits per token of a code: one unit for all SAEs, whatever their l0 and whatever they carry.
 
-A sender has the activations, a receiver the SAE. What is sent for a token is which features are active, their values
-in whole steps, and for a contextual SAE with query="current" its c too, which can't be had from the codes. The step
-of an SAE is the coarsest power of the root of two at which the receiver's FVU is at most 1% above that of the SAE as
-it is. So two SAEs compare by (bits, FVU), as two image codecs do.
+A sender has the activations, a receiver has the SAE. For each token the sender sends which features are active, and
+their values in whole steps. For a contextual SAE with query="current" it also sends c, which the codes don't determine.
+The step of an SAE is the largest power of sqrt(2) at which the receiver's FVU is at most 1% above that of the SAE
+without rounding. So two SAEs are compared by (bits, FVU), as two image codecs are.
 
-All code lengths are those of an ideal entropy coder (a token costs -log2 of its probability), by models that are
+Code lengths are those of an ideal entropy coder: a symbol costs -log2 of its probability. The probabilities are
 estimated on other windows than those that are sent.
 """
 
@@ -26,26 +26,26 @@ from csae.errors import UserError
 from csae.evaluate import run_form
 from csae.sae import SAE, Code, Output
 
-# Windows encoded at once; the first so many are those on which a step is looked for.
+# Windows encoded at once. The step is searched on the first batch.
 BATCH_WINDOWS = 16
-# Rounding is tried down to this share of the largest value, where float32 ends.
+# The finest step that is tried, as a share of the largest value: the precision of float32.
 FINEST = 2.0**-20
-# How often a code of query="past" is found anew, with the c that the receiver has from the one before. On SmolLM2-135M
-# one, two or none gave the same bits to 0.01%.
+# How often a code of query="past" is encoded again, with the c that the receiver gets from the code before. On
+# SmolLM2-135M one, two or none gave the same bits to 0.01%.
 SWEEPS = 1
-# Half a count for each symbol: Krichevsky and Trofimov 1981.
+# Added to each count (Krichevsky and Trofimov 1981).
 SMOOTHING = 0.5
 
 
 class Windows(NamedTuple):
-    """Windows as they are, and what the SAE makes of them."""
+    """Windows, and the output of the SAE for them."""
 
     batch: Batch
     output: Output
 
 
 class Sent(NamedTuple):
-    """What is sent of the n tokens under the mask: integers."""
+    """What is sent for the n tokens in the mask: integers."""
 
     levels: Tensor
     """[n, k] int64: values in steps; zero: not active, and not sent"""
@@ -62,7 +62,7 @@ def account(
     tolerance: float = 0.01,
     entropy_windows: int = 4,
 ) -> dict[str, Any]:
-    """What the code of an SAE costs in bits per token, over the positions in the mask; JSON as it is.
+    """What the code of an SAE costs in bits per token, over the positions in the mask; the result is JSON.
 
     Args:
         sae: contextual, or one whose tokens don't see each other. It is left in the mode it was in.
@@ -74,24 +74,24 @@ def account(
     Returns:
         tokens: how many were sent. step: of the values, in units of normalised activations. l0: active features a
             token, after rounding.
-        fvu, fvu_quantised: of the SAE as it is, and of what the receiver has.
-        bits_indices_uniform: which features are active, with no model of them: log2 C(d_sae, l0) a token.
-        bits_indices: the same with a rate for each feature, a Bernoulli variable each. Both include how many are
-            active, by its frequencies; nothing where that is always the same.
-        bits_values: the levels, by frequencies among features of like mean level (octaves).
-        bits_side: what the receiver needs beside the code. Zero for an SAE by token and for query="past". For
-            query="current" it is c, sent outright as a Gaussian vector (`Channel`); what the receiver knows of it
-            from earlier codes is not made use of, so this is more than it must be.
+        fvu, fvu_quantised: of the SAE without rounding, and of what the receiver reconstructs.
+        bits_indices_uniform: which features are active, if all sets were equally likely: log2 C(d_sae, l0) a token.
+        bits_indices: the same if each feature is a Bernoulli variable with its own rate. Both include the number of
+            active features, by its frequencies; that costs nothing where it is always the same.
+        bits_values: the levels, by their frequencies among features of similar mean level (octaves).
+        bits_side: what the receiver needs beside the code. Zero for a per-token SAE and for query="past". For
+            query="current" it is c, sent as a Gaussian vector (`Channel`). This is an upper bound: what the receiver
+            knows of c from earlier codes is not used.
         bits_per_token: bits_indices + bits_values + bits_side.
         With query="current" also bits_side_entropy: the entropy of the attention weights, summed over heads, the
-            null included. It is what drawing one position a head would cost: less than sending the weights.
+            null included. It is the cost of one position drawn for each head: less than that of the weights.
 
-    The loop is closed: the code is what the encoder finds with the c that the receiver has. With query="past" that
-    is the c rebuilt from rounded codes, with query="current" the c that came through the channel. With "current"
-    half of the tolerance is for the values, the rest for c.
+    The code is the one that the encoder finds with the receiver's c. With query="past" that is the c rebuilt from
+    rounded codes, with query="current" the c that came through the channel. With "current" half of the tolerance is
+    for the values, the rest for c.
 
     Raises UserError where windows are in both parts, nothing is in the mask, or the activations are all the same;
-    ValueError where the SAE carries something (c) and is not a ContextualSAE: how to send that is not known.
+    ValueError where an SAE that is not a ContextualSAE carries something (c): how to send that is not known.
     """
     if set(windows_fit) & set(windows_score):
         raise UserError("windows_fit, windows_score: they share windows; a code is sent by a model of other windows")
@@ -116,7 +116,7 @@ def _account(
     if carried:
         channel = channel_for(torch.cat([output.c[batch.mask] for batch, output in fit]))
         level = coarsest_level(sae, few, step, channel, (1 + tolerance) * plain_few)
-    # A few windows found them; all must confirm.
+    # They were found on a few windows. They must hold on all.
     codes, quantised = receive(sae, score, step, channel, level)
     while quantised > (1 + tolerance) * plain and step > FINEST:
         step, level = step / math.sqrt(2), level / math.sqrt(2)
@@ -148,7 +148,7 @@ def _account(
     return result
 
 
-# --- the code, its rounding, and what the receiver makes of it ----------------------------------------------
+# --- the code, its rounding, and the receiver's reconstruction ----------------------------------------------
 
 
 def encode(sae: SAE, source: ActivationSource, windows: Sequence[int]) -> Windows:
@@ -170,16 +170,16 @@ def encode_all(sae: SAE, source: ActivationSource, windows: Sequence[int]) -> li
 
 
 def rounded(code: Code, step: float) -> Code:
-    """The code with its values in whole steps; what is below half a step is not active any more."""
+    """The code with its values in whole steps. A value below half a step becomes zero: not active."""
     return Code((code.values / step).round() * step, code.indices)
 
 
 def encoded(sae: SAE, windows: Windows, step: float, channel: Channel | None = None, level: float = 0.0) -> Code:
     """The code that is sent, its values in whole steps: [B, T, k].
 
-    The encoder sees the c that the receiver will have. With query="past" that is a recurrence, solved by sweeps: the
-    rounded code gives a c, and the activations less that c another code, to be rounded. What the receiver makes of
-    any code is exact (`rebuilt`); a sweep only makes it a better one.
+    The encoder uses the c that the receiver will have. With query="past" that is a recurrence, approximated by sweeps:
+    the rounded code gives a c, and the activations minus that c give another code, to be rounded. The receiver's
+    reconstruction is exact for any code (`rebuilt`); a sweep only finds a better code.
     """
     batch, output = windows
     code = rounded(output.code, step)
@@ -195,14 +195,14 @@ def encoded(sae: SAE, windows: Windows, step: float, channel: Channel | None = N
 
 
 def encode_less(sae: ContextualSAE, batch: Batch, c: Tensor) -> Code:
-    """The code [B, T, k] of activations less a given c [B, T, d_in]: each position a window of its own."""
+    """The code [B, T, k] of the activations minus a given c [B, T, d_in]; each position is a window of its own."""
     B, T = batch.mask.shape
     alone = sae((batch.acts - c).flatten(0, 1).unsqueeze(1), batch.mask.flatten().unsqueeze(1), exact=True).code
     return Code(alone.values.reshape(B, T, -1), alone.indices.reshape(B, T, -1))
 
 
 def rebuilt(sae: SAE, windows: Windows, code: Code, channel: Channel | None = None, level: float = 0.0) -> Tensor:
-    """What the receiver makes of a code: [B, T, d_in]. With query="current" c comes through the channel, if any."""
+    """The receiver's reconstruction, [B, T, d_in]. With query="current" c comes through the channel, if given."""
     batch, output = windows
     if not isinstance(sae, ContextualSAE):
         return sae.decode(code)  # type: ignore[operator]
@@ -214,14 +214,14 @@ def rebuilt(sae: SAE, windows: Windows, code: Code, channel: Channel | None = No
 def receive(
     sae: SAE, windows: Sequence[Windows], step: float, channel: Channel | None, level: float
 ) -> tuple[list[Code], float]:
-    """The codes sent for these windows, and the FVU of what the receiver makes of them."""
+    """The codes sent for these windows, and the FVU of the receiver's reconstruction."""
     codes = [encoded(sae, w, step, channel, level) for w in windows]
     x_hats = [rebuilt(sae, w, code, channel, level) for w, code in zip(windows, codes, strict=True)]
     return codes, fvu(windows, x_hats)
 
 
 def fvu(windows: Sequence[Windows], x_hats: Sequence[Tensor]) -> float:
-    """Fraction of variance unexplained over the positions in the mask, in float64; the mean is theirs."""
+    """Fraction of variance unexplained over the positions in the mask, around their mean, in float64."""
     x = torch.cat([batch.acts[batch.mask] for batch, _ in windows]).double()
     x_hat = torch.cat([made[batch.mask] for made, (batch, _) in zip(x_hats, windows, strict=True)])
     if len(x) == 0:
@@ -233,11 +233,11 @@ def fvu(windows: Sequence[Windows], x_hats: Sequence[Tensor]) -> float:
 
 
 def coarsest_step(sae: SAE, windows: Sequence[Windows], allowed: float) -> float:
-    """The largest power of the root of two at which the receiver's FVU on these windows is allowed."""
+    """The largest power of sqrt(2) at which the receiver's FVU on these windows is at most `allowed`."""
     largest = max(float(output.code.values.max()) for _, output in windows)
     exponent = math.ceil(2 * math.log2(max(largest, 1e-30)))
     finest = exponent + 2 * math.log2(FINEST)
-    if isinstance(sae, ContextualSAE):  # the loop is slow: look for a start with c as it is, a step too coarse
+    if isinstance(sae, ContextualSAE):  # receive() is slow: find where to start with the true c
         while exponent > finest:
             codes = [rounded(output.code, 2 ** (exponent / 2)) for _, output in windows]
             x_hats = [sae.decode(code, output.c) for code, (_, output) in zip(codes, windows, strict=True)]
@@ -251,7 +251,7 @@ def coarsest_step(sae: SAE, windows: Sequence[Windows], allowed: float) -> float
 
 
 def sent(windows: Sequence[Windows], codes: Sequence[Code], step: float) -> Sent:
-    """The tokens under the mask, as integers. Codes of several widths are padded to the widest with what isn't sent."""
+    """The tokens in the mask, as integers. Narrower codes are padded with zeros, which are not sent."""
     width = max(code.values.shape[-1] for code in codes)
     levels, indices = [], []
     for code, (batch, _) in zip(codes, windows, strict=True):
@@ -267,11 +267,11 @@ def sent(windows: Sequence[Windows], codes: Sequence[Code], step: float) -> Sent
 def code_lengths(
     seen: Tensor, coming: Tensor, seen_context: Tensor | None = None, coming_context: Tensor | None = None
 ) -> Tensor:
-    """Bits for each of some integers: coming [n] int64, from zero up -> [n] float64.
+    """Bits for each of the integers `coming` [n], int64 of zero or more -> [n] float64.
 
-    By their frequencies among those seen [m] in the same context (int64, from zero up; one for all if not given),
-    with half a count added to each. One above the largest seen is sent as "larger", and then by how much, in Elias'
-    gamma code (1975).
+    Probabilities are the frequencies among the integers `seen` [m] in the same context, with SMOOTHING added to each
+    count. Contexts are int64 of zero or more; if not given, there is one. An integer above the largest seen is sent as
+    "larger", and then by how much, in Elias' gamma code (1975).
     """
     here = torch.zeros_like(coming) if coming_context is None else coming_context
     there = torch.zeros_like(seen) if seen_context is None else seen_context
@@ -286,9 +286,9 @@ def code_lengths(
 
 
 def index_bits(seen: Sent, coming: Sent, d_sae: int) -> float:
-    """Bits for which features are active in all that is coming: each by its own rate among the tokens seen.
+    """Bits for which features are active in `coming`, each with its rate among the tokens `seen`.
 
-    Every feature costs at every token: -log2 of its rate where it is active, -log2 of one minus it where it isn't.
+    Every feature costs bits at every token: -log2(rate) where it is active, -log2(1 - rate) elsewhere.
     """
     fired = torch.bincount(seen.indices[seen.levels > 0], minlength=d_sae).double()
     rate = (fired + SMOOTHING) / (len(seen.levels) + 2 * SMOOTHING)
@@ -298,10 +298,10 @@ def index_bits(seen: Sent, coming: Sent, d_sae: int) -> float:
 
 
 def value_bits(seen: Sent, coming: Sent, d_sae: int) -> float:
-    """Bits for the levels of all that is coming, where active: by frequencies among features of like loudness.
+    """Bits for the levels of the active features in `coming`, by frequencies among features of equal loudness.
 
-    A feature's loudness is the octave of its mean level among the tokens seen; that of one that was not seen to fire
-    is one of its own.
+    A feature's loudness is the octave of its mean level among the tokens `seen`. Features that never fired there have a
+    loudness of their own.
     """
     there, here = seen.levels > 0, coming.levels > 0
     total = torch.zeros(d_sae, dtype=torch.float64, device=seen.levels.device)
@@ -323,21 +323,21 @@ def log2_choose(n: int, m: Tensor) -> Tensor:
 
 
 class Channel(NamedTuple):
-    """A lossy way to send vectors of d_in numbers: those along each axis by themselves."""
+    """A lossy way to send vectors of d_in numbers: the coordinate along each axis is sent by itself."""
 
     mean: Tensor
     """[d_in] float64"""
     axes: Tensor
-    """[d_in, d_in] float64, an axis a column"""
+    """[d_in, d_in] float64, one axis in each column"""
     variances: Tensor
     """[d_in] float64, along each axis"""
 
     def bits(self, level: float) -> float:
-        """Bits a vector, where no axis may have a larger squared error than `level`."""
+        """Bits for a vector, if the mean squared error along each axis is at most `level`."""
         return float((self.variances / level).clamp_min(1).log2().sum()) / 2
 
     def receive(self, c: Tensor, level: float) -> Tensor:
-        """What comes out for c [..., d_in]. The noise is drawn anew, from the same seed in each call."""
+        """What the receiver gets for c [..., d_in]. Each call draws noise from the same seed."""
         noise = torch.randn(c.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(c.device)
         kept = (1 - level / self.variances.clamp_min(1e-300)).clamp_min(0)
         along = (c.double() - self.mean) @ self.axes * kept + (kept * level).sqrt() * noise
@@ -345,10 +345,10 @@ class Channel(NamedTuple):
 
 
 def channel_for(c: Tensor) -> Channel:
-    """The channel for vectors like these, [n, d_in]: Gaussian, in their principal axes.
+    """The channel for vectors like c [n, d_in], taken as Gaussian, along their principal axes.
 
-    The rate-distortion function of a Gaussian vector, by reverse water-filling (Cover and Thomas, Elements of
-    Information Theory, section 10.3.3). No other source of the same covariance needs more bits.
+    Its cost is the rate-distortion function of a Gaussian vector, by reverse water-filling (Cover and Thomas, Elements
+    of Information Theory, section 10.3.3). No other distribution with this covariance needs more bits.
     """
     c = c.double()
     variances, axes = torch.linalg.eigh((c - c.mean(dim=0)).T @ (c - c.mean(dim=0)) / len(c))
@@ -356,9 +356,9 @@ def channel_for(c: Tensor) -> Channel:
 
 
 def coarsest_level(sae: SAE, windows: Sequence[Windows], step: float, channel: Channel, allowed: float) -> float:
-    """The largest level of the channel, in powers of the root of two, at which the receiver's FVU is allowed."""
+    """The largest level of the channel, in powers of sqrt(2), at which the receiver's FVU is at most `allowed`."""
     largest = max(float(channel.variances.max()), 1e-30)
-    coarse, fine = 0, math.ceil(-2 * math.log2(FINEST))  # halvings of largest, by the root of two
+    coarse, fine = 0, math.ceil(-2 * math.log2(FINEST))  # exponents: the level is largest / sqrt(2) ** exponent
     while coarse < fine:  # the FVU grows with the level
         middle = (coarse + fine) // 2
         if receive(sae, windows, step, channel, largest * 2 ** (-middle / 2))[1] <= allowed:

@@ -1,12 +1,12 @@
 """`csae evidence`: does the contextual SAE work? All of the evidence, in one folder:
 
     OUT/activations/CORPUS-layerN/   activations of the language model, as shards; made once
-    OUT/runs/NAME/                   a run of csae.train for each cell, with what was found of it (evidence.json)
+    OUT/runs/NAME/                   a run of csae.train for each cell, with its results (evidence.json)
     OUT/parts/NAME.json              the other measurements, one file each
-    OUT/evidence.json                everything found so far, written anew after each run
+    OUT/evidence.json                all results so far, written again after each run
     OUT/report.html, OUT/figures/    the page to open, and its figures
 
-A second call goes on where the first was stopped.
+A second call continues where the first was stopped.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CORPORA = ("english", "multilingual")
 SEEDS = 3
 POWER_WINDOWS = 8
 SWITCH_WINDOWS = 96
-LONGER = 8  # times as long as those trained on
+LONGER = 8  # length of long windows, as a multiple of those trained on
 LONG_WINDOWS = 12
 REGION_TOKENS = 64
 
@@ -55,15 +55,15 @@ def run_evidence(
     limit: int | None = None,
     progress: Progress = track,
 ) -> dict[str, Any]:
-    """Trains, evaluates and measures everything, and writes the report; gives what is in evidence.json.
+    """Train, evaluate and measure everything, and write the report; returns what is in evidence.json.
 
     Args:
-        out: the folder for all that is made; goes on if it is there.
+        out: the folder for all results; if it is there, the work is continued.
         model: what LanguageModel.load takes; by default SmolLM2-135M from its PyPI package.
         ks, layers, corpora, seeds: the grid (`grid.cells`); seeds are 0 to seeds - 1.
         budget: of each SAE.
         languages: a folder with a folder of .txt files for each language, in place of Debian's books.
-        limit: train this many SAEs at most, the most telling first.
+        limit: train at most this many SAEs, in the order of `grid.cells`.
 
     Raises UserError where the model or a text is missing, or `out` holds evidence of another model or budget.
     """
@@ -93,7 +93,7 @@ def run_evidence(
         evidence["runs"].append(grid.run(out, cell, source_of(cell), lm, budget))
         evidence["headline"] = grid.headline(evidence["runs"])
         write_json(out / grid.FOUND, evidence)
-        if number % 10 == 9:  # something to look at meanwhile
+        if number % 10 == 9:  # to be looked at meanwhile
             page.write_page(out / "report.html", evidence)
     evidence["redundancy"] = [
         {"corpus": corpus, "layer": layer}
@@ -161,7 +161,7 @@ def _about(out: Path, lm: LanguageModel, budget: Budget) -> dict[str, Any]:
 
 
 def _part(out: Path, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A measurement, made once."""
+    """A measurement: made once, and read from its file from then on."""
     file = out / "parts" / f"{name}.json"
     if not file.is_file():
         write_json(file, make())
@@ -194,7 +194,7 @@ def _power(out: Path, cell: Cell, source: ActivationSource) -> dict[str, Any]:
 def _long_windows(
     out: Path, lm: LanguageModel, chosen: Sequence[Cell], budget: Budget, progress: Progress
 ) -> list[dict[str, Any]]:
-    """SAEs on windows longer than those trained on, of English that was trained on in shorter ones."""
+    """SAEs on windows longer than those trained on. The English text is that of training, in longer windows."""
     n_ctx = LONGER * budget.n_ctx
     cells = [
         cell
@@ -230,7 +230,7 @@ def _switches(
     languages: Path | None,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """The switches of the SAEs of one kind each that were trained on several languages."""
+    """Language switches, for one SAE of each kind that was trained on several languages."""
     on_many = [cell for cell in chosen if cell.corpus == "multilingual" and cell.k_mem is None]
     if not on_many:
         return []

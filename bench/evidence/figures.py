@@ -1,7 +1,7 @@
-"""The figures of the evidence, drawn with matplotlib. Each is None where what it shows was not measured.
+"""The figures of the evidence, drawn with matplotlib. A function returns None if its figures were not measured.
 
-An SAE has the same colour, mark and place in every figure. Lines are means over seeds, the band around them goes from
-the least to the greatest.
+An SAE has the same colour, mark and place in every figure. Lines are means over seeds; the band around a line goes from
+the smallest to the largest value.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WRONG = (
 
 
 class Colours(NamedTuple):
-    """What a figure is drawn in."""
+    """The colours of a figure."""
 
     ink: str
     soft: str
@@ -51,12 +51,12 @@ class Colours(NamedTuple):
 
 
 def fvu(evidence: dict[str, Any], colours: Colours) -> Any:
-    """FVU against k, where most runs are."""
+    """FVU against k, at the model, corpus and layer with the most runs."""
     return _by_arch(evidence, colours, ("k",), ("fvu",), "active features a token (k)", "FVU", by_k=True)
 
 
 def headline(evidence: dict[str, Any], colours: Colours) -> Any:
-    """The same with a title that says of what, for a page of its own."""
+    """The same with a title, for use outside of the report."""
     figure = fvu(evidence, colours)
     if figure is not None:
         where = summary.setting(evidence["runs"])
@@ -134,7 +134,7 @@ def longer(evidence: dict[str, Any], colours: Colours) -> Any:
 
 
 def bits_parts(evidence: dict[str, Any], colours: Colours) -> Any:
-    """What the bits are spent on, at one k."""
+    """Bits per token by part of the code, at one k."""
     from matplotlib.patches import Patch
 
     runs = evidence.get("runs") or []
@@ -199,13 +199,13 @@ def switches_rate(evidence: dict[str, Any], colours: Colours) -> Any:
 
 
 def switches_energy(evidence: dict[str, Any], colours: Colours) -> Any:
-    """How much of the activations the code writes, and how much is carried, by the distance from the switch."""
+    """Energy of the code and of what is carried, by the distance from the switch."""
     code, carried = (_switch_lines(evidence, "energy", part) for part in ("code", "carried"))
     return _switch_figure(colours, code, carried, "mean square, activations = 1", (0, None), "carried (c)")
 
 
 def redundancy(evidence: dict[str, Any], colours: Colours) -> Any:
-    """How much of a position a linear map tells from those before it."""
+    """The share of variance that a linear map predicts from earlier positions."""
     entries = [entry for entry in evidence.get("redundancy") or [] if value(entry, "predicted", "r2", "previous")]
     if not entries:
         return None
@@ -243,7 +243,7 @@ def look_back(evidence: dict[str, Any], colours: Colours) -> Any:
 
 
 def wrong_memories(evidence: dict[str, Any], colours: Colours) -> Any:
-    """FVU where what is carried, or what is read, is wrong."""
+    """FVU where c, or the memory that is read, is a wrong one."""
     entries = [entry for entry in _power(evidence) if any(value(entry, part, "own") for part, _, _ in WRONG)]
     if not entries:
         return None
@@ -294,7 +294,7 @@ FIGURES: dict[str, tuple[Callable[[dict[str, Any], Colours], Any], str]] = {
     "bits": (bits, "FVU against bits per token, for each SAE"),
     "bits_parts": (bits_parts, "Bits per token of each SAE, by what they are spent on"),
     "synthetic_firings": (synthetic_firings, "Firings of a region's feature against the region's length"),
-    "synthetic_fvu": (synthetic_fvu, "FVU on made-up windows against the region's length"),
+    "synthetic_fvu": (synthetic_fvu, "FVU on synthetic windows against the region's length"),
     "switches_rate": (switches_rate, "How often a language's mark is active, by positions since the switch"),
     "switches_energy": (switches_energy, "Energy of code and c by positions since the switch"),
     "redundancy": (redundancy, "Share of the activations' variance that is predicted from earlier positions"),
@@ -305,8 +305,8 @@ FIGURES: dict[str, tuple[Callable[[dict[str, Any], Colours], Any], str]] = {
 
 
 def remembered(evidence: dict[str, Any]) -> list[dict[str, Any]]:
-    """For each k_mem, rising, of the contextual SAE: k_mem, fvu over seeds, and `beside`, the runs of the same seeds
-    and place. The last is k, where all is remembered. Empty where no SAE has a k_mem."""
+    """For each k_mem of the contextual SAE, in rising order: k_mem, fvu over seeds, and `beside`, the runs of the same
+    seeds, model, corpus, layer and k. The last k_mem is k: everything is remembered. Empty if no SAE has a k_mem."""
     runs = evidence.get("runs") or []
     cut = [run for run in runs if run.get("k_mem") is not None and run["arch"] == CURRENT]
     if not cut:
@@ -323,7 +323,7 @@ def remembered(evidence: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"k_mem": n, "fvu": over[n], "beside": beside} for n in sorted(found) if over[n] is not None]
 
 
-# --- what they share ----------------------------------------------------------------------------------------
+# --- shared by the figures ----------------------------------------------------------------------------------
 
 
 def _axes(colours: Colours, x: str, y: str, height: float = HEIGHT) -> tuple[Any, Any]:
@@ -418,7 +418,7 @@ def _synthetic(evidence: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 
 def synthetic_runs(evidence: dict[str, Any], crowded: bool = False) -> list[dict[str, Any]]:
-    """Those whose features have the most dimensions, or the others."""
+    """The synthetic runs in the most dimensions; crowded: those in fewer."""
     runs = evidence.get("synthetic") or []
     most = max((run["d_in"] for run in runs), default=None)
     return [run for run in runs if (run["d_in"] != most) == crowded]
@@ -439,7 +439,7 @@ def _synthetic_lines(axes: Any, colours: Colours, runs: Sequence[dict[str, Any]]
 
 
 def _switch_lines(evidence: dict[str, Any], *path: str) -> dict[str, list[list[float | None]]]:
-    """arch -> the lists by offset of each of its entries."""
+    """arch -> for each of its entries the list by offset."""
     runs = evidence.get("runs") or []
     lines: dict[str, list[list[float | None]]] = {}
     for entry in evidence.get("switches") or []:
@@ -477,7 +477,7 @@ def _switch_figure(
 
 
 def _binned(lists: Iterable[Sequence[float | None]]) -> list[tuple[float, Spread]]:
-    """Means over half octaves of the position, counted from 1, for each list; and those over the lists."""
+    """Means over half octaves of the position, counted from 1, with their spread over the lists."""
     lists = list(lists)
     length = max(len(found) for found in lists)
     edges = sorted({round(2 ** (step / 2)) for step in range(2 * length.bit_length() + 1)})
@@ -491,6 +491,6 @@ def _binned(lists: Iterable[Sequence[float | None]]) -> list[tuple[float, Spread
 
 
 def _power(evidence: dict[str, Any]) -> list[dict[str, Any]]:
-    """The entries of SAEs that remember all they can, with their arch as in `runs`."""
+    """The entries of SAEs without a k_mem, with their arch as in `runs`."""
     runs, entries = evidence.get("runs") or [], evidence.get("power") or []
     return [entry | {"arch": summary.arch_of(entry, runs)} for entry in entries if entry.get("k_mem") is None]

@@ -1,9 +1,8 @@
-"""The runs of the evidence: which SAEs are trained on which activations, and what is found of each.
+"""The runs of the evidence: which SAEs are trained on which activations, and the results of each.
 
-A cell is one SAE: its arch, k, seed, and the corpus and layer it is trained on. Each is trained by csae.train on the
-same windows in the same order, evaluated on windows held out, and left in a folder of its own, so that a run of the
-evidence that was stopped goes on where it was. Same tokens for all; the learning rate of all is the one at which the
-widened TopK SAE did best.
+A cell is one SAE: its arch, k, seed, and the corpus and layer that it is trained on. `csae.train` trains each on the
+same windows in the same order. It is evaluated on held-out windows. Each has a folder of its own, so that evidence that
+was stopped can be continued. All SAEs have the same learning rate: the best one for the widened TopK SAE.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ BATCH_WINDOWS = 8
 LR = 4e-3
 DEAD_AFTER = 200_000
 HELD_OUT = 100
-CE_WINDOWS = 4  # each is a pass through the whole language model for each figure
+CE_WINDOWS = 4  # each takes several passes through the whole language model
 BITS_WINDOWS = 24
 TOPK, WIDE, CURRENT, PAST = "topk", "topk-wide", "contextual", "contextual-past"
 
@@ -71,21 +70,24 @@ class Cell:
 
 @dataclass(frozen=True)
 class Budget:
-    """What every SAE gets."""
+    """Size and training data of every SAE."""
 
     d_sae: int = 2304
     tokens: int = 840_000
-    """trained on, in passes over `distinct` of them"""
+    """training tokens, in passes over `distinct` tokens"""
     distinct: int = 420_000
     n_ctx: int = 256
 
 
 def cells(ks: Sequence[int], layers: Sequence[int], corpora: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
-    """The full grid, the most telling cells first, so that a part of it says as much as it can.
+    """The full grid, the most important cells first, so that a part of it is of use too.
 
-    First the middle k and layer and the first corpus: every seed of ours and of Temporal Feature Analysis, which looks
-    back too, one of the other baselines. Then elsewhere with one seed; then everything, but baselines at that one
-    place only. TopK is also at 1.5 and 2 times each k, where the headline looks.
+    1. The middle k and layer and the first corpus: every seed of our SAEs and of Temporal Feature Analysis, which looks
+       back too; one seed of the other baselines.
+    2. Other k, layers and corpora, with one seed.
+    3. All other cells. Baselines are at the place of 1 only.
+
+    TopK is also trained at 1.5 and 2 times each k, for `headline`.
     """
     k, layer, corpus = _middle(ks), _middle(layers), corpora[0]
     ours = (TOPK, WIDE, CURRENT, PAST)
@@ -124,7 +126,7 @@ def activations(
     languages: Path | None = None,
     progress: Progress = quiet,
 ) -> ActivationSource:
-    """The activations of a corpus after some blocks, from a cache in `out`, made first where it is not there.
+    """The activations of a corpus at a layer, from a cache in `out`, which is made first if it is not there.
 
     languages: a folder for `texts.read_languages`, for "multilingual".
     """
@@ -140,7 +142,7 @@ def activations(
 
 
 def make(cell: Cell, d_in: int, d_sae: int) -> SAE:
-    """The SAE of a cell, untrained; the same start for the same seed."""
+    """The SAE of a cell, untrained. A seed gives the same weights each time."""
     sizes = {"d_in": d_in, "d_sae": d_sae, "k": cell.k, "dead_after": DEAD_AFTER}
     torch.manual_seed(cell.seed)
     if cell.arch in (CURRENT, PAST):
@@ -153,7 +155,7 @@ def make(cell: Cell, d_in: int, d_sae: int) -> SAE:
 def run(
     out: Path, cell: Cell, source: ActivationSource, lm: LanguageModel, budget: Budget, progress: Progress = quiet
 ) -> dict[str, Any]:
-    """Train and evaluate the SAE of a cell, or read what was found before; an entry of `runs` in evidence.json."""
+    """Train and evaluate the SAE of a cell, or read its earlier results; returns its entry of `runs`."""
     folder = out / "runs" / cell.name
     if (folder / FOUND).is_file():
         return json.loads((folder / FOUND).read_text(encoding="utf-8"))
@@ -165,10 +167,10 @@ def run(
     config = TrainConfig(steps=steps, batch_windows=BATCH_WINDOWS, lr=LR, seed=cell.seed)
     train(sae.to(device), source, train_windows, folder, config)
     found = evaluate(sae, source, test_windows, lm, cell.layer, ce_windows=CE_WINDOWS, progress=progress)
-    # The code's statistics come from windows that it is not sent for; the SAE was trained on neither.
+    # The probabilities of the coder come from other windows than those sent. The SAE was trained on neither.
     half = len(test_windows) // 2
     seen, sent = test_windows[:half][:BITS_WINDOWS], test_windows[half:][:BITS_WINDOWS]
-    # A prediction that reads the true past is not to be had from codes, at any number of bits.
+    # Its prediction reads the true past, which codes don't determine: no number of bits is enough.
     account = None if cell.arch == "temporal-features" else bits.account(sae, source, seen, sent)
     entry = {
         "name": cell.name,
@@ -199,10 +201,10 @@ def trained(out: Path, cell: Cell) -> SAE:
 def headline(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """How many features a per-token SAE needs to match each contextual SAE, at equal d_sae and at equal parameters.
 
-    For each contextual cell that has at least two TopK cells of the same model, corpus, layer and seed beside it:
-    `topk`, the k at which TopK has its FVU, log FVU being taken as linear in log k between two cells and beyond the
-    last; `ratio`, that k over the contextual one; and the same for the widened TopK, `wide` and `wide_ratio`.
-    `beyond` is True where the k lies outside those that were measured.
+    For each contextual cell with at least two TopK cells of the same model, corpus, layer and seed:
+    `topk`: the k at which TopK reaches its FVU; log FVU is taken as linear in log k between two cells and beyond the
+    last. `topk_ratio`: that k divided by the contextual one. `topk_beyond`: whether that k is outside those measured.
+    The same for the widened TopK: `wide`, `wide_ratio`, `wide_beyond`.
     """
     runs = list(runs)
     found = []
@@ -225,7 +227,7 @@ def headline(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def matching_k(curve: Sequence[tuple[int, float]], fvu: float) -> tuple[float, bool]:
-    """The k at which a curve of (k, FVU), k rising, reaches `fvu`; and whether that is outside the curve."""
+    """The k at which a curve of (k, FVU), sorted by k, reaches `fvu`, and whether that k is outside the curve."""
     pairs = list(pairwise(curve))
     inside = [(one, two) for one, two in pairs if two[1] <= fvu <= one[1]]
     (k1, f1), (k2, f2) = inside[0] if inside else (pairs[-1] if fvu < curve[-1][1] else pairs[0])

@@ -19,10 +19,10 @@ BATCH_WINDOWS = 4
 def measure(
     sae: SAE, source: ActivationSource, windows: Sequence[int], trained_on: int, progress: Progress = quiet
 ) -> dict[str, Any]:
-    """The FVU of an SAE, in the exact form, in consecutive stretches of long windows; JSON as it is.
+    """The FVU of an SAE, in the exact form, in consecutive stretches of long windows; the result is JSON.
 
     Args:
-        source: of windows some times as long as those trained on.
+        source: its windows are several times as long as those trained on.
         trained_on: positions of a window in training; the length of a stretch.
 
     Returns:

@@ -1,9 +1,12 @@
-"""Is the look-back too powerful to read? What c is made of, how far it comes from, and what it leans on.
+"""Is the look-back too powerful to interpret? What c consists of, how far back it comes from, what it depends on.
 
-Three kinds of evidence, all on the exact form. Attribution: c at a position is a sum with a part for each earlier
-position and feature (`csae.attribution`); how few of them explain it, and how far back they lie. Cuts: what the FVU
-becomes where the look-back reaches only so far. Wrong memories: what it becomes where the memory is out of order, of
-another text, or empty; a look-back that did more than read what is there could do without the right memory.
+Three kinds of evidence, all in the exact form:
+
+- Attribution: c at a position is a sum of parts, one for each earlier position and feature (`csae.attribution`). How
+  few of them explain it, and how far back are they?
+- Cuts: the FVU if the look-back reaches only a number of positions back.
+- Wrong memories: the FVU if the memory is out of order, of another text, or empty. A look-back that does more than read
+  its memory would not need the right one.
 """
 
 from __future__ import annotations
@@ -21,14 +24,14 @@ from csae.errors import UserError
 from csae.sae import Code
 
 EXPLAINED = 0.9
-# Positions of a window at which all parts are formed: [T, k, d_in] each.
+# Positions of a window at which all parts are computed: [T, k, d_in] each.
 PARTS_AT = 8
 LOOK_BACKS = (1, 4, 16, 64, 256)
 
 
 @torch.no_grad()
 def measure(sae: ContextualSAE, source: ActivationSource, windows: Sequence[int], seed: int = 0) -> dict[str, Any]:
-    """How much the look-back does and by what, over the positions in the mask of these windows; JSON as it is.
+    """How much the look-back does and by which parts, over the positions in the mask; the result is JSON.
 
     Args:
         windows: of the source; eight are enough, and two at least. Attribution takes about a second each.
@@ -36,19 +39,19 @@ def measure(sae: ContextualSAE, source: ActivationSource, windows: Sequence[int]
 
     Returns:
         tokens: positions in the mask. carried_tokens: those among them where anything is carried (c is not zero).
-        fvu: of the SAE as it is. c_alone: the FVU of c with no feature active beside it.
-        look_back: the FVU where a position sees only the last so many positions, {"0": ..., "1": ..., ...}; 0 is no
+        fvu: of the SAE. c_alone: the FVU of c with no feature active beside it.
+        look_back: the FVU if a position sees only the last 0, 1, ... positions, {"0": ..., "1": ..., ...}; 0 is no
             look-back, each position a window of its own.
         pairs, distance, and the checks parts_error and share_error: see `pairs_and_distances`.
-        c: {"own", "zero", "other window"}: the FVU where the c that encoder and decoder use is the right one, none,
-            or that of the same position in the next window (the first for the last).
-        read: {"own", "shuffled", "other window"}: the FVU where a position reads the right memory; the same with its
-            positions in another order, within the document; or that of the next window up to the same position. Only
-            that one read is wrong: what came before was encoded with the right memory, and the query is right.
-        far: {"own", "shuffled", "other window", "empty"}: the FVU over the last quarter of each window only, where
-            the three quarters before are as they are; permuted within each document (activations and mask together)
-            and encoded in that order; those of the next window; or masked out. The positions scored see each other
-            in any case, as they are: this is what they need from further back.
+        c: {"own", "zero", "other window"}: the FVU if encoder and decoder use the right c, none, or the c of the same
+            position in the next window (the last window takes that of the first).
+        read: {"own", "shuffled", "other window"}: the FVU if a position reads the right memory, the same memory with
+            its positions in another order within the document, or that of the next window up to the same position.
+            Only this one read is wrong: what came before was encoded with the right memory, and the query is right.
+        far: {"own", "shuffled", "other window", "empty"}: the FVU over the last quarter of each window, if the three
+            quarters before are unchanged; permuted within each document (activations and mask together) and encoded in
+            that order; replaced by those of the next window; or masked out. The scored positions always see each
+            other unchanged, so this shows what they need from further back.
 
     Raises TypeError for an SAE that does not look back; UserError for fewer than two windows, or where nothing is in
     the mask of what is scored.
@@ -83,7 +86,10 @@ def measure(sae: ContextualSAE, source: ActivationSource, windows: Sequence[int]
 
 
 def fvu(batch: Batch, x_hat: Tensor, scored: Tensor | None = None) -> float:
-    """Fraction of variance unexplained, in float64, where `scored` [B, T] bool, by default the mask; mean of those."""
+    """Fraction of variance unexplained at the positions `scored` [B, T] bool, around their mean, in float64.
+
+    scored: the mask if not given.
+    """
     scored = batch.mask if scored is None else scored
     x = batch.acts[scored].double()
     if len(x) < 2:
@@ -95,7 +101,7 @@ def fvu(batch: Batch, x_hat: Tensor, scored: Tensor | None = None) -> float:
 
 
 def cut(sae: ContextualSAE, batch: Batch) -> dict[str, float]:
-    """The FVU by how many positions a position sees; "0" is each alone."""
+    """The FVU by how many earlier positions a position sees; "0": each position alone."""
     B = len(batch.mask)
     alone = sae(batch.acts.flatten(0, 1).unsqueeze(1), batch.mask.flatten().unsqueeze(1), exact=True).x_hat
     found = {"0": fvu(batch, alone.reshape(batch.acts.shape))}
@@ -112,7 +118,7 @@ def with_given_c(sae: ContextualSAE, batch: Batch, c: Tensor) -> dict[str, float
 
 
 def reconstruct_with(sae: ContextualSAE, batch: Batch, c: Tensor) -> Tensor:
-    """Encode what a given c [B, T, d_in] leaves of the activations, and decode it with the same c: [B, T, d_in]."""
+    """Encode the activations minus a given c [B, T, d_in], and decode with the same c: [B, T, d_in]."""
     B, T = batch.mask.shape
     left = (batch.acts - c).flatten(0, 1).unsqueeze(1)  # each position a window of its own: nothing else is carried
     code = sae(left, batch.mask.flatten().unsqueeze(1), exact=True).code
@@ -120,7 +126,7 @@ def reconstruct_with(sae: ContextualSAE, batch: Batch, c: Tensor) -> Tensor:
 
 
 def wrong_reads(sae: ContextualSAE, batch: Batch, seed: int) -> dict[str, float]:
-    """The FVU by what each position finds in its memory, all before it being as it should."""
+    """The FVU by the memory that each position reads; all earlier positions were encoded with the right one."""
     (B, T), rows = batch.mask.shape, torch.arange(len(batch.mask), device=batch.mask.device).unsqueeze(1)
     own, other = sae.initial_state(B), sae.initial_state(B)
     found: dict[str, list[Tensor]] = {"own": [], "shuffled": [], "other window": []}
@@ -143,7 +149,7 @@ def wrong_reads(sae: ContextualSAE, batch: Batch, seed: int) -> dict[str, float]
 
 
 def wrong_memories(sae: ContextualSAE, batch: Batch, seed: int) -> dict[str, float]:
-    """The FVU over the last quarter of each window, by what lies before that quarter."""
+    """The FVU over the last quarter of each window, by what is before that quarter."""
     T = batch.mask.shape[1]
     first = T - max(1, T // 4)  # the first position that is scored
     scored = batch.mask & (torch.arange(T, device=batch.mask.device) >= first)
@@ -164,7 +170,7 @@ def wrong_memories(sae: ContextualSAE, batch: Batch, seed: int) -> dict[str, flo
 
 
 def shuffled(documents: Tensor, n: int, seed: int) -> Tensor:
-    """[B, T] int64: where each position is taken from, with the first n of each document permuted among themselves.
+    """[B, T] int64: from where each position is taken, if the first n positions are permuted within their documents.
 
     A document is a run of equal ids in documents [B, T].
     """
@@ -181,19 +187,19 @@ def shuffled(documents: Tensor, n: int, seed: int) -> Tensor:
 
 
 def pairs_and_distances(found: Sequence[Attribution], batch: Batch) -> dict[str, Any]:
-    """What c is made of at each position in the mask where it is not zero; `found`: one for each window.
+    """What c consists of, at each position in the mask where it is not zero. found: one attribution for each window.
 
     Returns:
-        pairs: of (position, feature). `needed`: how many, taken by share in c from the largest on, until their shares
-            sum to `explained`; `available`: how many carry anything here; `needed_of_available`: their ratio; each as
-            mean, quarter, median, three_quarters over positions. `left_over`: mean of |c - the parts needed|^2 /
-            |c|^2 at `parts_positions` positions: shares measure along c, this also across it.
-            `against`: mean of what the negative shares sum to, in absolute value.
-        distance: of the positive shares, each position's summed to one: median (the nearest within which half lies),
-            and within, the share within 1, 2, 4, ... positions.
-        parts_positions: at how many positions the parts themselves were formed, evenly spread over each window.
+        pairs: of (position, feature). `needed`: how many pairs, those with the largest share of c first, until their
+            shares sum to `explained`. `available`: how many carry anything to this position. `needed_of_available`: the
+            ratio. Each has mean, quarter, median, three_quarters over positions. `left_over`: the mean of
+            |c - sum of the needed parts|^2 / |c|^2 at `parts_positions` positions; shares measure only along c, this
+            also across it. `against`: the mean absolute sum of the negative shares.
+        distance: of the positive shares, scaled to sum to one at each position: median (the smallest distance within
+            which half of them is), and within (the share within 1, 2, 4, ... positions).
+        parts_positions: at how many positions the parts were computed, evenly spread over each window.
         parts_error: the largest |sum of all parts - c| / |c| there. share_error: the largest |sum of shares - 1|
-            anywhere. Both are rounding alone.
+            at any position. Both are rounding errors.
     """
     T = batch.mask.shape[1]
     needed, available, against, left_over, parts_errors, share_errors = [], [], [], [], [], []
@@ -203,7 +209,7 @@ def pairs_and_distances(found: Sequence[Attribution], batch: Batch) -> dict[str,
         carried = mask & (one.output.c != 0).any(dim=1)
         share = one.share.double()  # [T, T, k]
         greatest = share.flatten(1).sort(dim=1, descending=True)
-        # Rounding may keep the sum of all a hair below what is asked for.
+        # Rounding may keep the sum of all shares just below EXPLAINED.
         count = ((greatest.values.cumsum(dim=1) < EXPLAINED).sum(dim=1) + 1).clamp_max(greatest.values.shape[1])
         positive = share.clamp_min(0).sum(dim=2)  # [T, T]
         weight = positive / positive.sum(dim=1, keepdim=True).clamp_min(1e-300)

@@ -1,7 +1,7 @@
-"""What raw activations repeat along the token axis, without any SAE.
+"""How much activations repeat along the token axis, without any SAE.
 
-Two looks at it. How much of a position's activations can a linear map foretell from those before it? And in how few
-dimensions does a window lie, beside as many tokens drawn from all windows?
+Two measurements. How much of a position's activations does a linear map predict from earlier positions? And how many
+dimensions does a window have, against as many tokens drawn from all windows?
 """
 
 from __future__ import annotations
@@ -103,10 +103,10 @@ def predicted(
 def dimension(
     source: ActivationSource, windows: Sequence[int], progress: Progress = quiet, seed: int = 0
 ) -> dict[str, Any]:
-    """In how many dimensions a window lies, and as many tokens drawn from all the windows.
+    """The dimension of a window, and of as many tokens drawn from all windows.
 
-    Of each window the positions in the mask, less their mean; means over the windows. A window of n positions has
-    n - 1 dimensions at most, and so has what it is compared with.
+    Computed for the positions in the mask, minus their mean, and averaged over windows. A window of n positions has at
+    most n - 1 dimensions, and so have the tokens that it is compared with.
 
     Returns:
         window and shuffled, each with
@@ -140,7 +140,7 @@ def _dimensions(tokens: Tensor) -> dict[str, float]:
     """tokens [n, d_in] -> the three estimates of their dimension."""
     centred = tokens - tokens.mean(dim=0)
     n, d_in = centred.shape
-    smaller = centred @ centred.T if n < d_in else centred.T @ centred  # both have the same eigenvalues but zeros
+    smaller = centred @ centred.T if n < d_in else centred.T @ centred  # both have the same non-zero eigenvalues
     variances = torch.linalg.eigvalsh(smaller).flip(0).clamp_min(0)
     if not variances.sum() > 0:
         raise UserError("the activations of a window are all the same: they have no dimension")
@@ -153,9 +153,11 @@ def _dimensions(tokens: Tensor) -> dict[str, float]:
 
 
 def _two_nn(tokens: Tensor) -> float:
-    """tokens [n, d_in] -> d, where for a share r^-d of the tokens the second nearest neighbour is more than r times
-    as far as the nearest. Fitted through zero, without the tenth with the largest r, as Facco et al. do; zero where
-    there is nothing to fit."""
+    """tokens [n, d_in] -> the dimension d by two nearest neighbours (Facco et al. 2017).
+
+    In d dimensions the second nearest neighbour is more than r times as far as the nearest for a share r^-d of the
+    tokens. d is fitted through zero, without the tenth of the tokens with the largest r; zero if nothing can be fitted.
+    """
     distances = torch.cdist(tokens, tokens).fill_diagonal_(float("inf"))
     first, second = distances.topk(2, largest=False).values.unbind(dim=1)
     ratios = (second / first)[first > 0].log().sort().values  # equal tokens have no ratio
@@ -168,8 +170,8 @@ def _two_nn(tokens: Tensor) -> float:
 def _principal_components(
     source: ActivationSource, windows: Sequence[int], progress: Progress
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean [d_in] of the positions in the mask, their principal components [d_in, d_in], a column each with the
-    largest first, and the variance [d_in] that each holds."""
+    """The mean [d_in] of the positions in the mask; their principal components [d_in, d_in], one in each column, the
+    largest first; and the variance of each, [d_in]."""
     total = torch.zeros(source.d_in, dtype=torch.float64)
     squares = torch.zeros(source.d_in, source.d_in, dtype=torch.float64)
     count = 0
@@ -213,8 +215,9 @@ def _moments(
     progress: Progress,
     description: str,
 ) -> tuple[_Moments, _Moments]:
-    """Of x_t on x_{t-1}, and on [last 1, ..., last max(LAGS), mean of the past] in the components `basis`
-    [d_in, components]; all less `mean` [d_in], over the positions with a whole past."""
+    """The moments of x_t on x_{t-1}, and of x_t on [last 1, ..., last max(LAGS), mean of the past], these in the
+    components `basis` [d_in, components]. `mean` [d_in] is subtracted. Only positions with max(LAGS) before them count.
+    """
     furthest, width = max(LAGS), basis.shape[1]
     previous = _Moments(source.d_in, source.d_in)
     components = _Moments((furthest + 1) * width, source.d_in)
@@ -240,12 +243,12 @@ def _moments(
 
 
 def _mean_of_the_past(seen: Tensor, mask: Tensor, documents: Tensor) -> Tensor:
-    """seen [B, T, width] -> the mean of what is before each position, in its document and the mask; else zero."""
+    """seen [B, T, width] -> the mean over the positions before each one, in its document and the mask; zero if none."""
     position = torch.arange(mask.shape[1])
     begins = torch.ones_like(mask)
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
     start = torch.where(begins, position, 0).cummax(dim=1).values  # [B, T]
-    # Sums before each position, less those before its document.
+    # Sums before each position, minus those before its document.
     sums = torch.nn.functional.pad((seen * mask[..., None]).double().cumsum(dim=1), (0, 0, 1, 0))[:, :-1]
     counts = torch.nn.functional.pad(mask.double().cumsum(dim=1), (1, 0))[:, :-1]
     sums = sums - sums.gather(1, start[..., None].expand_as(sums))
@@ -257,7 +260,7 @@ def _r2(fit: _Moments, score: _Moments, predictors: Tensor) -> float:
     """The share of the variance of y that a ridge regression on the columns `predictors` of z explains."""
     constant = torch.tensor([len(fit.zz) - 1])
     mean_z, mean_y = fit.zz[predictors][:, constant] / fit.count, fit.zy[constant] / fit.count  # [p, 1], [1, d_in]
-    # Around the means, so that the constant is not shrunk.
+    # Around the means, so that the ridge doesn't shrink the constant.
     within = fit.zz[predictors][:, predictors] / fit.count - mean_z @ mean_z.T
     across = fit.zy[predictors] / fit.count - mean_z @ mean_y
     ridge = RIDGE * within.diagonal().mean()

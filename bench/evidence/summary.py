@@ -1,7 +1,7 @@
-"""What the evidence amounts to: means and spreads over seeds, and one SAE against another.
+"""Summaries of the evidence: means and spreads over seeds, and one SAE against another.
 
-All functions take the lists of evidence.json as they are, and give None where what they need is not there: a run that
-was stopped has gaps, and a page of it is to be made all the same.
+The functions take the lists of evidence.json. They return None where a figure is missing: evidence that was stopped has
+gaps, and its page is written all the same.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ ARCHS = {
     "temporal-features": "Temporal Features (TFA)",
     "temporal-sae": "Temporal SAE",
 }
-"""How the SAEs are called on the page, in the order in which they always come."""
+"""The names of the SAEs on the page, in their order."""
 
 
 class Spread(NamedTuple):
-    """A mean, and the least and the greatest of the n values (seeds) that it is of."""
+    """The mean, the smallest and the largest of n values, one for each seed."""
 
     mean: float
     low: float
@@ -35,7 +35,7 @@ class Spread(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """Where most of the evidence is: what the first figures are of."""
+    """Where most runs are; the first figures show this place."""
 
     model: str | None
     corpus: str | None
@@ -58,13 +58,13 @@ def value(entry: dict[str, Any], *path: str) -> float | None:
 
 
 def ordered(archs: Iterable[str]) -> list[str]:
-    """Each arch once, in the order of ARCHS; those that it does not have last."""
+    """Each arch once, in the order of ARCHS; unknown ones last."""
     known = list(ARCHS)
     return sorted(set(archs), key=lambda arch: (known.index(arch) if arch in known else len(known), arch))
 
 
 def arch_of(entry: dict[str, Any], runs: Sequence[dict[str, Any]]) -> str:
-    """The arch of an entry as in `runs`: an SAE by itself does not know that it is "topk-wide" or "contextual-past"."""
+    """The arch of an entry as in `runs`. An entry alone can't tell "topk-wide" from "topk"."""
     for run in runs:
         if run.get("name") is not None and run.get("name") == entry.get("name"):
             return run["arch"]
@@ -73,7 +73,7 @@ def arch_of(entry: dict[str, Any], runs: Sequence[dict[str, Any]]) -> str:
 
 
 def setting(runs: Sequence[dict[str, Any]]) -> Setting:
-    """The model, corpus and layer of most runs, and there the k at which most kinds of SAE are."""
+    """The model, corpus and layer with the most runs, and the k with the most kinds of SAE there."""
     places = Counter((run.get("model"), run.get("corpus"), run.get("layer")) for run in runs)
     if not places:
         return Setting(None, None, None, None)
@@ -85,19 +85,19 @@ def setting(runs: Sequence[dict[str, Any]]) -> Setting:
 
 
 def chosen(runs: Iterable[dict[str, Any]], **fields: Any) -> list[dict[str, Any]]:
-    """The runs with these fields; without k_mem among them, those that remember all they can."""
+    """The runs with these fields. If k_mem is not among them: those without a k_mem."""
     fields = {"k_mem": None} | fields
     return [run for run in runs if all(run.get(name) == wanted for name, wanted in fields.items())]
 
 
 def at(runs: Iterable[dict[str, Any]], where: Setting, **fields: Any) -> list[dict[str, Any]]:
-    """The runs of a setting; its k too, where `fields` has none."""
+    """The runs of a setting that have these fields; k is that of the setting, if not given."""
     place = {"model": where.model, "corpus": where.corpus, "layer": where.layer, "k": where.k}
     return chosen(runs, **{**place, **fields})
 
 
 def curve(runs: Iterable[dict[str, Any]], x: Sequence[str], y: Sequence[str]) -> list[tuple[float, Spread]]:
-    """(x, y over seeds) for each k, x being the mean over the same runs; x and y are paths. Rising in x."""
+    """For each k the mean of x and the spread of y over seeds, sorted by x. x, y: paths into an entry."""
     points: dict[int, list[tuple[float, float]]] = {}
     for run in runs:
         a, b = value(run, *x), value(run, *y)
@@ -112,14 +112,14 @@ def curve(runs: Iterable[dict[str, Any]], x: Sequence[str], y: Sequence[str]) ->
 
 
 def ratio(one: Iterable[dict[str, Any]], other: Iterable[dict[str, Any]], *path: str) -> Spread | None:
-    """A figure of one SAE over that of another, each seed with its own."""
+    """A figure of one SAE divided by that of another, seed by seed."""
     by_seed = {run.get("seed"): value(run, *path) for run in other}
     pairs = [(value(run, *path), by_seed.get(run.get("seed"))) for run in one]
     return spread(a / b for a, b in pairs if a is not None and b)
 
 
 def crossing(points: Sequence[tuple[float, float]], y: float) -> float | None:
-    """The x at which a falling curve (x, y) reaches y, straight between its points in log y; None beyond them."""
+    """The x at which a falling curve (x, y) reaches y, interpolated in log y; None outside of the curve."""
     points = sorted(points)
     for (x1, y1), (x2, y2) in pairwise(points):
         if y2 <= y <= y1 and y2 < y1:
@@ -128,9 +128,9 @@ def crossing(points: Sequence[tuple[float, float]], y: float) -> float | None:
 
 
 def bits_ratio(runs: Sequence[dict[str, Any]], where: Setting, arch: str, against: str) -> Spread | None:
-    """Bits a token of one SAE at the setting's k, over those of another at the same FVU, each seed with its own.
+    """Bits a token of one SAE at the setting's k, divided by those of another at the same FVU, seed by seed.
 
-    None where the other SAE was not measured on both sides of that FVU.
+    None if the other SAE was not measured on both sides of that FVU.
     """
     ratios = []
     for run in at(runs, where, arch=arch):

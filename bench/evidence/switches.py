@@ -1,8 +1,8 @@
-"""Language switches: what an SAE says of the language of a text, where it says it, and what it carries on.
+"""Language switches: how an SAE represents the language of a text, where, and what it carries.
 
-A language holds for a whole region of a window. A per-token SAE has to say it anew at each token; the promise of the
-contextual SAE is that it says it once, after the switch, and carries it from there. Both are measured alike, in the
-exact form. What is chosen or fitted is so on one half of the windows, and measured on the other.
+The language is the same over a whole region of a window. A per-token SAE has to represent it at each token. A
+contextual SAE could do so once, after the switch, and carry it from there. All SAEs are measured in the same way, in
+the exact form. Features are chosen and classifiers fitted on one half of the windows; the other half is measured.
 """
 
 from __future__ import annotations
@@ -38,33 +38,33 @@ def measure(
     attributed_windows: int = ATTRIBUTED_WINDOWS,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """The figures of an SAE on windows of activations whose language switches; JSON as it is.
+    """The figures of an SAE on windows whose language switches; the result is JSON.
 
     Args:
-        sae: any SAE; it is run in the exact form and left in the mode it was in.
+        sae: any SAE. It keeps its mode.
         windows: windows of the source, four or more.
-        regions: [n, T] integer, for the n windows asked for: the region that a position is in, from 0.
+        regions: [n, T] integer, for the n windows: the region of each position, counted from 0.
         languages: [n, T] integer: the language of a position, an index into `names`.
         names: the languages.
         attributed_windows: how many of the measured windows are attributed (contextual SAE only).
 
     Returns:
-        Offsets are positions since the last switch; all figures by offset are lists with an entry for each, over the
-        regions that follow a switch, None where nothing was seen. Positions out of the mask are not seen.
+        An offset is the number of positions since the last switch. A figure by offset is a list with an entry for each
+        offset, over the regions after a switch; None where there was no position. Only positions in the mask count.
 
         arch, k, d_sae, names, chosen_on and measured_on: the number of windows of the two halves; start: START.
-        flicker: of all features. changes_per_active: how often a feature goes on or off from one position to the next
-            inside a region, for each position at which one is active: 2 where each fires for one position, 0 where
-            nothing changes. mean_run: for how many positions a feature stays on.
-        energy: mean squared norm by offset of the activations less b_dec ("acts"), of what the code adds
-            ("code") and of what the look-back does ("carried"), in units of the activations' mean. error: mean
-            squared error by offset, in the same units.
-        readable: how well the language is read off the activations ("acts"), what the code of one position adds
-            ("code") and c ("carried"), by a linear classifier fitted by ridge regression: accuracy, by_offset. chance:
-            the share of the most frequent language.
-        marks: a list with an entry for each language and criterion: the feature with the most mutual information,
-            in bits, with the language ("region": it fires anywhere in a region; "position": at a position; "start": in
-            the first START positions of a region), of those that fire more often in the language than out of it. See
+        flicker: over all features. changes_per_active: how often features switch on or off from one position to the
+            next inside a region, divided by the number of active features: 2 if each is active for one position, 0 if
+            nothing changes. mean_run: for how many positions a feature stays active.
+        energy: mean squared norm by offset of the activations minus b_dec ("acts"), of what the code adds ("code") and
+            of c ("carried"), in units of the activations' mean. error: mean squared error by offset, in the same
+            units.
+        readable: how well a linear classifier (ridge regression) reads the language off the activations ("acts"), off
+            what the code of one position adds ("code") and off c ("carried"): accuracy, by_offset. chance: the share of
+            the most frequent language.
+        marks: an entry for each language and criterion: of the features that fire more often in the language than
+            elsewhere, the one with the most mutual information with it, in bits. Criteria: "region": it fires anywhere
+            in a region; "position": at a position; "start": in the first START positions of a region. See
             `_figures_of_mark`.
         mean_marks: criterion -> the same figures, each a mean over the languages; and rate_start, rate_later: the mean
             of rate_by_offset before and from START on.
@@ -115,10 +115,10 @@ def measure(
 
 
 class _Half:
-    """Windows, and what is known of them: filled as their batches are run.
+    """Half of the windows with the results of the SAE, which `run` fills in batch by batch.
 
     values, indices: [n, T, k], the codes. mask: [n, T]. offset: [n, T], positions since the region began.
-    region: [n, T], a number of its own for each region of all windows. after_switch: [n, T] bool.
+    region: [n, T], numbered through all windows. after_switch: [n, T] bool.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class _Half:
         self.mask = torch.empty(0, dtype=torch.bool)
 
     def run(self, start: int, count: int) -> tuple[Batch, Output]:
-        """The next windows through the SAE; to be called in order."""
+        """Run the next windows through the SAE; to be called in order."""
         part = slice(start, start + count)
         device = self.sae.W_dec.device
         batch = self.source.read(self.windows[part])
@@ -171,13 +171,13 @@ class _Half:
 
 
 def _parts(sae: SAE, batch: Batch, output: Output) -> dict[str, Tensor]:
-    """What is compared: each [B, T, d_in], less b_dec, over the scale. acts = code + carried + error."""
+    """What is compared, each [B, T, d_in], minus b_dec, divided by the scale. acts = code + carried + error."""
     parts = {"acts": batch.acts / sae.scale - sae.b_dec, "code": (output.x_hat - output.c) / sae.scale - sae.b_dec}
     return parts | ({"carried": output.c / sae.scale} if isinstance(sae, ContextualSAE) else {})
 
 
 def _fit(half: _Half, starts: Any, count: int) -> dict[str, Tensor]:
-    """Runs a half, and fits to each part a linear classifier of the language: [d_in + 1, languages]."""
+    """Run a half, and fit a linear classifier of the language to each part: [d_in + 1, languages]."""
     squares: dict[str, Tensor] = {}
     products: dict[str, Tensor] = {}
     for start in starts:
@@ -201,7 +201,7 @@ def _with_one(inputs: Tensor) -> Tensor:
 
 
 def _measured(half: _Half, classifiers: dict[str, Tensor], starts: Any, count: int) -> dict[str, Any]:
-    """Runs a half, and gives flicker, energy, error and readable of `measure`."""
+    """Run a half; returns flicker, energy, error and readable of `measure`."""
     right: dict[str, list[Tensor]] = {name: [] for name in classifiers}
     energy: dict[str, list[Tensor]] = {name: [] for name in [*classifiers, "error"]}
     for start in starts:
@@ -232,7 +232,7 @@ def _measured(half: _Half, classifiers: dict[str, Tensor], starts: Any, count: i
 
 
 def _flicker(half: _Half) -> dict[str, float | None]:
-    """How often features go on and off inside regions, over all features."""
+    """How often features switch on and off inside regions, over all features."""
     active = half.values > 0
     pairs = half.mask[:, 1:] & half.mask[:, :-1] & (half.region[:, 1:] == half.region[:, :-1])
     same = (half.indices[:, 1:, :, None] == half.indices[:, :-1, None, :]) & active[:, 1:, :, None]
@@ -253,7 +253,7 @@ def _marks(half: _Half) -> list[tuple[int, str, int, float]]:
     n_regions = int(half.region.max()) + 1
     language_of = torch.zeros(n_regions, dtype=torch.int64)
     language_of[half.region.flatten()] = half.languages.flatten()
-    # Of each criterion: a count of the units (regions, positions) by language, and of those where a feature fires.
+    # For each criterion: the number of units (regions or positions) by language, and of those where a feature fires.
     early = half.offset[n, t] < START
     per_region = torch.bincount(language_of, minlength=L)
     counts = {
@@ -274,7 +274,7 @@ def _marks(half: _Half) -> list[tuple[int, str, int, float]]:
 
 
 def _count(region: Tensor, feature: Tensor, language_of: Tensor, d_sae: int, L: int) -> Tensor:
-    """In how many regions of each language a feature fires: [d_sae, L], from the pairs where one does."""
+    """In how many regions of each language a feature fires: [d_sae, L]. region, feature: a pair for each firing."""
     once = torch.unique(region * d_sae + feature)
     cell = once % d_sae * L + language_of[once // d_sae]
     return torch.bincount(cell, minlength=d_sae * L).reshape(d_sae, L)
@@ -283,8 +283,8 @@ def _count(region: Tensor, feature: Tensor, language_of: Tensor, d_sae: int, L: 
 def information(fired: Tensor, units: Tensor) -> Tensor:
     """The mutual information, in bits, of "this feature fires" and "this is the language": [d_sae, L].
 
-    fired [d_sae, L]: in how many units of each language a feature fires; units [L]: how many there are. Zero where a
-    feature fires less often in the language than elsewhere: its absence is no mark.
+    fired [d_sae, L]: in how many units of each language a feature fires. units [L]: how many units there are. Zero for
+    a feature that fires less often in the language than elsewhere.
     """
     fired, units = fired.double(), units.double()
     n = units.sum()
@@ -304,13 +304,14 @@ def information(fired: Tensor, units: Tensor) -> Tensor:
 
 
 def _figures_of_mark(half: _Half, language: int, feature: int) -> dict[str, Any]:
-    """How a feature marks a language, on the half that it was not chosen on.
+    """How well a feature marks a language, on the half on which it was not chosen.
 
-    recall: the share of the language's regions in which it fires; false_alarms: of the other regions; auc: the area
-    under the ROC curve of that yes or no, (1 + recall - false_alarms) / 2. In the language's regions: active_share, of
-    the positions; active_elsewhere, in other regions; flicker: how often it goes on or off, for 100 positions;
-    rate_by_offset: the share of regions in which it is active at an offset; first_by_offset: the share of regions in
-    which it fires there first; median_first: the median of that offset, over regions in which it fires.
+    recall, false_alarms: the share of the language's regions, and of the other regions, in which it fires. auc: the
+    area under the ROC curve of this yes or no, (1 + recall - false_alarms) / 2. active_share, active_elsewhere: the
+    share of positions at which it is active in the language's regions, and in others. In the language's regions:
+    flicker: how often it switches on or off in 100 positions; rate_by_offset: the share of regions in which it is
+    active at an offset; first_by_offset: the share in which it first fires there; median_first: the median of that
+    offset.
     """
     fires, here = half.fires(feature), half.languages == language
     seen = half.mask & here
@@ -360,14 +361,13 @@ def _means(marks: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def _carried(
     sae: ContextualSAE, half: _Half, marks: list[tuple[int, str, int, float]], names: Sequence[str], windows: Any
 ) -> dict[str, Any]:
-    """From where c comes after a switch, by offset, as shares of c that sum to one (see `csae.attribution`).
+    """Where c comes from after a switch, by offset, as shares of c that sum to one (see `csae.attribution`).
 
-    from_start: from the first START positions of the region; from_region: from all of it; from_before: from the
-    regions before the switch. even_from_start: what from_start would be if all earlier positions gave alike.
-    marks: for each mark, over the regions of its language in which it has fired before that offset: share_by_offset,
-    the share of c from all its firings in the region; other_by_offset: the same for the features that were active
-    beside it when it first fired, from that position alone, a mean for one feature; first_by_offset: for the
-    mark itself, from that position alone.
+    from_start: from the first START positions of the region. from_region: from the whole region. from_before: from the
+    regions before the switch. even_from_start: what from_start would be if all earlier positions had equal shares.
+    marks: for each mark, over the regions of its language in which it has fired before the offset. share_by_offset: the
+    share of all its firings in the region. first_by_offset: the share of its first firing. other_by_offset: the mean
+    share of a feature that was active beside its first firing, from that position.
     """
     T = half.offset.shape[1]
     n = len(windows)

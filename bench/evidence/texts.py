@@ -1,8 +1,8 @@
 """The texts of the evidence: English prose, six languages, and windows that switch language at known places.
 
-The languages are those of two of Debian's books, "Debian Reference" and "The Debian Administrator's Handbook". Each
-language holds the same content, so what tells them apart is the language. Paragraphs that nobody has translated
-stand in the books in English; they are left out.
+The languages are those of two Debian books, "Debian Reference" and "The Debian Administrator's Handbook". The content
+is the same in each language, so the texts differ in language only. Paragraphs that were not translated stand in the
+books in English; they are left out.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def english() -> list[str]:
 
 
 def multilingual(cache_dir: str | Path | None = None, progress: Progress = quiet) -> dict[str, list[str]]:
-    """Language -> documents, a section of one of Debian's books each; paragraphs are parted by an empty line.
+    """Language -> documents. A document is a section of a Debian book; an empty line separates its paragraphs.
 
-    The packages are downloaded with apt-get at the first call (46 MB) and unpacked with dpkg-deb, without root. The
-    text is kept in cache_dir (by default csae/debian-books in the user's cache folder), in the form of
-    `read_languages`, and found there from then on. Raises UserError where it can't be had.
+    The first call downloads the packages with apt-get (46 MB) and unpacks them with dpkg-deb, without root. The text is
+    kept in cache_dir (by default csae/debian-books in the user's cache folder), in the form of `read_languages`.
+    Raises UserError where it can't be had.
     """
     if cache_dir is None:
         cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "csae" / "debian-books"
@@ -58,7 +58,7 @@ def multilingual(cache_dir: str | Path | None = None, progress: Progress = quiet
             with tempfile.TemporaryDirectory(dir=cache_dir.parent) as folder:
                 _store_books(Path(folder) / "packages", Path(folder) / "texts", progress)
                 try:
-                    os.rename(Path(folder) / "texts", cache_dir)  # it has its name only when it is whole
+                    os.rename(Path(folder) / "texts", cache_dir)  # only once it is complete
                 except OSError:
                     if not cache_dir.is_dir():  # another process may have been faster
                         raise
@@ -112,10 +112,10 @@ def windows(
     """The windows of n_ctx tokens of a corpus to train on.
 
     "english": documents shuffled and packed, as `csae.data.text.tokenize` does it.
-    "multilingual": the documents that `split` leaves to train on, cut in pieces of whole paragraphs, of about 64 to
-    256 tokens, and laid end to end. The languages take turns in random order, so most windows switch language once or
-    more, as often as each other, until one language is used up. A window is one document: what looks back sees across
-    the switches. texts: a folder for `read_languages` in place of Debian's books.
+    "multilingual": the training documents of `split`, cut into pieces of whole paragraphs, of about 64 to 256 tokens,
+    and joined. The languages take turns in random order until one is used up, so most windows switch language at least
+    once. A window is one document: an SAE can look back across the switches. texts: a folder for `read_languages`, in
+    place of Debian's books.
     """
     if name == "english":
         return tokenize(english(), tokenizer, n_ctx, max_tokens, seed, progress)
@@ -161,11 +161,11 @@ def switching(
     region_tokens: int = 64,
     seed: int = 0,
 ) -> Switching:
-    """At most n_windows windows that change language every region_tokens tokens; fewer where a language is used up.
+    """Up to n_windows windows that change language every region_tokens tokens; fewer once a language is used up.
 
-    A region is a passage that begins with a paragraph, and ends in a paragraph break wherever it is cut; no
-    passage is used twice. Neighbouring regions differ in language, and all languages come up equally often. Raises
-    UserError where there are fewer than two languages or the text does not fill one window.
+    A region is a passage that begins with a paragraph and is made to end with a paragraph break. No passage is used
+    twice. Neighbouring regions differ in language, and all languages are equally frequent. Raises UserError for fewer
+    than two languages, or text that does not fill one window.
     """
     if region_tokens < 1 or n_ctx % region_tokens:
         raise ValueError(f"region_tokens: given {region_tokens}; needed a divisor of n_ctx = {n_ctx}")
@@ -204,7 +204,7 @@ def one_document_each(tokens: Tensor) -> TokenWindows:
 
 
 def _turns(n: int, rng: np.random.Generator) -> Iterator[int]:
-    """0 to n - 1 again and again, each time in a new order, none twice in a row where n > 1."""
+    """0 to n - 1 repeatedly, each time in a new random order; none twice in a row if n > 1."""
     last = None
     while True:
         order = rng.permutation(n).tolist()
@@ -229,7 +229,7 @@ def _paragraphs(documents: Iterable[str], tokenizer: Any) -> Iterator[list[list[
 
 
 def _pieces(documents: Iterable[list[list[int]]], rng: np.random.Generator) -> Iterator[list[int]]:
-    """Whole paragraphs that follow each other in a document, until they are as long as a length that is drawn."""
+    """Consecutive whole paragraphs of a document, until they reach a random length."""
     for paragraphs in documents:
         piece: list[int] = []
         wanted = rng.integers(*PIECE_TOKENS, endpoint=True)
@@ -243,7 +243,7 @@ def _pieces(documents: Iterable[list[list[int]]], rng: np.random.Generator) -> I
 
 
 def _passages(documents: Iterable[list[list[int]]], n_tokens: int, after: list[int]) -> Iterator[list[int]]:
-    """Passages of n_tokens tokens that begin with a paragraph and end with a break; the rest of theirs is dropped."""
+    """Passages of n_tokens tokens that begin with a paragraph and end with a break; longer paragraphs are cut."""
     for paragraphs in documents:
         passage: list[int] = []
         for paragraph in paragraphs:
@@ -254,11 +254,11 @@ def _passages(documents: Iterable[list[list[int]]], n_tokens: int, after: list[i
 
 
 def _store_books(packages: Path, texts: Path, progress: Progress) -> None:
-    """Downloads the books into the folder `packages`, and writes a folder of .txt files for each language."""
+    """Download the books into the folder `packages`, and write a folder of .txt files for each language."""
     names = [f"debian-reference-{language}" for language in LANGUAGES] + ["debian-handbook"]
     packages.mkdir()
     for name in progress(names, "downloading Debian's books"):
-        # Into a folder of its own: the file's name holds the version.
+        # In a folder of its own: the name of the file is not known, it holds the version.
         (packages / name).mkdir()
         _run(["apt-get", "download", name], packages / name)
         _run(["dpkg-deb", "--extract", *map(str, (packages / name).glob("*.deb")), str(packages / name)], packages)
@@ -285,9 +285,9 @@ def _store_books(packages: Path, texts: Path, progress: Progress) -> None:
 
 
 def untranslated(paragraph: str, originals: set[tuple[str, ...]]) -> bool:
-    """Whether most of a paragraph's runs of three words are of the English books.
+    """Whether most trigrams of words of a paragraph occur in the English books.
 
-    Paragraphs are not compared whole: in an untranslated one cross-references may be translated.
+    Whole paragraphs can't be compared: an untranslated one may contain translated cross-references.
     """
     trigrams = _trigrams(paragraph)
     return 2 * len(trigrams & originals) > len(trigrams)
@@ -302,7 +302,9 @@ def _run(command: list[str], folder: Path) -> None:
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
     except FileNotFoundError as error:
-        raise UserError(f"Debian's books are had with {command[0]}, which this system has not; {INSTEAD}") from error
+        raise UserError(
+            f"Debian's books are downloaded with {command[0]}, which this system lacks; {INSTEAD}"
+        ) from error
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(
@@ -312,7 +314,7 @@ def _run(command: list[str], folder: Path) -> None:
 
 
 def sections(html: str) -> list[list[str]]:
-    """The paragraphs of a page of a book, in a list for each section; without headings, lists of contents and code."""
+    """The paragraphs of a page of a book, a list for each section; without headings, tables of contents and code."""
     page = _Page()
     page.feed(html)
     page.close()
@@ -320,7 +322,7 @@ def sections(html: str) -> list[list[str]]:
 
 
 class _Page(HTMLParser):
-    """Text between two tags that break a block is a paragraph; an h2 begins a section."""
+    """Text between two tags of block elements is a paragraph; an h2 begins a section."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -353,7 +355,7 @@ class _Page(HTMLParser):
             self.text += data
 
     def _end_paragraph(self) -> None:
-        # A line that was wrapped between two characters of a script without spaces.
+        # A line break between two characters of a script without spaces is no space.
         text = re.sub(rf"(?<={CJK})\s*\n\s*(?={CJK})", "", self.text.strip())
         self.text = ""
         if len(text) >= SHORTEST_PARAGRAPH:

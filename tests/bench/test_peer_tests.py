@@ -1,4 +1,4 @@
-"""The comparison of another library's tests without our patch and with it, on made-up tests."""
+"""The comparison of another library's tests without our patch and with it, on small tests written here."""
 
 import importlib.metadata
 

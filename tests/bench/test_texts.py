@@ -141,7 +141,7 @@ def test_a_failed_download_leaves_nothing(debian: Path, tmp_path: Path, monkeypa
 
 def test_no_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="apt-get, which this system has not; give --texts DIR"):
+    with pytest.raises(UserError, match="apt-get, which this system lacks; give --texts DIR"):
         multilingual(tmp_path / "books")
 
 
