@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from csae.kernels.pairs import Pairs, Table
 
-from .backend import kernels, operator
+from .backend import fake, kernels, no_gradient, operator
 
 __all__ = ["Pairs", "Table", "adam_rows", "feature_sums", "sort_pairs"]
 
@@ -50,7 +51,7 @@ def _sort_pairs(features: Tensor, tokens: Tensor, d_sae: int) -> tuple[Tensor, T
     return tuple(kernels("feature_rows", features.device, torch.float32).sort_pairs(features, tokens, d_sae))  # type: ignore[return-value]
 
 
-@_sort_pairs.register_fake
+@fake("sort_pairs")
 def _(features: Tensor, tokens: Tensor, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(features), torch.empty_like(tokens), features.new_empty(d_sae + 1)
 
@@ -70,12 +71,13 @@ def _adam_rows(
     seed: Tensor,
     lazy: bool,
 ) -> None:
+    increment_version([*params, *exp_avgs, *exp_avg_sqs])
     tables = list(map(Table, params, exp_avgs, exp_avg_sqs, weights, rows, unit_rows))
     dtype = params[0].dtype if params else torch.float32
     kernels("feature_rows", hyper.device, dtype).adam_rows(Pairs(order, tokens, ends), tables, hyper, seed, lazy)
 
 
-@_adam_rows.register_fake
+@fake("adam_rows")
 def _(order, tokens, ends, params, exp_avgs, exp_avg_sqs, weights, rows, unit_rows, hyper, seed, lazy):
     return None
 
@@ -93,6 +95,10 @@ def _feature_sums(
     return kernels("feature_rows", ends.device, dtype).feature_sums(Pairs(order, tokens, ends), weights, rows)
 
 
-@_feature_sums.register_fake
+@fake("feature_sums")
 def _(order, tokens, ends, weights, rows):
     return [of.new_empty(ends.shape[0] - 1, of.shape[1]) for of in rows]
+
+
+no_gradient("sort_pairs")
+no_gradient("feature_sums")

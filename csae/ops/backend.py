@@ -63,33 +63,32 @@ def _module(where: str, op: str) -> ModuleType:
     return import_module(f"csae.kernels.{where}.{op}")
 
 
+LIBRARY = torch.library.Library("csae", "FRAGMENT")
+
+
 def operator(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
-    """`torch.library.custom_op`: what a tracer sees of a native or a Triton call.
+    """Register a function as torch.ops.csae.<name>: what a tracer sees of a native or a Triton call.
 
     Kernels take pointers, so nothing but the function of an operator may call them: there tensors are real, whoever
     traces, transforms or compiles. Dtypes are settled before, so that it runs without autocast.
+
+    It is `torch.library.custom_op` at half its overhead. Writes to `mutates_args` are not counted as versions of the
+    tensors: use torch.autograd.graph.increment_version.
     """
-    return lambda function: torch.library.custom_op(f"csae::{name}", _precisely(function), mutates_args=mutates_args)
-
-
-def operator_without_gradient(name: str, mutates_args: tuple[str, ...], fake: Callable[..., Any]) -> Any:
-    """The same, of less overhead for many arguments that are written to (0.1 ms for twenty): no gradient is recorded,
-    and what is written is not counted as a version of its tensor."""
 
     def register(function: Callable[..., Any]) -> Any:
         schema = torch.library.infer_schema(function, mutates_args=mutates_args)
-        LIBRARY.define(name + schema)
-        LIBRARY.impl(name, _precisely(function), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"csae::{name}", fake, lib=LIBRARY)
+        LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(name, _in_eager_mode(function), "CompositeExplicitAutograd")
         return getattr(torch.ops.csae, name).default
 
     return register
 
 
-LIBRARY = torch.library.Library("csae", "FRAGMENT")
+def _in_eager_mode(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, seen neither by autocast nor by a compiler."""
 
-
-def _precisely(function: Callable[..., Any]) -> Callable[..., Any]:
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]  # as custom_op has it; torch.compiler.disable loads the compiler
     @functools.wraps(function)
     def run(*given: Any) -> Any:
         kind = next(tensor.device.type for tensor in given if isinstance(tensor, Tensor))
@@ -101,10 +100,21 @@ def _precisely(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def refuse_second_derivative(backward: Any) -> None:
-    """Make an operator that is the backward pass of another say that it has none itself."""
+def fake(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Register what an operator gives, without numbers: shapes, dtypes and strides."""
+    return torch.library.register_fake(f"csae::{name}", lib=LIBRARY)
+
+
+def gradient(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Register an operator's backward pass."""
+    torch.library.register_autograd(f"csae::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def no_gradient(name: str) -> None:
+    """Make an operator refuse to be differentiated. Of one that is a backward pass that is a second derivative."""
+    twice, never = "differentiate twice; needed a first derivative only", "differentiate what has no gradient"
 
     def refuse(ctx: Any, *gradients: Any) -> None:
-        raise RuntimeError(f"{backward._qualname}: trying to differentiate twice; needed a first derivative only")
+        raise RuntimeError(f"csae::{name}: trying to {twice if name.endswith('_backward') else never}")
 
-    backward.register_autograd(refuse)
+    torch.library.register_autograd(f"csae::{name}", refuse, lib=LIBRARY)

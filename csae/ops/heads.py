@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from csae.kernels.portable import scaled_heads
 
-from .backend import kernels, operator, place, refuse_second_derivative
+from .backend import fake, gradient, kernels, no_gradient, operator, place
 from .checks import refuse_tangents
 
 # What the root mean square of a head's values stays below.
@@ -69,7 +69,7 @@ def _scale_heads(heads: Tensor, gain: Tensor | None, least: float, weight: float
     return out.contiguous(), scale.contiguous()
 
 
-@_scale_heads.register_fake
+@fake("scale_heads")
 def _(heads, gain, least, weight):
     wide = torch.promote_types(heads.dtype, torch.float32)
     return heads.new_empty(heads.shape), heads.new_empty(*heads.shape[:-1], 1, dtype=wide)
@@ -84,12 +84,12 @@ def _scale_heads_backward(
     return d_heads.contiguous(), d_gain
 
 
-@_scale_heads_backward.register_fake
+@fake("scale_heads_backward")
 def _(grad, heads, gain, scale, weight):
     return heads.new_empty(heads.shape), (scale if gain is None else gain).new_empty(heads.shape[-2])
 
 
-refuse_second_derivative(_scale_heads_backward)
+no_gradient("scale_heads_backward")
 
 
 def _setup_context(ctx, inputs, output):
@@ -106,4 +106,4 @@ def _backward(ctx, grad, _grad_scale):
     return d_heads, None if gain is None else d_gain, None, None
 
 
-_scale_heads.register_autograd(_backward, setup_context=_setup_context)
+gradient("scale_heads", _setup_context, _backward)

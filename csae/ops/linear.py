@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .backend import has_matrix_units, kernels, operator, place
+from .backend import fake, gradient, has_matrix_units, kernels, operator, place
 from .checks import refuse_tangents
 
 # Where a product has fewer multiplications, or a side is shorter, splitting its numbers costs as much as is gained.
@@ -40,7 +40,7 @@ def _multiply(a: Tensor, b: Tensor) -> Tensor:
     return kernels("float_products", a.device, a.dtype).multiply(a, b)
 
 
-@_multiply.register_fake
+@fake("multiply")
 def _(a, b):
     return a.new_empty(a.shape[0], b.shape[1])
 
@@ -56,4 +56,4 @@ def _backward(ctx, grad):
     return _multiply(grad, b.T) if need_a else None, _multiply(grad.T, a).T if need_b else None
 
 
-_multiply.register_autograd(_backward, setup_context=_setup_context)
+gradient("multiply", _setup_context, _backward)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import kernels, operator, refuse_second_derivative
+from .backend import fake, gradient, kernels, no_gradient, operator
 from .checks import INTEGERS, autocast_to, check_device, check_floats, check_shape, check_tensor, refuse_tangents
 
 
@@ -88,7 +88,7 @@ def _lookback_attention(
     return kernels("lookback_attention", q.device, q.dtype).forward(q, k, v, slope, null, mask, starts)
 
 
-@_lookback_attention.register_fake
+@fake("lookback_attention")
 def _(q, k, v, slope, null, mask, starts):
     B, T, H, _ = q.shape
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -111,12 +111,12 @@ def _lookback_attention_backward(
     return kernels("lookback_attention", q.device, q.dtype).backward(grad, q, k, v, slope, null, mask, starts, out, lse)
 
 
-@_lookback_attention_backward.register_fake
+@fake("lookback_attention_backward")
 def _(grad, q, k, v, slope, null, mask, starts, out, lse):
     return tuple(tensor.new_empty(tensor.shape) for tensor in (q, k, v, slope, null))
 
 
-refuse_second_derivative(_lookback_attention_backward)
+no_gradient("lookback_attention_backward")
 
 
 def _setup_context(ctx, inputs, output):
@@ -129,4 +129,4 @@ def _backward(ctx, grad, _grad_lse):
     return *_lookback_attention_backward(grad, *ctx.saved_tensors), None, None
 
 
-_lookback_attention.register_autograd(_backward, setup_context=_setup_context)
+gradient("lookback_attention", _setup_context, _backward)

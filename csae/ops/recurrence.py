@@ -1,7 +1,7 @@
 """recur: the positions of a contextual SAE, one after the other, as one operator.
 
-A position is some small products and three or four native calls, which cost as much as an operator's own overhead; so
-the operator is the loop.
+A position is some small products and three or four native calls, which cost as much as an operator's own overhead. So
+the operator is the whole loop.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .backend import kernels, operator_without_gradient
+from .backend import fake, kernels, operator
 from .checks import refuse_tangents
 from .heads import BOUNDED, UNIT
 from .linear import linear
@@ -94,23 +94,7 @@ def recur(
     return Recurred(*_recur(x, values, indices, *state, list(weights), k, k_mem, from_past, list(table)))
 
 
-def _like_recur(
-    x, values, indices, mask, starts, memory, takes_part, past, position, followed, weights, k, k_mem, from_past, table
-):
-    by = Weights(*weights)
-    (B, n), H, m = mask.shape, by.slope.shape[0], followed.shape[0]
-    code = (0,) if x is None else (B, n, k)
-    return (
-        memory.new_empty(B, n, by.W_O.shape[0]),
-        memory.new_empty(code),
-        memory.new_empty(code, dtype=torch.int64),
-        memory.new_empty(B, n, by.W_O.shape[0]),
-        memory.new_empty(B, n, H, m),
-        past.new_empty(past.shape),
-    )
-
-
-@operator_without_gradient("recur", ("memory", "takes_part"), fake=_like_recur)
+@operator("recur", ("memory", "takes_part"))
 def _recur(
     x: Tensor | None,
     values: Tensor | None,
@@ -164,6 +148,23 @@ def _recur(
     x_hat = run.gather_sum(*code, by.W_dec).view(chunk.c.shape) + chunk.c + by.b_dec
     found = (memory.new_empty(0), chunk.indices.new_empty(0)) if x is None else (chunk.values, chunk.indices)
     return x_hat, *found, chunk.c, chunk.carried, past.clone(memory_format=torch.contiguous_format)
+
+
+@fake("recur")
+def _(
+    x, values, indices, mask, starts, memory, takes_part, past, position, followed, weights, k, k_mem, from_past, table
+):
+    by = Weights(*weights)
+    (B, n), H, m = mask.shape, by.slope.shape[0], followed.shape[0]
+    code = (0,) if x is None else (B, n, k)
+    return (
+        memory.new_empty(B, n, by.W_O.shape[0]),
+        memory.new_empty(code),
+        memory.new_empty(code, dtype=torch.int64),
+        memory.new_empty(B, n, by.W_O.shape[0]),
+        memory.new_empty(B, n, H, m),
+        past.new_empty(past.shape),
+    )
 
 
 class _Run(NamedTuple):

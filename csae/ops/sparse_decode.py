@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import kernels, operator, refuse_second_derivative
+from .backend import fake, gradient, kernels, no_gradient, operator
 from .checks import autocast_to, check_device, check_floats, check_shape, check_tensor, refuse_tangents
 
 
@@ -52,7 +52,7 @@ def _sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     return out.view(*values.shape[:-1], W_dec.shape[1])
 
 
-@_sparse_decode.register_fake
+@fake("sparse_decode")
 def _(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     return values.new_empty(*values.shape[:-1], W_dec.shape[1])
 
@@ -71,7 +71,7 @@ def _sparse_decode_backward(
     )
 
 
-@_sparse_decode_backward.register_fake
+@fake("sparse_decode_backward")
 def _(grad, values, indices, W_dec, need_values, need_W):
     return (
         values.new_empty(values.shape) if need_values else values.new_empty(0),
@@ -79,7 +79,7 @@ def _(grad, values, indices, W_dec, need_values, need_W):
     )
 
 
-refuse_second_derivative(_sparse_decode_backward)
+no_gradient("sparse_decode_backward")
 
 
 def _pairs(indices: Tensor) -> Tensor:
@@ -97,4 +97,4 @@ def _backward(ctx, grad):
     return d_values if need_values else None, None, d_W if need_W else None
 
 
-_sparse_decode.register_autograd(_backward, setup_context=_setup_context)
+gradient("sparse_decode", _setup_context, _backward)

@@ -11,7 +11,7 @@ from torch import Tensor
 from csae.kernels.cpu import topk_coarse
 from csae.kernels.cpu.topk_coarse import LEAST_ROWS
 
-from .backend import kernels, operator, place, refuse_second_derivative
+from .backend import fake, gradient, kernels, no_gradient, operator, place
 from .checks import autocast_to, check_floats, check_k, check_shape, check_tensor, refuse_tangents
 
 
@@ -61,7 +61,7 @@ def _topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tenso
     return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
 
 
-@_topk_encode.register_fake
+@fake("topk_encode")
 def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
     shape = (*x.shape[:-1], k)
     return x.new_empty(shape), x.new_empty(shape, dtype=torch.int64)
@@ -99,7 +99,7 @@ def _topk_encode_backward(
     return d_x, d_W, d_b
 
 
-@_topk_encode_backward.register_fake
+@fake("topk_encode_backward")
 def _(grad_values, values, indices, x, W_enc, need_x, need_W, need_b):
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0),
@@ -108,7 +108,7 @@ def _(grad_values, values, indices, x, W_enc, need_x, need_W, need_b):
     )
 
 
-refuse_second_derivative(_topk_encode_backward)
+no_gradient("topk_encode_backward")
 
 
 def _setup_context(ctx, inputs, output):
@@ -125,7 +125,7 @@ def _backward(ctx, grad_values, _grad_indices):
     return d_x if need_x else None, d_W if need_W else None, d_b if need_b else None, None
 
 
-_topk_encode.register_autograd(_backward, setup_context=_setup_context)
+gradient("topk_encode", _setup_context, _backward)
 
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -183,7 +183,7 @@ def _round_table(W_enc: Tensor, b_enc: Tensor, k: int) -> list[Tensor]:
     return kernels("topk_encode", W_enc.device, W_enc.dtype).round_table(W_enc, b_enc, k)
 
 
-@_round_table.register_fake
+@fake("round_table")
 def _(W_enc: Tensor, b_enc: Tensor, k: int) -> list[Tensor]:
     if place("topk_encode", W_enc.device, W_enc.dtype) != "cpu" or not topk_coarse.worthwhile(W_enc, k):
         return []
@@ -201,7 +201,7 @@ def _encode_by_table(
     return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k), reached
 
 
-@_encode_by_table.register_fake
+@fake("encode_by_table")
 def _(x, W_enc, b_enc, k, table, last):
     shape = (*x.shape[:-1], k)
     reached = x.new_empty(2, x.shape[:-1].numel(), dtype=torch.float32)
@@ -234,6 +234,10 @@ def encode_again(kept: Tensor, a: Tensor, W_a: Tensor, k: int) -> tuple[Tensor, 
     return _encode_again(kept, a, W_a, k)
 
 
+no_gradient("round_table")
+no_gradient("encode_by_table")
+
+
 def with_encode_gradient(x: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor, indices: Tensor) -> Tensor:
     """The values of a code of x that was found without a gradient, with the gradient that `topk_encode` gives them."""
     x, W_enc, b_enc, values = autocast_to(x, W_enc, b_enc, values)
@@ -248,7 +252,7 @@ def _encode_and_keep(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[T
     return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k), kept
 
 
-@_encode_and_keep.register_fake
+@fake("encode_and_keep")
 def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     shape = (*x.shape[:-1], k)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -263,7 +267,7 @@ def _encode_again(kept: Tensor, a: Tensor, W_a: Tensor, k: int) -> tuple[Tensor,
     return values.view(*a.shape[:-1], k), indices.view(*a.shape[:-1], k)
 
 
-@_encode_again.register_fake
+@fake("encode_again")
 def _(kept: Tensor, a: Tensor, W_a: Tensor, k: int) -> tuple[Tensor, Tensor]:
     shape = (*a.shape[:-1], k)
     return a.new_empty(shape), a.new_empty(shape, dtype=torch.int64)
@@ -274,7 +278,7 @@ def _with_encode_gradient(x: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tenso
     return values.clone()
 
 
-@_with_encode_gradient.register_fake
+@fake("with_encode_gradient")
 def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor, indices: Tensor) -> Tensor:
     return torch.empty_like(values)
 
@@ -291,4 +295,4 @@ def _backward_given(ctx, grad_values):
     return d_x if need_x else None, d_W if need_W else None, d_b if need_b else None, None, None
 
 
-_with_encode_gradient.register_autograd(_backward_given, setup_context=_setup_given)
+gradient("with_encode_gradient", _setup_given, _backward_given)
