@@ -1,4 +1,4 @@
-"""The specification: the three ops and the two models in plain PyTorch.
+"""The specification: the ops and the two models in plain PyTorch.
 
 Written to be read, in any floating dtype, float64 included. Everything fast in this package is tested
 against this file, forward and backward. It imports nothing of ours, and it is allowed to be slow: it
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# --- the three ops ---------------------------------------------------------------------------------------
+# --- the ops ---------------------------------------------------------------------------------------------
 
 
 def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,7 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor
 
 
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
-    """sum_i values_i * W_dec[indices_i].
+    """out_t = sum_i values_ti * W_dec[indices_ti].
 
     values [..., k], indices [..., k] int64, W_dec [d_sae, d_out] -> [..., d_out].
     """
@@ -65,7 +65,7 @@ def lookback_attention(
     mask: Tensor | None = None,
     documents: Tensor | None = None,
 ) -> Tensor:
-    """Attention to strictly earlier positions, with a price on log-distance and the choice of nothing.
+    """Attention to strictly earlier positions, with a log-distance bias and a null score.
 
     q, k [B, T, H, d_head], v [B, T, H, d_value], slope [H], null [H],
     mask [B, T] bool, True where a position takes part, documents [B, T] integer
@@ -91,7 +91,19 @@ def lookback_attention(
     return torch.einsum("bhtj,bjhd->bthd", weights, v)
 
 
+def unit_heads(heads: Tensor, gain: Tensor | None = None) -> Tensor:
+    """RMSNorm of each head: heads [..., H, d], gain [H] -> [..., H, d]."""
+    out = heads / (1e-6 + heads.square().mean(dim=-1, keepdim=True)).sqrt()
+    return out if gain is None else out * gain[:, None]
+
+
 VALUE_BOUND = 4.0
+
+
+def bounded_heads(values: Tensor) -> Tensor:
+    """values [..., H, d_value] -> the same shape, the root mean square of each head below VALUE_BOUND."""
+    return values / (1 + (values / VALUE_BOUND).square().mean(dim=-1, keepdim=True)).sqrt()
+
 
 # --- the models ------------------------------------------------------------------------------------------
 
@@ -222,17 +234,12 @@ def _look_back(
         for acts, W in ((query_acts, weights.W_Q), (remembered, weights.W_K), (remembered, weights.W_V))
     )
     a = lookback_attention(
-        q / _rms(q, 1e-6) * weights.gain[:, None],
-        k / _rms(k, 1e-6),
-        v / _rms(v / VALUE_BOUND, 1.0),
+        unit_heads(q, weights.gain),
+        unit_heads(k),
+        bounded_heads(v),
         weights.slope,
         weights.null,
         mask,
         documents,
     )
     return a.flatten(-2) @ weights.W_O.T
-
-
-def _rms(heads: Tensor, least: float) -> Tensor:
-    """The root of `least` and the mean square of each head: heads [..., H, d] -> [..., H, 1]."""
-    return (heads.square().mean(dim=-1, keepdim=True) + least).sqrt()

@@ -1,4 +1,14 @@
-"""The three ops: differentiable, compilable, on CUDA (Triton) and CPU (native, or plain PyTorch)."""
+"""The ops: differentiable, compilable, on CUDA (Triton) and CPU (native, or plain PyTorch).
+
+`csae/reference.py` defines each in plain PyTorch. The gradients stand in the docstring of `_backward` of each op.
+
+| formula                         | defined in                     | gradients                        |
+|---------------------------------|--------------------------------|----------------------------------|
+| relu(topk(W_enc x + b_enc, k))  | `reference.topk_encode`        | `csae/ops/topk_encode.py`        |
+| decode, d W_dec                 | `reference.sparse_decode`      | `csae/ops/sparse_decode.py`      |
+| look-back attention, d slope    | `reference.lookback_attention` | `csae/ops/lookback_attention.py` |
+| RMSNorm of a head               | `reference.unit_heads`         | `csae/ops/heads.py`              |
+"""
 
 # ruff: noqa: E402 - versions first: an older torch lacks names that the imports below need
 from csae import versions

@@ -1,4 +1,4 @@
-"""The lengths of a look-back's heads: queries and keys have unit length, values a bounded one."""
+"""RMSNorm of a look-back's heads: queries and keys get a mean square of one, values a bounded one."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ UNIT, BOUNDED = (1e-6, 1.0), (1.0, VALUE_BOUND**-2)
 
 
 def unit_heads(heads: Tensor, gain: Tensor | None = None) -> Tensor:
-    """heads [..., n_heads, d] -> the same with a mean square of one in each head, times its gain; zero stays zero.
+    """RMSNorm of each head: heads [..., n_heads, d] -> heads / sqrt(1e-6 + mean(heads^2)) * gain, of the same shape.
 
-    gain: [n_heads]. As queries and keys are normalised in Henry et al. 2020 (arXiv 2010.04245).
+    gain: [n_heads], 1 if not given. As queries and keys are normalised in Henry et al. 2020 (arXiv 2010.04245).
     """
     return _scaled(heads, gain, *UNIT)
 
 
 def bounded_heads(values: Tensor) -> Tensor:
-    """values [..., n_heads, d_value] -> the same with a mean square below VALUE_BOUND squared in each head."""
+    """values [..., n_heads, d_value] -> values / sqrt(1 + mean(values^2) / VALUE_BOUND^2), of the same shape.
+
+    The root mean square of each head is below VALUE_BOUND; small values stay as they are.
+    """
     return _scaled(values, None, *BOUNDED)
 
 
@@ -45,7 +48,7 @@ def _scaled(heads: Tensor, gain: Tensor | None, least: float, weight: float) -> 
 
 
 class _Scaled(torch.autograd.Function):
-    """Elsewhere it is plain PyTorch, which a compiler may fuse; with a backward pass that autograd would not find."""
+    """In plain PyTorch, which a compiler may fuse; with a shorter backward pass than autograd would find."""
 
     @staticmethod
     def forward(ctx: Any, heads: Tensor, gain: Tensor | None, least: float, weight: float) -> Tensor:
@@ -101,6 +104,11 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _grad_scale):
+    """With out = heads * scale * gain, scale = (least + weight * mean(heads^2))^(-1/2), grad = d loss / d out:
+
+    d heads = grad * scale * gain - heads * <grad, heads> * gain * scale^3 * weight / d
+    d gain  = sum over tokens of <grad, heads> * scale
+    """
     heads, gain, scale = ctx.saved_tensors
     d_heads, d_gain = _scale_heads_backward(grad, heads, gain, scale, ctx.weight)
     return d_heads, None if gain is None else d_gain, None, None

@@ -1,4 +1,4 @@
-"""lookback_attention: strictly causal attention with a price on log-distance and a null slot."""
+"""lookback_attention: strictly causal attention with a log-distance bias and a null score."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def lookback_attention(
         q: [B, T, H, d_head], float32, bfloat16 or float16 (float64 on a CPU).
         k: [B, T, H, d_head], as all others in q's dtype and on its device.
         v: [B, T, H, d_value].
-        slope: [H], the price of log-distance, in units of score.
+        slope: [H], of the log-distance bias.
         null: [H], the score of looking at nothing.
         mask: [B, T] bool, True where a position takes part. One that doesn't is not looked at, and its own
             output is zero.
@@ -126,6 +126,15 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _grad_lse):
+    """With grad_t = d loss / d out_t, A = softmax(score), and A(t, null) the weight of the null score; a head each:
+
+    d score(t, j) = A(t, j) * (<grad_t, v_j> - <grad_t, out_t>)
+    d q_t         = sum_j d score(t, j) * k_j / sqrt(d_head)
+    d k_j         = sum_t d score(t, j) * q_t / sqrt(d_head)
+    d v_j         = sum_t A(t, j) * grad_t
+    d slope       = -sum over t, j of d score(t, j) * log(t - j)
+    d null        = -sum_t A(t, null) * <grad_t, out_t>
+    """
     return *_lookback_attention_backward(grad, *ctx.saved_tensors), None, None
 
 

@@ -1,4 +1,4 @@
-"""sparse_decode: the rows of a table that a code names, weighted and summed."""
+"""sparse_decode: the rows of a table that a code names, weighted and summed; a weighted embedding bag."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .checks import autocast_to, check_device, check_floats, check_shape, check_
 
 
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
-    """sum_i values_i * W_dec[indices_i]: the decoder, and the memory of the look-back.
+    """out_t = sum_i values_ti * W_dec[indices_ti]: the decoder, and the memory of the look-back.
 
     Costs a gather of k rows a token, whatever d_sae is. The gradient of W_dec is summed in a fixed order:
     it is the same to the bit in every run.
@@ -92,6 +92,11 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
+    """With grad_t = d loss / d out_t, over pairs (t, i) of a token and a place in its code:
+
+    d values_ti = <grad_t, W_dec[indices_ti]>                                      an SDDMM
+    d W_dec[f]  = sum over (t, i) with indices_ti = f of values_ti * grad_t        an SpMM: code^T grad
+    """
     need_values, _, need_W = ctx.needs_input_grad
     d_values, d_W = _sparse_decode_backward(grad, *ctx.saved_tensors, need_values, need_W)
     return d_values if need_values else None, None, d_W if need_W else None

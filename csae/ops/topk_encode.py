@@ -119,6 +119,12 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_values, _grad_indices):
+    """With grad_ti = d loss / d values_ti where values_ti > 0, else 0; over pairs (t, i) of a token and a place:
+
+    d x_t      = sum_i grad_ti * W_enc[indices_ti]                              an embedding bag
+    d W_enc[f] = sum over (t, i) with indices_ti = f of grad_ti * x_t           an SpMM
+    d b_enc[f] = sum over (t, i) with indices_ti = f of grad_ti
+    """
     values, indices, x, W_enc = ctx.saved_tensors
     need_x, need_W, need_b, _ = ctx.needs_input_grad
     d_x, d_W, d_b = _topk_encode_backward(grad_values, values, indices, x, W_enc, need_x, need_W, need_b)
