@@ -18,7 +18,7 @@ from csae.ops.heads import bounded_heads, unit_heads
 
 from .data import Built, Data, Skip
 from .plain import sparse_encode
-from .step import LR, Step
+from .step import LR, SLOWER, Step
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -110,7 +110,7 @@ def contextual_step(data: Data) -> Built:
     state = Step(data.weights | data.look_back)
     parameters = dict(zip(state.start, state.own(), strict=True))
     others = [parameter for name, parameter in parameters.items() if name not in data.look_back]
-    slower = {"params": [parameters[name] for name in data.look_back], "lr": LR / 4}
+    slower = {"params": [parameters[name] for name in data.look_back], "lr": SLOWER}
     groups: list[dict] = [{"params": others}, slower]
     optimizer = torch.optim.Adam(groups, lr=LR, fused=True)
     x = data.x.float()

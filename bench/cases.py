@@ -20,7 +20,7 @@ from csae.ops import lookback_attention, sparse_decode, topk_encode
 
 from . import attention, ours, peers, plain
 from .data import Built, Data, Shape
-from .step import LR, direction
+from .step import LR, SLOWER, direction
 
 Build = Callable[[Data], Built]
 OURS = "csae"
@@ -110,11 +110,11 @@ def _first_step(
 ) -> dict[str, Tensor]:
     """The direction in which Adam's first step moves each weight; the loss is the fraction of variance unexplained.
 
-    slower: names of the weights with a quarter of the learning rate. unit_rows: W_dec's rows keep unit norm.
+    slower: names of the weights with the learning rate SLOWER. unit_rows: W_dec's rows keep unit norm.
     """
     start = {name: tensor.double() for name, tensor in weights.items()}
     moved = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
-    groups = [{"params": [moved[name]], "lr": LR / 4 if name in slower else LR} for name in moved]
+    groups = [{"params": [moved[name]], "lr": SLOWER if name in slower else LR} for name in moved]
     optimizer = torch.optim.Adam(groups)
     mean = x.flatten(0, -2).mean(dim=0)
     ((x - forward(moved)).square().sum() / (x - mean).square().sum()).backward()

@@ -30,33 +30,25 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 def measure(n: int, d_in: int, d_sae: int, k: int, arch: str, dead: int) -> dict[str, float]:
     """In MiB: the step's peak beyond weights and moments, and the weights and moments."""
     config = TrainConfig(steps=10)
-    device = torch.device("cpu")
-    _step(TopKSAE(8, 16, 2), 64, 0, config, device)  # starts the libraries' threads and fills their caches
+    _step(TopKSAE(8, 16, 2), 64, 0, config)  # starts the libraries' threads and fills their caches
     before = resident("VmRSS")
     torch.manual_seed(0)
     sae: SAE = TopKSAE(d_in, d_sae, k) if arch == "topk" else ContextualSAE(d_in, d_sae, k)
-    optimizer, _ = _step(sae, n, dead, config, device)
+    optimizer, _ = _step(sae, n, dead, config)
     held = sum(parameter.numel() * 4 for parameter in sae.parameters()) * 3  # weight, two moments
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-    _step(sae, n, dead, config, device, optimizer)
+    _step(sae, n, dead, config, optimizer)
     return {"beyond_mb": (resident("VmHWM") - before - held) / 2**20, "held_mb": held / 2**20}
 
 
-def _step(
-    sae: SAE,
-    n: int,
-    dead: int,
-    config: TrainConfig,
-    device: torch.device,
-    optimizer: Adam | None = None,
-) -> tuple[Adam, object]:
+def _step(sae: SAE, n: int, dead: int, config: TrainConfig, optimizer: Adam | None = None) -> tuple[Adam, object]:
     optimizer = optimizer or adam(sae, config)
     shape = (max(1, n // T), min(n, T))
     batch = Batch(
         torch.randn(*shape, sae.d_in), torch.ones(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.int64), None
     )
     sae.tokens_since_fired[:dead] = sae.dead_after
-    return optimizer, train_step(sae, optimizer, batch, 1e-3, config, device)
+    return optimizer, train_step(sae, optimizer, batch, config.steps - 1, config)  # with all of its sweeps
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from csae.adam import Adam
 from csae.ops import sparse_decode, topk_encode
 
 from .data import Built, Data, Skip
-from .step import LR, Step
+from .step import LR, SLOWER, Step
 
 
 def autoencode(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, k: int) -> Tensor:
@@ -91,7 +91,7 @@ def autograd_step(make: MakeSAE) -> Callable[[Data], Built]:
 
     def build(data: Data) -> Built:
         sae, state, acts, mask, documents = _begin(make, data)
-        groups: list[dict] = [{"params": [], "lr": LR}, {"params": [], "lr": LR / 4}]
+        groups: list[dict] = [{"params": [], "lr": LR}, {"params": [], "lr": SLOWER}]
         for name, parameter in sae.named_parameters():
             groups[name in sae.look_back]["params"].append(parameter)
         optimizer = torch.optim.Adam([group for group in groups if group["params"]], fused=True)

@@ -7,9 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from csae.config import LOOK_BACK_LR
+
 from .data import Built
 
 LR = 1e-3
+SLOWER = LR * LOOK_BACK_LR  # the look-back's
 
 
 def direction(move: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
+from csae.config import LOOK_BACK_LR
 from csae.factors import Factors, Gradients
 from csae.ops.adam_rows import Pairs, Table, adam_rows, sort_pairs
 from csae.sae import SAE
@@ -54,7 +55,7 @@ class Adam(torch.optim.Optimizer):
         self,
         sae: SAE,
         lr: float | Tensor = 1e-3,
-        look_back_lr: float = 0.25,
+        look_back_lr: float = LOOK_BACK_LR,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 6.25e-10,
         lazy: bool = False,

@@ -4,17 +4,16 @@ c is a sum with one part for each earlier position j and each feature f that is 
 
     part(t, j, f) = sum_h A_h(t, j) * s_h(j) * code_j[f] * W_O_h W_V_h W_mem[f]
 
-and nothing is left over; s_h(j) <= 1 is what bounds the values of position j. The codes are final: this is the exact
-form.
+and nothing is left over. s_h(j) <= 1 is the factor that bounds the values of position j. The codes are those of the
+exact form.
 
-A tool for looking at one window at a time: it forms the attention weights [n_heads, T, T]; and two numbers for each
-part, for one position at a time or, where all are asked for, [T, T, k].
+This is for one window at a time: it forms the attention weights [n_heads, T, T]. It makes two numbers for each part,
+for one position at a time, or [T, T, k] where all are asked for.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
@@ -22,8 +21,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from csae.contextual_sae import ContextualSAE, value_scale
-from csae.ops.lookback_attention import document_starts
+from csae.contextual_sae import ContextualSAE
+from csae.look_back import LookBack
+from csae.ops import sparse_decode
 from csae.sae import Output
 
 Result = TypeVar("Result")
@@ -64,13 +64,12 @@ class Attribution:
 
     def __init__(self, sae: ContextualSAE, output: Output, weights: Tensor) -> None:
         self.output, self.weights = output, weights
+        look_back = LookBack.of(sae)
         values, indices = output.code
         values = nn.functional.pad(values[:, : sae.k_mem], (0, sae.k - sae.k_mem))
-        slots = nn.functional.linear(values[..., None] * sae.W_mem[indices], sae.W_V)
-        slots = slots.unflatten(-1, (sae.n_heads, sae.d_value))  # [T, k, H, d_value]
         # Each slot by head: what it adds to c at a position that gives it all attention.
-        self._written = slots * value_scale(slots.sum(dim=1, keepdim=True)) * sae.scale  # [T, k, H, d_value]
-        self._W_O = sae.W_O.detach().unflatten(-1, (sae.n_heads, sae.d_value))  # [d_in, H, d_value]
+        self._written = look_back.slots(values, indices) * sae.scale  # [T, k, H, d_value]
+        self._W_O = look_back.by_head(look_back.W_O.detach())  # [d_in, H, d_value]
         length = output.c.norm(dim=-1)  # [T]
         direction = output.c / torch.where(length > 0, length, 1)[:, None].square()
         self._onto_c = torch.einsum("td,dhv->thv", direction, self._W_O)
@@ -155,29 +154,12 @@ def attribute(
         raise ValueError(f"acts: given shape {list(acts.shape)}; needed one window [T, d_in]")
     with torch.autocast(acts.device.type, enabled=False):
         acts = acts.to(sae.W_enc.dtype)
-        T = acts.shape[0]
-        mask = torch.ones(T, dtype=torch.bool, device=acts.device) if mask is None else mask
-        starts = torch.zeros(T, dtype=torch.int64, device=acts.device)
-        if documents is not None:
-            starts = document_starts(documents[None])[0]
-        x_hat, code, c = sae(acts[None], mask[None], None if documents is None else documents[None], exact=True)
+        x_hat, code, c = sae(acts[None], *(None if of is None else of[None] for of in (mask, documents)), exact=True)
         output = Output(x_hat[0], type(code)(code.values[0], code.indices[0]), c[0])
-        return Attribution(sae, output, _weights(sae, acts, output, mask, starts))
-
-
-def _weights(sae: ContextualSAE, acts: Tensor, output: Output, mask: Tensor, starts: Tensor) -> Tensor:
-    """The attention of each position to the codes of earlier ones: [n_heads, T, T]."""
-    T = acts.shape[0]
-    if sae.query == "current":
-        query = acts / sae.scale - sae.b_dec
-    else:
-        query = nn.functional.pad((output.x_hat / sae.scale - sae.b_dec)[:-1], (0, 0, 1, 0))
-    queries = sae.queries(query)
-    keys, _ = sae.keys_values(sae.remembered(output.code))
-    position = torch.arange(T, device=acts.device)
-    distance = position[:, None] - position[None, :]
-    visible = (distance > 0) & (position[None, :] >= starts[:, None]) & mask[None, :] & mask[:, None]
-    scores = torch.einsum("thd,jhd->htj", queries, keys) / math.sqrt(sae.d_head)
-    scores = scores - sae.slope[:, None, None] * distance.clamp_min(1).to(scores.dtype).log()
-    nothing = sae.null[:, None, None].expand(-1, T, 1)
-    return torch.cat([scores.masked_fill(~visible, -math.inf), nothing], dim=-1).softmax(dim=-1)[..., :-1]
+        if sae.query == "current":
+            query = acts / sae.scale - sae.b_dec
+        else:
+            query = nn.functional.pad((output.x_hat / sae.scale - sae.b_dec)[:-1], (0, 0, 1, 0))
+        look_back, (values, indices) = LookBack.of(sae), output.code
+        memory = sparse_decode(values[:, : sae.k_mem], indices[:, : sae.k_mem], look_back.W_mem)
+        return Attribution(sae, output, look_back.attention(query, memory, mask, documents))

@@ -9,10 +9,13 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import sys
+import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from csae.__main__ import main
+from csae.config import SAEConfig, TrainConfig
 from csae.errors import UserError, shown
 from csae.versions import DISTRIBUTION, check_name, pip_install
 
@@ -55,6 +58,26 @@ ELSEWHERE = click.option("--elsewhere", is_flag=True, help="Even where the SAE w
 DEVICE = click.option("--device", help="cuda or cpu; cuda where there is one, if not given.")
 
 
+def options_of(config: type, *names: str) -> Callable[[Any], Any]:
+    """The options that fill these fields of a dataclass of `csae.config`, in this order."""
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    kinds = typing.get_type_hints(config)
+
+    def decorate(command: Any) -> Any:
+        for name in reversed(names):
+            field, kind = fields[name], (typing.get_args(kinds[name]) or [kinds[name]])[0]  # int | None: int
+            choices = field.metadata["choices"]
+            how: dict[str, Any] = {"type": click.Choice(choices) if choices else kind}
+            if kind is bool:
+                how = {"is_flag": True}
+            elif field.default is not None:
+                how |= {"default": field.default, "show_default": True}
+            command = click.option(f"--{name.replace('_', '-')}", help=field.metadata["help"], **how)(command)
+        return command
+
+    return decorate
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(csae.__version__, message=f"%(prog)s %(version)s ({DISTRIBUTION})")
 def cli() -> None:
@@ -84,7 +107,7 @@ def demo(**options: Any) -> None:
 @click.option(
     "--out", "-o", type=click.Path(path_type=Path), required=True, help="Folder of the run; goes on if it is there."
 )
-@click.option("--arch", type=click.Choice(["contextual", "topk"]), default="contextual", show_default=True)
+@options_of(SAEConfig, "arch")
 @ACTIVATIONS
 @MODEL
 @LAYER
@@ -94,43 +117,23 @@ def demo(**options: Any) -> None:
 @BOS
 @KEEP_FIRST
 @click.option("--max-tokens", type=int, help="Use at most so many tokens of the text.")
-@click.option("--d-sae", type=int, help="Number of features; 8 times the width if not given.")
-@click.option("--k", type=int, default=32, show_default=True, help="Active features a token.")
-@click.option("--heads", type=int, default=8, show_default=True, help="Heads of the look-back.")
-@click.option("--d-head", type=int, default=32, show_default=True, help="Width of a head's keys.")
-@click.option("--d-value", type=int, default=64, show_default=True, help="Width of a head's values.")
-@click.option("--d-memory", type=int, default=256, show_default=True, help="What a feature leaves in the memory.")
-@click.option("--k-mem", type=int, help="Features of a code that are remembered; all if not given.")
-@click.option("--query", type=click.Choice(["current", "past"]), default="current", show_default=True)
-@click.option("--sweeps", type=int, default=3, show_default=True, help="How often training looks back at its end.")
-@click.option("--early-sweeps", type=int, default=1, show_default=True, help="How often before the decay.")
-@click.option("--exact-from", type=float, default=1.0, show_default=True, help="Share of steps before exact starts.")
-@click.option("--gap-every", type=int, default=100, show_default=True, help="Steps; compares exact form and sweeps.")
-@click.option("--dead-after", type=int, default=10_000_000, show_default=True, help="Tokens without firing.")
+@options_of(SAEConfig, "d_sae", "k", "heads", "d_head", "d_value", "d_memory", "k_mem", "query", "sweeps")
+@options_of(TrainConfig, "early_sweeps", "exact_from", "gap_every")
+@options_of(SAEConfig, "dead_after")
 @click.option("--tokens", type=click.IntRange(min=1), help="Tokens to train on; all of the data once if not given.")
-@click.option("--batch-windows", type=int, default=8, show_default=True, help="Windows a step.")
-@click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak learning rate of Adam.")
-@click.option("--look-back-lr", type=float, default=0.5, show_default=True, help="The look-back's share of --lr.")
-@click.option("--warmup", type=float, default=0.05, show_default=True, help="Share of the steps.")
-@click.option("--decay", type=float, default=0.2, show_default=True, help="Share of the steps, the last ones.")
-@click.option("--lazy", is_flag=True, help="Don't move the rows of features that did not fire: cheaper, and not Adam.")
-@click.option("--moments", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
-@click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
-@click.option("--checkpoint-every", type=int, default=500, show_default=True, help="Steps.")
+@options_of(TrainConfig, "batch_windows", "lr", "look_back_lr", "warmup", "decay")
+@options_of(TrainConfig, "lazy", "moments", "precision", "checkpoint_every")
 @click.option(
     "--held-out", type=float, default=0.02, show_default=True, help="Share of the windows kept for `csae eval`."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of initialisation and order.")
+@options_of(TrainConfig, "seed")
 @DEVICE
 def train(**options: Any) -> None:
     """Train an SAE on activations: of a language model on the fly, or saved ones."""
-    from csae.contextual_sae import ContextualSAE
     from csae.data.activations import check_share, estimate_normalisation, held_out
     from csae.data.sources import check_said, open_source, remembered
     from csae.progress import track
-    from csae.sae import SAE
-    from csae.topk_sae import TopKSAE
-    from csae.train import TrainConfig, check_one_process, read_origin
+    from csae.train import check_one_process, read_origin
     from csae.train import train as run_training
 
     check_share(options["held_out"])
@@ -143,19 +146,13 @@ def train(**options: Any) -> None:
     train_windows, _ = held_out(source.n_windows, options["held_out"])
     per_step = options["batch_windows"] * source.n_ctx
     tokens = len(train_windows) * source.n_ctx if options["tokens"] is None else options["tokens"]
-    how = {field.name: options[field.name] for field in dataclasses.fields(TrainConfig) if field.name in options}
+    which, how = (
+        {field.name: options[field.name] for field in dataclasses.fields(config) if field.name in options}
+        for config in (SAEConfig, TrainConfig)
+    )
     config = TrainConfig(steps=max(1, tokens // max(1, per_step)), **how)
-    d_sae = 8 * source.d_in if options["d_sae"] is None else options["d_sae"]
     torch.manual_seed(options["seed"])
-    sizes = {"d_in": source.d_in, "d_sae": d_sae, "k": options["k"], "dead_after": options["dead_after"]}
-    try:
-        if options["arch"] == "topk":
-            sae: SAE = TopKSAE(**sizes)
-        else:
-            look_back = {name: options[name] for name in ("d_head", "d_value", "d_memory", "k_mem", "query", "sweeps")}
-            sae = ContextualSAE(**sizes, n_heads=options["heads"], **look_back)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    sae = SAEConfig(**which).make(source.d_in)
     mean, scale = estimate_normalisation(source, train_windows)
     sae.to(device).initialise(mean.to(device), scale)
     run_training(sae, source, train_windows, options["out"], config, origin | {"held_out": options["held_out"]})

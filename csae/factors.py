@@ -1,19 +1,20 @@
-"""Gradients in factors: the backward pass of an SAE's tables, with no tensor of their size.
+"""The forward pass of an SAE, and its gradients: dense ones, or in factors, with no tensor of a table's size.
 
-A table of features, [d_sae, d], meets a batch through sparse codes only, so its gradient is a sum, over the pairs
+A table of features, [d_sae, d], meets a batch through sparse codes only. So its gradient is a sum, over the pairs
 (feature, token) that were active, of a weight times a row:
 
     topk_encode     W_enc[f] += d value * x[token],  b_enc[f] += d value
     sparse_decode   W[f] += value * d out[token]
 
-`Trace` runs the ops with the tables held constant, and keeps what goes in and comes out. One call of autograd then
-gives the weights and the rows, and `csae.adam.Adam` takes them as they are.
+A `Pass` runs the ops, and autograd gives dense gradients. A `Trace` runs them with the tables held constant, and keeps
+what goes in and comes out. One call of autograd then gives the weights and the rows, and `csae.adam.Adam` takes them as
+they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +24,14 @@ from csae.ops.adam_rows import Pairs, feature_sums, sort_pairs
 from csae.ops.checks import autocast_to
 from csae.ops.topk_encode import with_encode_gradient
 
+_Code = tuple[Tensor, Tensor]  # values and indices, [..., k]
+
 
 class Factors(NamedTuple):
     """The gradient of a table: gradient[f] = sum over the pairs p of feature f of weights[p] * rows[tokens[p]]."""
 
     pairs: Pairs
-    """of which feature and token each pair is, sorted by feature"""
+    """the feature and the token of each pair, sorted by feature"""
     weights: Tensor
     """[P] float32 (or float64), in the order before sorting"""
     rows: Tensor
@@ -43,7 +46,7 @@ class Gradients(dict[str, "Tensor | Factors"]):
     """The gradient of each parameter, by its name; that of a table is in factors."""
 
     of: nn.Module | None = None
-    """the SAE that they are of, where that is known"""
+    """the SAE whose gradients they are, where that is known"""
 
 
 class _Coded(NamedTuple):
@@ -52,7 +55,7 @@ class _Coded(NamedTuple):
     x: Tensor  # [n, d_in]
     values: Tensor  # [..., k], with the graph behind them
     indices: Tensor  # [..., k]
-    features: Tensor  # [n, k]: d_sae where not active
+    features: Tensor  # [n, k]: d_sae where a slot is not active
     aux: bool
 
 
@@ -73,67 +76,96 @@ class _Term(NamedTuple):
     rows: Tensor  # [n, d]
 
 
-class Trace:
-    """A forward pass of an SAE with `d_sae` features, its tables held constant.
+class Pass:
+    """The ops of an SAE's forward pass, differentiated by autograd.
 
-    trained: the names of the parameters whose gradients are wanted; all if not given.
-
-    Where a method takes a mask [...] bool, the pairs of tokens that don't count are left out.
+    Where a method takes a mask [...] bool, tokens that don't count add nothing to a gradient in factors.
     """
 
-    def __init__(self, d_sae: int, trained: Collection[str] | None = None) -> None:
-        self.d_sae, self.trained = d_sae, trained
-        self.coded: list[_Coded] = []
-        self.decoded: list[_Decoded] = []
+    def __init__(self, sae: Any) -> None:
+        self.sae = sae
 
-    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`topk_encode` of x [..., d_in], which depends on no parameter but those of the look-back.
+    def centred(self, x: Tensor) -> Tensor:
+        """x - b_dec: what `encode` takes, before c is subtracted."""
+        return x - self.sae.b_dec
 
-        It is x - b_dec that is encoded: the gradient of b_dec by this way is `gradients`' business.
+    def shift(self) -> Tensor | None:
+        """What is to be added to a query made of `centred`, [d_in]; None for nothing."""
+        return None
+
+    def encode(self, x: Tensor, mask: Tensor | None, found: tuple[Tensor, Tensor] | None = None) -> _Code:
+        """The code of x [..., d_in], values and indices [..., k], with its gradient.
+
+        found: the code, where it was computed already, without a gradient.
         """
-        (x,) = autocast_to(x)
-        code = topk_encode(x, W_enc.detach(), _constant_beside(x, b_enc), k)
-        return self._note(x, *code, mask, features=None)
+        return _encode(x, self.sae.W_enc, self.sae.b_enc, self.sae.k, found)
 
-    def encoded(
-        self, x: Tensor, values: Tensor, indices: Tensor, W_enc: Tensor, b_enc: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The same for a code of x that was found already."""
-        (x,) = autocast_to(x)
-        values = with_encode_gradient(x, W_enc.detach(), _constant_beside(x, b_enc), values, indices)
-        return self._note(x, values, indices, mask, features=None)
+    def encode_dead(self, x: Tensor, dead: Tensor, k: int, mask: Tensor | None) -> _Code:
+        """The k most active of the features `dead` [n_dead]; indices are places in `dead`. x needs no gradient."""
+        return topk_encode(x, self._rows("W_enc", dead), self.sae.b_enc[dead], k)
 
-    def encode_aux(
-        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, mask: Tensor | None, features: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """`topk_encode` by `features` [n_dead] only, of x that depends on no parameter. Indices are into features."""
-        (x,) = autocast_to(x)
-        # Unlike W_enc[features], it refuses numbers below zero, which the factors would not know.
-        rows = nn.functional.embedding(features, W_enc.detach())
-        return self._note(x, *topk_encode(x, rows, b_enc[features], k), mask, features)
-
-    def decode(
-        self,
-        name: str,
-        values: Tensor,
-        indices: Tensor,
-        table: Tensor,
-        features: Tensor | None = None,
-        most_active: int | None = None,
-    ) -> Tensor:
+    def decode(self, table: str, code: _Code, most_active: int | None = None, features: Tensor | None = None) -> Tensor:
         """`sparse_decode` of a code that was encoded here, by the table of that name, or by its rows `features`.
 
         most_active: only so many features of each token, the most active ones.
         """
-        number = next(number for number, coded in enumerate(self.coded) if coded.indices is indices)
-        rows = (table if features is None else table[features]).detach()
-        out = sparse_decode(values[..., :most_active], indices[..., :most_active], rows)
-        self.decoded.append(_Decoded(name, number, most_active, out))
+        values, indices = code
+        if most_active is not None:
+            values, indices = values[..., :most_active], indices[..., :most_active]
+        return sparse_decode(values, indices, self._rows(table, features))
+
+    def _rows(self, table: str, features: Tensor | None) -> Tensor:
+        rows = getattr(self.sae, table)
+        if features is None:
+            return rows
+        # Sparse gradients, except under torch.compile. Unlike rows[features], a lookup refuses negative numbers.
+        return nn.functional.embedding(features, rows, sparse=not torch.compiler.is_compiling())
+
+
+class Trace(Pass):
+    """A pass with the tables held constant, that gives their gradients in factors.
+
+    trained: the names of the parameters whose gradients are wanted.
+    """
+
+    def __init__(self, sae: Any, trained: Collection[str]) -> None:
+        super().__init__(sae)
+        self.trained = trained
+        self.coded: list[_Coded] = []
+        self.decoded: list[_Decoded] = []
+
+    def centred(self, x: Tensor) -> Tensor:
+        return super().centred(x).detach()  # `_of_b_dec` gives b_dec what it gets through the encoder
+
+    def shift(self) -> Tensor | None:
+        # Numerically zero; carries b_dec's gradient without computing x's.
+        b_dec = self.sae.b_dec
+        return b_dec.detach() - b_dec if b_dec.requires_grad else None
+
+    def encode(self, x: Tensor, mask: Tensor | None, found: tuple[Tensor, Tensor] | None = None) -> _Code:
+        (x,) = autocast_to(x)
+        W_enc, b_enc = self.sae.W_enc.detach(), self.sae.b_enc
+        # autograd reaches the values only if they depend on something: on b_enc, if on nothing else.
+        code = _encode(x, W_enc, b_enc.detach() if x.requires_grad else b_enc, self.sae.k, found)
+        return self._note(x, code, mask, features=None)
+
+    def encode_dead(self, x: Tensor, dead: Tensor, k: int, mask: Tensor | None) -> _Code:
+        (x,) = autocast_to(x)
+        return self._note(x, super().encode_dead(x, dead, k, mask), mask, dead)
+
+    def decode(self, table: str, code: _Code, most_active: int | None = None, features: Tensor | None = None) -> Tensor:
+        number = next(number for number, coded in enumerate(self.coded) if coded.indices is code[1])
+        out = super().decode(table, code, most_active, features)
+        self.decoded.append(_Decoded(table, number, most_active, out))
         return out
 
-    def gradients(self, loss: Tensor, sae: nn.Module) -> Gradients:
+    def _rows(self, table: str, features: Tensor | None) -> Tensor:
+        rows = getattr(self.sae, table).detach()
+        return rows if features is None else nn.functional.embedding(features, rows)
+
+    def gradients(self, loss: Tensor) -> Gradients:
         """The gradient of every parameter that had a part in the loss, and is trained."""
-        trained = {name for name, _ in sae.named_parameters()} if self.trained is None else set(self.trained)
+        sae, trained = self.sae, set(self.trained)
         tables = {"W_enc", "b_enc", *(decoded.table for decoded in self.decoded)}
         dense = {name: parameter for name, parameter in sae.named_parameters() if name in trained - tables}
         coded = self.coded if trained & {"W_enc", "b_enc", "b_dec"} else []
@@ -162,27 +194,25 @@ class Trace:
                 ones = encoder.weights.new_ones(encoder.rows.shape[0], 1)
                 gradients["b_enc"] = encoder._replace(rows=ones)
                 if "b_dec" in trained:
-                    W_enc = sae.get_parameter("W_enc")
-                    gradients["b_dec"] = self._of_b_dec(terms["W_enc"], encoder, ones, gradients["b_dec"], W_enc)
+                    gradients["b_dec"] = self._of_b_dec(terms["W_enc"], encoder, ones, gradients["b_dec"])
         wanted = Gradients({name: gradient for name, gradient in gradients.items() if name in trained})
         wanted.of = sae
         return wanted
 
-    def _note(
-        self, x: Tensor, values: Tensor, indices: Tensor, mask: Tensor | None, features: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        if not values.requires_grad:  # all that it is made of is frozen, or held constant
+    def _note(self, x: Tensor, code: _Code, mask: Tensor | None, features: Tensor | None) -> _Code:
+        values, indices = code
+        if not values.requires_grad:  # everything behind it is frozen, or held constant
             values.requires_grad_()
         with torch.no_grad():
-            # A NaN is active: it is to be seen.
+            # A NaN counts as active, so that it is seen.
             off = values <= 0 if mask is None else (values <= 0) | ~mask.unsqueeze(-1)
-            active = torch.where(off, self.d_sae, indices if features is None else features[indices])
+            active = torch.where(off, self.sae.d_sae, indices if features is None else features[indices])
         flat = x.detach().reshape(-1, x.shape[-1])
         self.coded.append(_Coded(flat, values, indices, active.reshape(-1, values.shape[-1]), features is not None))
         return values, indices
 
     def _factors(self, terms: dict[str, list[_Term]]) -> dict[str, Factors]:
-        """Each table's terms, one after the other; tables of the same codes share one sort."""
+        """The terms of each table, put together. Tables that met the same codes share one sort."""
         pairs: dict[tuple[int, ...], Pairs] = {}
         factors = {}
         for name, parts in terms.items():
@@ -202,26 +232,25 @@ class Trace:
             here = torch.arange(first, first + n, device=of_code.device)
             tokens.append(here.unsqueeze(1).expand(n, k).reshape(-1))
             first += n
-        return sort_pairs(torch.cat([f.reshape(-1) for f in features]), torch.cat(tokens), self.d_sae)
+        return sort_pairs(torch.cat([f.reshape(-1) for f in features]), torch.cat(tokens), self.sae.d_sae)
 
-    def _of_b_dec(
-        self, terms: list[_Term], encoder: Factors, ones: Tensor, so_far: Tensor | Factors, W_enc: Tensor
-    ) -> Tensor:
-        """The gradient of b_dec, and what it gets as a part of what was encoded.
+    def _of_b_dec(self, terms: list[_Term], encoder: Factors, ones: Tensor, so_far: Tensor | Factors) -> Tensor:
+        """The gradient of b_dec, with what it gets through the encoder, which saw x - b_dec.
 
-        That is minus the sum of d x over tokens, or the sum of each feature's d value, times its row of W_enc: a
-        product with one vector, where d x itself would be a gather for every token.
+        That is minus the sum of d x over tokens. It equals minus the sum over features of (the sum of d value) times
+        the feature's row of W_enc: one product with a vector, where d x would take a gather for every token.
         """
         assert isinstance(so_far, Tensor)
         own = [part.weights * (0 if self.coded[part.code].aux else 1) for part in terms]
         weights = torch.cat([_wide(part.reshape(-1)) for part in own])
         totals = feature_sums(encoder.pairs, [weights], [ones])[0].squeeze(1)
-        return so_far - totals.to(W_enc.dtype) @ W_enc
+        return so_far - totals.to(self.sae.W_enc.dtype) @ self.sae.W_enc
 
 
-def _constant_beside(x: Tensor, b_enc: Tensor) -> Tensor:
-    """b_enc as a constant, unless it alone makes the code depend on something: else autograd gives it no gradient."""
-    return b_enc.detach() if x.requires_grad else b_enc
+def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, found: tuple[Tensor, Tensor] | None) -> _Code:
+    if found is None:
+        return topk_encode(x, W_enc, b_enc, k)
+    return with_encode_gradient(x, W_enc, b_enc, *found), found[1]
 
 
 def _wide(weights: Tensor) -> Tensor:

@@ -1,46 +1,45 @@
-"""The contextual SAE as what it is: a recurrence over positions.
+"""The exact form of a contextual SAE: a recurrence over positions.
 
-Position t looks at the keys and values of the final codes before it, encodes what they don't account for, and leaves
-its own. So the state of a sequence is a table of keys and values, which grows by a row a position, or holds the last
-L of them. Whole windows, chunks of any length and single positions go through the same loop
-(`csae.ops.recurrence.recur`), with the same result: in the precision of the weights, autocast or not.
+Position t looks at the keys and values of the final codes before it, encodes what they don't account for, and writes
+its own. So the state of a sequence is a table of keys and values. It grows by a row a position, or holds the last L.
+Whole windows, chunks of any length and single positions run the same loop (`csae.ops.recurrence.recur`), with the same
+result, in the precision of the weights, autocast or not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from csae.ops.linear import linear
+from csae.look_back import LookBack
 from csae.ops.recurrence import Weights, recur
 from csae.ops.topk_encode import LEAST_ROWS, round_table
 
-if TYPE_CHECKING:
-    from csae.contextual_sae import ContextualSAE
-
 
 class Owner(NamedTuple):
-    """The weights that a state was made by."""
+    """The weights that made a state."""
 
     weights: tuple[Tensor, ...]
-    """held, so that no others come to lie where they do"""
+    """held, so that no other tensors get their addresses"""
     marks: tuple[tuple[object, ...], ...]
-    """of each: where it lies, its dtype, and how often it had been written to, as torch counts that"""
+    """of each: its address, dtype and device, and its `_version`"""
+    how: tuple[int, int, bool]
+    """k, k_mem and from_past"""
 
 
 class State(NamedTuple):
     """What B sequences remember of the positions before.
 
-    Stepping writes the next row of `memory` in place, so a state and the one stepped from it share it:
-    `clone()` the state to go on from it in two ways.
+    A step writes the next row of `memory` in place, so a state and the one after it share their memory. To continue a
+    state in two ways, `clone()` it.
     """
 
     memory: Tensor
-    """[B, L, n_heads * (d_head + d_value + m)]: the keys and values of position j, in row j % L; beside a head's values
-    how active each of the m followed features was there, bounded as the values are"""
+    """[B, L, n_heads * (d_head + d_value + m)]: the keys and values of position j, in row j % L. Beside a head's values
+    stands how active each of the m followed features was there, bounded as the values are"""
     takes_part: Tensor
     """[B, L] bool: whether that position may be looked at"""
     position: int
@@ -54,144 +53,150 @@ class State(NamedTuple):
     bounded: bool
     """whether L is as far as it looks back; otherwise the memory grows"""
     followed: Tensor
-    """[m] int64: features whose share in what is carried is to be known"""
+    """[m] int64: features whose share in c is asked for"""
     owner: Owner | None
-    """the weights of the SAE that made it, which is the only one that goes on; None inside of `whole`"""
+    """the weights of the SAE that made it, the only one that may continue it; None inside `whole`"""
     encoded: int
-    """how many tokens went before, of all sequences"""
+    """how many tokens were encoded before, of all sequences together"""
     table: list[Tensor] | None
-    """`round_table` of the encoder, once so many were encoded that it is worth it"""
+    """`round_table` of the encoder, from the number of tokens on at which it pays"""
 
     def clone(self) -> State:
         """A state of its own, with its own memory."""
         return self._replace(memory=self.memory.clone(), takes_part=self.takes_part.clone())
 
 
-def initial_state(sae: ContextualSAE, B: int, room: int, bounded: bool, followed: Sequence[int] | Tensor = ()) -> State:
-    """B sequences before their first position, with room for so many positions."""
-    return _blank(sae, B, room, bounded, followed)._replace(owner=_owner(sae))
+class Recurrence(NamedTuple):
+    """What the recurrence needs of a contextual SAE."""
 
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    scale: Tensor
+    look_back: LookBack
+    k: int
+    k_mem: int
+    from_past: bool
+    """whether queries are made of the reconstruction of the position before, or of x"""
 
-def _blank(sae: ContextualSAE, B: int, room: int, bounded: bool, followed: Sequence[int] | Tensor = ()) -> State:
-    like = sae.W_mem
-    document = torch.zeros(B, dtype=torch.int64, device=like.device)
-    return State(
-        memory=like.new_zeros(B, room, sae.n_heads * (sae.d_head + sae.d_value + len(followed))),
-        takes_part=torch.zeros(B, room, dtype=torch.bool, device=like.device),
-        position=0,
-        start=document,
-        document=document,
-        past=like.new_zeros(B, sae.d_in),
-        bounded=bounded,
-        followed=torch.as_tensor(followed, dtype=torch.int64, device=like.device),
-        owner=None,
-        encoded=0,
-        table=None,
-    )
+    @property
+    def weights(self) -> Weights:
+        return Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec, *self.look_back)
 
+    def initial_state(self, B: int, room: int, bounded: bool, followed: Sequence[int] | Tensor = ()) -> State:
+        """B sequences before their first position, with room for so many positions."""
+        return self._blank(B, room, bounded, followed)._replace(owner=self._owner())
 
-def advance(
-    sae: ContextualSAE,
-    given: Tensor | tuple[Tensor, Tensor],
-    state: State,
-    mask: Tensor | None,
-    documents: Tensor | None,
-) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor, State]:
-    """The next n positions of B sequences.
+    def advance(
+        self,
+        given: Tensor | tuple[Tensor, Tensor],
+        state: State,
+        mask: Tensor | None,
+        documents: Tensor | None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor, State]:
+        """The next n positions of B sequences.
 
-    given: x [B, n, d_in] in normalised units, to be encoded; or its code, values and indices [B, n, k], to be
-    decoded (query="past"). mask, documents: [B, n].
+        given: x [B, n, d_in] in normalised units, to be encoded; or its code, values and indices [B, n, k], to be
+        decoded (query="past"). mask, documents: [B, n].
 
-    Returns x_hat [B, n, d_in], the code, c [B, n, d_in], carried, and the state after them. carried [B, n, n_heads, m]:
-    how active each head finds the m features that the state follows; `carried_by` makes it their part of c.
+        Returns x_hat [B, n, d_in], the code, c [B, n, d_in], carried, and the state after them.
+        carried [B, n, n_heads, m]: how active each head reads the m features that the state follows;
+        `LookBack.carried_by` makes it their part of c.
 
-    Raises ValueError where the state is of another SAE, of another number of sequences, or older than the weights.
-    """
-    state = _continued(sae, state, (given if isinstance(given, Tensor) else given[0]).shape[0])
-    return _advance(sae, given, state, mask, documents)
+        Raises ValueError where the state is of another SAE, of another number of sequences, or older than the weights.
+        """
+        state = _continued(self, state, (given if isinstance(given, Tensor) else given[0]).shape[0])
+        return self._advance(given, state, mask, documents)
 
+    def whole(
+        self, given: Tensor | tuple[Tensor, Tensor], mask: Tensor | None, documents: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+        """x_hat, the code and c of whole windows; arguments and units as those of `advance`."""
+        B, T = (given if isinstance(given, Tensor) else given[0]).shape[:2]
+        return self._advance(given, self._blank(B, T, bounded=False), mask, documents)[:3]
 
-def whole(
-    sae: ContextualSAE, given: Tensor | tuple[Tensor, Tensor], mask: Tensor | None, documents: Tensor | None
-) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-    """x_hat, the code and c of whole windows; arguments and units as those of `advance`."""
-    B, T = (given if isinstance(given, Tensor) else given[0]).shape[:2]
-    return _advance(sae, given, _blank(sae, B, T, bounded=False), mask, documents)[:3]
-
-
-@torch.no_grad()
-def _advance(
-    sae: ContextualSAE,
-    given: Tensor | tuple[Tensor, Tensor],
-    state: State,
-    mask: Tensor | None,
-    documents: Tensor | None,
-) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor, State]:
-    with torch.autocast(state.memory.device.type, enabled=False):
-        weights, dtype = Weights(*(getattr(sae, name) for name in Weights._fields)), sae.W_enc.dtype
-        B, n = (given if isinstance(given, Tensor) else given[0]).shape[:2]
-        documents = state.document[:, None].expand(B, n) if documents is None else documents.to(torch.int64)
-        starts = _starts(documents, state)
-        mask = torch.ones(B, n, dtype=torch.bool, device=state.memory.device) if mask is None else mask
-        state = _with_room(state, n)
-        x = given.to(dtype) if isinstance(given, Tensor) else (given[0].to(dtype), given[1])
-        run = recur(
-            *(x, mask, starts, state.memory, state.takes_part, state.past, state.position, state.followed, weights),
-            *(sae.k, sae.k_mem, sae.query == "past", state.table or ()),
+    def _blank(self, B: int, room: int, bounded: bool, followed: Sequence[int] | Tensor = ()) -> State:
+        like = self.look_back
+        width = like.W_K.shape[0] + like.W_V.shape[0] + like.slope.shape[0] * len(followed)
+        document = torch.zeros(B, dtype=torch.int64, device=like.W_mem.device)
+        return State(
+            memory=like.W_mem.new_zeros(B, room, width),
+            takes_part=torch.zeros(B, room, dtype=torch.bool, device=like.W_mem.device),
+            position=0,
+            start=document,
+            document=document,
+            past=like.W_mem.new_zeros(B, like.W_O.shape[0]),
+            bounded=bounded,
+            followed=torch.as_tensor(followed, dtype=torch.int64, device=like.W_mem.device),
+            owner=None,
+            encoded=0,
+            table=None,
         )
-        code = (run.values, run.indices) if isinstance(x, Tensor) else x
-        if n:
-            state = state._replace(start=starts[:, -1], document=documents[:, -1])
-        state = state._replace(position=state.position + n, past=run.past, encoded=state.encoded + B * n)
-        return run.x_hat, code, run.c, run.carried, state
+
+    def _advance(
+        self,
+        given: Tensor | tuple[Tensor, Tensor],
+        state: State,
+        mask: Tensor | None,
+        documents: Tensor | None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor, State]:
+        with torch.no_grad(), torch.autocast(state.memory.device.type, enabled=False):
+            dtype = self.W_enc.dtype
+            B, n = (given if isinstance(given, Tensor) else given[0]).shape[:2]
+            documents = state.document[:, None].expand(B, n) if documents is None else documents.to(torch.int64)
+            starts = _starts(documents, state)
+            mask = torch.ones(B, n, dtype=torch.bool, device=state.memory.device) if mask is None else mask
+            state = _with_room(state, n)
+            x = given.to(dtype) if isinstance(given, Tensor) else (given[0].to(dtype), given[1])
+            run = recur(
+                *(x, mask, starts, state.memory, state.takes_part, state.past, state.position, state.followed),
+                *(self.weights, self.k, self.k_mem, self.from_past, state.table or ()),
+            )
+            code = (run.values, run.indices) if isinstance(x, Tensor) else x
+            if n:
+                state = state._replace(start=starts[:, -1], document=documents[:, -1])
+            state = state._replace(position=state.position + n, past=run.past, encoded=state.encoded + B * n)
+            return run.x_hat, code, run.c, run.carried, state
+
+    def _owner(self) -> Owner:
+        weights = (*self.weights, self.scale)
+        marks = tuple(map(_mark, weights))
+        return Owner(tuple(tensor.detach() for tensor in weights), marks, (self.k, self.k_mem, self.from_past))
 
 
-def carried_by(sae: ContextualSAE, features: Tensor) -> Tensor:
-    """What each head adds to c where it finds a feature at an activity of one: features [m] -> [n_heads, m, d_in]."""
-    with torch.autocast(features.device.type, enabled=False):
-        values = linear(sae.W_mem[features], sae.W_V).unflatten(-1, (sae.n_heads, sae.d_value))  # [m, n_heads, d_value]
-        return torch.einsum("mhv,dhv->hmd", values, sae.W_O.unflatten(-1, (sae.n_heads, sae.d_value)))
-
-
-@torch.compiler.disable  # where tensors lie, and how often they were written to, is not for a graph
-def _continued(sae: ContextualSAE, state: State, B: int) -> State:
-    """The state, for B more positions of this SAE as it is now: with the encoder's table, once that is worth it."""
+@torch.compiler.disable  # a graph knows nothing of addresses and versions
+def _continued(of: Recurrence, state: State, B: int) -> State:
+    """The state, for B more positions of this SAE as it is now: with the encoder's table, once that pays."""
     if not isinstance(state, State):
         raise TypeError(f"state: given a {type(state).__name__}; needed what initial_state() or the last step gave")
     owner = state.owner
-    marks = tuple(map(_mark, _weights(sae)))
+    marks = tuple(map(_mark, (*of.weights, of.scale)))
     if owner is None or [mark[:-1] for mark in owner.marks] != [mark[:-1] for mark in marks]:
         raise ValueError(
             "state: given one of other weights; needed one that this SAE made where it lies now: initial_state()"
         )
+    if owner.how != (of.k, of.k_mem, of.from_past):
+        raise ValueError("state: given one from before k, k_mem or query changed; needed a new one: initial_state()")
     if owner.marks != marks:
         raise ValueError("state: given one from before the weights changed; needed a new one: initial_state()")
     sizes = {tensor.shape[0] for tensor in (state.memory, state.takes_part, state.start, state.document, state.past)}
     if sizes != {B}:
         given = ", ".join(map(str, sorted(sizes)))
         raise ValueError(f"acts: given {B} sequences; needed {given}, as the state is of")
-    # Of what was made in inference mode torch doesn't count the writes.
-    if state.table is None and state.encoded >= LEAST_ROWS and not sae.W_enc.is_inference():
-        state = state._replace(table=round_table(sae.W_enc, sae.b_enc, sae.k))
+    # A tensor made in inference mode has no version, so a table of it could be out of date.
+    if state.table is None and state.encoded >= LEAST_ROWS and not of.W_enc.is_inference():
+        state = state._replace(table=round_table(of.W_enc, of.b_enc, of.k))
     return state
 
 
-def _owner(sae: ContextualSAE) -> Owner:
-    weights = _weights(sae)
-    return Owner(tuple(tensor.detach() for tensor in weights), tuple(map(_mark, weights)))
-
-
-def _weights(sae: ContextualSAE) -> list[Tensor]:
-    return [*(getattr(sae, name) for name in Weights._fields), sae.scale]
-
-
 def _mark(tensor: Tensor) -> tuple[object, ...]:
-    # Of what was made in inference mode torch doesn't count the writes.
-    return tensor.data_ptr(), tensor.dtype, tensor.device, 0 if tensor.is_inference() else tensor._version
+    version = 0 if tensor.is_inference() else tensor._version  # a tensor made in inference mode has none
+    return tensor.data_ptr(), tensor.dtype, tensor.device, version
 
 
 def _starts(documents: Tensor, state: State) -> Tensor:
-    """documents [B, n] int64 -> [B, n] int64: where the run of equal ids that each position is in begins."""
+    """documents [B, n] int64 -> [B, n] int64: the position where the document of each position begins."""
     before = torch.cat([state.document[:, None], documents[:, :-1]], dim=1)[:, : documents.shape[1]]
     position = state.position + torch.arange(documents.shape[1], device=documents.device)
     if state.position == 0:

@@ -6,7 +6,7 @@ import json
 import math
 import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -16,9 +16,8 @@ from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
 from csae.errors import UserError
-from csae.factors import Gradients, Trace
+from csae.factors import Gradients, Pass, Trace
 from csae.files import read_json, write_file, write_with_config
-from csae.ops import sparse_decode, topk_encode
 from csae.ops.checks import FLOATS, INTEGERS, check_device, check_k, check_tensor
 from csae.tensors import Header, load_tensors, read_header, save_tensors
 from csae.trained_on import KEY, TrainedOn, card
@@ -28,7 +27,7 @@ OUR_CARD = "library_name: csae"  # a line of each card that is written here
 
 
 class Bounds(NamedTuple):
-    """What a contextual SAE's windows were encoded with."""
+    """The mask and the documents that windows were encoded with."""
 
     mask: Tensor | None
     """[B, T] bool: which positions took part; None: all"""
@@ -47,8 +46,8 @@ class Code(_Pair):
     """The active features of each token: values [..., k] and indices [..., k] int64, as a tuple of two."""
 
     bounds: Bounds | None = None
-    """what `ContextualSAE.decode` needs beside the values and indices of whole windows, where that is known: a code
-    that was put together from its parts, or that is of a piece of a sequence, does not know it"""
+    """what `ContextualSAE.decode` needs beside the values and indices of whole windows. None for a code that was put
+    together from its parts, or of a piece of a sequence"""
 
     @classmethod
     def of_windows(cls, values: Tensor, indices: Tensor, mask: Tensor | None, documents: Tensor | None) -> Self:
@@ -71,7 +70,17 @@ class Output(NamedTuple):
     code: Code
     """the features that are active here: for a contextual SAE, what is new"""
     c: Tensor
-    """[..., d_in]: what the look-back carried here, likewise; zero for a per-token SAE"""
+    """[..., d_in]: what the look-back read here, in the same units and dtype; zero for a per-token SAE"""
+
+
+class Sweeps(NamedTuple):
+    """How a contextual SAE runs in parallel: a sweep looks back at the codes of the sweep before, and encodes again."""
+
+    times: int
+    """how many sweeps look back"""
+    from_exact: bool = False
+    """whether the first one looks at the exact codes, so that the sweeps give what running exactly does, with a
+    gradient. Gradients do not flow into the recurrence, only through the sweeps."""
 
 
 class Losses(NamedTuple):
@@ -90,31 +99,33 @@ class Losses(NamedTuple):
 class SAE(nn.Module, PyTorchModelHubMixin, ABC):
     """Base of `TopKSAE` and `ContextualSAE`: W_enc, b_enc, W_dec, b_dec, and what is done with them.
 
-    Activations are divided by `scale` on the way in and multiplied on the way out, so that the parameters
-    live where a dimension has a mean square of one; `initialise` sets it. Decoder rows start as random unit
-    vectors, and the encoder as the decoder's transpose (Gao et al. 2024, arXiv 2406.04093).
+    Activations are divided by `scale` on the way in, and results are multiplied by it on the way out. So in normalised
+    units a dimension has a mean square of one. `initialise` sets the scale. Decoder rows start as random unit vectors,
+    and the encoder as the decoder's transpose (Gao et al. 2024, arXiv 2406.04093).
 
-    Dtypes: activations of any floating dtype meet weights of any other. They are divided by `scale` in float32 or
-    wider; arithmetic is in the dtype of the weights; x_hat and c come in the dtype of the activations, a code's values
-    in that of the weights, and so does what `decode` makes, which is given no activations. Losses are in float32 or
-    wider. Under torch.autocast products are in its dtype, results as without. The exact form of a contextual SAE,
-    which a rounding could lead elsewhere, and what is made of it (`stream`, `csae.attribution`) take no notice of it.
+    Dtypes: activations and weights may have any floating dtypes. Activations are divided by `scale` in float32 or
+    wider. Arithmetic is in the dtype of the weights. x_hat and c come in the dtype of the activations; a code's values
+    and what `decode` gives, in that of the weights; losses in float32 or wider. Under torch.autocast products are in
+    its dtype, and results as without it. The exact form of a contextual SAE, and what is made of it (`stream`,
+    `csae.attribution`), ignore autocast: one rounding could lead the recurrence elsewhere.
 
     A parameter with requires_grad=False is frozen: it gets no gradient, and stays as it is.
+
+    An argument may be changed later (`sae.k = 8`): it is checked again, and saved as changed. One that a parameter's
+    shape depends on is refused then.
 
     Args:
         d_in: width of the activations.
         d_sae: number of features.
         k: active features a token.
-        k_aux: dead features that share in the residual's reconstruction (AuxK); d_in // 2 if not given, as
-            Gao et al. advise.
-        aux_coef: weight of that loss; 1/32 by Gao et al.
+        k_aux: how many dead features reconstruct the residual (AuxK); d_in // 2 if not given, as Gao et al. advise.
+        aux_coef: weight of that loss; 1/32 in Gao et al.
         dead_after: a feature is dead when it has not fired for this many tokens.
     """
 
     arch: str
     look_back: tuple[str, ...] = ()
-    """names of the parameters of the look-back, which train at a lower rate"""
+    """names of the parameters of the look-back, which train at a learning rate of their own"""
     trained_on: TrainedOn | None = None
     """what it was trained on; None for one made by hand"""
 
@@ -131,8 +142,33 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
     tokens_since_fired: Tensor
     """[d_sae] int64: how many training tokens ago each feature was last active"""
 
-    def __init__(self, d_in: int, d_sae: int, k: int, k_aux: int | None, aux_coef: float, dead_after: int) -> None:
+    d_in: int
+    d_sae: int
+    k: int
+    k_aux: int
+    aux_coef: float
+    dead_after: int
+
+    def __init__(
+        self, d_in: int, d_sae: int, k: int, k_aux: int | None, aux_coef: float, dead_after: int, **own: Any
+    ) -> None:
         super().__init__()
+        own |= {"k_aux": k_aux, "aux_coef": aux_coef, "dead_after": dead_after}
+        vars(self).update(self._attributes(d_in=d_in, d_sae=d_sae, k=k, **own))
+        directions = torch.randn(d_sae, d_in)
+        directions /= directions.norm(dim=1, keepdim=True)
+        self.W_dec = nn.Parameter(directions)
+        self.W_enc = nn.Parameter(directions.clone())
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
+
+    @classmethod
+    def _attributes(
+        cls, *, d_in: int, d_sae: int, k: int, k_aux: int | None, aux_coef: float, dead_after: int, **_: Any
+    ) -> dict[str, Any]:
+        """The attributes that an SAE's arguments become. Raises TypeError or ValueError where they can't be."""
         counts = {"d_in": d_in, "d_sae": d_sae, "k_aux": 1 if k_aux is None else k_aux, "dead_after": dead_after}
         for name, count in counts.items():
             if isinstance(count, bool) or not isinstance(count, int):
@@ -144,17 +180,21 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
             raise TypeError(f"aux_coef: given {aux_coef!r}; needed a number")
         if not 0 <= aux_coef < math.inf:
             raise ValueError(f"aux_coef: given {aux_coef}; needed a number of zero or more")
-        self.d_in, self.d_sae, self.k = d_in, d_sae, k
-        self.k_aux = max(1, d_in // 2) if k_aux is None else k_aux
-        self.aux_coef, self.dead_after = aux_coef, dead_after
-        directions = torch.randn(d_sae, d_in)
-        directions /= directions.norm(dim=1, keepdim=True)
-        self.W_dec = nn.Parameter(directions)
-        self.W_enc = nn.Parameter(directions.clone())
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
-        self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
+        k_aux = max(1, d_in // 2) if k_aux is None else k_aux
+        return {"d_in": d_in, "d_sae": d_sae, "k": k, "k_aux": k_aux, "aux_coef": aux_coef, "dead_after": dead_after}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        arguments = self._arguments
+        if name not in arguments or name not in vars(self):
+            super().__setattr__(name, value)
+            return
+        # An argument that is changed after construction is checked, and saved, as if it had been given there.
+        changed = arguments | {name: value}
+        attributes = {name: value} | self._attributes(**changed)
+        if self.shapes(**changed) != self.shapes(**arguments):
+            raise ValueError(f"{name}: given {value}; the parameters are made for {arguments[name]}: make another SAE")
+        vars(self).update(attributes)
+        self._hub_mixin_config = changed
 
     @abstractmethod
     def forward(self, acts: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Output:
@@ -162,23 +202,30 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
 
     @abstractmethod
     def _run(
-        self, x: Tensor, mask: Tensor | None, documents: Tensor | None, trace: Trace | None = None
+        self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None
     ) -> tuple[Tensor, Code, Tensor]:
-        """Normalised x [..., d_in] -> x_hat, code and c, in normalised units, as training runs it.
+        """Normalised x [..., d_in] -> x_hat, code and c, in normalised units, as training runs it, by these ops."""
 
-        With `trace` the tables are held constant, and their uses noted there.
-        """
+    def _output(self, x_hat: Tensor, code: Code, c: Tensor, dtype: torch.dtype) -> Output:
+        """`Output` in the units and the dtype of the activations, from what is in normalised units."""
+        code = Code(code.values.to(self.W_enc.dtype), code.indices)
+        return Output(self._in_units_of(x_hat, dtype), code, self._in_units_of(c, dtype))
 
     @property
     def masking(self) -> tuple[bool, bool]:
-        """keep_first and bos for `csae.data.activations.sink_mask`: positions take part as they did in training."""
+        """keep_first and bos for `csae.data.activations.sink_mask`, as they were in training."""
         on = self.trained_on
         return on is not None and bool(on.keep_first), on is not None and bool(on.bos)
 
     @property
     def config(self) -> dict[str, Any]:
         """What config.json holds: arch, and the arguments that the SAE was made with."""
-        return {"arch": self.arch, **(self._hub_mixin_config or {})}  # type: ignore[dict-item]
+        return {"arch": self.arch, **self._arguments}
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        """The arguments that an SAE like this one is made with, as given."""
+        return self._hub_mixin_config or {}  # type: ignore[return-value]
 
     @property
     def n_params(self) -> int:
@@ -207,6 +254,7 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
         mask: Tensor | None = None,
         documents: Tensor | None = None,
         dead: Tensor | None = None,
+        sweeps: Sweeps | None = None,
     ) -> Losses:
         """The training loss: fraction of variance unexplained, plus AuxK for dead features.
 
@@ -215,10 +263,11 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
             mask: acts.shape[:-1] bool, True where a position counts.
             documents: [B, T] integer, a document is a run of equal ids; used by a contextual SAE.
             dead: [n_dead] int64, the dead features (`dead_features()`), or None for no AuxK.
+            sweeps: how a contextual SAE runs; by its own `sweeps` if not given.
         """
         self._check_acts(acts, mask, documents)
         self._check_dead(dead)
-        return self._losses(acts, mask, documents, dead, None)
+        return self._losses(Pass(self), acts, mask, documents, dead, sweeps)
 
     def gradients(
         self,
@@ -226,89 +275,77 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
         mask: Tensor | None = None,
         documents: Tensor | None = None,
         dead: Tensor | None = None,
+        sweeps: Sweeps | None = None,
     ) -> tuple[Losses, Gradients]:
         """The training loss and its gradient by every parameter, those of the tables in factors (`csae.factors`).
 
-        What `loss(...)` and `loss.backward()` give, without a tensor of a table's size: for
-        `csae.adam.Adam.update`. Args: as `loss`. The losses are without a graph. A frozen parameter has no entry.
+        It is what `loss(...)` and `loss.backward()` give, without a tensor of a table's size; `csae.adam.Adam.update`
+        takes it. Args: as `loss`. The losses are without a graph. A frozen parameter has no entry.
 
         Raises ValueError where all are frozen, or where two names are one parameter: `loss` takes those.
         """
+        if torch.compiler.is_compiling():
+            if not _traces_autograd():
+                return _out_of_graph(SAE.gradients, self, acts, mask, documents, dead, sweeps)
+        elif torch.is_inference_mode_enabled():
+            raise RuntimeError("gradients: called under torch.inference_mode(); needed outside of it")
         self._check_acts(acts, mask, documents)
         self._check_dead(dead)
-        if torch.compiler.is_compiling() and not _traces_autograd():
-            return _out_of_graph(self._gradients, acts, mask, documents, dead)
-        return self._gradients(acts, mask, documents, dead)
-
-    def _gradients(
-        self, acts: Tensor, mask: Tensor | None, documents: Tensor | None, dead: Tensor | None
-    ) -> tuple[Losses, Gradients]:
-        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():  # a compiler says so itself
-            raise RuntimeError("gradients: called under torch.inference_mode(); needed outside of it")
-        trained = check_trained(self)
+        trace = Trace(self, check_trained(self))
         with torch.enable_grad():
-            trace = Trace(self.d_sae, trained)
-            losses = self._losses(acts, mask, documents, dead, trace)
-            with torch.autocast(acts.device.type, enabled=False):  # forward's business
-                gradients = trace.gradients(losses.loss, self)
+            losses = self._losses(trace, acts, mask, documents, dead, sweeps)
+            with torch.autocast(acts.device.type, enabled=False):  # it is for the forward pass
+                gradients = trace.gradients(losses.loss)
         code = Code(losses.code.values.detach(), losses.code.indices)
         return Losses(losses.loss.detach(), losses.fvu.detach(), losses.aux.detach(), code), gradients
 
     def _losses(
         self,
+        ops: Pass,
         acts: Tensor,
         mask: Tensor | None,
         documents: Tensor | None,
         dead: Tensor | None,
-        trace: Trace | None,
+        sweeps: Sweeps | None,
     ) -> Losses:
         x = self._normalised(acts)
         if mask is not None:  # what is left out may be NaN, or too large for its dtype
             x = x.masked_fill(~mask.unsqueeze(-1), 0)
-        x_hat, code, c = self._run(x, mask, documents, trace)
+        x_hat, code, c = self._run(ops, x, mask, documents, sweeps)
         ones = torch.promote_types(x.dtype, torch.float32)  # half precision can't count tokens
         weight = x.new_ones(x.shape[:-1], dtype=ones) if mask is None else mask.to(ones)
         residual = x - x_hat
         fvu = fraction_unexplained(x, residual, weight)
         aux = fvu.new_zeros(())
         if dead is not None and dead.numel() > 0:
-            aux = self._aux((x - c - self.b_dec).detach(), residual.detach(), mask, weight, dead, trace)
+            aux = self._aux(ops, (x - c - self.b_dec).detach(), residual.detach(), mask, weight, dead)
         return Losses(fvu + self.aux_coef * aux, fvu, aux, code)
 
-    def _aux(
-        self, x: Tensor, residual: Tensor, mask: Tensor | None, weight: Tensor, dead: Tensor, trace: Trace | None
-    ) -> Tensor:
+    def _aux(self, ops: Pass, x: Tensor, residual: Tensor, mask: Tensor | None, weight: Tensor, dead: Tensor) -> Tensor:
         """AuxK (Gao et al. 2024, section A.2): the residual rebuilt by the most active dead features.
 
         x [..., d_in] without b_dec and c. Only the dead rows are multiplied: the cost grows with their number,
         not with d_sae. Only they get a gradient: its graph shares nothing with that of the fvu.
         """
         k = min(self.k_aux, dead.numel())
-        if trace is None:
-            # Their gradient joins the dense one row by row, where a compiler does not insist on a second dense one.
-            sparse = not torch.compiler.is_compiling()
-            W_enc, W_dec = (nn.functional.embedding(dead, weight, sparse=sparse) for weight in (self.W_enc, self.W_dec))
-            residual_hat = sparse_decode(*topk_encode(x, W_enc, self.b_enc[dead], k), W_dec)
-        else:
-            code = trace.encode_aux(x, self.W_enc, self.b_enc, k, mask, dead)
-            residual_hat = trace.decode("W_dec", *code, self.W_dec, features=dead)
+        residual_hat = ops.decode("W_dec", ops.encode_dead(x, dead, k, mask), features=dead)
         share = k / self.k_aux  # a few dead features can't be asked for as much as many
         return share * _energy(residual - residual_hat, weight) / _energy(residual, weight).clamp_min(1e-12)
 
     def _normalised(self, acts: Tensor) -> Tensor:
-        """Activations, as they are encoded: over the scale, in the dtype of the weights."""
+        """Activations in normalised units: over the scale, in the dtype of the weights."""
         weights = self.W_enc.dtype
         wide = torch.promote_types(torch.promote_types(acts.dtype, weights), torch.float32)
         return (acts.to(wide) / self.scale.to(wide)).to(weights)
 
     def _in_units_of(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """What is in normalised units, in those of the activations, and in their dtype."""
+        """Normalised x [..., d_in] -> the same in the units of the activations, in this dtype."""
         wide = torch.promote_types(torch.promote_types(x.dtype, dtype), torch.float32)
         return (x.to(wide) * self.scale.to(wide)).to(dtype)
 
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:
-        """Take from W_dec's gradient what would only change the length of its unit rows; not where it is frozen."""
+        """Remove the part of W_dec's gradient that would only change the length of its unit rows; not if frozen."""
         if self.W_dec.grad is not None and self.W_dec.requires_grad:
             along = torch.bmm(self.W_dec.grad.unsqueeze(1), self.W_dec.unsqueeze(2)).squeeze(2)  # [d_sae, 1]
             self.W_dec.grad.addcmul_(self.W_dec, along, value=-1)
@@ -329,8 +366,7 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
         fired = torch.zeros(self.d_sae, dtype=torch.int32, device=active.device)
         fired.scatter_reduce_(0, code.indices.flatten(), active.flatten().to(torch.int32), "amax")
         tokens = code.values.shape[:-1].numel() if mask is None else mask.sum()
-        self.tokens_since_fired += tokens
-        self.tokens_since_fired *= 1 - fired
+        self.tokens_since_fired.add_(tokens).mul_(1 - fired)
 
     def dead_features(self) -> Tensor:
         """[n_dead] int64: the features that have not fired for `dead_after` training tokens."""
@@ -359,7 +395,7 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
                 "as dead_features() gives them"
             )
         if dead.device.type != "cpu" or dead.numel() == 0 or torch.compiler.is_compiling():
-            return  # there the lookup itself stops at a number that is out of range
+            return  # the lookup itself fails there, where a number is out of range
         least, most = map(int, dead.aminmax())
         if least < 0 or most >= self.d_sae:
             raise ValueError(f"dead: given {least} to {most}; needed 0 <= feature < d_sae = {self.d_sae}")
@@ -374,7 +410,7 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
         With `push_to_hub` also to the hub, as `push_to_hub(repo_id, **push_options)` does; gives the commit's address.
         Raises UserError where the folder can't be written; an SAE that was there is still there then.
         """
-        # The mixin's own would remove config.json first, whatever comes after.
+        # The mixin's own would remove config.json first, even if nothing can be written.
         folder = Path(save_directory)
         self._save_pretrained(folder)
         return self.push_to_hub(repo_id=repo_id or folder.name, **push_options) if push_to_hub else None
@@ -385,8 +421,12 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
             write_file(folder / CARD, lambda path: path.write_text(card(self), encoding="utf-8"))
 
     def _save_pretrained(self, save_directory: Path) -> None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        misshapen = _misshapen(shapes, self.shapes(**self._arguments))
+        if misshapen:
+            raise ValueError(f"sae: {misshapen}, as it was made; it can't be saved with parameters of another shape")
         self.write_card(save_directory)
-        # Weights mean something else beside other arguments, so they know their own.
+        # The same weights with other arguments are another SAE, so their file holds the arguments too.
         save = partial(save_tensors, self.state_dict(), about={CONFIG: json.dumps(self.config)})
         config = self.config | ({} if self.trained_on is None else {KEY: self.trained_on.to_config()})
         write_with_config(save_directory, WEIGHTS, save, CONFIG, config)
@@ -446,9 +486,9 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
             check_config(config, _saved_config(header), Path(model_id) / CONFIG, WEIGHTS)
         try:
             # Before any memory is taken for them.
-            for name, shape in cls.shapes(**init).items():
-                if header.shapes.get(name) != shape:
-                    raise TypeError(f"{name} is {_listed(header.shapes.get(name))}; needed {_listed(shape)}")
+            misshapen = _misshapen(header.shapes, cls.shapes(**init))
+            if misshapen:
+                raise TypeError(misshapen)
             sae = cls(**init)
             sae.load_state_dict(load_tensors(weights), strict=strict)
         except (RuntimeError, TypeError) as error:
@@ -488,8 +528,13 @@ def _saved_config(header: Header) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _listed(shape: tuple[int, ...] | None) -> str:
-    return "missing" if shape is None else reprlib.repr(list(shape))
+def _misshapen(found: Mapping[str, tuple[int, ...]], needed: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The first of the tensors needed that is missing or of another shape, or None."""
+    for name, shape in needed.items():
+        if found.get(name) != shape:
+            given = reprlib.repr(list(found[name])) if name in found else "missing"
+            return f"{name} is {given}; needed {reprlib.repr(list(shape))}"
+    return None
 
 
 @torch.compiler.assume_constant_result
@@ -498,7 +543,7 @@ def _traces_autograd() -> bool:
     return bool(getattr(torch._dynamo.config, "trace_autograd_ops", False))
 
 
-@torch.compiler.disable  # what two graphs give each other has no gradient by what is inside of the first
+@torch.compiler.disable  # a graph break cuts autograd: the second graph would see none of the first one's tensors
 def _out_of_graph(function: Callable[..., Any], *given: Any) -> Any:
     return function(*given)
 
@@ -533,7 +578,7 @@ def check_trained(sae: SAE) -> set[str]:
     foreign = sorted({"W_enc", "b_enc", "W_dec", "b_dec", *sae.look_back} - names)
     if foreign:
         raise ValueError(
-            f"sae: {', '.join(foreign)} is made of something else; needed a parameter: such an SAE trains by "
+            f"sae: {', '.join(foreign)} is computed from something else; needed a parameter: such an SAE trains by "
             "loss(...).loss.backward()"
         )
     trained = {name for name, parameter in named if parameter.requires_grad}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from csae.factors import Trace
+from csae.factors import Pass
 from csae.ops import sparse_decode, topk_encode
-from csae.sae import SAE, Code, Output
+from csae.sae import SAE, Code, Output, Sweeps
 
 
 class TopKSAE(SAE):
@@ -40,26 +39,22 @@ class TopKSAE(SAE):
 
     def decode(self, code: Code) -> Tensor:
         """The code [..., k] -> the reconstruction [..., d_in], in the units of the activations."""
-        return self._decode(code, self.W_dec.dtype)
-
-    def _decode(self, code: Code, dtype: torch.dtype) -> Tensor:
         values, indices = code
-        return self._in_units_of(sparse_decode(values.to(self.W_dec.dtype), indices, self.W_dec) + self.b_dec, dtype)
+        x_hat = sparse_decode(values.to(self.W_dec.dtype), indices, self.W_dec) + self.b_dec
+        return self._in_units_of(x_hat, self.W_dec.dtype)
 
     def forward(self, acts: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Output:
         """acts [..., d_in] -> `Output`. Tokens don't see each other: mask and documents change nothing here."""
         self._check_acts(acts, mask, documents)
-        code = self.encode(acts)
-        return Output(self._decode(code, acts.dtype), code, torch.zeros_like(acts))
+        return self._output(*self._run(Pass(self), self._normalised(acts), mask, documents), acts.dtype)
 
     def _run(
-        self, x: Tensor, mask: Tensor | None, documents: Tensor | None, trace: Trace | None = None
+        self,
+        ops: Pass,
+        x: Tensor,
+        mask: Tensor | None,
+        documents: Tensor | None,
+        sweeps: Sweeps | None = None,
     ) -> tuple[Tensor, Code, Tensor]:
-        centred = x - self.b_dec
-        if trace is None:
-            code = Code(*topk_encode(centred, self.W_enc, self.b_enc, self.k))
-            x_hat = sparse_decode(*code, self.W_dec) + self.b_dec
-        else:
-            code = Code(*trace.encode(centred.detach(), self.W_enc, self.b_enc, self.k, mask))
-            x_hat = trace.decode("W_dec", *code, self.W_dec) + self.b_dec
-        return x_hat, code, x.new_zeros(()).expand_as(x)
+        code = Code(*ops.encode(ops.centred(x), mask))
+        return ops.decode("W_dec", code) + self.b_dec, code, x.new_zeros(()).expand_as(x)

@@ -24,7 +24,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,6 +33,7 @@ from torch import Tensor
 
 from csae.adam import Adam
 from csae.checkpoint import check_free, last_checkpoint, remove_checkpoints, restore_checkpoint, save_checkpoint
+from csae.config import TrainConfig
 from csae.contextual_sae import ContextualSAE
 from csae.data.activations import ActivationSource, Batch, window_order
 from csae.data.seen import log, open_log, settle
@@ -54,10 +54,9 @@ from csae.run import (
     remove_unfinished,
     sync,
 )
-from csae.sae import CONFIG, SAE, Losses, check_config, fraction_unexplained
+from csae.sae import CONFIG, SAE, Losses, Sweeps, check_config, fraction_unexplained
 from csae.trained_on import TrainedOn
 
-PRECISIONS = ("float32", "bfloat16")
 SUSPICIOUS = 1e6  # a loss from which on its batch is looked at: an SAE that explains nothing has one of about 1
 __all__ = [
     "METRICS",
@@ -71,74 +70,10 @@ __all__ = [
     "learning_rate",
     "read_origin",
     "read_trained_on",
-    "set_sweeps",
+    "sweeps_at",
     "train",
     "train_step",
 ]
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train."""
-
-    steps: int
-    batch_windows: int = 8
-    """windows a step"""
-    lr: float = 1e-3
-    """peak learning rate of Adam"""
-    look_back_lr: float = 0.5
-    """that of a contextual SAE's look-back, as a share of it"""
-    warmup: float = 0.05
-    """share of the steps in which the learning rate rises from zero"""
-    decay: float = 0.2
-    """share of the steps, the last ones, in which it falls to zero"""
-    early_sweeps: int = 1
-    """sweeps of a contextual SAE before the decay, where its own `sweeps` are more: it trains on the memory that it
-    will run on when that matters, and more cheaply before"""
-    exact_from: float = 1.0
-    """share of the steps from which on a contextual SAE's sweeps start at its exact codes, and are as few as before
-    the decay. The recurrence is then run in each step, and what is trained is what runs. For features that last so long
-    that sweeps don't settle: see csae.bench.evidence.synthetic. On text it was no gain (from 0.8; layer 12 of
-    SmolLM2-135M, k = 16: an exact FVU of 0.1509 against 0.1501 with query="past", 0.1348 both ways with "current")"""
-    gap_every: int = 100
-    """steps from one comparison of a contextual SAE's exact form with its sweeps to the next"""
-    lazy: bool = False
-    """leave the rows of features that did not fire as they are (`csae.adam.Adam`): cheaper, and not Adam"""
-    moments: str = "float32"
-    """of the tables: "float32", or "bfloat16" with stochastic rounding"""
-    precision: str = "float32"
-    """"float32", or "bfloat16" for autocast with float32 parameters"""
-    checkpoint_every: int = 500
-    """steps"""
-    seed: int = 0
-    """of the order of windows"""
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("steps", 1),
-            ("batch_windows", 1),
-            ("early_sweeps", 0),
-            ("gap_every", 1),
-            ("checkpoint_every", 1),
-        ):
-            if not isinstance(getattr(self, name), int):
-                raise UserError(f"{name}: given {getattr(self, name)!r}; needed a whole number, at least {least}")
-            if getattr(self, name) < least:
-                raise UserError(f"{name}: given {getattr(self, name)}; needed at least {least}")
-        for name in ("lr", "look_back_lr"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise UserError(f"{name}: given {getattr(self, name)}; needed a positive number")
-        if not (self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1):  # nor is NaN
-            raise UserError(
-                f"warmup, decay: given {self.warmup} and {self.decay}; needed shares that add up to 1 at most"
-            )
-        if not 0 <= self.exact_from <= 1:
-            raise UserError(f"exact_from: given {self.exact_from}; needed a share of the steps, 0 to 1 (never)")
-        for name in ("precision", "moments"):
-            if getattr(self, name) not in PRECISIONS:
-                raise UserError(
-                    f"{name}: given {getattr(self, name)!r}; needed one of {', '.join(map(repr, PRECISIONS))}"
-                )
 
 
 def train(
@@ -237,13 +172,8 @@ def _train(
         check_free(run, step)
     drop_later_metrics(run, metrics, first, "no checkpoint" if checkpoint is None else checkpoint.name)
     sae.train()
-    sweeps = getattr(sae, "sweeps", 0)
-    try:
-        with open_log(run, first * config.batch_windows) as seen, _stop_signal() as stop:
-            train_fvu = _steps(sae, optimizer, source, windows, run, config, job, first, metrics, seen, stop)
-    finally:
-        if isinstance(sae, ContextualSAE):
-            sae.sweeps, sae.from_exact = sweeps, False
+    with open_log(run, first * config.batch_windows) as seen, _stop_signal() as stop:
+        train_fvu = _steps(sae, optimizer, source, windows, run, config, job, first, metrics, seen, stop)
     if all(not state["step"] for state in optimizer.state.values()):
         raise UserError(
             f"the mask lets no two positions of a step take part, in any of {config.steps}: nothing to train on"
@@ -280,8 +210,6 @@ def _steps(
 ) -> float | None:
     """Trains; gives the FVU of the last batch, of a contextual SAE in its exact form."""
     line: dict[str, Any] = {}
-    device = sae.W_dec.device
-    sweeps = sae.sweeps if isinstance(sae, ContextualSAE) else 0
     gap = ""
     with progress_bar(total=config.steps, initial=first, desc=shown(run.name), unit="step") as bar:
         for step in range(first, config.steps):
@@ -289,23 +217,20 @@ def _steps(
             chosen = batch_of(windows, step, config)
             batch = source.read(chosen)
             log(seen, batch.tokens, batch.acts)
-            lr = learning_rate(step, config)
             tokens = batch.mask.numel()
             line = {"step": step, "tokens": (step + 1) * tokens}
             if int(batch.mask.sum()) > 1:
-                if isinstance(sae, ContextualSAE):
-                    set_sweeps(sae, step, config, sweeps)
-                losses, dead = train_step(sae, optimizer, batch, lr, config, device)
+                losses, dead = train_step(sae, optimizer, batch, step, config)
                 line |= _figures(sae, losses, batch, dead)
                 if not line["loss"] < SUSPICIOUS:
                     _check_loss(sae, batch, chosen, line, run, config)
             else:  # there is no variance to explain
                 line |= dict.fromkeys(("loss", "fvu", "aux", "l0")) | {"dead": len(sae.dead_features()) / sae.d_sae}
-            line["lr"] = lr
+            line["lr"] = learning_rate(step, config)
             line["tokens_per_s"] = round(tokens / (time.perf_counter() - began), 1)
             if line["loss"] is not None:
                 if isinstance(sae, ContextualSAE) and (step % config.gap_every == 0 or step + 1 == config.steps):
-                    line["fvu_exact"], line["gap"] = exact_gap(sae, batch)
+                    line["fvu_exact"], line["gap"] = exact_gap(sae, batch, sweeps_at(step, config, sae))
                     gap = f" gap {line['gap']:+.1%}"
                 bar.set_postfix_str(
                     f"loss {line['loss']:.4f} fvu {line['fvu']:.4f}{gap} l0 {line['l0']:.1f} dead {line['dead']:.1%} "
@@ -369,18 +294,17 @@ def _check_loss(
         raise UserError(f"{run}: {reason}")
 
 
-def train_step(
-    sae: SAE, optimizer: Adam, batch: Batch, lr: float, config: TrainConfig, device: torch.device
-) -> tuple[Losses, Tensor]:
-    """One step of Adam on a batch; gives the losses before it, and the dead features [n_dead]."""
+def train_step(sae: SAE, optimizer: Adam, batch: Batch, step: int, config: TrainConfig) -> tuple[Losses, Tensor]:
+    """Step number `step` of training, on a batch; gives the losses before it, and the dead features [n_dead]."""
+    device = sae.W_dec.device
     acts, mask, documents = (
         tensor.to(device, non_blocking=True) for tensor in (batch.acts, batch.mask, batch.documents)
     )
     dead = sae.dead_features()
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16"):
-        losses, gradients = sae.gradients(acts, mask, documents, dead)
+        losses, gradients = sae.gradients(acts, mask, documents, dead, sweeps_at(step, config, sae))
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["share"]
+        group["lr"] = learning_rate(step, config) * group["share"]
     optimizer.update(gradients)
     sae.track(losses.code, mask)
     return losses, dead
@@ -398,27 +322,28 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * min(1.0, rise, fall)
 
 
-def set_sweeps(sae: ContextualSAE, step: int, config: TrainConfig, sweeps: int) -> None:
-    """How often a contextual SAE looks back in a step, where its own sweeps are as given, and from where.
+def sweeps_at(step: int, config: TrainConfig, sae: SAE) -> Sweeps | None:
+    """The sweeps of a contextual SAE in a step; None for another SAE.
 
-    In the decay every second step has one less. With a fixed number, an SAE can learn to be right after just so many
-    sweeps: a feature that suppresses itself at the next position is on and off in turns, sweep by sweep, and then
-    position by position where it runs exactly. That was seen on synthetic windows, with four sweeps: an exact FVU of
-    0.14 against 0.03.
+    In the decay every second step has one sweep less. With a fixed number, an SAE can learn to be right after exactly
+    that number: a feature that suppresses itself at the next position is on and off in turns, from sweep to sweep, and
+    then from position to position in the exact form. That was seen on synthetic windows, with four sweeps: an exact FVU
+    of 0.14 against 0.03.
     """
-    late = step >= min((1 - config.decay) * config.steps, config.steps - 1)
-    sae.from_exact = step >= config.exact_from * config.steps
-    if late and not sae.from_exact:
-        sae.sweeps = max(sweeps - (config.steps - 1 - step) % 2, min(sweeps, 1))
-    else:
-        sae.sweeps = min(sweeps, config.early_sweeps)
+    if not isinstance(sae, ContextualSAE):
+        return None
+    if step >= config.exact_from * config.steps:
+        return Sweeps(min(sae.sweeps, config.early_sweeps), from_exact=True)
+    if step >= min((1 - config.decay) * config.steps, config.steps - 1):
+        return Sweeps(max(sae.sweeps - (config.steps - 1 - step) % 2, min(sae.sweeps, 1)))
+    return Sweeps(min(sae.sweeps, config.early_sweeps))
 
 
 @torch.no_grad()
-def exact_gap(sae: ContextualSAE, batch: Batch) -> tuple[float, float]:
+def exact_gap(sae: ContextualSAE, batch: Batch, sweeps: Sweeps | None = None) -> tuple[float, float]:
     """The FVU of a batch in the exact form, and by how much it is above that of the sweeps, as a share of it."""
     acts, mask, documents = (tensor.to(sae.W_dec.device) for tensor in (batch.acts, batch.mask, batch.documents))
-    forms = (sae(acts, mask, documents, exact=exact).x_hat.double() for exact in (True, False))
+    forms = (sae(acts, mask, documents, exact, sweeps).x_hat.double() for exact in (True, False))
     x, weight = acts.double().masked_fill(~mask.unsqueeze(-1), 0), mask.double()  # a small difference is to be seen
     exact, swept = (float(fraction_unexplained(x, x - x_hat, weight)) for x_hat in forms)
     return exact, exact / swept - 1 if swept > 0 else 0.0

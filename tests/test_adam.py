@@ -30,7 +30,7 @@ def batches(n: int = STEPS) -> list[Tensor]:
     return [torch.randn(2, 16, 12, generator=generator) + 0.5 for _ in range(n)]
 
 
-def by_torch(sae: SAE, look_back_lr: float = 0.25) -> None:
+def by_torch(sae: SAE, look_back_lr: float = 0.5) -> None:
     """The same training with torch's Adam, the projections as steps of their own."""
     look_back = [p for name, p in sae.named_parameters() if name in sae.look_back]
     others = [p for name, p in sae.named_parameters() if name not in sae.look_back]

@@ -1,5 +1,7 @@
 """The command line, from end to end on a tiny language model, and what it says of bad input."""
 
+import dataclasses
+import inspect
 import json
 import os
 import signal
@@ -7,11 +9,14 @@ import subprocess
 import sys
 import time
 
+import click
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from csae.cli import main
+from csae import Adam, ContextualSAE
+from csae.cli import cli, main
+from csae.config import SAEConfig, TrainConfig
 from csae.errors import shown
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
@@ -139,6 +144,23 @@ def test_help_lists_the_commands(capsys):
     out = csae("--help", capsys=capsys)[1]
     assert all(command in out for command in ("demo", "train", "eval", "cache", "info"))
     assert "--activations" in csae("train", "--help", capsys=capsys)[1]
+
+
+def test_the_options_of_train_are_the_fields_of_what_they_fill():
+    options = {parameter.name: parameter for parameter in cli.commands["train"].params}
+    fields = [field for config in (SAEConfig, TrainConfig) for field in dataclasses.fields(config)]
+    for field in fields:
+        if field.name != "steps":
+            option = options[field.name]
+            assert field.default in (None, option.get_default(click.Context(cli.commands["train"])))
+            assert option.help == field.metadata["help"]
+    # The SAE's own arguments have the same defaults.
+    own = inspect.signature(ContextualSAE).parameters
+    for field in dataclasses.fields(SAEConfig):
+        name = {"heads": "n_heads"}.get(field.name, field.name)
+        if name in own and own[name].default is not inspect.Parameter.empty:
+            assert own[name].default == field.default
+    assert inspect.signature(Adam).parameters["look_back_lr"].default == TrainConfig(steps=1).look_back_lr
 
 
 def bad(name, tmp_path, model, text):

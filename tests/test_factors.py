@@ -8,6 +8,7 @@ from torch import Tensor
 
 from csae import SAE, ContextualSAE, TopKSAE
 from csae.factors import Factors
+from csae.sae import Sweeps
 
 
 def make(arch: str, **options: object) -> SAE:
@@ -48,10 +49,9 @@ def batch(B: int = 3, T: int = 17) -> tuple[Tensor, Tensor, Tensor]:
 )
 def test_equal_to_autograd(arch: str, options: dict[str, object], masked: bool, dead: list[int] | None) -> None:
     sae = make(arch.split()[0], **options)
-    if arch.endswith("exact codes"):
-        sae.from_exact = True
+    sweeps = Sweeps(sae.sweeps, from_exact=True) if arch.endswith("exact codes") else None
     acts, mask, documents = batch()
-    given = (acts, mask if masked else None, documents, None if dead is None else torch.tensor(dead))
+    given = (acts, mask if masked else None, documents, None if dead is None else torch.tensor(dead), sweeps)
     expected = sae.loss(*given)
     expected.loss.backward()
     losses, gradients = sae.gradients(*given)

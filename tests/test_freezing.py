@@ -213,7 +213,7 @@ def test_tied_tables_are_one_parameter_for_autograd_and_refused_in_factors() -> 
 def test_a_parameter_that_is_made_of_another_is_refused() -> None:
     sae = topk()
     nn.utils.parametrize.register_parametrization(sae, "W_dec", nn.Identity())
-    with pytest.raises(ValueError, match="sae: W_dec is made of something else; needed a parameter"):
+    with pytest.raises(ValueError, match="sae: W_dec is computed from something else; needed a parameter"):
         sae.gradients(batch()[0])
 
 

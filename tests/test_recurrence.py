@@ -378,6 +378,9 @@ def test_what_is_no_state_is_refused() -> None:
     state = sae.initial_state(B)
     with pytest.raises(ValueError, match="acts: given 3 sequences; needed 2, 3, as the state is of"):
         sae.step(acts, state._replace(start=state.start[:2]))
+    sae.k -= 1
+    with pytest.raises(ValueError, match="from before k, k_mem or query changed"):
+        sae.step(acts, state)
 
 
 @pytest.mark.skipif(not cpu.available(), reason="the native library was not built")

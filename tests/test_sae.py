@@ -10,6 +10,7 @@ from csae import Code, ContextualSAE, TopKSAE, reference
 from csae.checkpoint import load_sae
 from csae.errors import UserError
 from csae.factors import Factors
+from csae.sae import Sweeps
 
 
 def contextual(dtype=torch.float64, **options):
@@ -83,8 +84,7 @@ def test_sweeps_from_the_exact_codes_give_them_again_with_a_gradient(query, swee
     sae, (acts, mask, documents) = contextual(query=query, sweeps=sweeps), windows()
     where = (mask, documents) if bounds else (None, None)
     exact = sae(acts, *where, exact=True)
-    sae.from_exact = True
-    out = sae(acts, *where, exact=False)
+    out = sae(acts, *where, exact=False, sweeps=Sweeps(sweeps, from_exact=True))
     for got, want in ((out.x_hat, exact.x_hat), (out.c, exact.c), (out.code.values, exact.code.values)):
         torch.testing.assert_close(got, want)
     x, c = acts / sae.scale, exact.c / sae.scale

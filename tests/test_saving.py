@@ -1,6 +1,8 @@
 """A saved SAE is believed only where its parts agree: config, weights, their checksum and their sizes."""
 
+import copy
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -51,6 +53,46 @@ def test_the_shapes_are_those_of_what_is_made(arch):
     assert sae.shapes(**{k: v for k, v in sae.config.items() if k != "arch"}) == {
         name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()
     }
+
+
+def test_an_argument_that_is_changed_later_is_saved(tmp_path):
+    sae = ContextualSAE(6, 12, 4, n_heads=2)
+    sae.k, sae.sweeps, sae.dead_after = 3, 7, 5
+    sae.save_pretrained(tmp_path)
+    loaded = load_sae(tmp_path)
+    assert (loaded.k, loaded.k_mem, loaded.sweeps, loaded.dead_after) == (3, 3, 7, 5)
+    assert loaded.config == sae.config
+    again = copy.deepcopy(loaded)
+    again.k_mem = 2
+    assert (loaded.k_mem, loaded.config["k_mem"], again.config["k_mem"]) == (3, None, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("k", 0, "k: given 0; needed 1"),
+        ("k", 2.0, "k: given a float"),
+        ("k_mem", 5, "k_mem: given 5; needed 1 to k = 3"),
+        ("query", "next", "query: given 'next'"),
+        ("aux_coef", -1, "aux_coef: given -1"),
+        ("d_sae", 5, "d_sae: given 5; the parameters are made for 15"),
+        ("n_heads", 1, "n_heads: given 1; the parameters are made for 2"),
+    ],
+)
+def test_what_an_argument_cant_be_changed_to_is_refused(name, value, message):
+    sae = new()
+    before = sae.config
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        setattr(sae, name, value)
+    assert sae.config == before
+
+
+def test_a_parameter_of_another_shape_is_not_saved(tmp_path):
+    sae = new()
+    sae.W_dec = torch.nn.Parameter(sae.W_dec[:5].detach())
+    with pytest.raises(ValueError, match=r"W_dec is \[5, 6\]; needed \[15, 6\]"):
+        sae.save_pretrained(tmp_path / "sae")
+    assert not (tmp_path / "sae").exists()
 
 
 @pytest.mark.parametrize("name", list(new().state_dict()))

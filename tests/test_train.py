@@ -15,7 +15,8 @@ from csae.adam import Adam
 from csae.checkpoint import last_checkpoint, load_sae
 from csae.data.activations import ShardActivations, estimate_normalisation
 from csae.errors import UserError
-from csae.train import Stopped, batch_of, exact_gap, learning_rate, set_sweeps, train
+from csae.sae import Sweeps
+from csae.train import Stopped, batch_of, exact_gap, learning_rate, sweeps_at, train
 
 
 @pytest.mark.parametrize("kind", ["topk", "contextual"])
@@ -109,17 +110,14 @@ def test_the_gap_is_that_of_the_exact_form_to_the_sweeps(tmp_path):
     assert fvus[0] != fvus[1]
     assert exact_gap(sae, batch) == pytest.approx((fvus[0], fvus[0] / fvus[1] - 1))
     # As many sweeps as positions are the recurrence.
-    sae.sweeps = 7
-    assert exact_gap(sae, batch)[1] == pytest.approx(0, abs=1e-5)
+    assert exact_gap(sae, batch, Sweeps(7))[1] == pytest.approx(0, abs=1e-5)
 
 
 def sweeps_of(cfg, sweeps, from_exact=False):
     """The sweeps of each step; None where they start elsewhere."""
-    sae, found = new_sae(), []
-    for step in range(cfg.steps):
-        set_sweeps(sae, step, cfg, sweeps)
-        found.append(sae.sweeps if sae.from_exact == from_exact else None)
-    return found
+    sae = ContextualSAE(D_IN, 12, 2, sweeps=sweeps)
+    found = [sweeps_at(step, cfg, sae) for step in range(cfg.steps)]
+    return [of.times if of.from_exact == from_exact else None for of in found]
 
 
 def test_sweeps_are_fewer_before_the_decay(tmp_path):
@@ -136,7 +134,7 @@ def test_sweeps_are_fewer_before_the_decay(tmp_path):
 
     class Watched(ContextualSAE):
         def gradients(self, *arguments):
-            seen.append(self.sweeps)
+            seen.append(arguments[-1].times)
             return super().gradients(*arguments)
 
     sae = Watched(D_IN, 12, 2, n_heads=2, d_head=3, d_value=3)
@@ -144,7 +142,6 @@ def test_sweeps_are_fewer_before_the_decay(tmp_path):
     source = Windows(lambda count: os.kill(os.getpid(), signal.SIGINT) if count == 5 else None)
     with pytest.raises(Stopped):
         train(sae, source, range(12), tmp_path, cfg)
-    assert sae.sweeps == 3
     train(sae, Windows(), range(12), tmp_path, cfg)
     assert (seen, sae.sweeps) == ([2] * 7 + [3, 2, 3], 3)
 
@@ -157,7 +154,7 @@ def test_from_the_exact_codes_there_is_no_gap(tmp_path):
     gaps = [abs(line["gap"]) for line in lines(tmp_path / "whole")]
     assert min(gaps[:14]) > 1e-4
     assert max(gaps[14:]) < 1e-5
-    assert (sae.from_exact, sae.sweeps) == (False, 3)
+    assert sae.sweeps == 3
 
     resumed = new_sae()
     resumed.W_O.data.mul_(20)

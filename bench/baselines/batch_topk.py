@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from csae.factors import Trace
+from csae.factors import Pass
 from csae.ops import sparse_decode
-from csae.ops.topk_encode import with_encode_gradient
-from csae.sae import SAE, Code, Output
+from csae.sae import SAE, Code, Output, Sweeps
 
 # The share of the running threshold that a batch replaces.
 THRESHOLD_RATE = 0.05
@@ -59,7 +58,7 @@ class BatchTopKSAE(SAE):
         documents: not used, tokens don't see each other.
         """
         self._check_acts(acts, mask, documents)
-        x_hat, code, c = self._run(acts / self.scale, mask, documents)
+        x_hat, code, c = self._run(Pass(self), acts / self.scale, mask, documents)
         return Output(x_hat * self.scale, code, c * self.scale)
 
     def encode(self, acts: Tensor, mask: Tensor | None = None) -> Code:
@@ -82,18 +81,16 @@ class BatchTopKSAE(SAE):
             self.threshold_weight.copy_(after)
 
     def _run(
-        self, x: Tensor, mask: Tensor | None, documents: Tensor | None, trace: Trace | None = None
+        self,
+        ops: Pass,
+        x: Tensor,
+        mask: Tensor | None,
+        documents: Tensor | None,
+        sweeps: Sweeps | None = None,
     ) -> tuple[Tensor, Code, Tensor]:
-        centred = x - self.b_dec
-        found = self._select(centred.detach(), mask)
-        if trace is None:
-            values = with_encode_gradient(centred, self.W_enc, self.b_enc, *found)
-            code = Code(values, found.indices)
-            x_hat = sparse_decode(*code, self.W_dec) + self.b_dec
-        else:
-            code = Code(*trace.encoded(centred.detach(), *found, self.W_enc, self.b_enc, mask))
-            x_hat = trace.decode("W_dec", *code, self.W_dec) + self.b_dec
-        return x_hat, code, x.new_zeros(()).expand_as(x)
+        centred = ops.centred(x)
+        code = Code(*ops.encode(centred, mask, self._select(centred.detach(), mask)))
+        return ops.decode("W_dec", code) + self.b_dec, code, x.new_zeros(()).expand_as(x)
 
     @torch.no_grad()
     def _select(self, centred: Tensor, mask: Tensor | None) -> Code:

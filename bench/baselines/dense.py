@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from csae.factors import Gradients
-from csae.sae import SAE, Code, Losses
+from csae.sae import SAE, Code, Losses, Sweeps
 
 
 def dense_gradients(
@@ -15,9 +15,10 @@ def dense_gradients(
     mask: Tensor | None = None,
     documents: Tensor | None = None,
     dead: Tensor | None = None,
+    sweeps: Sweeps | None = None,
 ) -> tuple[Losses, Gradients]:
     """What `SAE.gradients` returns, each gradient a dense tensor. Args: as `SAE.loss`."""
-    losses = sae.loss(acts, mask, documents, dead)
+    losses = sae.loss(acts, mask, documents, dead, sweeps)
     parameters = dict(sae.named_parameters())
     with torch.autocast(acts.device.type, enabled=False):  # forward's business
         found = torch.autograd.grad(losses.loss, list(parameters.values()), allow_unused=True)

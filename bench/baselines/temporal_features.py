@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from csae.bench.baselines.dense import dense_gradients
-from csae.factors import Trace
+from csae.factors import Pass
 from csae.ops import lookback_attention, sparse_decode, topk_encode
-from csae.sae import SAE, Code, Output
+from csae.sae import SAE, Code, Output, Sweeps
 
 
 class TemporalFeatureSAE(SAE):
@@ -91,7 +91,7 @@ class TemporalFeatureSAE(SAE):
         documents: [B, T] integer; nothing looks across the boundary of a run of equal ids.
         """
         self._check_acts(acts, mask, documents)
-        x_hat, code, c = self._run(acts / self.scale, mask, documents)
+        x_hat, code, c = self._run(Pass(self), acts / self.scale, mask, documents)
         return Output(x_hat * self.scale, code, c * self.scale)
 
     def encode(self, acts: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Code:
@@ -105,7 +105,12 @@ class TemporalFeatureSAE(SAE):
     gradients = dense_gradients
 
     def _run(
-        self, x: Tensor, mask: Tensor | None, documents: Tensor | None, trace: Trace | None = None
+        self,
+        ops: Pass,
+        x: Tensor,
+        mask: Tensor | None,
+        documents: Tensor | None,
+        sweeps: Sweeps | None = None,
     ) -> tuple[Tensor, Code, Tensor]:
         centred = x - self.b_dec
         c = self._predict(centred, mask, documents)

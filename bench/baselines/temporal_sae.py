@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from csae.bench.baselines.batch_topk import BatchTopKSAE
 from csae.bench.baselines.dense import dense_gradients
-from csae.factors import Trace
+from csae.factors import Pass
 from csae.ops import sparse_decode
-from csae.sae import Code, Losses, fraction_unexplained
+from csae.sae import Code, Losses, Sweeps, fraction_unexplained
 
 
 class TemporalSAE(BatchTopKSAE):
@@ -69,13 +69,14 @@ class TemporalSAE(BatchTopKSAE):
 
     def _losses(
         self,
+        ops: Pass,
         acts: Tensor,
         mask: Tensor | None,
         documents: Tensor | None,
         dead: Tensor | None,
-        trace: Trace | None,
+        sweeps: Sweeps | None,
     ) -> Losses:
-        plain = super()._losses(acts, mask, documents, dead, trace)
+        plain = super()._losses(ops, acts, mask, documents, dead, sweeps)
         high = plain.code.values * (plain.code.indices < self.n_high)
         x = acts / self.scale
         weight = x.new_ones(x.shape[:-1]) if mask is None else mask.to(x.dtype)

@@ -35,7 +35,7 @@ from csae.evaluate import evaluate, run_form
 from csae.progress import Progress, quiet
 from csae.sae import SAE, Code
 from csae.topk_sae import TopKSAE
-from csae.train import TrainConfig, adam, batch_of, learning_rate, set_sweeps, train_step
+from csae.train import TrainConfig, adam, batch_of, train_step
 
 N_CTX, D_IN, CROWDED = 256, 128, 64
 N_REGION, N_TOKEN = 16, 128
@@ -215,7 +215,7 @@ def fit(
     description: str = "training",
 ) -> None:
     """Train `sae` in place, in memory: `csae.train.train` without a folder."""
-    sweeps, exact_from = (sae.sweeps, EXACT_FROM[sae.query]) if isinstance(sae, ContextualSAE) else (0, 1.0)
+    exact_from = EXACT_FROM[sae.query] if isinstance(sae, ContextualSAE) else 1.0
     config = TrainConfig(
         steps, BATCH_WINDOWS, LR, LOOK_BACK_LR, decay=DECAY, early_sweeps=EARLY_SWEEPS, exact_from=exact_from
     )
@@ -224,11 +224,7 @@ def fit(
     sae.train()
     for step in progress(range(steps), description):
         batch = source.read(batch_of(windows, step, config))
-        if isinstance(sae, ContextualSAE):
-            set_sweeps(sae, step, config, sweeps)
-        train_step(sae, optimizer, batch, learning_rate(step, config), config, sae.W_dec.device)
-    if isinstance(sae, ContextualSAE):
-        sae.sweeps, sae.from_exact = sweeps, False
+        train_step(sae, optimizer, batch, step, config)
     sae.eval()
 
 

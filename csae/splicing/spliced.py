@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from csae.contextual_sae import ContextualSAE
 from csae.data.activations import Begun, follow_mask
 from csae.data.language_model import LanguageModel, find_blocks, replacing_hook
-from csae.recurrence import State, advance, carried_by, initial_state
+from csae.look_back import LookBack
+from csae.recurrence import State
 from csae.sae import SAE, Code, Output
 from csae.splicing.following import Content, Text, caches_in, content_of, is_known, named
 from csae.splicing.visible import first_position, visible
@@ -108,7 +109,7 @@ class Spliced:
         features = torch.tensor([edit.feature for edit in edits], dtype=torch.int64, device=sae.W_dec.device)
         self._features = features
         self._directions = sae.W_dec.detach()[features]  # [m, d_in]
-        self._carried_directions = carried_by(sae, features) if isinstance(sae, ContextualSAE) else None
+        self._carried_directions = LookBack.of(sae).carried_by(features) if isinstance(sae, ContextualSAE) else None
         self._texts: list[_Remembered] = []  # the last one first
         self._pass: _Pass | None = None
         self._passes = 0
@@ -213,14 +214,14 @@ class Spliced:
             state = text.state
             if state is None:
                 room = self.look_back or max(256, T)
-                state = initial_state(sae, B, room, self.look_back is not None, self._features)
+                state = sae.recurrence.initial_state(B, room, self.look_back is not None, self._features)
             # The last positions by themselves: what they write over is kept, as they may be rejected.
             first = max(0, T - state.memory.shape[1]) if state.bounded else 0
             running.state = state.clone() if first else state
             parts = []
             for part in (slice(0, first), slice(first, T)) if first else (slice(0, T),):
                 running.overwritten = _to_overwrite(running.state, part.stop - part.start)
-                made = advance(sae, acts[:, part] / sae.scale, running.state, mask[:, part], None)
+                made = sae.recurrence.advance(acts[:, part] / sae.scale, running.state, mask[:, part], None)
                 running.state = made[-1]
                 parts.append((made[0], *made[1], *made[2:-1]))
             x_hat, values, indices, c, carried = (torch.cat(same, dim=1) for same in zip(*parts, strict=True))
