@@ -1,4 +1,4 @@
-"""What an error says, which must be one line."""
+"""The message of an error, which must be one line."""
 
 from __future__ import annotations
 

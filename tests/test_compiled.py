@@ -1,4 +1,4 @@
-"""Under torch.compile every public method of both SAEs, and a training step, give what they give without."""
+"""Every public method of both SAEs, and a training step, give the same under torch.compile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Activations of any floating dtype meet weights of any other, by the one rule that `SAE` says; autocast or not."""
+"""Activations and weights of any two floating dtypes, by the rule in `SAE`'s docstring, with and without autocast."""
 
 from __future__ import annotations
 

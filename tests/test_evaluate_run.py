@@ -1,4 +1,4 @@
-"""What a run is evaluated on: held-out windows, or others that it did not train on; and at the place it is of."""
+"""A run is evaluated on held-out windows or others that it did not train on, at its own model and layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A frozen parameter (requires_grad=False) gets no gradient and stays as it is; an optimizer is of the SAE as it is."""
+"""A frozen parameter (requires_grad=False) gets no gradient and doesn't change; an optimizer refuses a changed SAE."""
 
 from __future__ import annotations
 

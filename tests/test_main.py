@@ -1,4 +1,4 @@
-"""How the program ends: in one line and with an exit code, whatever comes, at any moment."""
+"""The program ends with one line and an exit code, whatever happens, at any moment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files of a run are believed only where they agree with each other."""
+"""The files of a run are used only if they agree with each other."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""A saved SAE is believed only where its parts agree: config, weights, their checksum and their sizes."""
+"""A saved SAE is loaded only if its parts agree: config, weights, their checksum and their sizes."""
 
 import copy
 import json

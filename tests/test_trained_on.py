@@ -1,4 +1,4 @@
-"""What an SAE was trained on: made of what sources say, kept through every way of saving, and compared."""
+"""What an SAE was trained on: read from the source, kept by every way of saving, and compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The baselines of other papers: each against its definition by brute force, and what its paper says of it."""
+"""The baselines of other papers, against brute-force definitions and against statements of the papers."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The measurements themselves; times are reported, never asserted. Memory is a promise."""
+"""The measurements of the benchmark. Memory is asserted; times are only reported."""
 
 import json
 import subprocess

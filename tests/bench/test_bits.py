@@ -1,4 +1,4 @@
-"""Code lengths against closed forms and brute force; the account of each kind of SAE against what a receiver has."""
+"""Code lengths against closed forms and brute force; FVU and bits of each kind of SAE against a real receiver."""
 
 from __future__ import annotations
 

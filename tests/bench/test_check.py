@@ -1,4 +1,4 @@
-"""The gate: what is right passes, near ties pass, what is wrong is named."""
+"""The comparison of results: right ones pass, near ties pass, and a wrong tensor is named."""
 
 import pytest
 import torch

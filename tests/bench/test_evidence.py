@@ -1,4 +1,4 @@
-"""The evidence in one command, on a tiny model: every part is made, and nothing twice."""
+"""`csae evidence` on a tiny model: it makes every part, and a second call makes nothing again."""
 
 from __future__ import annotations
 

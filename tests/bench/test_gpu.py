@@ -1,4 +1,4 @@
-"""The GPU command, as far as a machine without a GPU can tell; and what it makes of results."""
+"""`make gpu` as far as it can be tested without a GPU, and the tables that it writes."""
 
 from __future__ import annotations
 

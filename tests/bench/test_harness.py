@@ -1,4 +1,4 @@
-"""The registry, the gate in front of the clock, and what a run gives; peers are not needed."""
+"""The list of cases, the check before timing, and the results of a run. No peers are needed."""
 
 import dataclasses
 import json

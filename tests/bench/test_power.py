@@ -1,4 +1,4 @@
-"""What the look-back leans on: figures against brute force from the parts of c, and cases where they are known."""
+"""What the look-back depends on: figures against brute force, and in cases where they are known."""
 
 from __future__ import annotations
 

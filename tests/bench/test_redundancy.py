@@ -1,4 +1,4 @@
-"""The redundancy of activations against processes whose redundancy is known, and a direct regression."""
+"""The redundancy of activations, on processes whose redundancy is known, and against a direct regression."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The list of architectures is what it says it is."""
+"""Each architecture of tests/architectures.py has the blocks, width and vocabulary that it promises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The blocks of a model are found by what they do, and what has no stream from one to the next is refused."""
+"""A model's blocks are recognised by what they do; a model without a residual stream between them is refused."""
 
 from __future__ import annotations
 

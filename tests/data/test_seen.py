@@ -1,4 +1,4 @@
-"""Which windows were trained on is kept, and they are recognised."""
+"""The windows that were trained on are recorded, and recognised later."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Language models that know no other tokens than the one they see."""
+"""Toy language models without attention: a position depends on its own token only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Block(nn.Module):
 
 
 class Toy(nn.Module):
-    """A language model that knows no other tokens than the one it sees; how its blocks run is for others to say."""
+    """A language model without attention; subclasses say how its blocks run."""
 
     blocks: nn.Module
 

@@ -1,4 +1,4 @@
-"""Native products in float32, from three bfloat16 of each number, against float64."""
+"""Native float32 products (bf16x3 GEMM: each number as three bfloat16 numbers), against float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory of large results: given out again when nothing sees it any more, and not before."""
+"""Memory of large results is reused once nothing refers to it any more, and not before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Heads brought to a length by the native library, against the composition in float64."""
+"""Native RMSNorm of heads, against its definition in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole steps of both SAEs on the Triton kernels: what the ops and the recurrence call is there, and fits together."""
+"""Whole steps of both SAEs on the Triton kernels: the ops and the recurrence find the functions that they call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The dense products of the look-back, on matrix units and not, against float64."""
+"""The dense products of the look-back, with and without matrix units, against float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every operator of the package: what torch.library.opcheck asks of it, and what tracers and transforms make of it."""
+"""Every registered operator passes torch.library.opcheck, and works under tracers and transforms."""
 
 from __future__ import annotations
 

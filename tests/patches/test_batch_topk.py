@@ -1,4 +1,4 @@
-"""The largest of a batch against a look at all of them."""
+"""The largest activations of a batch, against a search through all of them."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Tensors that stand for dense ones: what they answer, and that they are the dense ones to whoever asks more."""
+"""Tensors in the place of dense ones: they answer some questions themselves, and become dense for all others."""
 
 import copy
 import math

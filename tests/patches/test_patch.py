@@ -1,4 +1,4 @@
-"""What applies a patch and takes it back, with a library that isn't one."""
+"""A patch is applied and taken back, on a library made up for the test."""
 
 import importlib.metadata
 import sys

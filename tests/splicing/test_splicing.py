@@ -1,4 +1,4 @@
-"""An SAE in a language model: what it puts there, in whole passes and token by token, with and without edits."""
+"""An SAE inside a language model: its output, in whole passes and token by token, with and without edits."""
 
 from __future__ import annotations
 

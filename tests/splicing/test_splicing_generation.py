@@ -1,4 +1,4 @@
-"""Splicing under a model's own generation: what is put in with a cache is what is put in without one."""
+"""Splicing while a model generates: with a cache the SAE puts in the same as without one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a splice takes for text: attention masks in all their forms, and position numbers."""
+"""Which positions a splice treats as text: attention masks of all forms, and position ids."""
 
 from __future__ import annotations
 
