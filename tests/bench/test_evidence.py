@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import pydoc_data.topics
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from csae.bench.evidence import command, grid, synthetic
+from csae.bench.evidence import command, grid, synthetic, texts
 from csae.bench.evidence.grid import CURRENT, PAST, TOPK, WIDE, Budget, Cell
 from csae.errors import UserError
 
@@ -18,6 +19,8 @@ TINY = {"ks": (2,), "layers": (2,), "seeds": 1, "budget": Budget(d_sae=40, token
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    topics = pydoc_data.topics.topics
+    monkeypatch.setattr(texts, "python_prose", lambda: [topics[name] for name in sorted(topics)[:40]])
     monkeypatch.setattr(grid, "HELD_OUT", 8)
     monkeypatch.setattr(command, "SWITCH_WINDOWS", 8)
     monkeypatch.setattr(command, "LONGER", 2)
