@@ -31,7 +31,8 @@ from csae.data.activations import (
     held_out,
     write_cache,
 )
-from csae.data.language_model import LanguageModel, smollm2
+from csae.data.language_model import LanguageModel
+from csae.data.loading import smollm2
 from csae.data.shards import ABOUT_FILE
 from csae.data.text import beginning, python_prose, read_documents, tokenize
 from csae.errors import UserError, shown

@@ -24,6 +24,14 @@ def shown(text: object) -> str:
     return "".join(character if _is_plain(character) else _escaped(character) for character in str(text))
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, and the next where that goes on there."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if lines[0].endswith(":"):
+        lines[:2] = [" ".join(lines[:2])]
+    return lines[0].rstrip(".:")
+
+
 def _is_plain(character: str) -> bool:
     return character.isprintable() or character in HARMLESS or unicodedata.category(character) == "Zs"
 

@@ -25,7 +25,8 @@ import torch
 from csae.bench.evidence import grid, long_windows, page, power, redundancy, switches, synthetic, texts
 from csae.bench.evidence.grid import CURRENT, PAST, TOPK, Budget, Cell
 from csae.data.activations import ActivationSource, ModelActivations, held_out
-from csae.data.language_model import LanguageModel, smollm2
+from csae.data.language_model import LanguageModel
+from csae.data.loading import smollm2
 from csae.data.text import TokenWindows, beginning
 from csae.errors import UserError
 from csae.files import write_json

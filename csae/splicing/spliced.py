@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from csae.contextual_sae import ContextualSAE
 from csae.data.activations import Begun, follow_mask
-from csae.data.language_model import LanguageModel, find_blocks, replacing_hook
+from csae.data.blocks import find_blocks, replacing_hook
+from csae.data.language_model import LanguageModel
 from csae.look_back import LookBack
 from csae.recurrence import State
 from csae.sae import SAE, Code, Output
@@ -467,7 +468,7 @@ def splice(
     norms are compared with those of the first pass). A cache must have been filled inside the splice, from the first
     token on. What is compiled runs uncompiled in it, and a copy of the model is one without it. No gradient goes
     through the SAE. The first splice of a model runs it once on a few tokens, to see what its blocks are
-    (`csae.data.language_model.find_blocks`).
+    (`csae.data.blocks.find_blocks`).
 
     Args:
         model: a causal language model of transformers, or a `LanguageModel`.

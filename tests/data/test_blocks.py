@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 from toys import Block, Toy
 
-from csae.data.language_model import LanguageModel, find_blocks
+from csae.data.blocks import find_blocks
+from csae.data.language_model import LanguageModel
 from csae.errors import UserError
 
 transformers = pytest.importorskip("transformers")

