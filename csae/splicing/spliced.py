@@ -9,9 +9,7 @@ codes as if it had seen the whole text at once. `csae.splicing.following` says w
 
 from __future__ import annotations
 
-import functools
 import inspect
-import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -30,51 +28,14 @@ from csae.data.language_model import LanguageModel
 from csae.look_back import LookBack
 from csae.recurrence import State
 from csae.sae import SAE, Code, Output
-from csae.splicing.following import Content, Text, caches_in, content_of, is_known, named
+from csae.splicing.edit import Edit
+from csae.splicing.following import Content, caches_in, content_of, is_known, named
+from csae.splicing.remembered import Remembered, part_of, restore, to_overwrite
 from csae.splicing.visible import first_position, visible
+from csae.splicing.wrapping import by_name, wrapped
 from csae.trained_on import check_place
 
-PARTS = ("new", "carried", "both")
 COMPILED = "splice: inside a compiled function; needed outside of one, around its call"
-
-
-@dataclass(frozen=True)
-class Edit:
-    """What is done to a feature. Give `scale` or `set`; scale=0 ablates it.
-
-    The codes stay as they are: an edit changes what is put into the model, not what the SAE sees.
-    """
-
-    feature: int
-    part: str = "both"
-    """"new": where the feature is in the code. "carried": its part of c, from all earlier positions. "both"."""
-    scale: float | None = None
-    """multiplies it"""
-    set: float | None = None
-    """how active it is, in units of normalised activations, at every position; carried: as every head finds it"""
-
-    def __post_init__(self) -> None:
-        if self.part not in PARTS:
-            raise ValueError(f"part: given {self.part!r}; needed one of {', '.join(map(repr, PARTS))}")
-        if (self.scale is None) == (self.set is None):
-            raise ValueError(f"scale, set: given {self.scale} and {self.set}; needed one of them")
-        number = self.set if self.scale is None else self.scale
-        if number is None or not math.isfinite(number):
-            raise ValueError(f"scale, set: given {number}; needed a finite number")
-
-    def delta(self, active: Tensor) -> Tensor:
-        """How much more active the feature is to be, where it is as active as given."""
-        wanted = active * self.scale if self.scale is not None else torch.full_like(active, self.set or 0.0)
-        return wanted - active
-
-
-@dataclass
-class _Remembered(Text):
-    """A text that went through the model, and what the SAE remembers of it."""
-
-    state: State | None = None
-    overwritten: tuple[int, Tensor, Tensor] | None = None
-    """of a bounded memory: the position, memory and takes_part of what the last pass wrote over"""
 
 
 @dataclass
@@ -88,7 +49,7 @@ class _Pass:
     """all that were seen, the last of them the first to ask what they hold after it"""
     arguments: dict[str, Any] = field(default_factory=dict)
     """by name, of the innermost module around the block"""
-    text: _Remembered | None = None
+    text: Remembered | None = None
     """what it goes on with"""
     new: dict[str, Tensor] | None = None
     """what went through the block, tables [B, T, ...]"""
@@ -111,7 +72,7 @@ class Spliced:
         self._features = features
         self._directions = sae.W_dec.detach()[features]  # [m, d_in]
         self._carried_directions = LookBack.of(sae).carried_by(features) if isinstance(sae, ContextualSAE) else None
-        self._texts: list[_Remembered] = []  # the last one first
+        self._texts: list[Remembered] = []  # the last one first
         self._pass: _Pass | None = None
         self._passes = 0
         self._failure: Exception | None = None  # of the last pass that failed
@@ -127,7 +88,7 @@ class Spliced:
                 running.caches.append(cache)
                 if content is not None:
                     running.entered.append((cache, content))
-            running.arguments = _by_name(signature, args, kwargs)
+            running.arguments = by_name(signature, args, kwargs)
             output = forward(*args, **kwargs)
             running.caches += caches_in(
                 output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
@@ -143,13 +104,13 @@ class Spliced:
                 caches_in(value for value in (*args, *kwargs.values()) if not isinstance(value, list | tuple))
             )
             if outermost:
-                running.arguments = _by_name(signature, args, kwargs)
+                running.arguments = by_name(signature, args, kwargs)
                 if any(content_of(cache, None) is not None for cache in caches):
                     raise ValueError(
                         "the block was called by itself with a cache; needed a call of the model around it"
                     )
             running.caches += caches
-            return self._put_in(None, args, forward(*args, **kwargs))
+            return replacing_hook(self.replace)(None, args, forward(*args, **kwargs))
 
     @contextmanager
     def _running(self) -> Iterator[tuple[_Pass, bool]]:
@@ -169,10 +130,7 @@ class Spliced:
             if outermost:
                 self._pass = None
                 if running.overwritten is not None and running.state is not None:
-                    _restore(running.state, running.overwritten, running.overwritten[0])
-
-    def _put_in(self, module: Any, args: Any, output: Any) -> Any:
-        return replacing_hook(self.replace)(module, args, output)
+                    restore(running.state, running.overwritten, running.overwritten[0])
 
     @torch.no_grad()
     @torch.inference_mode(False)
@@ -221,7 +179,7 @@ class Spliced:
             running.state = state.clone() if first else state
             parts = []
             for part in (slice(0, first), slice(first, T)) if first else (slice(0, T),):
-                running.overwritten = _to_overwrite(running.state, part.stop - part.start)
+                running.overwritten = to_overwrite(running.state, part.stop - part.start)
                 made = sae.recurrence.advance(acts[:, part] / sae.scale, running.state, mask[:, part], None)
                 running.state = made[-1]
                 parts.append((made[0], *made[1], *made[2:-1]))
@@ -242,12 +200,12 @@ class Spliced:
         )
         return torch.where(self.mask.unsqueeze(-1), replaced, given)
 
-    def _continued(self, running: _Pass, B: int) -> _Remembered:
+    def _continued(self, running: _Pass, B: int) -> Remembered:
         """The text that a pass goes on with, by the caches that it was given; an empty one if they hold nothing."""
         given = [(cache, content) for cache, content in reversed(running.entered) if is_known(cache)]
         given = given or running.entered
         if not given:
-            return _Remembered()
+            return Remembered()
         for cache, content in given:
             for text in sorted(self._texts, key=lambda text: not text.owned_by(cache)):
                 found = text.found_in(content)
@@ -258,7 +216,7 @@ class Spliced:
                     raise ValueError(f"{named(cache)} holds {content.marks.shape[0]} rows; needed {B}, as in the pass")
                 if rows is None and kept == text.length and text.owned_by(cache) and len(text.owners) == 1:
                     return text
-                return _part(text, rows, kept)
+                return part_of(text, rows, kept)
         cache, content = given[0]
         holds = f"{content.length} positions" if content.length else "a state"
         raise ValueError(
@@ -334,111 +292,8 @@ class Spliced:
         return added
 
 
-def _by_name(signature: inspect.Signature, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a forward by name, those in its ** too; given by place or by name."""
-    try:
-        arguments = dict(signature.bind(*args, **kwargs).arguments)
-    except TypeError:
-        return dict(kwargs)  # it will say so itself
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            arguments |= arguments.pop(name, {})
-    return arguments
-
-
 def _described(value: Any) -> str:
     return f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
-def _part(text: _Remembered, rows: Tensor | None, kept: int) -> _Remembered:
-    """A text of its own, of these rows of it and so many of its positions."""
-    plain = text.part(rows, kept)
-    part = _Remembered()
-    part.length, part.tables = plain.length, plain.tables
-    if text.state is not None:
-        state = text.state.clone() if rows is None else _rows(text.state, rows.to(text.state.memory.device))
-        if kept < state.position:
-            overwritten = text.overwritten
-            if state.bounded and state.position > state.memory.shape[1]:
-                if overwritten is None or kept < overwritten[0]:
-                    raise ValueError(
-                        f"look_back: the text was cut from {state.position} to {kept} positions, and what went before "
-                        "is no longer remembered; needed no look_back, to remember all"
-                    )
-                if rows is not None:
-                    rows = rows.to(state.memory.device)
-                    overwritten = overwritten[0], overwritten[1][rows], overwritten[2][rows]
-                _restore(state, overwritten, kept)
-            past = part.table("past")[:, -1] if "past" in part.tables else state.past
-            state = state._replace(position=kept, past=past)
-        part.state = state
-    return part
-
-
-def _rows(state: State, rows: Tensor) -> State:
-    """The state of these rows, a copy."""
-    return state._replace(
-        **{name: getattr(state, name)[rows] for name in ("memory", "takes_part", "start", "document", "past")}
-    )
-
-
-def _to_overwrite(state: State, n: int) -> tuple[int, Tensor, Tensor] | None:
-    """What the next n positions write over in a bounded memory: their first, and its memory and takes_part."""
-    room = state.memory.shape[1]
-    if not state.bounded or state.position + n <= room or n > room:
-        return None
-    slots = torch.arange(state.position, state.position + n, device=state.memory.device) % room
-    return state.position, state.memory[:, slots], state.takes_part[:, slots]
-
-
-def _restore(state: State, overwritten: tuple[int, Tensor, Tensor], first: int) -> None:
-    """Put back, in place, what positions from `first` on wrote over."""
-    position, memory, takes_part = overwritten
-    slots = torch.arange(first, position + memory.shape[1], device=memory.device) % state.memory.shape[1]
-    state.memory[:, slots] = memory[:, first - position :]
-    state.takes_part[:, slots] = takes_part[:, first - position :]
-
-
-class _Wrapper:
-    """A module's forward, run inside `around(signature, forward, args, kwargs)` while it lasts.
-
-    Of a copy of the module, it is a plain forward: a function would go on to run the module that it was copied from.
-    """
-
-    def __init__(self, forward: Callable[..., Any], around: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, forward)
-        self.forward, self.around, self.signature, self.lasts = forward, around, inspect.signature(forward), True
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.around(self.signature, self.forward, args, kwargs) if self.lasts else self.forward(*args, **kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _itself, (self.forward,)
-
-
-def _itself(forward: Callable[..., Any]) -> Callable[..., Any]:
-    return forward
-
-
-@contextmanager
-def _wrapped(module: nn.Module, around: Callable[..., Any]) -> Iterator[None]:
-    """module.forward runs inside `around`, see `_Wrapper`, while the context lasts.
-
-    Not by a hook: transformers 4.57 records hidden states inside the forward, before any hook, and 5 in hooks of its
-    own. What is put in here is what they record.
-    """
-    forward, own = module.forward, vars(module).get("forward")
-    wrapper = _Wrapper(forward, around)
-    module.forward = wrapper  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        wrapper.lasts = False  # who has wrapped it again in the meantime keeps a wrapper that does nothing
-        if vars(module).get("forward") is wrapper:
-            if own is None:
-                del module.forward
-            else:
-                module.forward = own
 
 
 def _name(model: Any) -> str | None:
@@ -516,8 +371,8 @@ def splice(
         for module in model.modules():
             inside = module is not block and any(part is block for part in module.modules())
             if inside and not isinstance(module, nn.ModuleList) and not hasattr(module, "_orig_mod"):
-                stack.enter_context(_wrapped(module, spliced.around))
-        stack.enter_context(_wrapped(block, spliced.at_block))
+                stack.enter_context(wrapped(module, spliced.around))
+        stack.enter_context(wrapped(block, spliced.at_block))
         stack.callback(sae.train, sae.training)
         sae.eval()
         yield spliced
