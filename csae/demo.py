@@ -56,11 +56,11 @@ LAYER = 12
 K = 16
 D_SAE = 2304
 BATCH_WINDOWS = 8
-# Of 1e-3, 2e-3, 3e-3, 4e-3 and 8e-3 the widened TopK SAE did best, and alike, with 3e-3 and 4e-3.
+# Tried 1e-3, 2e-3, 3e-3, 4e-3, 8e-3: the widened TopK SAE did best with 3e-3 and 4e-3, equally well.
 LR = 4e-3
 DEAD_AFTER = 200_000
 EVAL_WINDOWS = 100
-CE_WINDOWS = 4  # each is a pass or more through the whole language model for each figure
+CE_WINDOWS = 4  # each costs passes through the whole language model
 PASSAGES = 3
 
 
@@ -109,7 +109,7 @@ def run_demo(
     wanted = tokens + eval_windows * n_ctx
     begin = beginning(lm.tokenizer)
     token_windows = tokenize(documents, lm.tokenizer, n_ctx, wanted, seed, progress, begin)
-    # Made before the long steps, so that sizes that don't fit are said at once.
+    # Before the long steps, so that sizes that do not fit are reported at once.
     n_windows = len(token_windows.tokens)
     train_windows, test_windows = held_out(n_windows, max(1, min(eval_windows, n_windows // 5)))
     activations = ModelActivations(lm, layer, token_windows)
@@ -137,7 +137,7 @@ def run_demo(
         keep_held_out_fvu(runs[name], sae, found)
         write_json(runs[name] / EVAL, found)
         rows.append(found | {"name": name})
-        # In results.json tokens_per_s is the speed of training, which is what trained models are compared by.
+        # In results.json tokens_per_s is the speed of training.
         speeds = {"tokens_per_s": _training_speed(runs[name]), "eval_tokens_per_s": found["tokens_per_s"]}
         figures.append(found | {"arch": name} | speeds)
 
@@ -213,7 +213,7 @@ def _cached(source: ModelActivations, folder: Path, progress: Progress) -> Activ
         return ShardActivations(folder)
     cached = ShardActivations(folder)
     made_from, wanted = cached.describe(), json.loads(json.dumps(source.describe()))
-    # The type that they are stored in is another than the model's.
+    # The dtype on disk is not the model's.
     differing = [key for key in wanted if key != "dtype" and made_from.get(key) != wanted[key]]
     if differing:
         changes = "; ".join(f"{key}: {made_from.get(key)}, wanted {wanted[key]}" for key in differing)

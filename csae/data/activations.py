@@ -1,8 +1,8 @@
 """Windows of activations, from a language model as it runs or from shards on disk, and what is measured on them.
 
-A source gives the same windows the same bits each time they are read together, so a resumed training goes on
-where it was. Windows are shuffled, tokens are not: a window stays whole, with a mask that leaves out
-attention sinks and with document ids that tell where nothing may look back any further.
+A source is deterministic: the same request gives the same bits, so a resumed training goes on where it was. Training
+shuffles windows and keeps each whole: the mask leaves out attention sinks, and document ids mark the boundaries that
+nothing looks back across.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class ModelActivations:
             "batch_size": self.batch_size,
             "windows_sha256": digest.hexdigest(),
         }
-        # Only where they are: runs of before these options say neither.
+        # Runs older than these options have neither key.
         if windows.begin:
             about["bos"] = True
         if self.keep_first:
@@ -149,7 +149,7 @@ class ShardActivations:
 
     def read(self, window_indices: Sequence[int]) -> Batch:
         windows = [self._reader.read(int(window)) for window in window_indices]
-        # In one piece: an operation a window would cost more in starting threads than in work.
+        # One operation for the batch: per window, starting threads costs more than the work.
         acts = torch.stack([window.activations for window in windows]).float()
         finite = acts.flatten(1).abs().amax(dim=1).isfinite()
         if not finite.all():
@@ -205,14 +205,16 @@ def sink_mask(
 ) -> Tensor:
     """Which positions take part: acts [B, T, d_in] -> [B, T] bool.
 
-    The one rule for padding and attention sinks, wherever activations come from. No text is where `text` [B, T], bool
-    or integers, is false, and where all of a position's activations are zero, as others write padding. Of the text,
-    out is position 0, the first of each row that is text, and every position whose norm is more than ten times the
-    median norm of the other text of its row. `keep_first`, for activations of what has no such sinks, keeps both; with
-    `bos` only the latter, as position 0 is a beginning of sequence.
-    Out are also the positions that are true in `special` [B, T], tokens that the model sees as text and an SAE does
-    not: they are in no median, but the first may be position 0. The mask of a row does not depend on the rows beside
-    it. A position with NaN or Inf takes part: it is to be seen.
+    This is the one rule for padding and attention sinks. A row does not depend on the others of the batch.
+
+    - Padding takes no part: where `text` [B, T], bool or integers, is false, or where all activations are zero.
+    - Position 0 takes no part: the first position of the row that is text.
+    - Outliers take no part: positions whose norm is more than ten times the median norm of the row's other text.
+    - Special tokens take no part: where `special` [B, T] is true. They count in no median, but one can be position 0.
+    - A position with NaN or Inf takes part, so that the error is noticed.
+
+    `keep_first`: position 0 and outliers take part, for activations without sinks. With `bos` as well, only outliers
+    do, as position 0 is a beginning of sequence.
 
     Raises ValueError or TypeError where shapes or dtypes are others.
     """
@@ -230,8 +232,8 @@ def follow_mask(
 ) -> tuple[Tensor, Begun]:
     """`sink_mask` of texts that come in parts: the next T positions, and what their next parts need.
 
-    before: what the parts before gave, None where there are none. Norms are compared with the median of the first part
-    that has text beside position 0.
+    before: what the call for the part before gave; None for the first part. Norms are compared with the median of the
+    first part that has text beside position 0.
     """
     if acts.dim() != 3:
         raise ValueError(f"acts: given shape {list(acts.shape)}; needed [B, T, d_in]")
@@ -351,7 +353,7 @@ def write_cache(
         if not activations.isfinite().all():
             largest = float(batch.acts.abs().max())
             raise UserError(f"an activation of {largest:.0f} is too large for {dtype}; store bfloat16 or float32")
-        if (batch.mask & ~sink_mask(activations, keep_first=True)).any():  # who reads zeros takes them for padding
+        if (batch.mask & ~sink_mask(activations, keep_first=True)).any():  # a row of zeros would be read as padding
             raise UserError(f"activations are so small that {dtype} rounds them to zero; store bfloat16 or float32")
         stored = {
             "activations": activations,

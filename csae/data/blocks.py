@@ -33,10 +33,10 @@ class Blocks(NamedTuple):
 def find_blocks(model: Any, name: str) -> Blocks:
     """The blocks of a causal language model of transformers, recognised by what they do.
 
-    The first time for a model, it runs on 2 windows of 4 tokens, in evaluation mode and without a cache. Its blocks are
-    the heaviest list of as many modules as the model is deep, of which each one runs once, in order, gives a stream
-    [B, T, d_in] and takes the one before it as it was given. What they give at a token must not depend on later ones.
-    Raises UserError, in one line, where there are no such blocks.
+    The first time, the model runs on 2 windows of 4 tokens, in evaluation mode and without a cache. Its blocks are a
+    list of modules, as many as the model has layers. Each must run once, in order; give a stream [B, T, d_in]; and be
+    given the stream of the block before, unchanged. Of several such lists the one with most parameters is taken. The
+    result at a token must not depend on later tokens. Raises UserError, in one line, where there are no such blocks.
     """
     versions.check("transformers")
     model = getattr(model, "_orig_mod", model)

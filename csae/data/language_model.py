@@ -145,10 +145,10 @@ class LanguageModel:
         """What directions in the stream after the last block do to the next token's logits, by the model's own way.
 
         directions [m, d_in], m >= 1 -> [m, vocabulary] float32, on the model's device: the derivative of the logits
-        along each direction, where the stream is zero. There a final norm is linear: it centres where it is a
-        LayerNorm, multiplies each dimension with its weight, and all of them with one factor, which is large.
-        Projections, scales and caps behind it are in, biases are not. So an effect is right up to a positive factor,
-        the same for all directions. Raises UserError where the model gives no logits, or no derivative.
+        along each direction, at a stream of zeros. A final norm is linear there: RMSNorm multiplies by its weight and
+        by one large factor, LayerNorm also subtracts the mean. Projections, scales and caps after it are included,
+        biases are not. So effects are right up to one positive factor that all directions share. Raises UserError where
+        the model gives no logits, or no derivative.
         """
         if directions.dim() != 2 or directions.shape[1] != self.d_in or not len(directions):
             raise ValueError(f"directions: given shape {list(directions.shape)}; needed [m, {self.d_in}], m >= 1")
@@ -160,7 +160,7 @@ class LanguageModel:
             return with_hidden(output, forward_ad.make_dual(zero, directions.unsqueeze(1).expand(zero.shape).to(zero)))
 
         def follow(rows: int) -> Tensor | None:
-            # Some recurrent models take a single token for the next one of the last text.
+            # Two tokens: some recurrent models take a single one as a continuation of the last text.
             tokens = torch.zeros(rows, 2, dtype=torch.int64, device=self.device)
             handle = self._blocks[-1].register_forward_hook(put_in)
             try:
@@ -170,7 +170,7 @@ class LanguageModel:
                 handle.remove()
 
         try:
-            # One row goes through the blocks, and as many as there are directions go on: most models don't mind.
+            # One row runs through the blocks and m rows continue from the last: most models accept that.
             effects = follow(1)
         except (UserError, RuntimeError):
             try:

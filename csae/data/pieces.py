@@ -1,5 +1,7 @@
-"""The text of single tokens. No tokenizer says it: bytes of one character may be several tokens, and what a token is
-may depend on what stands before it. So a growing number of tokens is decoded, and what is added is a token's piece.
+"""The piece of text that each token stands for.
+
+Tokenizers don't tell: the bytes of one character may be several tokens, and a token's text may depend on the tokens
+before it. So growing prefixes are decoded, and a token's piece is what it adds.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ def token_pieces(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
     ids = [int(token) for token in tokens]
     try:
         broken, stand_in = _broken_bytes(tokenizer, ids)
-        # Else one of them would spoil a whole run of bytes, as runs are decoded together.
+        # A broken byte would spoil the whole run of bytes that is decoded with it.
         whole = [stand_in if at in broken else token for at, token in enumerate(ids)]
         pieces = _pieces(tokenizer, whole)
     except Exception:  # of a foreign class, which may raise anything

@@ -3,8 +3,8 @@
     RUN/windows.bin    a kind of eight bytes, then the hashes: in the order of training while it runs, sorted
                        and each once when it is done
 
-A window is hashed by its tokens where they are known, otherwise by its activations. So it is recognised wherever it
-comes from, but only whole: the same text cut elsewhere makes other windows.
+A window is hashed by its tokens where they are known, otherwise by its activations. It is recognised in any source, but
+only as a whole: the same text cut at other places gives other windows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from csae.files import reading, write_file
 WINDOWS = "windows.bin"
 TOKENS, ACTIVATIONS = b"tokens\0\0", b"activat\0"
 HASH_BYTES = 8
-ROWS = 16  # of a window's activations are hashed, the last among them: it depends on all before
+ROWS = 16  # of a window's activations are hashed, the last one included, as it depends on all before it
 
 
 class Seen(NamedTuple):
@@ -71,8 +71,8 @@ def hashes_of(source: ActivationSource, windows: Sequence[int]) -> tuple[np.ndar
 def open_log(run: Path, windows: int) -> Iterator[BinaryIO]:
     """The file to which a run's hashes go (`log`), after those of the first `windows` that it trained on.
 
-    What an earlier start wrote after them is cut off, as it will be done again. A run that an earlier version of csae
-    began has none of the first ones: it stays without. Raises UserError where some of them are missing.
+    Hashes after those, of an earlier start, are cut off: their steps will be done again. A run begun by a csae without
+    this file stays without it. Raises UserError where some of the first hashes are missing.
     """
     file = run / WINDOWS
     wanted = len(TOKENS) + windows * HASH_BYTES if windows else 0

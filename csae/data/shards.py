@@ -192,8 +192,8 @@ def write_shards(
     read: gives the tensors of a range of windows, by their names in the format. about: for activations.json; it
     tells one job from another.
     Each file is written to a temporary name and then renamed, so what is there after a kill, a full disk, Ctrl-C or an
-    error of `read` is whole, and stays; the same call goes on after it, to the same bytes. Where no file was whole, all
-    is as it was.
+    error of `read` is whole, and stays. The same call goes on from there and gives the same bytes. If no file was
+    finished, the folder is left as it was.
 
     Raises UserError where the folder holds something else or can't be written, Stopped after Ctrl-C.
     """
@@ -271,7 +271,8 @@ def _check_whole(
 ) -> None:
     """Raises UserError unless the shards of an earlier start are of this job: their sizes, and the last one's content.
 
-    Of that the first few windows are read again: what `about` can't tell, such as other weights, shows there.
+    The first few windows of the last shard are read again and compared: this catches what `about` does not hold, such
+    as other weights.
     """
     other = "of another job; give a new or empty folder, or delete it first"
     shards = [_Shard(file) for file in whole]

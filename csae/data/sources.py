@@ -55,7 +55,7 @@ def check_said(given: dict[str, Any], source: ActivationSource) -> None:
 
 
 def remembered(origin: dict[str, Any], source: ActivationSource) -> dict[str, Any]:
-    """`origin` for a run to keep: whether there is a beginning of sequence as it was found, and not as to be found."""
+    """`origin` for a run to keep, with `bos` as the source resolved it: true or false, never "by convention"."""
     about = source.describe()
     kept = {name: value for name, value in origin.items() if name not in ("bos", "keep_first")}
     return kept | {name: True for name in ("bos", "keep_first") if about.get(name)}

@@ -16,12 +16,12 @@ from csae.topk_sae import TopKSAE
 class DenseSAE(nn.Module):
     """`encode` and `decode` with one dense tensor between them, and the weights as the field lays them out.
 
-    A contextual SAE runs in its exact form, on windows, autocast or not. What it carries to each position, c, is not in
-    its feature activations; so what `encode` gives knows it (`csae.interop.feature_acts`), as do copies, edits and
-    slices of it, and `decode` adds it: an edit of feature activations is an edit of what is new. Feature activations
-    from elsewhere are decoded with a `c` that is given, or refused. Positions that `sink_mask` leaves out look at none
-    and are looked at by none, as in training; since other libraries may count them, they are encoded by themselves, as
-    a per-token SAE encodes them. There is no gradient through `encode` then.
+    A contextual SAE runs in its exact form, on windows, autocast or not. What it carries to each position, c, is not
+    part of its feature activations. So `encode` returns a tensor that keeps c (`csae.interop.feature_acts`), through
+    copies, edits and slices, and `decode` adds it: an edit of feature activations edits what is new. Other feature
+    activations need a `c` to be decoded, and are refused without. Positions that `sink_mask` leaves out neither look
+    back nor are looked at, as in training; since other libraries may count them, they are encoded as by a per-token
+    SAE. A contextual SAE's `encode` has no gradient.
 
     sae: with a scale of one, as `csae.interop.weights.unscaled` makes them.
     """
@@ -66,7 +66,7 @@ class DenseSAE(nn.Module):
             code, c = self._look_back(self.sae, acts)
         else:
             code = self.sae.encode(acts)
-        # Where fewer than k are active the rest are zeros, whatever their indices: they add nothing.
+        # Unused slots of a code are zero and add nothing, whatever their index.
         dense = code.values.new_zeros(*code.values.shape[:-1], self.sae.d_sae)
         dense = dense.scatter_add(-1, code.indices, code.values)
         return dense if c is None else FeatureActs.of(dense, c)

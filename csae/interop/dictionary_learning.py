@@ -79,7 +79,7 @@ def _whole_number(path: Path, k: Tensor) -> int:
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what is no pickle makes the loader stumble anywhere
+    except Exception as error:  # the loader may raise anything on a file that is no pickle
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path}: not a whole file of tensors ({reason}): copy it again") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):

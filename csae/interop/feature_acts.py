@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-# Functions of which a result is of the positions of its argument, by the name that methods and functions share:
-# each number by itself,
+# Functions whose result has the positions of its argument, by the name that method and function share:
+# elementwise,
 POINTWISE = {
     *("abs", "bfloat16", "clamp", "clamp_max", "clamp_min", "clip", "clone", "contiguous", "cpu", "cuda", "detach"),
     *("add", "div", "divide", "multiply", "mul", "neg", "negative", "positive", "sub", "subtract", "true_divide"),
@@ -28,14 +28,14 @@ POINTWISE = {
     *("pow", "rand_like", "randn_like", "relu", "requires_grad", "sqrt", "square", "to", "type", "type_as", "where"),
     *("zeros_like", "zero", "fill", "lerp", "pin_memory", "threshold"),
 }
-# or some of them changed, by what comes from elsewhere,
+# or with some numbers replaced by others,
 EDITS = {
     *("copy", "index_add", "index_copy", "index_fill", "index_put", "masked_fill", "masked_scatter", "scatter"),
     *("scatter_add", "setitem"),
 }
-# or the same numbers in another shape,
+# or reshaped,
 SHAPES = {"flatten", "reshape", "reshape_as", "squeeze", "unflatten", "unsqueeze", "view", "view_as"}
-# or all of some positions, along a dimension that comes as so many-th argument.
+# or selecting positions along a dimension, which is the argument of this number.
 PARTS = {"chunk": 2, "index_select": 1, "narrow": 1, "select": 1, "split": 2, "tensor_split": 2, "unbind": 1}
 _GET_DATA, _SET_DATA = Tensor.data.__get__, Tensor.data.__set__  # type: ignore[attr-defined]
 JOINS = {"cat": 1, "concat": 1, "concatenate": 1, "stack": 1}
@@ -44,11 +44,11 @@ JOINS = {"cat": 1, "concat": 1, "concatenate": 1, "stack": 1}
 class FeatureActs(Tensor):
     """Feature activations [..., d_sae] that know `carried`: c [..., d_in] of the same positions, or None.
 
-    A result of torch's functions knows it too where it is of the same positions: a copy, an edit, arithmetic, another
-    dtype or device; an index of positions; batches put together or taken apart. Any other result is an ordinary tensor,
-    and so is what is made of activations to which different things were carried.
+    Results of torch's functions keep `carried` where their positions are known: copies, edits, arithmetic, another
+    dtype or device, an index of positions, batches joined or split. Any other result is an ordinary tensor, and so is a
+    mixture of activations with different `carried`.
 
-    Views share memory: where one is overwritten with what is of other positions, no view of it knows any more.
+    Views share memory: once one is overwritten with other positions, all of them lose `carried`.
     """
 
     _carried: Tensor | None = None
@@ -65,7 +65,7 @@ class FeatureActs(Tensor):
         return acts
 
     def forget(self) -> None:
-        """Note that it holds what is of other positions now."""
+        """Drop `carried`, for all views: the memory holds other positions now."""
         if self._carried is not None:
             self._memory.of_others = True
 
@@ -81,7 +81,7 @@ class FeatureActs(Tensor):
             given = [of for of in tree_leaves((args, kwargs)) if isinstance(of, FeatureActs)]
             name, in_place = _name(func)
             if func == _SET_DATA and isinstance(args[0], FeatureActs):
-                args[0]._carried = None  # it has another memory now
+                args[0]._carried = None  # its storage was replaced
                 return found
             if in_place or kwargs.get("out") is not None:
                 target = kwargs.get("out") if not in_place else args[0] if args else kwargs
@@ -89,7 +89,7 @@ class FeatureActs(Tensor):
                     if isinstance(changed, FeatureActs) and not _stays(name, changed, given, args):
                         changed.forget()
                 return found
-            if not given or isinstance(found, FeatureActs):  # nothing was to be done
+            if not given or isinstance(found, FeatureActs):  # nothing to do
                 return found
             with torch.no_grad():
                 carried = _carried(name, func, args, kwargs, given, found)
@@ -101,10 +101,10 @@ class FeatureActs(Tensor):
 
 
 class _Memory:
-    """What views of one another share."""
+    """State that views of one memory share."""
 
     of_others = False
-    """whether something of other positions was written to it"""
+    """whether other positions were written to it"""
 
 
 def _viewed(found: Tensor, given: list[FeatureActs]) -> FeatureActs | None:
@@ -136,10 +136,10 @@ def _name(func: Any) -> tuple[str, bool]:
 
 
 def _carried_to_all(name: str, first: FeatureActs, given: list[FeatureActs]) -> Tensor | None:
-    """What was carried to the positions of a result that is of all of them, and of nothing else."""
+    """`carried` of a result that has all positions of its arguments and no others."""
     if name in POINTWISE:
         return first.carried if all(_same(of.carried, first.carried) for of in given) else None
-    # What is put elsewhere may be of any positions.
+    # A second tensor's numbers may come from other positions.
     return first.carried if name in EDITS and len(given) == 1 else None
 
 
@@ -150,7 +150,7 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def _stays(name: str, changed: FeatureActs, given: list[FeatureActs], args: Any) -> bool:
-    """Whether what was written to is of the positions that it was of."""
+    """Whether the positions are the same after a write."""
     if changed.carried is None or _carried_to_all(name, changed, given) is not None:
         return True
     if name != "setitem" or len(given) != 2 or not isinstance(args[2], FeatureActs):
@@ -161,7 +161,7 @@ def _stays(name: str, changed: FeatureActs, given: list[FeatureActs], args: Any)
 
 
 def _carried(name: str, func: Any, args: Any, kwargs: Any, given: list[FeatureActs], found: Any) -> Any:
-    """What was carried to the positions of a new result, or of each if it is several; None where that is not known."""
+    """`carried` of a new result, or of each of several; None where it is not known."""
     first = given[0]
     carried, ndim = first.carried, first.ndim
     if carried is None:
@@ -188,7 +188,7 @@ def _carried(name: str, func: Any, args: Any, kwargs: Any, given: list[FeatureAc
 
 
 def _at(carried: Tensor, index: Any, found: Tensor) -> Tensor | None:
-    """carried[index], where that is of the positions of what the same index found."""
+    """carried[index], where the index picks whole positions."""
     try:
         there = carried[index]
     except (IndexError, RuntimeError, TypeError, ValueError):

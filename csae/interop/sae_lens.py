@@ -70,7 +70,7 @@ def load(name: str | Path) -> TopKSAE | ContextualSAE:
         weights = weights._replace(W_enc=_transposed(weights.W_enc))
         sae = topk_sae(path, _folded(weights, config), config.get("k", 100))
     metadata = _object(config_file, config, "metadata")
-    sae.trained_on = trained_on(metadata, {**config, **metadata}, config_file)  # before version 6 it was all in one
+    sae.trained_on = trained_on(metadata, {**config, **metadata}, config_file)  # before version 6 the config was flat
     return sae
 
 
@@ -126,7 +126,7 @@ def _contextual_sae(path: Path, config: dict[str, Any], tensors: dict[str, Tenso
 
 
 def _transposed(W_enc: Tensor) -> Tensor:
-    return W_enc.mT if W_enc.dim() == 2 else W_enc  # the check of shapes is to say what is wrong
+    return W_enc.mT if W_enc.dim() == 2 else W_enc  # the check of shapes reports it
 
 
 def _as_of_version_6(path: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def _read_as(path: Path, dtype: object) -> dict[str, Tensor]:
     if name not in known:
         raise UserError(f"{path.parent / CONFIG}: dtype is {dtype!r}; needed one of {', '.join(known)}")
     tensors = read_tensors(path)
-    # Of the time when a finetuned scale was saved: ones where there was none.
+    # Old files hold a finetuned scale, of ones where there was none.
     if "scaling_factor" in tensors and bool((tensors["scaling_factor"] == 1).all()):
         del tensors["scaling_factor"]
     check_dtypes(path, tensors.values())

@@ -1,9 +1,9 @@
 """One text as an SAE sees it, token by token: what is new, what is carried, from where, and what each feature does.
 
-The text is followed in windows of up to `n_ctx` tokens, cut evenly where it is longer. `csae view` takes windows LONGER
-times as long as those trained on: a cut makes everything that holds begin anew, which looks like news and is none. On
-windows that long the exact form has held so far (csae.bench.evidence.long_windows), and whether it does on this
-text is among the facts: `fvu_beyond`. What a window costs is the attention in it, [n_heads, T, T].
+The text is read in windows of up to `n_ctx` tokens, of equal length. After a cut all features begin again, and look new
+though they are not; so `csae view` takes windows LONGER times as long as in training. The exact form has held on
+windows that long (csae.bench.evidence.long_windows); `fvu_beyond` tells whether it does on this text. A window costs
+its attention weights, [n_heads, T, T].
 
 Features have no names. What one is about shows in the tokens at which it is new.
 """
@@ -43,7 +43,7 @@ FRACTION, ACTIVITY = 10_000, 100
 
 
 class Window(NamedTuple):
-    """T tokens that follow each other; nothing is carried over the ends."""
+    """T consecutive tokens. Nothing is carried in from before or out to after."""
 
     tokens: Tensor  # [T] int64
     acts: Tensor  # [T, d_in]

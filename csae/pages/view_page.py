@@ -1,8 +1,7 @@
 """The explorer page: a text under an SAE. `csae view` writes it, and `csae demo` with a comparison of SAEs on top.
 
-The curve along the text is matplotlib's, as SVG. The timelines are drawn by the page's own script: a feature's row has
-as many cells as the text has tokens, which is too much for SVG, and a canvas takes the colours of the reader's light or
-dark scheme.
+matplotlib draws the curve along the text, as SVG. The page's script draws the timelines on a canvas: a cell for each
+feature and token is too much for SVG, and the script knows the reader's light or dark colours.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """dictionary_learning's TopK and BatchTopK SAEs on our ops: `csae.patch("dictionary_learning")`.
 
-`encode` and `forward` of AutoEncoderTopK and the training form of `encode` of BatchTopKSAE are replaced; the trainers,
-their losses, AuxK, thresholds and counts are the library's own code, to which `encode` hands its dense tensors as ones
-that are made when they are read (`csae.patches.features`). The projection of the decoder's gradient is the library's
-formula without its einsum, which takes longer than the rest of a step.
+Replaced are `encode` and `forward` of AutoEncoderTopK, and the training form of BatchTopKSAE's `encode`. The trainers,
+losses, AuxK, thresholds and counts are the library's own code: `encode` hands them lazy tensors
+(`csae.patches.features`). The projection of the decoder's gradient is the library's formula without its einsum, which
+takes longer than the rest of a step.
 
 On our ops: AutoEncoderTopK.encode, of which a user gets an ordinary dense tensor, but with return_topk one that is
 made when it is read; its forward (of fewer than 128 tokens with the library's decoder); TopKTrainer's step;

@@ -1,8 +1,9 @@
 """A dense tensor that is made when it is first read: what a patched library hands out where it had a dense one.
 
-`Lazy` is a tensor to autograd, which it is a node of, and to whoever reads it: any operation but the few below makes
-it first, once, and from then on it is what was made, with what is written into it. What it is made from, its source,
-is there until then for code that knows what to do with it: most of all a `Code`.
+`Lazy` is a node of autograd's graph. It knows its shape, dtype and device, and its `source`, such as a `Code`, from
+which it can be made. Code that knows the source works with that. A few operations stay lazy (`_stays_lazy`), and a few
+functions are answered from the source (`ANSWERS`). Any other operation makes the dense tensor first, once; from then on
+reads and writes go to it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from torch.utils._pytree import tree_map
 aten = torch.ops.aten
 
 ANSWERS: dict[Callable[..., Any], Callable[..., Any]] = {}
-"""Functions of torch, and for each what answers it without making the tensor: it takes the function's arguments, and
-gives its result, in autograd's graph, or NotImplemented."""
+"""Function of torch -> one of ours that takes its arguments and gives its result without making the tensor; or
+NotImplemented where it can't."""
 
 
 class Source(Protocol):
@@ -68,7 +69,7 @@ class Sum(NamedTuple):
 
 
 class Content:
-    """The source of a tensor, and then the tensor. Shared by tensors that share memory."""
+    """The source of a tensor and, once it is made, the tensor. Views share one."""
 
     def __init__(self, source: Source, device_type: str) -> None:
         self.source: Source | None = source
@@ -88,7 +89,7 @@ class Lazy(Tensor):
 
     content: Content
     note: Any = None
-    """what its maker leaves with it, for itself"""
+    """free for use by the code that made it"""
 
     @staticmethod
     def __new__(
@@ -143,7 +144,7 @@ class Lazy(Tensor):
             return made
 
         out = func(*tree_map(make, args), **tree_map(make, kwargs))
-        if func._schema.is_mutable:  # it gives what it wrote to
+        if func._schema.is_mutable:  # an in-place operation returns its argument
             return tree_map(lambda result: owners.get(id(result), result), out)
         return out
 
@@ -176,7 +177,7 @@ def _plain(arg: Any) -> Any:
 
 
 def _stays_lazy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """What an operation gives that needs no dense tensor; None for others."""
+    """The result of an operation that needs no dense tensor; None for other operations."""
     lazy = args[0] if args else None
     if not isinstance(lazy, Lazy):
         return None
@@ -215,7 +216,7 @@ def _sum(code: Code, dims: tuple[int, ...]) -> Tensor | None:
 
 
 def versions_of(*tensors: Tensor) -> tuple[int, ...]:
-    """How often each has been changed in place; what was made in inference mode doesn't say."""
+    """How often each was changed in place (`_version`); 0 for inference tensors, which have no count."""
     return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
 
 

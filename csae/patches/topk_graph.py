@@ -4,12 +4,12 @@
     feature_acts = Select(hidden_pre, code)             lazy, or sparse: a code, not a scatter of it
     out = Decode(feature_acts, W_dec, norms)            a gather
 
-in SAELens' layout and names: W_enc [d_in, d_sae], W_dec [d_sae, d_in], norms those of W_dec's rows. The gradients that
-go from node to node are lazy too, each with what the next node asks of it: the decoder's its entries at the code, the
-code's its entries. Whoever asks for one of them, or adds to it, gets all of it. There is no second derivative.
+in SAELens' layout and names: W_enc [d_in, d_sae], W_dec [d_sae, d_in], norms [d_sae] of W_dec's rows. Gradients between
+these nodes are lazy too: each holds just the entries at the code, which is all that the next node needs. Reading one,
+or adding to it, makes it dense. There is no second derivative.
 
-Under autocast the two products are in its dtype, forward and backward, and all else is in the weights': hidden_pre, the
-code, norms, gradients. What is multiplied is cast where it is: no second copy of a weight is kept.
+Under autocast the two products run in its dtype, forward and backward. All else has the weights' dtype: hidden_pre, the
+code, norms, gradients. Weights are cast where they are multiplied: no second copy is kept.
 """
 
 from __future__ import annotations
@@ -155,8 +155,8 @@ class _Gradients(NamedTuple):
 def _code_gradients(part: _Selected, of: _Inputs, needed: tuple[bool, ...]) -> _Gradients:
     d_pre, indices, _ = part.grad
     scaled = (d_pre if of.norms is None else d_pre * of.norms[indices]).to(of.acts.dtype)
-    W_enc = of.W_enc.to(of.acts.dtype) if needed[0] else of.W_enc  # read for the gradient of acts alone
-    # The op's own mask for the relu lets all pass: it is in the gradient already.
+    W_enc = of.W_enc.to(of.acts.dtype) if needed[0] else of.W_enc  # else it is not read, so not cast
+    # An all-ones mask: the gradient is zero already where the relu is.
     found = torch.ops.csae.topk_encode_backward(scaled, torch.ones_like(scaled), indices, of.acts, W_enc.T, *needed[:3])
     d_acts, d_W, d_b = (d.to(of.W_enc.dtype) if need else None for d, need in zip(found, needed[:3], strict=True))
     d_norms = _per_norm(d_pre * part.values, indices, of.norms) if of.norms is not None and needed[3] else None
@@ -257,7 +257,7 @@ class Scatter(Function):
 
     @staticmethod
     def forward(ctx: Any, zeros: Lazy, values: Tensor, indices: Tensor) -> Tensor:
-        # Others hold values and indices too, and what they write into them is not to be seen here.
+        # Copies: the caller holds values and indices too, and may write into them.
         ctx.indices = indices.clone()
         zeros.become(Code(values.detach().clone(), ctx.indices, zeros.shape[-1]))
         ctx.mark_dirty(zeros)
@@ -312,7 +312,7 @@ class Decode(Function):
 
 
 class _Norms(Function):
-    """The norms of W_dec's rows [d_sae], with a backward pass that goes through memory once."""
+    """The norms of W_dec's rows [d_sae], with a backward pass that reads W_dec once."""
 
     @staticmethod
     def forward(ctx: Any, W_dec: Tensor) -> Tensor:
@@ -348,7 +348,7 @@ def _sparse(code: Code) -> Tensor:
 
 
 def code_of(feature_acts: Tensor) -> Code | None:
-    """The code of activations that still have one: lazy ones, or sparse ones with k entries for each token."""
+    """The code of lazy activations that are not made yet, or of sparse ones with k entries a token; else None."""
     if isinstance(feature_acts, Lazy):
         return feature_acts.source if isinstance(feature_acts.source, Code) else None
     if feature_acts.layout != torch.sparse_coo or feature_acts.dense_dim() != 0:
@@ -366,5 +366,5 @@ def code_of(feature_acts: Tensor) -> Code | None:
     per_token = (*shape, entries // n)
     indices = places[-1].reshape(per_token)
     if bool((indices.sort(dim=-1).values.diff(dim=-1) == 0).any()):
-        return None  # an entry in two parts
+        return None  # a feature that occurs twice
     return Code(feature_acts._values().reshape(per_token), indices, feature_acts.shape[-1])

@@ -1,9 +1,9 @@
 """Which text a pass through a language model goes on with, and which of its positions are text.
 
-Models name and build their caches differently, so nothing is taken from the name of an argument. A cache is known by
-what it is, and what it holds by its content: after a pass each position gets a mark, made of the bits that the cache
-holds for it, and before the next pass the marks are read again. They tell which row came from which (beams), how many
-positions were kept (rejected tokens), and that a position never went through the splice. What fits no text is refused.
+Models name and build their caches differently, so argument names are not looked at. A cache is recognised by its type,
+and its content by marks: after a pass each position gets a mark, a hash of the bits that the cache holds for it, and
+before the next pass the marks are read again. They tell which row came from which (beams), how many positions were kept
+(rejected tokens), and which positions never went through the splice. A cache that fits no known text is refused.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Content(NamedTuple):
     length: int | None
     """positions, where the cache says so"""
     first: int | None
-    """the position of the first mark; None where the one mark is of all that went before (recurrent states)"""
+    """the position of the first mark; None for a recurrent state, whose one mark covers all positions"""
     marks: Tensor
     """[B, t] int64, none of them 0"""
 
@@ -63,7 +63,7 @@ class Text:
         self.length += n
 
     def part(self, rows: Tensor | None, length: int) -> Text:
-        """A text of its own: these rows of it, all if None, and so many of its positions."""
+        """A new text of some rows (all if None) and the first `length` positions."""
         text = Text()
         text.length = length
         text.tables = {
@@ -89,15 +89,15 @@ class Text:
         self.owners = [owner for owner in self.owners if owner() is not _referred(cache)]
 
     def found_in(self, content: Content) -> tuple[Tensor | None, int] | None:
-        """Where a cache goes on from this text: the row that each of its rows was, None if all are where they were,
-        and how many positions it kept. None where it holds anything else.
+        """How a cache continues this text: the row that each of its rows comes from (None if none moved), and how many
+        positions it kept. None where it holds anything else.
 
         Raises ValueError where rows can't be told apart.
         """
         new = content.marks.to(self.tables["marks"].device)  # [new rows, t]
         if content.first is None:
             marks = self.table("marks")
-            # Rows of one batch are at one position: the last that all of them may be at.
+            # Rows of a batch share one position: the last one that is possible for all of them.
             ends = (marks == new[:, :, None]).any(dim=1).all(dim=0).nonzero()
             kept = int(ends[-1]) + 1 if len(ends) else 0
             first = max(0, kept - 1)
@@ -124,7 +124,7 @@ class Text:
 
 
 def caches_in(values: Iterable[Any]) -> Iterator[Any]:
-    """The caches among arguments or outputs: those of transformers, or what else keeps tensors from pass to pass."""
+    """The caches among arguments or outputs: those of transformers, and other objects that hold earlier passes."""
     for value in values:
         if value is None or isinstance(value, Tensor | nn.Module | str | bytes | int | float | bool | Mapping):
             continue
@@ -154,7 +154,7 @@ def content_of(cache: Any, rows: int | None) -> Content | None:
     if layer is not None and layer.keys.shape[-2]:
         length, keys = layer.length, layer.keys
         _settle(keys)
-        # What is held are the last positions; or there is room for more than there are.
+        # A sliding cache holds the last positions only; a static one has unused room behind them.
         held = keys[:, :, :length] if keys.shape[-2] > length else keys
         return Content(length, length - held.shape[-2], _marks(held[:, 0, :, :SAMPLED]))
     said = layer.length if layer is not None else _length(cache)
@@ -253,7 +253,7 @@ def _bits(values: Tensor) -> Tensor:
 
 
 def _settle(held: Tensor) -> None:
-    """Caches that are moved to the host and back are so beside the main stream: wait for it."""
+    """Wait for caches that are moved to the host and back: they are on a CUDA stream of their own."""
     if held.device.type == "cpu" and torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
 

@@ -17,11 +17,11 @@ class Remembered(Text):
 
     state: State | None = None
     overwritten: tuple[int, Tensor, Tensor] | None = None
-    """of a bounded memory: the position, memory and takes_part of what the last pass wrote over"""
+    """of a bounded memory: what the last pass overwrote, see `to_overwrite`"""
 
 
 def part_of(text: Remembered, rows: Tensor | None, kept: int) -> Remembered:
-    """A text of its own, of these rows of it and so many of its positions."""
+    """A new text of some rows (all if None) and the first `kept` positions."""
     plain = text.part(rows, kept)
     part = Remembered()
     part.length, part.tables = plain.length, plain.tables
@@ -53,7 +53,7 @@ def _rows(state: State, rows: Tensor) -> State:
 
 
 def to_overwrite(state: State, n: int) -> tuple[int, Tensor, Tensor] | None:
-    """What the next n positions write over in a bounded memory: their first, and its memory and takes_part."""
+    """What the next n positions overwrite in a bounded memory: the first position, old memory and takes_part."""
     room = state.memory.shape[1]
     if not state.bounded or state.position + n <= room or n > room:
         return None
@@ -62,7 +62,7 @@ def to_overwrite(state: State, n: int) -> tuple[int, Tensor, Tensor] | None:
 
 
 def restore(state: State, overwritten: tuple[int, Tensor, Tensor], first: int) -> None:
-    """Put back, in place, what positions from `first` on wrote over."""
+    """Put back, in place, what positions from `first` on overwrote."""
     position, memory, takes_part = overwritten
     slots = torch.arange(first, position + memory.shape[1], device=memory.device) % state.memory.shape[1]
     state.memory[:, slots] = memory[:, first - position :]

@@ -46,11 +46,11 @@ class _Pass:
     entered: list[tuple[Any, Content]] = field(default_factory=list)
     """the caches that hold something, as they were before it"""
     caches: list[Any] = field(default_factory=list)
-    """all that were seen, the last of them the first to ask what they hold after it"""
+    """all caches seen; after the pass, the last is asked first"""
     arguments: dict[str, Any] = field(default_factory=dict)
-    """by name, of the innermost module around the block"""
+    """of the innermost module around the block, by name"""
     text: Remembered | None = None
-    """what it goes on with"""
+    """the text that it continues"""
     new: dict[str, Tensor] | None = None
     """what went through the block, tables [B, T, ...]"""
     state: State | None = None
@@ -59,7 +59,7 @@ class _Pass:
 
 
 class Spliced:
-    """What an SAE makes of the text that goes through the model."""
+    """The SAE inside the model: what it gives for each pass, and what it remembers between passes."""
 
     output: Output | None = None
     """of the last pass through the model, before edits: [B, T, ...], in generation T = 1"""
@@ -114,7 +114,7 @@ class Spliced:
 
     @contextmanager
     def _running(self) -> Iterator[tuple[_Pass, bool]]:
-        """The pass that runs, and whether it begins here. One that fails has not been."""
+        """The running pass, and whether it begins here. A pass that fails leaves no trace."""
         outermost = self._pass is None
         running = self._pass = self._pass or _Pass(threading.get_ident())
         if running.thread != threading.get_ident():
@@ -174,7 +174,7 @@ class Spliced:
             if state is None:
                 room = self.look_back or max(256, T)
                 state = sae.recurrence.initial_state(B, room, self.look_back is not None, self._features)
-            # The last positions by themselves: what they write over is kept, as they may be rejected.
+            # The last positions run apart: what they overwrite is kept, as they may be rejected.
             first = max(0, T - state.memory.shape[1]) if state.bounded else 0
             running.state = state.clone() if first else state
             parts = []
@@ -189,7 +189,8 @@ class Spliced:
                 new["past"] = x_hat - sae.b_dec
         else:
             self.output = sae(acts, self.mask)
-        base = given if self.keep_error else self.output.x_hat  # as it was given: weights may be less exact
+        # `given` itself, not `acts`: the weights may have a narrower dtype.
+        base = given if self.keep_error else self.output.x_hat
         change = self._edited(self.output.code, carried) * sae.scale
         replaced = (base + change.to(base.device)).to(given)
         running.new = new
@@ -201,7 +202,7 @@ class Spliced:
         return torch.where(self.mask.unsqueeze(-1), replaced, given)
 
     def _continued(self, running: _Pass, B: int) -> Remembered:
-        """The text that a pass goes on with, by the caches that it was given; an empty one if they hold nothing."""
+        """The text that a pass continues, by the caches that it was given; an empty one if they hold nothing."""
         given = [(cache, content) for cache, content in reversed(running.entered) if is_known(cache)]
         given = given or running.entered
         if not given:
@@ -229,7 +230,7 @@ class Spliced:
         """After a pass: which cache holds it, and the marks that it is known by."""
         text, new = running.text, running.new
         if text is None or new is None:
-            return  # it ended before the block
+            return  # the pass ended before the block
         B, T = next(iter(new.values())).shape[:2]
         known = [cache for cache in running.caches if is_known(cache)] or running.caches
         grown = []
@@ -239,7 +240,7 @@ class Spliced:
                 continue
             before = next((content for entered, content in running.entered if entered is cache), None)
             if before is not None and before.length == content.length and torch.equal(before.marks, content.marks):
-                continue  # it did not keep the pass
+                continue  # the cache did not keep the pass
             if content.length is not None and content.length != text.length + T:
                 grown.append(f"{named(cache)} holds {content.length} positions")
                 continue
@@ -345,7 +346,7 @@ def splice(
     name = model.name if isinstance(model, LanguageModel) else _name(model)
     model = model.model if isinstance(model, LanguageModel) else model
     with ExitStack() as stack:
-        # What was compiled before knows nothing of the splice, and what is compiled in it would keep it.
+        # Code compiled before would skip the splice, and code compiled inside would keep it.
         try:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         except RuntimeError as error:

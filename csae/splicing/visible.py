@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LEAST_SCORE = -1e4  # what is added to a score that is to count for nothing is less
+LEAST_SCORE = -1e4  # an additive mask is below this where a position is masked
 
 
 def visible(arguments: Mapping[str, Any], B: int, T: int, before: int) -> tuple[Tensor | None, Tensor | None]:
@@ -23,7 +23,7 @@ def visible(arguments: Mapping[str, Any], B: int, T: int, before: int) -> tuple[
         if other and "attention_mask" not in arguments:
             raise TypeError(f"{other[0]}: what it says of padding is not known here; needed an attention_mask, or none")
         text, earlier = None, None
-    elif isinstance(mask, Mapping):  # one for each kind of layer: what any of them sees is text
+    elif isinstance(mask, Mapping):  # a mask for each kind of layer: a position that any of them sees is text
         read = [_read(part, B, T, before)[0] for part in mask.values() if part is not None]
         text, earlier = (torch.stack(read).any(dim=0) if read else None), None
     else:
@@ -65,7 +65,7 @@ def _read(mask: Any, B: int, T: int, before: int) -> tuple[Tensor, Tensor | None
 def _of_pairs(mask: Tensor, B: int, T: int, before: int) -> Tensor:
     """mask [B or 1, heads or 1, T, positions]: bool, or added to the scores -> [B, T], what is text.
 
-    Text sees itself. Rows of padding see nothing, or all, as some attention needs something to see.
+    A text position sees itself. A padding row sees nothing, or everything, as some attention kernels need.
     """
     if mask.shape[2] != T or mask.shape[0] not in (1, B):
         raise ValueError(f"attention_mask: given shape {list(mask.shape)}; needed [{B}, 1, {T}, positions]")
@@ -78,8 +78,8 @@ def _of_pairs(mask: Tensor, B: int, T: int, before: int) -> Tensor:
     if start < 0:
         raise ValueError(f"attention_mask: {width} positions wide; needed {T} at least")
     see_all = sees.all(dim=2)
-    of_padding = see_all & ~see_all.all(dim=1, keepdim=True)  # where all do, there is no order
-    of_padding[:, -1] &= width > start + T  # the last position sees all that there is
+    of_padding = see_all & ~see_all.all(dim=1, keepdim=True)  # all see all: no causal order to read
+    of_padding[:, -1] &= width > start + T  # the last position sees every text position
     here = sees[:, :, start : start + T]
     text = here.diagonal(dim1=1, dim2=2) & ~of_padding
     before_it = here.diagonal(offset=-1, dim1=1, dim2=2) | ~text[:, 1:] | ~text[:, :-1]  # [B or 1, T - 1]
