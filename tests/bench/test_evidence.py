@@ -41,12 +41,20 @@ def languages(tmp_path: Path) -> Path:
     return tmp_path / "texts"
 
 
+def undrawn(patch: pytest.MonkeyPatch) -> None:
+    """Without the page and the figures, which take longer than all the rest."""
+    patch.setattr(command.page, "write_page", lambda path, evidence: None)
+    patch.setattr(command.page, "write_figures", lambda folder, evidence: [])
+
+
 def test_from_nothing_to_a_report_and_on_from_there(
     small: None, languages: Path, tiny_model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "evidence"
     run = partial(command.run_evidence, out, tiny_model_path, languages=languages, device="cpu", **TINY)  # type: ignore[arg-type]
-    first = run(corpora=("english",), limit=2)
+    with monkeypatch.context() as patch:
+        undrawn(patch)
+        first = run(corpora=("english",), limit=2)
     assert [entry["arch"] for entry in first["runs"]] == [TOPK, WIDE]
     whole = run()
     assert json.loads((out / "evidence.json").read_text()) == json.loads(json.dumps(whole))
@@ -76,6 +84,7 @@ def test_from_nothing_to_a_report_and_on_from_there(
 
     for module, name in ((grid, "train"), (grid, "write_cache"), (synthetic, "run"), (command.power, "measure")):
         monkeypatch.setattr(module, name, refuse)
+    undrawn(monkeypatch)
     assert run()["runs"] == whole["runs"]
     with pytest.raises(UserError, match=r"holds other evidence \(it differs in budget\)"):
         command.run_evidence(out, tiny_model_path, **TINY | {"budget": Budget()})  # type: ignore[arg-type]
