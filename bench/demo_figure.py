@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from csae.pages.comparison import read_curve
-from csae.train import METRICS
+from csae.run import METRICS
 
 COLOURS = {"topk": "#7f8c9b", "topk-wide": "#c08a3e", "contextual": "#2f6fb3"}
 NAMES = {"topk": "TopK", "topk-wide": "TopK, as many parameters", "contextual": "contextual"}

@@ -18,8 +18,9 @@ import torch
 
 from csae import SAE, ContextualSAE, TopKSAE
 from csae.adam import Adam
+from csae.config import TrainConfig
 from csae.data.activations import Batch
-from csae.train import TrainConfig, adam, train_step
+from csae.train import adam, train_step
 
 from .measure import resident
 

@@ -22,8 +22,8 @@ TABLES = ("W_enc", "b_enc", "W_dec", "W_mem")
 class Adam(torch.optim.Optimizer):
     """Adam (Kingma and Ba 2015, arXiv 1412.6980) as `torch.optim.Adam` has it, for the parameters of an SAE.
 
-    Beside Adam's own step, rows of W_dec keep unit norm: the part of their gradient along them is taken out
-    before, and they are normalised after.
+    Rows of W_dec keep unit norm: the part of the gradient along a row is removed before the step, and the row is
+    normalised after it.
 
         losses, gradients = sae.gradients(acts)
         optimizer.update(gradients)
@@ -33,21 +33,21 @@ class Adam(torch.optim.Optimizer):
     from dense gradients.
 
     Args:
-        sae: whose parameters; on the device it will train on.
+        sae: whose parameters to train; on the device that it will train on.
         lr: learning rate; may be a scalar tensor on that device, which a captured or compiled step then reads.
-        look_back_lr: that of a contextual SAE's look-back, as a share of it. The look-back's parameters are a
-            parameter group of their own, and each group knows its `share`.
+        look_back_lr: learning rate of a contextual SAE's look-back, as a share of lr. The look-back's parameters are
+            a parameter group of their own, and each group knows its `share`.
         betas: Adam's.
-        eps: Adam's, as Gao et al. 2024 (arXiv 2406.04093) have it: gradients of the fvu are small numbers.
-        lazy: `torch.optim.SparseAdam` for the tables: a feature that did not fire is not touched, nor its
-            moments, and costs nothing. Another optimizer than Adam: features that rarely fire move less.
+        eps: Adam's, with the value of Gao et al. 2024 (arXiv 2406.04093): gradients of the fvu are small numbers.
+        lazy: `torch.optim.SparseAdam` for the tables: a feature that did not fire stays as it is, with its moments,
+            and costs nothing. This is not Adam: features that rarely fire move less.
         moments: dtype of the tables' moments: float32, or bfloat16 with stochastic rounding, for half the memory.
 
-    State of each parameter: step, exp_avg, exp_avg_sq. As torch's, a parameter without a gradient stays as it is and
-    counts no step, and so does one that is frozen (requires_grad=False), whatever its gradient.
+    State of each parameter: step, exp_avg, exp_avg_sq. A parameter without a gradient stays as it is and counts no
+    step, as in torch. So does one that is frozen (requires_grad=False), whatever its gradient.
 
-    Each step raises ValueError or TypeError where the SAE's parameters are not those any more that the optimizer was
-    made for (replaced, in another dtype or on another device), and where gradients are of another SAE.
+    Each step raises ValueError or TypeError where the SAE's parameters are no longer those that the optimizer was made
+    for (replaced, in another dtype or on another device), and where gradients are of another SAE.
     """
 
     @torch.compiler.disable  # torch's own __init__ breaks the graph, and what was set before is lost
@@ -85,7 +85,7 @@ class Adam(torch.optim.Optimizer):
         ]
         super().__init__([group for group in groups if group["params"]], {"betas": betas, "eps": eps})
         self.lazy, self.moments = lazy, moments
-        self._apart: set[str] | None = set()  # those that have counted other steps than the rest of their group
+        self._apart: set[str] | None = set()  # parameters that have counted fewer steps than the rest of their group
         for weight, name in self.names.items():
             dtype = moments if name in TABLES else torch.float32
             self.state[weight] = {
@@ -95,7 +95,7 @@ class Adam(torch.optim.Optimizer):
             }
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("sae", "names", "lazy", "moments", "_apart")  # torch copies its own only
+        own = ("sae", "names", "lazy", "moments", "_apart")  # torch copies only its own
         return super().__getstate__() | {name: vars(self)[name] for name in own if name in vars(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ class Adam(torch.optim.Optimizer):
         self.forget_steps()
 
     def forget_steps(self) -> None:
-        """Call this where `state` was written to from outside: how often each parameter was moved is read there."""
+        """Read again from `state` how many steps each parameter has counted: call this after writing to `state`."""
         self._apart = None
 
     @torch.no_grad()
@@ -133,7 +133,7 @@ class Adam(torch.optim.Optimizer):
                 continue
             self._apart.update(parameters.keys() - set(given))
             dense = [name for name in given if name not in TABLES]
-            if dense:  # it counts their steps
+            if dense:  # _adam counts their steps
                 _adam([(parameters[name], gradients[name], states[name]) for name in dense], group)
             tables = [name for name in TABLES if name in given]
             if tables:
@@ -190,7 +190,7 @@ class Adam(torch.optim.Optimizer):
                 )
             gradient = gradients.get(name)
             if isinstance(gradient, Tensor):
-                if gradient.shape != parameter.shape:  # what is fused would read past its end
+                if gradient.shape != parameter.shape:  # the fused kernel would read past its end
                     raise ValueError(
                         f"gradients: given {name} of shape {list(gradient.shape)}; needed {list(parameter.shape)}"
                     )
@@ -211,10 +211,10 @@ def _adam(given: list[tuple[Tensor, Any, dict[str, Tensor]]], group: dict[str, A
     parameters, gradients, states = zip(*given, strict=True)
     exp_avgs, exp_avg_sqs, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
     beta1, beta2 = group["betas"]
-    compiling = torch.compiler.is_compiling()  # the compiler fuses them itself, and can't trace what is fused
+    compiling = torch.compiler.is_compiling()  # a compiler can't trace the fused kernel, and fuses by itself
     adam(
         list(parameters),
-        [gradient.contiguous() for gradient in gradients],  # the fused kernel reads them as the parameters lie
+        [gradient.contiguous() for gradient in gradients],  # the fused kernel takes the parameters' strides for theirs
         exp_avgs,
         exp_avg_sqs,
         [],
@@ -232,7 +232,7 @@ def _adam(given: list[tuple[Tensor, Any, dict[str, Tensor]]], group: dict[str, A
 
 
 def _hyper(group: dict[str, Any], step: Tensor) -> tuple[Tensor, Tensor]:
-    """What `adam_rows` takes: for Adam, and for SparseAdam, whose eps is outside of the correction by beta2."""
+    """The numbers that `adam_rows` takes: for Adam, and for SparseAdam, whose eps is not corrected by beta2."""
     (beta1, beta2), eps, lr = group["betas"], group["eps"], group["lr"]
     t = step.double()
     size = lr / (1 - beta1**t)
@@ -244,7 +244,7 @@ def _hyper(group: dict[str, Any], step: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _whole(rows: Tensor, lazy: bool) -> Factors:
-    """A dense gradient [n, d] in the form of factors: each row is its own token; lazy: but for rows of zeros."""
+    """A dense gradient [n, d] in the form of factors: each row is its own token. lazy: without rows of zeros."""
     n = rows.shape[0]
     each = torch.arange(n, device=rows.device)
     if lazy:

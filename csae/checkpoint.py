@@ -1,8 +1,8 @@
 """Checkpoints of a run: `RUN/checkpoint-STEP`, whole or not there, and the SAE that is in a folder.
 
-A checkpoint is a folder that is written under a temporary name and then renamed, so a kill at any moment
-leaves the one before. It is itself a saved SAE, with the optimizer's state and the step beside. It is taken for
-one of a run only where its parts say so, and only such a one is removed again.
+A checkpoint is a folder that is written under a temporary name and then renamed, so a kill at any moment leaves the
+one before. It is itself a saved SAE, with the optimizer's state and the step beside. A folder counts as a checkpoint of
+a run only if its files say so, and only such a folder is removed again.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
 
 
 def load_sae(name: str | Path, device: torch.device | str = "cpu") -> SAE:
-    """The SAE of a run, a saved folder or a hub id, whichever architecture it is, in evaluation mode.
+    """The SAE of a run, a saved folder or a hub id, of any architecture, in evaluation mode.
 
-    A run that has not finished gives the SAE of its last checkpoint. Raises UserError where there is none,
-    where it is truncated or foreign, or where its files say different things.
+    A run that has not finished gives the SAE of its last checkpoint. Raises UserError where there is none, where it is
+    truncated or of another program, or where its files contradict each other.
     """
     folder = Path(name)
     job: dict[str, Any] = {}
@@ -79,7 +79,7 @@ def last_checkpoint(run: Path) -> Path | None:
 
 
 def save_checkpoint(run: Path, step: int, sae: SAE, optimizer: torch.optim.Optimizer, job: dict[str, Any]) -> None:
-    """Write `run/checkpoint-STEP`, and remove older ones only when it is there."""
+    """Write `run/checkpoint-STEP`, and then remove older ones."""
     temporary, final = run / f".checkpoint-{step}.tmp", run / f"checkpoint-{step}"
     check_free(run, step)
     _remove_files(temporary)
@@ -97,15 +97,15 @@ def save_checkpoint(run: Path, step: int, sae: SAE, optimizer: torch.optim.Optim
 
 
 def check_free(run: Path, step: int) -> None:
-    """Raises UserError where something else has the name of the checkpoint that is to be written."""
+    """Raises UserError where the name of the checkpoint to write is taken."""
     if os.path.lexists(run / f"checkpoint-{step}"):
         raise UserError(f"{run}/checkpoint-{step}: in the way of a checkpoint of this run: move it elsewhere")
 
 
 def restore_checkpoint(checkpoint: Path, sae: SAE, optimizer: torch.optim.Optimizer, job: dict[str, Any]) -> int:
-    """Put the checkpoint's state into `sae` and `optimizer`, in place; gives the step it was written at.
+    """Load the checkpoint's state into `sae` and `optimizer`, in place; gives the step it was written at.
 
-    Raises UserError where it is not whole, of another run, or where its files say different things.
+    Raises UserError where it is not whole, of another run, or where its files contradict each other.
     """
     state = _read_state(checkpoint, job)
     moments = _moments(sae, optimizer)
@@ -137,11 +137,11 @@ def remove_checkpoints(run: Path, job: dict[str, Any], but: Path | None = None) 
             reason = _why_not_ours(path, job)
             if reason is None:
                 try:
-                    # Under its own name a checkpoint is whole, at any moment.
+                    # Renamed first: under its own name a checkpoint is always whole.
                     os.rename(path, leaving := run / f".{path.name}.tmp")
                     _remove_files(leaving)
                 except FileNotFoundError:
-                    pass  # another process had it
+                    pass  # another process removed it
                 except OSError as error:
                     reason = disk_problem(error) or str(error)
             if reason is not None:
@@ -150,7 +150,7 @@ def remove_checkpoints(run: Path, job: dict[str, Any], but: Path | None = None) 
 
 
 def _remove_files(folder: Path) -> None:
-    """Remove a folder that has a checkpoint's temporary name, but for what training does not write. Never raises."""
+    """Remove a folder with a checkpoint's temporary name, except files that training does not write. Never raises."""
     if folder.is_symlink() or not folder.is_dir():
         return
     remove_unfinished(folder, FILES)
@@ -163,7 +163,7 @@ def _remove_files(folder: Path) -> None:
 
 
 def _why_not_ours(path: Path, job: dict[str, Any]) -> str | None:
-    """Why something with the name of a checkpoint is none that this run wrote; None where it is one."""
+    """Why something with the name of a checkpoint is not one that this run wrote; None where it is."""
     if path.is_symlink() or not path.is_dir():
         return "it is a link" if path.is_symlink() else "it is a file"
     try:
@@ -186,7 +186,7 @@ def _is_plain(entry: Path) -> bool:
 
 
 def _read_state(checkpoint: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """What training.json says: step, run and checksums. Raises UserError where it is not of this place and this job."""
+    """The content of training.json: step, run, checksums. Raises UserError where it is of another checkpoint or job."""
     try:
         state = read_json(checkpoint / STATE)
     except UserError as error:
@@ -218,7 +218,7 @@ def _moments(sae: SAE, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tens
 
 
 def _load(file: Path, expected: dict[str, torch.Tensor], checksum: str | None) -> dict[str, torch.Tensor]:
-    """The tensors of a file, which are to be those expected, with the checksum that was noted elsewhere."""
+    """The tensors of a file. Their names, shapes and checksum have to be those expected."""
     header = read_header(file)
     shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     if header.shapes != shapes:

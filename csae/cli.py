@@ -1,7 +1,7 @@
 """The command line: `csae demo`, `train`, `eval`, `view`, `cache`, `info`, `bench`, `evidence`.
 
-Each command opens what was named, calls one function of the library, and prints what came of it. What a person
-can mend ends in one line and exit code 2.
+Each command opens its inputs, calls one function of the library, and prints the result. An error that the user can
+mend ends in one line and exit code 2.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ try:
     from rich.text import Text
 except UserError as error:
     sys.exit(f"csae: {error}")
-except ImportError as error:  # the ops and modules do without
+except ImportError as error:  # the ops and modules don't need them
     sys.exit(f"csae: the command line needs {error.name}: {pip_install('cli')}")
 
 import torch
@@ -133,7 +133,8 @@ def train(**options: Any) -> None:
     from csae.data.activations import check_share, estimate_normalisation, held_out
     from csae.data.sources import check_said, open_source, remembered
     from csae.progress import track
-    from csae.train import check_one_process, read_origin
+    from csae.run import read_origin
+    from csae.train import check_one_process
     from csae.train import train as run_training
 
     check_share(options["held_out"])
@@ -237,7 +238,7 @@ def view(
     from csae.pages.view import view as view_text
     from csae.pages.view_page import write_view
     from csae.progress import track
-    from csae.train import read_trained_on
+    from csae.run import read_trained_on
     from csae.trained_on import check_place, model_name, same_model
 
     check_writable(out)
@@ -322,7 +323,7 @@ def info() -> None:
     for _ in range(3):
         table.add_column(overflow="fold")
     for fact in facts():
-        table.add_row(*map(Text, (fact.name, fact.value, fact.note)))  # what it says is no markup
+        table.add_row(*map(Text, (fact.name, fact.value, fact.note)))  # plain text, not markup
     Console().print(table)
 
 
@@ -404,9 +405,9 @@ def evidence(tokens: int | None, d_sae: int | None, n_ctx: int | None, **options
 
 
 def _origin(options: dict[str, Any], trained_on: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Where activations come from, for `open_source`; paths made absolute, since it is kept in the run.
+    """Where activations come from, for `open_source`, with absolute paths, since the run keeps it.
 
-    trained_on: of a run, which says what begins a window where the options don't; without one the tokenizer does.
+    trained_on: of a run: its bos and keep_first are the defaults. Without a run the tokenizer decides.
     """
     origin = _given(options)
     for name in ("bos", "keep_first"):
@@ -418,7 +419,7 @@ def _origin(options: dict[str, Any], trained_on: dict[str, Any] | None = None) -
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """What of `open_source`'s description was given, with absolute paths."""
+    """The options that were given, of those that `open_source` takes, with absolute paths."""
     names = ("activations", "model", "layer", "text", "dataset", "n_ctx", "max_tokens", "bos", "keep_first")
     given = {name: options[name] for name in names if options.get(name) is not None}
     if "activations" in given and "bos" in given:

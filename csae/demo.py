@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from csae.config import TrainConfig
 from csae.contextual_sae import ContextualSAE
 from csae.data.activations import (
     ActivationSource,
@@ -44,9 +45,10 @@ from csae.pages.held_out import examples, passages
 from csae.pages.view import view
 from csae.pages.view_page import write_view
 from csae.progress import Progress, track
+from csae.run import METRICS
 from csae.sae import SAE
 from csae.topk_sae import TopKSAE
-from csae.train import METRICS, TrainConfig, check_one_process, train
+from csae.train import check_one_process, train
 from csae.trained_on import model_name
 
 TOKENS = 420_000

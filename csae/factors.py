@@ -98,7 +98,10 @@ class Pass:
 
         found: the code, where it was computed already, without a gradient.
         """
-        return _encode(x, self.sae.W_enc, self.sae.b_enc, self.sae.k, found)
+        W_enc, b_enc = self.sae.W_enc, self.sae.b_enc
+        if found is None:
+            return topk_encode(x, W_enc, b_enc, self.sae.k)
+        return with_encode_gradient(x, W_enc, b_enc, *found), found[1]
 
     def encode_dead(self, x: Tensor, dead: Tensor, k: int, mask: Tensor | None) -> _Code:
         """The k most active of the features `dead` [n_dead]; indices are places in `dead`. x needs no gradient."""
@@ -146,7 +149,11 @@ class Trace(Pass):
         (x,) = autocast_to(x)
         W_enc, b_enc = self.sae.W_enc.detach(), self.sae.b_enc
         # autograd reaches the values only if they depend on something: on b_enc, if on nothing else.
-        code = _encode(x, W_enc, b_enc.detach() if x.requires_grad else b_enc, self.sae.k, found)
+        b_enc = b_enc.detach() if x.requires_grad else b_enc
+        if found is None:
+            code = topk_encode(x, W_enc, b_enc, self.sae.k)
+        else:
+            code = with_encode_gradient(x, W_enc, b_enc, *found), found[1]
         return self._note(x, code, mask, features=None)
 
     def encode_dead(self, x: Tensor, dead: Tensor, k: int, mask: Tensor | None) -> _Code:
@@ -245,12 +252,6 @@ class Trace(Pass):
         weights = torch.cat([_wide(part.reshape(-1)) for part in own])
         totals = feature_sums(encoder.pairs, [weights], [ones])[0].squeeze(1)
         return so_far - totals.to(self.sae.W_enc.dtype) @ self.sae.W_enc
-
-
-def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, found: tuple[Tensor, Tensor] | None) -> _Code:
-    if found is None:
-        return topk_encode(x, W_enc, b_enc, k)
-    return with_encode_gradient(x, W_enc, b_enc, *found), found[1]
 
 
 def _wide(weights: Tensor) -> Tensor:

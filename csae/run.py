@@ -30,7 +30,7 @@ except ImportError:  # not on Windows
 
 RUN, METRICS = "run.json", "metrics.jsonl"
 LONGEST = 2**20  # bytes of a line of metrics
-# What a run.json holds, and of what type. Runs of earlier versions lack some.
+# The entries of run.json and their types. Runs of earlier versions lack some.
 JOB: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("sae", "train", "data"), (dict,)),
     **dict.fromkeys(("n_params", "n_windows", "n_ctx"), (int,)),
@@ -68,10 +68,10 @@ def read_trained_on(run: Path) -> dict[str, Any]:
     job = read_run(run)
     data, origin = job.get("data") or {}, job.get("origin") or {}
     kinds = {name: ORIGIN[name] for name in ("model", "layer", "n_ctx", "keep_first")} | {"bos": (bool, list)}
-    # `data` is what a source says, which anyone may write.
+    # `data` comes from the source, which may be of a user's own class: its types are not known.
     known = {name: data[name] for name, types in kinds.items() if _is_a(data.get(name), types)}
     if origin.get("activations") is not None and "n_ctx" in known:
-        origin = origin | {"n_ctx": known["n_ctx"]}  # as long as they are, whatever was given
+        origin = origin | {"n_ctx": known["n_ctx"]}  # saved windows have a length, whatever was given
     return known | {name: origin[name] for name in kinds if origin.get(name) is not None}
 
 
@@ -81,7 +81,7 @@ def as_json(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def identity(job: dict[str, Any]) -> str:
-    """What tells a run's checkpoints from those of another."""
+    """A hash of the job: its checkpoints hold it, so those of another run are recognised."""
     return hashlib.sha256(json.dumps(as_json(job), sort_keys=True).encode()).hexdigest()
 
 
@@ -109,7 +109,7 @@ def check_job(run: Path, job: dict[str, Any]) -> None:
 def locked(run: Path, job: dict[str, Any]) -> Iterator[FileIO]:
     """The metrics of a run, opened to write at their end, while this process alone trains it. Writes run.json.
 
-    The lock goes with the process, however it ends. Raises UserError where another one has it.
+    The lock ends with the process, however that ends. Raises UserError where another process has it.
     """
     with writing(run):
         run.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ def _lock(run: Path, metrics: FileIO) -> None:
             raise UserError(
                 f"{run}: another process is training this run: wait until it is done, or give another folder"
             ) from error
-        # Some network file systems have no locks, and are trained on all the same.
+        # Some network file systems have no locks: train without one.
         print(
             f"{run}: this file system can't lock it ({error.strerror}): train it in one process at a time",
             file=sys.stderr,
@@ -140,7 +140,7 @@ def _lock(run: Path, metrics: FileIO) -> None:
 
 
 def append_line(metrics: FileIO, line: dict[str, Any]) -> None:
-    """Write a line of metrics, whole where the disk takes it."""
+    """Write a line of metrics; whole, unless the disk is full."""
     rest = memoryview(json.dumps(line, allow_nan=False).encode() + b"\n")
     with writing(str(metrics.name)):
         while rest:
@@ -148,15 +148,15 @@ def append_line(metrics: FileIO, line: dict[str, Any]) -> None:
 
 
 def sync(file: Any) -> None:
-    """Have what was written to an open file lie on the disk."""
+    """Wait until what was written to an open file is on the disk."""
     with writing(str(file.name)):
         file.flush()
-        if Path(file.name).is_file():  # /dev/null can't be asked
+        if Path(file.name).is_file():  # /dev/null can't be synced
             os.fsync(file.fileno())
 
 
 def check_metrics(run: Path, done: int, by: str) -> int:
-    """The length in bytes of the metrics of the first `done` steps. `by`: what says that so many were done.
+    """The length in bytes of the metrics of the first `done` steps. `by`: the file that says that so many were done.
 
     Raises UserError where they are not one line a step, in order.
     """
@@ -165,7 +165,7 @@ def check_metrics(run: Path, done: int, by: str) -> int:
     advice = f"put {METRICS} back as it was, or train again in another folder"
     with reading(file), open(file, "rb") as lines:
         while step < done:
-            line = lines.readline(LONGEST)  # what is no metrics at all may be one endless line
+            line = lines.readline(LONGEST)  # a file of something else may be one endless line
             where = f"{file}, line {step + 1}"
             if not line.endswith(b"\n"):
                 raise UserError(f"{where}: there is no whole line of step {step}, which {by} says was done: {advice}")
@@ -178,14 +178,14 @@ def check_metrics(run: Path, done: int, by: str) -> int:
 
 
 def drop_later_metrics(run: Path, metrics: FileIO, done: int, by: str) -> None:
-    """Keep the lines of the first `done` steps, which have to be there: what came after will be done again."""
+    """Keep the lines of the first `done` steps, which have to be there; the later steps will be done again."""
     length = check_metrics(run, done, by) if done else 0
     with writing(run / METRICS):
         metrics.truncate(length)
 
 
 def is_unfinished(entry: Path, files: Iterable[str]) -> bool:
-    """Whether an entry is what a kill left of writing one of these files (`csae.files.write_file`, `csae.tensors`)."""
+    """Whether an entry is left from a kill while one of these files was written (`csae.files`, `csae.tensors`)."""
     name = "|".join(map(re.escape, files))
     if entry.is_symlink() or not re.fullmatch(rf"\.({name})\.\d+\.tmp({re.escape(WORKING)})?", entry.name):
         return False
@@ -193,14 +193,14 @@ def is_unfinished(entry: Path, files: Iterable[str]) -> bool:
 
 
 def remove_unfinished(folder: Path, files: Iterable[str]) -> None:
-    """Remove what a kill left of writing these files into a folder. Never raises: what stays is in nobody's way."""
+    """Remove what a kill left while these files were written. Never raises: what stays does no harm."""
     with suppress(OSError):
         for entry in [entry for entry in folder.iterdir() if is_unfinished(entry, files)]:
             shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink()
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder lie on the disk, where it can be asked to."""
+    """Wait until the names in a folder are on the disk, if the system can."""
     with suppress(OSError):
         opened = os.open(folder, os.O_RDONLY)
         try:
@@ -210,7 +210,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _of_a_run_that_began(entry: Path) -> bool:
-    """Whether an entry is what a kill leaves of a run before there is a run.json."""
+    """Whether an entry is left from a run that was killed before it wrote run.json."""
     if entry.name == METRICS:
         return entry.is_file() and entry.stat().st_size == 0
     return is_unfinished(entry, FILES)

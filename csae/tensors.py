@@ -23,23 +23,23 @@ WORKING = ".d"
 
 
 class Header(NamedTuple):
-    """What a file says of its tensors."""
+    """The header of a file of tensors."""
 
     shapes: dict[str, tuple[int, ...]]
     about: dict[str, str]
-    """what `save_tensors` was given beside them, and the checksum"""
+    """the texts that `save_tensors` was given, and the checksum"""
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, about: Mapping[str, str] | None = None) -> None:
-    """Write tensors of any device, and texts about them: what fills a file for `csae.files.write_file`."""
+    """Write tensors of any device, and texts about them. For `csae.files.write_file`."""
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     texts = {"format": "pt", **(about or {}), CHECKSUM: checksum(stored)}
     save_plain(stored, file, texts)
 
 
 def save_plain(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors on the CPU as they are. Without metadata, whose order is chance, the same bytes each time."""
-    # safetensors writes to a file of a random name first: in a folder of its own a kill leaves nothing unknown.
+    """Write tensors on the CPU as they are. Without metadata, whose order varies, the bytes are always the same."""
+    # safetensors writes to a file of a random name first. In a folder of its own, it can be found after a kill.
     folder = file.with_name(file.name + WORKING)
     folder.mkdir(exist_ok=True)
     try:

@@ -1,13 +1,13 @@
-"""Training: windows in, a run folder out, the same bits however often it was stopped on the way.
+"""Training: windows in, a run folder out. However often a run is stopped on the way, it ends with the same bits.
 
-A step is a function of the parameters, the optimizer's state and the step's number alone: the order of
-windows comes from the seed, the learning rate from the step, and no other random number is drawn. So a
-checkpoint is the parameters, the moments and the step.
+A step is a function of the parameters, the optimizer's state and the step's number alone: the order of windows comes
+from the seed, the learning rate from the step, and no other random number is drawn. So a checkpoint is the parameters,
+the moments and the step.
 
     RUN/run.json           what was trained on what, and how
-    RUN/metrics.jsonl      a line a step: step, tokens, loss, fvu, aux, l0, dead, lr, tokens_per_s; of a contextual
-                           SAE, each `gap_every` steps, also fvu_exact and gap; loss, fvu, aux and l0 are null where
-                           a step was left out, as the mask lets fewer than two of its positions take part
+    RUN/metrics.jsonl      a line a step: step, tokens, loss, fvu, aux, l0, dead, lr, tokens_per_s; for a contextual
+                           SAE also fvu_exact and gap, each `gap_every` steps. loss, fvu, aux and l0 are null in a step
+                           that was skipped, because fewer than two of its positions are in the mask
     RUN/windows.bin        which windows were trained on (csae.data.seen)
     RUN/checkpoint-STEP    the last checkpoint (csae.checkpoint)
     RUN/model.safetensors, RUN/config.json    the trained SAE, when it is done
@@ -49,31 +49,13 @@ from csae.run import (
     check_metrics,
     drop_later_metrics,
     locked,
-    read_origin,
-    read_trained_on,
     remove_unfinished,
     sync,
 )
 from csae.sae import CONFIG, SAE, Losses, Sweeps, check_config, fraction_unexplained
 from csae.trained_on import TrainedOn
 
-SUSPICIOUS = 1e6  # a loss from which on its batch is looked at: an SAE that explains nothing has one of about 1
-__all__ = [
-    "METRICS",
-    "RUN",
-    "Stopped",
-    "TrainConfig",
-    "adam",
-    "batch_of",
-    "check_one_process",
-    "exact_gap",
-    "learning_rate",
-    "read_origin",
-    "read_trained_on",
-    "sweeps_at",
-    "train",
-    "train_step",
-]
+SUSPICIOUS = 1e6  # from this loss on the batch is checked: an SAE that explains nothing has a loss of about 1
 
 
 def train(
@@ -86,12 +68,12 @@ def train(
 ) -> None:
     """Train `sae` in place on windows of `source`, and save it in the folder `run`.
 
-    Goes on from the last checkpoint where the folder holds one of the same job; returns at once where that
-    job is done. `sae` is initialised by the caller (`SAE.initialise`), and on the device to train on.
+    Continues from the last checkpoint where the folder holds one of the same job; returns at once where that job is
+    done. The caller has initialised `sae` (`SAE.initialise`), and moved it to the device to train on.
     `origin` (JSON) is kept in run.json: where the source can be opened again (`csae.data.sources`).
 
     Raises:
-        UserError: the folder holds another job, or parts that say different things; another process trains it, or
+        UserError: the folder holds another job, or files that contradict each other; another process trains it, or
             this is one of several; activations or the loss are not finite; the disk is full.
         Stopped: after Ctrl-C (SIGINT) or SIGTERM, with a checkpoint written.
     """
@@ -122,7 +104,7 @@ def train(
     finished = (run / CONFIG).is_file()
     if not finished:
         with locked(run, job) as metrics:
-            finished = (run / CONFIG).is_file()  # another process may have been quicker
+            finished = (run / CONFIG).is_file()  # another process may have finished it meanwhile
             if not finished:
                 _train(sae, source, windows, run, config, job, metrics)
     if finished:
@@ -130,8 +112,8 @@ def train(
         remove_unfinished(run, FILES)
     sae.eval()
     try:
-        settle(run)  # not before: where a kill came between, the steps after the checkpoint are done again
-    except UserError as error:  # the SAE is trained all the same
+        settle(run)  # not earlier: after a kill, the steps after the checkpoint are done again
+    except UserError as error:  # the SAE is trained nevertheless
         print(error, file=sys.stderr)
     for path, reason in remove_checkpoints(run, job).items():
         print(f"{path}: kept: {reason}", file=sys.stderr)
@@ -185,7 +167,7 @@ def _train(
 
 
 def _load_finished(sae: SAE, run: Path, config: TrainConfig, job: dict[str, Any]) -> None:
-    """Put a trained SAE into `sae`, where all parts of its run say that it is this one."""
+    """Load a trained SAE into `sae`, if all files of its run agree that it is this one."""
     check_config(read_json(run / CONFIG), job["sae"], run / CONFIG, RUN)
     length = check_metrics(run, config.steps, CONFIG)
     if (run / METRICS).stat().st_size != length:
@@ -208,7 +190,7 @@ def _steps(
     seen: BinaryIO,
     stop: threading.Event,
 ) -> float | None:
-    """Trains; gives the FVU of the last batch, of a contextual SAE in its exact form."""
+    """Trains; gives the FVU of the last batch, in the exact form for a contextual SAE."""
     line: dict[str, Any] = {}
     gap = ""
     with progress_bar(total=config.steps, initial=first, desc=shown(run.name), unit="step") as bar:
@@ -242,7 +224,7 @@ def _steps(
             done = step + 1
             if stop.is_set() or (done % config.checkpoint_every == 0 and done < config.steps):
                 _check_trained(sae, run, config)
-                sync(metrics)  # a checkpoint is never ahead of them
+                sync(metrics)  # a checkpoint is never ahead of its metrics
                 sync(seen)
                 save_checkpoint(run, done, sae, optimizer, job)
             if stop.is_set():
@@ -259,7 +241,7 @@ def _not_finite(sae: SAE) -> str | None:
 
 
 def _check_trained(sae: SAE, run: Path, config: TrainConfig) -> None:
-    """Raises UserError before NaN takes the place of the last checkpoint."""
+    """Raises UserError where weights are not finite, before they replace the last checkpoint."""
     broken = _not_finite(sae)
     if broken:
         raise UserError(f"{run}: {broken} holds NaN or Inf: {_smaller_lr(config)}")
@@ -272,7 +254,7 @@ def _smaller_lr(config: TrainConfig) -> str:
 def _check_loss(
     sae: SAE, batch: Batch, chosen: Sequence[int], line: dict[str, Any], run: Path, config: TrainConfig
 ) -> None:
-    """Raises UserError where a loss is not finite, or its batch can't be explained: why, and what to do."""
+    """Raises UserError where a loss is not finite, or its batch can't be reconstructed: why, and what to do."""
     x = batch.acts[batch.mask].double()  # [tokens, d_in]
     where = f"windows {', '.join(map(str, chosen[:8]))}{', ...' if len(chosen) > 8 else ''}"
     scale, loss, step = float(sae.scale), line["loss"], line["step"]
@@ -286,7 +268,7 @@ def _check_loss(
             f"activations as large as {float(x.abs().max()):.3g} in {where}, at a scale of {scale:.3g}: their squares "
             f"are too large for float32: make them again, or leave those windows out"
         )
-    elif not math.isfinite(loss) and step == 0:  # it is that of before the first update
+    elif not math.isfinite(loss) and step == 0:  # this is the loss before the first update
         reason = f"the loss is {loss} before the first step: initialise the SAE (SAE.initialise) from these activations"
     elif not math.isfinite(loss):
         reason = f"the loss is {loss} at step {step}: {_smaller_lr(config)}"
@@ -316,7 +298,7 @@ def adam(sae: SAE, config: TrainConfig) -> Adam:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Rises from zero over the warm-up, stays at the peak, falls to zero at the end."""
+    """The learning rate of a step: it rises from zero over the warm-up, stays at the peak, falls to zero at the end."""
     rise = (step + 1) / max(1.0, config.warmup * config.steps)
     fall = (config.steps - step) / max(1.0, config.decay * config.steps)
     return config.lr * min(1.0, rise, fall)
@@ -341,16 +323,16 @@ def sweeps_at(step: int, config: TrainConfig, sae: SAE) -> Sweeps | None:
 
 @torch.no_grad()
 def exact_gap(sae: ContextualSAE, batch: Batch, sweeps: Sweeps | None = None) -> tuple[float, float]:
-    """The FVU of a batch in the exact form, and by how much it is above that of the sweeps, as a share of it."""
+    """The FVU of a batch in the exact form, and how much larger it is than that of the sweeps, as a share."""
     acts, mask, documents = (tensor.to(sae.W_dec.device) for tensor in (batch.acts, batch.mask, batch.documents))
     forms = (sae(acts, mask, documents, exact, sweeps).x_hat.double() for exact in (True, False))
-    x, weight = acts.double().masked_fill(~mask.unsqueeze(-1), 0), mask.double()  # a small difference is to be seen
+    x, weight = acts.double().masked_fill(~mask.unsqueeze(-1), 0), mask.double()  # float64, to see small differences
     exact, swept = (float(fraction_unexplained(x, x - x_hat, weight)) for x_hat in forms)
     return exact, exact / swept - 1 if swept > 0 else 0.0
 
 
 def batch_of(windows: Sequence[int], step: int, config: TrainConfig) -> list[int]:
-    """The windows of a step: each epoch goes through all of them in an order of its own, and drops the rest."""
+    """The windows of a step. Each epoch takes all of them in its own order, and drops an incomplete last batch."""
     epoch, place = divmod(step, len(windows) // config.batch_windows)
     order = window_order(len(windows), config.seed, epoch)
     start = place * config.batch_windows
@@ -372,7 +354,7 @@ def _figures(sae: SAE, losses: Losses, batch: Batch, dead: Tensor) -> dict[str, 
 
 @contextmanager
 def _stop_signal() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets, so that the step ends whole; a second one interrupts."""
+    """An event that the first SIGINT or SIGTERM sets, so that the step is finished; a second one interrupts."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked

@@ -11,12 +11,13 @@ from safetensors.torch import save_file
 
 from csae import ContextualSAE, TopKSAE
 from csae.checkpoint import load_sae
+from csae.config import TrainConfig
 from csae.data.activations import ModelActivations, ShardActivations
 from csae.data.text import TokenWindows
 from csae.errors import UserError
 from csae.evaluate import data_in_words, evaluate
 from csae.evaluate_run import evaluate_run, keep_held_out_fvu
-from csae.train import TrainConfig, train
+from csae.train import train
 
 N, T, D = 20, 6, 8
 CONFIG = TrainConfig(steps=8, batch_windows=2)

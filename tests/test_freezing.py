@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from csae import SAE, Adam, ContextualSAE, TopKSAE
+from csae.config import TrainConfig
 from csae.data.activations import Batch
 from csae.errors import Stopped, UserError
 from csae.factors import Factors
-from csae.train import TrainConfig, train
+from csae.train import train
 
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec", "W_mem", "W_Q", "W_K", "W_V", "W_O", "gain", "slope", "null")
 DEAD = torch.tensor([0, 3, 7, 20, 49])

@@ -14,9 +14,9 @@ from csae import ContextualSAE, TopKSAE
 from csae.adam import Adam
 from csae.checkpoint import last_checkpoint, load_sae
 from csae.data.activations import ShardActivations, estimate_normalisation
-from csae.errors import UserError
+from csae.errors import Stopped, UserError
 from csae.sae import Sweeps
-from csae.train import Stopped, batch_of, exact_gap, learning_rate, sweeps_at, train
+from csae.train import batch_of, exact_gap, learning_rate, sweeps_at, train
 
 
 @pytest.mark.parametrize("kind", ["topk", "contextual"])

@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 import csae
 from csae import ContextualSAE, TopKSAE
 from csae.checkpoint import load_sae
+from csae.config import TrainConfig
 from csae.data.activations import ShardActivations
 from csae.errors import UserError
-from csae.train import TrainConfig, train
+from csae.train import train
 from csae.trained_on import RESIDUAL, TrainedOn, card, check_place, hook_place, model_name, same_model
 
 ON = TrainedOn("org/lm", 12, RESIDUAL, 256, "prose.txt", True, False, "0.1.0", 0.2, 0.25)

@@ -9,9 +9,10 @@ import torch
 
 from csae import ContextualSAE, TopKSAE
 from csae.checkpoint import load_sae
+from csae.config import TrainConfig
 from csae.data.activations import Batch, estimate_normalisation
-from csae.errors import UserError
-from csae.train import Stopped, TrainConfig, train
+from csae.errors import Stopped, UserError
+from csae.train import train
 
 D_IN = 6
 

@@ -21,6 +21,7 @@ import torch
 
 from csae.bench.baselines import BASELINES
 from csae.bench.evidence import bits, texts
+from csae.config import TrainConfig
 from csae.contextual_sae import ContextualSAE
 from csae.data.activations import (
     ActivationSource,
@@ -37,7 +38,7 @@ from csae.files import write_json
 from csae.progress import Progress, quiet
 from csae.sae import CONFIG, SAE
 from csae.topk_sae import TopKSAE
-from csae.train import TrainConfig, train
+from csae.train import train
 
 FOUND = "evidence.json"
 BATCH_WINDOWS = 8

@@ -1,21 +1,21 @@
-"""Windows whose features are known: does the contextual SAE put a lasting feature into the code once, or each time?
+"""Windows whose features are known: how often does an SAE show a lasting feature in its code?
 
 A window is cut into regions of one length. In a region a few *region features* are on at every position, each at one
-magnitude; beside them every token has a few *token features* of its own, and a little noise. All are random unit
-directions, more of them than dimensions. A per-token SAE has to pay for a region feature at every position; one that
-looks back should pay where the region starts.
+magnitude. Beside them every token has a few *token features* of its own, and a little noise. All are random unit
+directions, more of them than dimensions. A per-token SAE has to pay for a region feature at every position. One that
+looks back should pay only where the region starts.
 
-k is the number of token features that are on, so REGION_ON less than what is on in all: a region feature that an SAE
-shows is a token feature that it leaves out. Region features are larger, so a per-token SAE shows those. One that looks
-back has room for all token features, except where a region starts. Were k larger, both would fill what is left with
-the least of noise, and a region feature that is shown once more would cost nothing.
+k is the number of token features that are on, REGION_ON less than all that are on. So an SAE that shows a region
+feature leaves out a token feature. Region features are larger, so a per-token SAE shows those. One that looks back has
+room for all token features, except where a region starts. With a larger k both would fill the free slots with noise,
+and to show a region feature once more would cost nothing.
 
-There are more features than dimensions, but not many more: an encoder is one linear map, which takes a feature for a
-bit of each other one that lies near it. In half as many dimensions (CROWDED) it shows a region's feature again where
-that happens, and what looks back then reads the wrong place; that too is run, at one length.
+There are more features than dimensions, but not many more. An encoder is one linear map, so a feature also activates
+features near it. In half as many dimensions (CROWDED) that makes an SAE show a region's feature again, and what looks
+back then reads the wrong place. That is measured too, at one length.
 
-A window has several regions, and a feature may be on in more than one of them. An SAE that looks back may find it
-where it was on first, and need not show it again: figures are given for first regions by themselves too.
+A window has several regions, and a feature may be on in more than one of them. An SAE that looks back may find it in
+the first, and need not show it again. So the figures are also given for first regions by themselves.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ import torch
 from torch import Tensor
 
 from csae.attribution import attribute
+from csae.config import TrainConfig
 from csae.contextual_sae import ContextualSAE
 from csae.data.activations import Batch, estimate_normalisation
 from csae.evaluate import evaluate, run_form
 from csae.progress import Progress, quiet
 from csae.sae import SAE, Code
 from csae.topk_sae import TopKSAE
-from csae.train import TrainConfig, adam, batch_of, train_step
+from csae.train import adam, batch_of, train_step
 
 N_CTX, D_IN, CROWDED = 256, 128, 64
 N_REGION, N_TOKEN = 16, 128
@@ -50,22 +51,26 @@ QUERIES = (None, "current", "past")
 STEPS = 2000
 D_SAE = 192
 LOOK_BACK: dict[str, Any] = {"n_heads": 8, "d_head": 32, "d_value": 16, "sweeps": 4}
-# With a look-back that learns at a quarter of the rate, runs this short end before it carries most regions.
+# With a lower learning rate of the look-back, runs this short end before it carries most regions.
 BATCH_WINDOWS, LR, LOOK_BACK_LR = 8, 6e-3, 1.0
 EARLY_SWEEPS, DECAY = 2, 0.4
-# With query="past" even the queries are made of codes, and sweeps swing: from shown, so carried, to not shown, so not
-# carried. Trained so to the end, it shows a feature of a region of 64 1.1 to 2.0 times by the seed (once 7.9, with more
-# steps); from the exact codes in the last 0.4 of the steps, 1.0 to 1.3 times, but 3.8 for one seed of seven; so, 1.1 to
-# 1.3 times. With "current" sweeps settle: there the gap is 0.1%.
+# With query="past" the queries are made of codes too, and sweeps oscillate: a feature is shown, so it is carried, so it
+# is not shown, so it is not carried. How often a feature of a region of 64 is shown, by how training ends:
+#
+#     sweeps to the end                                          1.1 to 2.0 times by the seed; once 7.9, with more steps
+#     from the exact codes in the last 0.4 of the steps          1.0 to 1.3 times; 3.8 for one seed of seven
+#     from the exact codes in the last 0.7 of the steps (used)   1.1 to 1.3 times
+#
+# With "current" sweeps settle: the gap is 0.1%.
 EXACT_FROM = {"current": 1.0, "past": 0.3}
-# Windows that are measured on, and in how many of them the parts of c are looked at.
+# Windows to measure on, and in how many of them the parts of c are attributed.
 HELD_OUT, ATTRIBUTED = 64, 4
 # A decoder row with at least this cosine to a feature's direction counts as a version of it.
 VERSION = 0.7
 
 
 class Truth(NamedTuple):
-    """What some windows are made of. R regions a window."""
+    """The features of some windows, with R regions each."""
 
     region: Tensor
     """[B, R, n_region] float32: the magnitude of each region feature in each region, zero where it is off"""
@@ -76,12 +81,11 @@ class Truth(NamedTuple):
 
 
 class Windows:
-    """An `ActivationSource` of windows that are drawn when they are read, each from the seed and its own number.
+    """An `ActivationSource` that draws windows when they are read, each from the seed and its own number.
 
-    region_directions [n_region, d_in] and token_directions [n_token, d_in] are the unit directions of the features;
-    they depend on the seed alone, so windows of another region length are made of the same ones. The features of a
-    region are never those of the one before. Nothing tells where a region starts: a window is one document, and all
-    positions are in the mask.
+    region_directions [n_region, d_in] and token_directions [n_token, d_in] are the unit directions of the features.
+    They depend on the seed alone, so they are the same for every region length. A region shares no feature with the
+    one before. Nothing marks the start of a region: a window is one document, and all positions are in the mask.
     """
 
     def __init__(
@@ -114,7 +118,7 @@ class Windows:
         return self.draw(window_indices)[0]
 
     def draw(self, window_indices: Sequence[int]) -> tuple[Batch, Truth]:
-        """The windows asked for, and what they are made of."""
+        """The windows asked for, and their features."""
         drawn = [self._draw(int(window)) for window in window_indices]
         region, token, noise = (torch.from_numpy(np.stack(part)).float() for part in zip(*drawn, strict=True))
         lasting = (region @ self.region_directions).repeat_interleave(self.region_length, dim=1)
@@ -129,7 +133,7 @@ class Windows:
         n_regions = self.n_ctx // self.region_length
         order = rng.random((n_regions, self.n_region))
         for here in range(1, n_regions):
-            # Above all others: what was on before is not among the lowest.
+            # Above all others, so that what was on before is not chosen.
             order[here, np.argpartition(order[here - 1], self.region_on)[: self.region_on]] += 1
         region = self._magnitudes(rng, order, self.region_on, REGION_MAGNITUDE)
         token = self._magnitudes(rng, rng.random((self.n_ctx, self.n_token)), self.token_on, TOKEN_MAGNITUDE)
@@ -152,7 +156,7 @@ class Windows:
 
 
 class Case(NamedTuple):
-    """One SAE of this test, and the windows that it is trained on."""
+    """One SAE of this experiment, and the windows that it is trained on."""
 
     region_length: int
     query: str | None
@@ -168,7 +172,7 @@ class Case(NamedTuple):
 
 
 def cases(region_lengths: Sequence[int] = REGION_LENGTHS) -> list[Case]:
-    """All SAEs at each region length; at LENGTH, TopK and the strict form from several seeds, and crowded."""
+    """All SAEs at each region length; at LENGTH also TopK and the strict form from several seeds, and crowded."""
     found = [Case(length, query) for length in region_lengths for query in QUERIES]
     if LENGTH in region_lengths:
         found += [Case(LENGTH, query, seed) for seed in SEEDS for query in (None, "past")]
@@ -177,7 +181,7 @@ def cases(region_lengths: Sequence[int] = REGION_LENGTHS) -> list[Case]:
 
 
 def run(case: Case, steps: int = STEPS, progress: Progress = quiet) -> dict[str, Any]:
-    """Train an SAE and measure it. All of a seed and a length see the same windows, new ones at every step.
+    """Train an SAE and measure it. All SAEs of a seed and a length see the same windows, new ones at every step.
 
     Args:
         steps: of training, of BATCH_WINDOWS windows.
@@ -230,34 +234,33 @@ def fit(
 
 @torch.no_grad()
 def figures(sae: SAE, source: Windows, windows: Sequence[int]) -> dict[str, Any]:
-    """How well an SAE finds the features that the windows are made of, and how often it shows them.
+    """How well an SAE finds the features of the windows, and how often it shows them.
 
     A feature of the data is matched with the decoder row of the largest cosine. For a contextual SAE that is what
-    fires where a region starts: later the feature may be carried, and in no code. A region here is one region and one
+    fires where a region starts: later the feature may be carried, and in no code. Below, a region is one region and one
     of the features that are on in it.
 
     Returns:
         region_cosine, token_cosine: the mean over features of that largest cosine; region_cosine_min: the least.
-        fires_per_region: at how many positions of a region the matched feature fires, in the mean;
-            fires_per_region_median, in the median. 1 is ideal for an SAE that looks back, the region's length for one
+        fires_per_region: at how many positions of a region the matched feature fires, the mean; and
+            fires_per_region_median, the median. 1 is ideal for an SAE that looks back, the region's length for one
             that doesn't. fires_share: the mean over the length.
-        versions_per_region: the same for all features that are like it (VERSION), counted together: a feature that is
-            split would hide in fires_per_region.
+        versions_per_region: the same for all features that are like it (VERSION), counted together. (A feature that
+            is split would hide in fires_per_region.)
         found: the share of regions in which the matched feature fires at all, so that few firings are not mistaken for
             good ones. found_at_start: at their first position.
         fires_at: that share for each position in the region, a list of its length.
-        first: these figures for the first region of its window in which the feature is on. Later ones need not show
-            it, where an SAE looks back that far. regions, regions_first: how many they are means over.
+        first: these figures for the first region of its window in which the feature is on. In later ones an SAE that
+            looks back that far need not show it. regions, regions_first: how many they are means over.
         fires_off: the share of positions where a region feature is off, but its match fires.
         token_found: the share of token features where they are on whose match fires; token_off, where they are off.
         with_sweeps: for a contextual SAE, the same from fires_per_region on, of the form in sweeps.
-        carried: for a contextual SAE, what c holds of a region's feature at its last position: c's length along the
-            feature's direction, over its magnitude; 1 is ideal. Means over carried_regions regions, those of the first
-            ATTRIBUTED windows. And the parts of it: carried_by_match, what the matched feature wrote, wherever it
-            fired; carried_by_match_at_start, where the region starts; carried_by_token_features, what features wrote
-            that are like a token feature (VERSION) and not like a region feature. With query="current" the attention
-            weights may choose by x_t among what any features left, and carry what no code ever showed: that is where
-            it would be seen.
+        carried: for a contextual SAE, how much of a region's feature c holds at its last position: c's length along the
+            feature's direction, over its magnitude. 1 is ideal. Means over carried_regions regions, those of the first
+            ATTRIBUTED windows. And its parts: carried_by_match, what the matched feature wrote, wherever it fired;
+            carried_by_match_at_start, where the region starts; carried_by_token_features, what features wrote that are
+            like a token feature (VERSION) and not like a region feature. With query="current" the attention weights
+            could choose by x_t among what any features left, and so carry what no code showed: it would be seen there.
         And all that `csae.evaluate.evaluate` gives: fvu, l0, of the exact form; fvu_sweeps, gap.
     """
     batch, truth = source.draw(windows)
@@ -323,7 +326,7 @@ def _shown(shown: Tensor, versions: Tensor, on: Tensor) -> dict[str, Any]:
 
 @torch.no_grad()
 def _carried(sae: ContextualSAE, source: Windows, windows: Sequence[int], rows: Tensor) -> dict[str, Any]:
-    """The figures of `figures` whose names start with carried. rows: [d_sae, d_in], the decoder's unit rows."""
+    """The figures whose names start with carried. rows: [d_sae, d_in], the decoder's unit rows."""
     batch, truth = source.draw(windows)
     likeness = source.region_directions @ rows.T  # [n_region, d_sae]
     like_token = (source.token_directions @ rows.T).amax(dim=0)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from csae.pages.rendering import INK, SERIES, SOFT, figure_style, inline_svg
-from csae.train import METRICS
+from csae.run import METRICS
 
 POINTS = 300  # of a curve: more can't be seen
 SMOOTHING = 0.02  # of the steps: the width of the running mean

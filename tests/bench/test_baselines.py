@@ -10,10 +10,11 @@ from csae.bench.baselines import BASELINES
 from csae.bench.baselines.batch_topk import THRESHOLD_RATE, BatchTopKSAE
 from csae.bench.baselines.temporal_features import TemporalFeatureSAE
 from csae.bench.baselines.temporal_sae import TemporalSAE
+from csae.config import TrainConfig
 from csae.data.activations import Batch, estimate_normalisation
 from csae.evaluate import evaluate
 from csae.factors import Factors
-from csae.train import TrainConfig, train
+from csae.train import train
 
 OPTIONS = {"temporal-features": {"n_heads": 2, "d_head": 3, "d_value": 4}, "temporal-sae": {"temperature": 0.3}}
 every_baseline = pytest.mark.parametrize("name", BASELINES)

@@ -11,8 +11,9 @@ import torch
 from csae import ContextualSAE, TopKSAE
 from csae.bench.evidence import synthetic
 from csae.bench.evidence.synthetic import Windows
+from csae.config import TrainConfig
 from csae.sae import Code
-from csae.train import TrainConfig, train
+from csae.train import train
 
 N_CTX, LENGTH = 24, 6
 SIZES = {"n_ctx": N_CTX, "d_in": 20, "n_region": 6, "n_token": 10, "region_on": 2, "token_on": 3}
