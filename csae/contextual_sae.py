@@ -169,12 +169,14 @@ class ContextualSAE(SAE):
             mask: [B, T] bool, True where a position takes part. One that doesn't gets an empty code.
             documents: [B, T] integer; nothing is carried across the boundary of a run of equal ids.
             exact: the recurrence as it is defined (no gradient), or sweeps of it in parallel. If not given: sweeps
-                in training mode, exact in evaluation mode.
-            sweeps: which sweeps, where not exact; the SAE's own `sweeps` if not given.
+                in training mode or where `sweeps` are given, otherwise exact.
+            sweeps: which sweeps; by the SAE's own `sweeps` if not given.
         """
         self._check_acts(acts, mask, documents)
+        if exact and sweeps is not None:
+            raise ValueError("exact, sweeps: both given; needed one of them: the exact form has no sweeps")
         x = self._normalised(acts)
-        if not self.training if exact is None else exact:
+        if exact or (exact is None and sweeps is None and not self.training):
             found = self._recur(x, mask, documents)
         else:
             found = self._run(Pass(self), x, mask, documents, sweeps)

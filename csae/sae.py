@@ -219,12 +219,12 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What config.json holds: arch, and the arguments that the SAE was made with."""
+        """The content of config.json: arch, and the arguments that make an SAE like this one."""
         return {"arch": self.arch, **self._arguments}
 
     @property
     def _arguments(self) -> dict[str, Any]:
-        """The arguments that an SAE like this one is made with, as given."""
+        """The arguments that make an SAE like this one: as given, and as changed since."""
         return self._hub_mixin_config or {}  # type: ignore[return-value]
 
     @property

@@ -325,7 +325,10 @@ def sweeps_at(step: int, config: TrainConfig, sae: SAE) -> Sweeps | None:
 def exact_gap(sae: ContextualSAE, batch: Batch, sweeps: Sweeps | None = None) -> tuple[float, float]:
     """The FVU of a batch in the exact form, and how much larger it is than that of the sweeps, as a share."""
     acts, mask, documents = (tensor.to(sae.W_dec.device) for tensor in (batch.acts, batch.mask, batch.documents))
-    forms = (sae(acts, mask, documents, exact, sweeps).x_hat.double() for exact in (True, False))
+    forms = (
+        sae(acts, mask, documents, exact=exact, sweeps=None if exact else sweeps).x_hat.double()
+        for exact in (True, False)
+    )
     x, weight = acts.double().masked_fill(~mask.unsqueeze(-1), 0), mask.double()  # float64, to see small differences
     exact, swept = (float(fraction_unexplained(x, x - x_hat, weight)) for x_hat in forms)
     return exact, exact / swept - 1 if swept > 0 else 0.0

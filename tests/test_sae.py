@@ -99,6 +99,13 @@ def test_sweeps_from_the_exact_codes_give_them_again_with_a_gradient(query, swee
             torch.testing.assert_close(got, want, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def test_given_sweeps_are_run_in_any_mode_and_never_beside_exact():
+    sae, (acts, *_) = contextual(sweeps=1).eval(), windows()
+    assert torch.equal(sae(acts, sweeps=Sweeps(1)).x_hat, sae(acts, exact=False).x_hat)
+    with pytest.raises(ValueError, match="exact, sweeps: both given"):
+        sae(acts, exact=True, sweeps=Sweeps(1))
+
+
 @pytest.mark.parametrize("bounds", [False, True], ids=["open", "mask+documents"])
 @pytest.mark.parametrize("query", ["current", "past"])
 def test_contextual_exact_matches_the_reference(query, bounds):
