@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -58,13 +56,6 @@ class ContextualSAE(SAE):
     arch = "contextual"
     look_back = LookBack._fields
 
-    n_heads: int
-    d_head: int
-    d_value: int
-    d_memory: int
-    k_mem: int
-    query: str
-    sweeps: int
     # As `LookBack` describes them.
     W_mem: nn.Parameter
     W_Q: nn.Parameter
@@ -91,28 +82,7 @@ class ContextualSAE(SAE):
         aux_coef: float = 1 / 32,
         dead_after: int = 10_000_000,
     ) -> None:
-        sizes = {"n_heads": n_heads, "d_head": d_head, "d_value": d_value, "d_memory": d_memory}
-        own: dict[str, Any] = {**sizes, "k_mem": k_mem, "query": query, "sweeps": sweeps}
-        super().__init__(d_in, d_sae, k, k_aux, aux_coef, dead_after, **own)
-        initial = LookBack.initial(d_in, d_sae, **sizes, steepest=QUERIES[query])
-        for name, tensor in initial._asdict().items():
-            self.register_parameter(name, nn.Parameter(tensor))
-
-    @classmethod
-    def _attributes(  # type: ignore[override]
-        cls,
-        *,
-        k: int,
-        n_heads: int,
-        d_head: int,
-        d_value: int,
-        d_memory: int,
-        k_mem: int | None,
-        query: str,
-        sweeps: int,
-        **base: Any,
-    ) -> dict[str, Any]:
-        found = super()._attributes(k=k, **base)
+        super().__init__(d_in, d_sae, k, k_aux, aux_coef, dead_after)
         if query not in QUERIES:
             raise ValueError(f"query: given {query!r}; needed one of {', '.join(map(repr, QUERIES))}")
         sizes = {"n_heads": n_heads, "d_head": d_head, "d_value": d_value, "d_memory": d_memory}
@@ -126,23 +96,12 @@ class ContextualSAE(SAE):
             raise ValueError(f"k_mem: given {k_mem}; needed 1 to k = {k}, or None for all")
         if sweeps < 0:
             raise ValueError(f"sweeps: given {sweeps}; needed 0 or more")
-        return found | sizes | {"k_mem": k if k_mem is None else k_mem, "query": query, "sweeps": sweeps}
-
-    @classmethod
-    def shapes(
-        cls,
-        *,
-        d_in: int,
-        d_sae: int,
-        n_heads: int = 8,
-        d_head: int = 32,
-        d_value: int = 64,
-        d_memory: int = 256,
-        **_: Any,
-    ) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor of an SAE that is made with these arguments."""
-        look_back = LookBack.shapes(d_in, d_sae, n_heads, d_head, d_value, d_memory)
-        return super().shapes(d_in=d_in, d_sae=d_sae) | look_back
+        self.n_heads, self.d_head, self.d_value, self.d_memory = n_heads, d_head, d_value, d_memory
+        self.k_mem = k if k_mem is None else k_mem
+        self.query, self.sweeps = query, sweeps
+        initial = LookBack.initial(d_in, d_sae, **sizes, steepest=QUERIES[query])
+        for name, tensor in initial._asdict().items():
+            self.register_parameter(name, nn.Parameter(tensor))
 
     @torch.no_grad()
     def c_bound(self) -> float:

@@ -50,15 +50,6 @@ class LookBack(NamedTuple):
         return cls(*(getattr(sae, name) for name in cls._fields))
 
     @classmethod
-    def shapes(
-        cls, d_in: int, d_sae: int, n_heads: int, d_head: int, d_value: int, d_memory: int
-    ) -> dict[str, tuple[int, ...]]:
-        """The shape of each parameter."""
-        keys, values, heads = n_heads * d_head, n_heads * d_value, (n_heads,)
-        maps = (d_sae, d_memory), (keys, d_in), (keys, d_memory), (values, d_memory), (d_in, values)
-        return dict(zip(cls._fields, (*maps, heads, heads, heads), strict=True))
-
-    @classmethod
     def initial(
         cls, d_in: int, d_sae: int, n_heads: int, d_head: int, d_value: int, d_memory: int, steepest: float
     ) -> Self:

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
@@ -96,6 +96,9 @@ class Losses(NamedTuple):
     """the code of the batch"""
 
 
+AnySAE = TypeVar("AnySAE", bound="SAE")
+
+
 class SAE(nn.Module, PyTorchModelHubMixin, ABC):
     """Base of `TopKSAE` and `ContextualSAE`: W_enc, b_enc, W_dec, b_dec, and what is done with them.
 
@@ -142,33 +145,8 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
     tokens_since_fired: Tensor
     """[d_sae] int64: how many training tokens ago each feature was last active"""
 
-    d_in: int
-    d_sae: int
-    k: int
-    k_aux: int
-    aux_coef: float
-    dead_after: int
-
-    def __init__(
-        self, d_in: int, d_sae: int, k: int, k_aux: int | None, aux_coef: float, dead_after: int, **own: Any
-    ) -> None:
+    def __init__(self, d_in: int, d_sae: int, k: int, k_aux: int | None, aux_coef: float, dead_after: int) -> None:
         super().__init__()
-        own |= {"k_aux": k_aux, "aux_coef": aux_coef, "dead_after": dead_after}
-        vars(self).update(self._attributes(d_in=d_in, d_sae=d_sae, k=k, **own))
-        directions = torch.randn(d_sae, d_in)
-        directions /= directions.norm(dim=1, keepdim=True)
-        self.W_dec = nn.Parameter(directions)
-        self.W_enc = nn.Parameter(directions.clone())
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
-        self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
-
-    @classmethod
-    def _attributes(
-        cls, *, d_in: int, d_sae: int, k: int, k_aux: int | None, aux_coef: float, dead_after: int, **_: Any
-    ) -> dict[str, Any]:
-        """The attributes that an SAE's arguments become. Raises TypeError or ValueError where they can't be."""
         counts = {"d_in": d_in, "d_sae": d_sae, "k_aux": 1 if k_aux is None else k_aux, "dead_after": dead_after}
         for name, count in counts.items():
             if isinstance(count, bool) or not isinstance(count, int):
@@ -180,20 +158,30 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
             raise TypeError(f"aux_coef: given {aux_coef!r}; needed a number")
         if not 0 <= aux_coef < math.inf:
             raise ValueError(f"aux_coef: given {aux_coef}; needed a number of zero or more")
-        k_aux = max(1, d_in // 2) if k_aux is None else k_aux
-        return {"d_in": d_in, "d_sae": d_sae, "k": k, "k_aux": k_aux, "aux_coef": aux_coef, "dead_after": dead_after}
+        self.d_in, self.d_sae, self.k = d_in, d_sae, k
+        self.k_aux = max(1, d_in // 2) if k_aux is None else k_aux
+        self.aux_coef, self.dead_after = aux_coef, dead_after
+        directions = torch.randn(d_sae, d_in)
+        directions /= directions.norm(dim=1, keepdim=True)
+        self.W_dec = nn.Parameter(directions)
+        self.W_enc = nn.Parameter(directions.clone())
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        arguments = self._arguments
-        if name not in arguments or name not in vars(self):
+        if name not in self._arguments or name not in vars(self):
             super().__setattr__(name, value)
             return
-        # An argument that is changed after construction is checked, and saved, as if it had been given there.
-        changed = arguments | {name: value}
-        attributes = {name: value} | self._attributes(**changed)
-        if self.shapes(**changed) != self.shapes(**arguments):
-            raise ValueError(f"{name}: given {value}; the parameters are made for {arguments[name]}: make another SAE")
-        vars(self).update(attributes)
+        # An argument is changed after construction: check it, and save it, as if it had been given there.
+        changed = self._arguments | {name: value}
+        made = _without_tensors(type(self), changed)
+        if _shapes(made) != _shapes(self):
+            raise ValueError(
+                f"{name}: given {value}; needed {getattr(self, name)}, as the parameters have: make another"
+            )
+        vars(self).update({of: vars(made)[of] for of in changed if of in vars(made)})
         self._hub_mixin_config = changed
 
     @abstractmethod
@@ -421,8 +409,7 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
             write_file(folder / CARD, lambda path: path.write_text(card(self), encoding="utf-8"))
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        misshapen = _misshapen(shapes, self.shapes(**self._arguments))
+        misshapen = _misshapen(_shapes(self), _shapes(_without_tensors(type(self), self._arguments)))
         if misshapen:
             raise ValueError(f"sae: {misshapen}, as it was made; it can't be saved with parameters of another shape")
         self.write_card(save_directory)
@@ -441,13 +428,6 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
         if config.is_file():
             read_json(config)  # the mixin reads it without a check
         return super().from_pretrained(pretrained_model_name_or_path, **options)
-
-    @classmethod
-    def shapes(cls, *, d_in: int, d_sae: int, **_: Any) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor of an SAE that is made with these arguments."""
-        table, row, column = (d_sae, d_in), (d_sae,), (d_in,)
-        vectors = {"b_enc": row, "b_dec": column, "tokens_since_fired": row, "scale": ()}
-        return {"W_enc": table, "W_dec": table, **vectors}
 
     @classmethod
     def _from_pretrained(
@@ -485,14 +465,16 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
         if config is not None:
             check_config(config, _saved_config(header), Path(model_id) / CONFIG, WEIGHTS)
         try:
-            # Before any memory is taken for them.
-            misshapen = _misshapen(header.shapes, cls.shapes(**init))
+            sae = _without_tensors(cls, init)
+            misshapen = _misshapen(header.shapes, _shapes(sae))  # before any memory is taken for them
             if misshapen:
                 raise TypeError(misshapen)
-            sae = cls(**init)
-            sae.load_state_dict(load_tensors(weights), strict=strict)
+            tensors = load_tensors(weights)
+            wanted = {name: tensor.dtype for name, tensor in sae.state_dict().items()}
+            tensors = {name: tensor.to(wanted.get(name, tensor.dtype), copy=True) for name, tensor in tensors.items()}
+            sae.load_state_dict(tensors, strict=strict, assign=True)
         except (RuntimeError, TypeError) as error:
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split())[:300]  # torch's may hold a stack
             raise UserError(f"{model_id}: not a saved {cls.__name__}, or of another version: {reason}") from error
         sae.trained_on = TrainedOn.from_config(config or {}, f"{model_id}: {CONFIG}")
         return sae.to(map_location)
@@ -526,6 +508,16 @@ def _saved_config(header: Header) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _without_tensors(kind: type[AnySAE], arguments: dict[str, Any]) -> AnySAE:
+    """An SAE that is made with these arguments, on the meta device: it takes no memory, and draws nothing."""
+    with torch.device("meta"):
+        return kind(**arguments)
+
+
+def _shapes(sae: SAE) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
 
 
 def _misshapen(found: Mapping[str, tuple[int, ...]], needed: Mapping[str, tuple[int, ...]]) -> str | None:
