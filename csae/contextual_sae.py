@@ -182,11 +182,7 @@ class ContextualSAE(SAE):
         return (self._in_units_of(alone, wide) + c).to(self.W_dec.dtype)
 
     def _bounds(
-        self,
-        positions: torch.Size,
-        known: Bounds | None,
-        mask: Tensor | str | None,
-        documents: Tensor | str | None,
+        self, positions: torch.Size, known: Bounds | None, mask: Tensor | str | None, documents: Tensor | str | None
     ) -> Bounds:
         """The mask and documents that a code is decoded with."""
         if known is not None:
@@ -254,12 +250,7 @@ class ContextualSAE(SAE):
         return self._output(x_hat, Code(*found), c, acts.dtype), state
 
     def _run(
-        self,
-        ops: Pass,
-        x: Tensor,
-        mask: Tensor | None,
-        documents: Tensor | None,
-        sweeps: Sweeps | None = None,
+        self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None = None
     ) -> tuple[Tensor, Code, Tensor]:
         """x [B, T, d_in] in normalised units -> x_hat, code, c, by sweeps."""
         sweeps = Sweeps(self.sweeps) if sweeps is None else sweeps
@@ -290,13 +281,7 @@ class ContextualSAE(SAE):
         return KEPT_BYTES // (4 * x.shape[1] * self.d_sae)
 
     def _sweep(
-        self,
-        ops: Pass,
-        x: Tensor,
-        mask: Tensor | None,
-        documents: Tensor | None,
-        sweeps: Sweeps,
-        W_a: Tensor | None,
+        self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps, W_a: Tensor | None
     ) -> tuple[Tensor, Code, Tensor]:
         """As `_run`; with W_a = W_enc W_O, [d_sae, n_heads * d_value], by narrow products after sweep 0."""
         look_back = LookBack.of(self)

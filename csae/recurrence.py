@@ -89,11 +89,7 @@ class Recurrence(NamedTuple):
         return self._blank(B, room, bounded, followed)._replace(owner=self._owner())
 
     def advance(
-        self,
-        given: Tensor | tuple[Tensor, Tensor],
-        state: State,
-        mask: Tensor | None,
-        documents: Tensor | None,
+        self, given: Tensor | tuple[Tensor, Tensor], state: State, mask: Tensor | None, documents: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor, State]:
         """The next n positions of B sequences.
 
@@ -135,11 +131,7 @@ class Recurrence(NamedTuple):
         )
 
     def _advance(
-        self,
-        given: Tensor | tuple[Tensor, Tensor],
-        state: State,
-        mask: Tensor | None,
-        documents: Tensor | None,
+        self, given: Tensor | tuple[Tensor, Tensor], state: State, mask: Tensor | None, documents: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor, State]:
         with torch.no_grad(), torch.autocast(state.memory.device.type, enabled=False):
             dtype = self.W_enc.dtype

@@ -49,12 +49,7 @@ class TopKSAE(SAE):
         return self._output(*self._run(Pass(self), self._normalised(acts), mask, documents), acts.dtype)
 
     def _run(
-        self,
-        ops: Pass,
-        x: Tensor,
-        mask: Tensor | None,
-        documents: Tensor | None,
-        sweeps: Sweeps | None = None,
+        self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None = None
     ) -> tuple[Tensor, Code, Tensor]:
         code = Code(*ops.encode(ops.centred(x), mask))
         return ops.decode("W_dec", code) + self.b_dec, code, x.new_zeros(()).expand_as(x)

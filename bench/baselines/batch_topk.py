@@ -81,12 +81,7 @@ class BatchTopKSAE(SAE):
             self.threshold_weight.copy_(after)
 
     def _run(
-        self,
-        ops: Pass,
-        x: Tensor,
-        mask: Tensor | None,
-        documents: Tensor | None,
-        sweeps: Sweeps | None = None,
+        self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None = None
     ) -> tuple[Tensor, Code, Tensor]:
         centred = ops.centred(x)
         code = Code(*ops.encode(centred, mask, self._select(centred.detach(), mask)))

@@ -105,12 +105,7 @@ class TemporalFeatureSAE(SAE):
     gradients = dense_gradients
 
     def _run(
-        self,
-        ops: Pass,
-        x: Tensor,
-        mask: Tensor | None,
-        documents: Tensor | None,
-        sweeps: Sweeps | None = None,
+        self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None = None
     ) -> tuple[Tensor, Code, Tensor]:
         centred = x - self.b_dec
         c = self._predict(centred, mask, documents)
