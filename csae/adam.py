@@ -71,17 +71,14 @@ class Adam(torch.optim.Optimizer):
         if moments not in MOMENTS:
             raise ValueError(f"moments: given {moments}; needed torch.float32 or torch.bfloat16")
         for name, parameter in sae.named_parameters():
-            if parameter.dtype != torch.float32:
-                raise TypeError(f"sae: given {name} in {parameter.dtype}; needed torch.float32: call sae.float() first")
+            _check_dtype(name, parameter)
         self.sae = sae
         self.names: dict[Tensor, str] = {weight: name for name, weight in sae.named_parameters()}
+        look_back = [parameter for parameter, name in self.names.items() if name in sae.look_back]
+        others = [parameter for parameter, name in self.names.items() if name not in sae.look_back]
         groups = [
-            {"params": [p for p, name in self.names.items() if name not in sae.look_back], "lr": lr, "share": 1.0},
-            {
-                "params": [p for p, name in self.names.items() if name in sae.look_back],
-                "lr": lr * look_back_lr,
-                "share": look_back_lr,
-            },
+            {"params": others, "lr": lr, "share": 1.0},
+            {"params": look_back, "lr": lr * look_back_lr, "share": look_back_lr},
         ]
         super().__init__([group for group in groups if group["params"]], {"betas": betas, "eps": eps})
         self.lazy, self.moments = lazy, moments
@@ -181,8 +178,7 @@ class Adam(torch.optim.Optimizer):
                 raise ValueError(
                     f"sae: its {name} is not the one that the optimizer was made for; needed an optimizer made since"
                 )
-            if parameter.dtype != torch.float32:
-                raise TypeError(f"sae: given {name} in {parameter.dtype}; needed torch.float32: call sae.float() first")
+            _check_dtype(name, parameter)
             if parameter.device != self.state[parameter]["exp_avg"].device:
                 raise ValueError(
                     f"sae: {name} is on {parameter.device}, its moments on {self.state[parameter]['exp_avg'].device}; "
@@ -204,6 +200,11 @@ class Adam(torch.optim.Optimizer):
         """Which of a group's parameters have counted fewer steps than another one."""
         steps = {self.names[parameter]: int(self.state[parameter]["step"]) for parameter in parameters}
         return {name for name, count in steps.items() if count < max(steps.values())}
+
+
+def _check_dtype(name: str, parameter: Tensor) -> None:
+    if parameter.dtype != torch.float32:
+        raise TypeError(f"sae: given {name} in {parameter.dtype}; needed torch.float32: call sae.float() first")
 
 
 def _adam(given: list[tuple[Tensor, Any, dict[str, Tensor]]], group: dict[str, Any]) -> None:

@@ -84,13 +84,8 @@ class TrainConfig:
     seed: int = option(0, "Of initialisation and order.")
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("steps", 1),
-            ("batch_windows", 1),
-            ("early_sweeps", 0),
-            ("gap_every", 1),
-            ("checkpoint_every", 1),
-        ):
+        counts = {"steps": 1, "batch_windows": 1, "early_sweeps": 0, "gap_every": 1, "checkpoint_every": 1}
+        for name, least in counts.items():
             if not isinstance(getattr(self, name), int):
                 raise UserError(f"{name}: given {getattr(self, name)!r}; needed a whole number, at least {least}")
             if getattr(self, name) < least:

@@ -145,7 +145,15 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
     tokens_since_fired: Tensor
     """[d_sae] int64: how many training tokens ago each feature was last active"""
 
-    def __init__(self, d_in: int, d_sae: int, k: int, k_aux: int | None, aux_coef: float, dead_after: int) -> None:
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        k: int,
+        k_aux: int | None = None,
+        aux_coef: float = 1 / 32,
+        dead_after: int = 10_000_000,
+    ) -> None:
         super().__init__()
         counts = {"d_in": d_in, "d_sae": d_sae, "k_aux": 1 if k_aux is None else k_aux, "dead_after": dead_after}
         for name, count in counts.items():

@@ -20,17 +20,6 @@ class TopKSAE(SAE):
 
     arch = "topk"
 
-    def __init__(
-        self,
-        d_in: int,
-        d_sae: int,
-        k: int,
-        k_aux: int | None = None,
-        aux_coef: float = 1 / 32,
-        dead_after: int = 10_000_000,
-    ) -> None:
-        super().__init__(d_in, d_sae, k, k_aux, aux_coef, dead_after)
-
     def encode(self, acts: Tensor) -> Code:
         """acts [..., d_in] -> the code [..., k]."""
         self._check_acts(acts)
