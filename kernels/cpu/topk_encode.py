@@ -1,23 +1,19 @@
 """topk_encode on the CPU: the product is torch's, the selection native.
 
-`csae.kernels.portable.topk_encode` has the same functions, and the same way through the tiles. Here a short list of
-candidates a row is kept from tile to tile, so that a tile costs one comparison an entry. Large products go to
-`topk_coarse`, where this CPU has matrix units.
+It is `csae.kernels.portable.topk_encode` with another inner loop: a short list of candidates a row is kept from tile to
+tile, so that a tile costs one comparison an entry. Large products go to `topk_coarse`, where this CPU has matrix units.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from ..portable.topk_encode import (  # noqa: F401
-    WIDE_BYTES,
-    encode_again,
-    encode_and_keep,
-    output,
-    products,
-    slices,
-)
+from ..portable import topk_encode as portable
+from ..portable.topk_encode import WIDE_BYTES, Inner, encode, output, slices
 from . import topk_coarse
 from .arguments import with_rows
 from .memory import fresh
@@ -37,8 +33,7 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor
     """
     if x.shape[0] >= topk_coarse.LEAST_ROWS and topk_coarse.worthwhile(W_enc, k):
         return encode_by_table(x, W_enc, b_enc, k, [], None)[:2]
-    values, indices = output(x, k)
-    _encode(x, W_enc, b_enc.float(), k, values, indices)
+    values, indices = encode(x, W_enc, b_enc, k, INNER)
     return values.to(x.dtype), indices
 
 
@@ -80,22 +75,8 @@ def encode_by_table(
         )
         if not settled.all():
             left = (~settled).nonzero().squeeze(1)
-            exactly = output(acts[left], k)
-            _encode(acts[left], W_enc, bias, k, *exactly)
-            found[0][left], found[1][left] = exactly
+            found[0][left], found[1][left] = encode(acts[left], W_enc, bias, k, INNER)
     return values.to(x.dtype), indices, reached
-
-
-def _encode(x: Tensor, W_enc: Tensor, bias: Tensor, k: int, values: Tensor, indices: Tensor) -> None:
-    """topk_encode into values and indices, in float32."""
-    d_sae = W_enc.shape[0]
-    rows, columns = _tile(x, d_sae, k)
-    workspace = fresh((rows * columns,), torch.float32)
-    for here in slices(x.shape[0], rows):
-        best = topk_start(here.stop - here.start, d_sae, k)
-        for block, pre_acts in products(x[here].float(), W_enc, columns, workspace):
-            topk_add(best, pre_acts, bias[block], block.start)
-        topk_finish(best, values[here], indices[here])
 
 
 def _tile(x: Tensor, d_sae: int, k: int) -> tuple[int, int]:
@@ -111,3 +92,16 @@ def _tile(x: Tensor, d_sae: int, k: int) -> tuple[int, int]:
     columns = max(1, TILE_BYTES // 4 // rows)
     # The native library reads 64 columns at a time.
     return rows, min(d_sae, columns if columns < 64 else columns // 64 * 64)
+
+
+def _select(tiles: Iterable[tuple[slice, Tensor]], bias: Tensor, k: int, values: Tensor, indices: Tensor) -> None:
+    """The k largest of each row of the tiles + bias [d_sae], relu'd, into values and indices [rows, k]."""
+    best = topk_start(values.shape[0], bias.shape[0], k)
+    for columns, pre_acts in tiles:
+        topk_add(best, pre_acts, bias[columns], columns.start)
+    topk_finish(best, values, indices)
+
+
+INNER = Inner(_tile, _select, lambda shape, like: fresh(shape, like.dtype))
+encode_and_keep = partial(portable.encode_and_keep, inner=INNER)
+encode_again = partial(portable.encode_again, inner=INNER)

@@ -6,7 +6,8 @@ searched. The k best of each tile are kept, and the k best of these are the resu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,39 +21,65 @@ COLUMNS_PER_K = 16
 WIDE_BYTES = 4 << 20
 
 
+class Inner(NamedTuple):
+    """The inner loop: `kernels/cpu` has another, with sizes that suit it."""
+
+    tile: Callable[[Tensor, int, int], tuple[int, int]]
+    """x, d_sae, k -> rows and columns of a tile"""
+    select: Callable[[Iterable[tuple[slice, Tensor]], Tensor, int, Tensor, Tensor], None]
+    """as `_select`"""
+    new: Callable[[tuple[int, ...], Tensor], Tensor]
+    """a new tensor of this shape, of the other's dtype and device"""
+
+
 def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """x [n, d_in], W_enc [d_sae, d_in], b_enc [d_sae] -> values [n, k] in x's dtype, indices [n, k] int64.
 
     Selection is on float32 pre-activations (float64 for float64 input), whatever the input's dtype.
     """
-    values, indices = output(x, k)
-    bias = b_enc.to(values.dtype)
-    rows, columns = _tile(x.shape[0], W_enc.shape[0], k, values.itemsize)
-    workspace = values.new_empty(rows * columns)
-    for here in slices(x.shape[0], rows):
-        tiles = products(x[here].to(values.dtype), W_enc, columns, workspace)
-        _select(tiles, bias, k, values[here], indices[here])
+    values, indices = encode(x, W_enc, b_enc, k, INNER)
     return values.to(x.dtype), indices
 
 
-def encode_and_keep(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """topk_encode, and all of its pre-activations for `encode_again`: [n, d_sae] in the dtype of selection."""
+def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, inner: Inner) -> tuple[Tensor, Tensor]:
+    """topk_encode, values in the dtype of selection."""
     values, indices = output(x, k)
-    kept = values.new_empty(x.shape[0], W_enc.shape[0])
-    multiply_into(kept, x.to(kept.dtype), W_enc)
-    kept += b_enc
-    _select_from(kept, k, values, indices)
+    bias = b_enc.to(values.dtype)
+    rows, columns = inner.tile(x, W_enc.shape[0], k)
+    workspace = inner.new((rows * columns,), values)
+    for here in slices(x.shape[0], rows):
+        tiles = _products(x[here].to(values.dtype), W_enc, columns, workspace)
+        inner.select(tiles, bias, k, values[here], indices[here])
+    return values, indices
+
+
+def encode_and_keep(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, inner: Inner | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """topk_encode, and all of its pre-activations for `encode_again`: [n, d_sae] in the dtype of selection."""
+    inner = inner or INNER
+    values, indices = output(x, k)
+    bias = b_enc.to(values.dtype)
+    rows, columns = inner.tile(x, W_enc.shape[0], k)
+    kept = inner.new((x.shape[0], W_enc.shape[0]), values)
+    for here in slices(x.shape[0], rows):
+        tiles = _updates(kept[here], bias, x[here].to(values.dtype), W_enc, columns)
+        inner.select(tiles, torch.zeros_like(bias), k, values[here], indices[here])
     return values.to(x.dtype), indices, kept
 
 
-def encode_again(kept: Tensor, a: Tensor, W_a: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def encode_again(kept: Tensor, a: Tensor, W_a: Tensor, k: int, inner: Inner | None = None) -> tuple[Tensor, Tensor]:
     """The k largest of kept - a W_a^T in each row, relu'd, as topk_encode has them; kept becomes kept - a W_a^T.
 
     kept [n, d_sae] from `encode_and_keep`, a [n, r], W_a [d_sae, r] -> values [n, k] in a's dtype, indices [n, k].
     """
+    inner = inner or INNER
     values, indices = output(a, k)
-    kept.addmm_(a.to(kept.dtype), W_a.to(kept.dtype).T, alpha=-1)
-    _select_from(kept, k, values, indices)
+    rows, columns = inner.tile(a, W_a.shape[0], k)
+    no_bias = kept.new_zeros(kept.shape[1])
+    for here in slices(a.shape[0], rows):
+        tiles = _updates(kept[here], None, -a[here].to(values.dtype), W_a, columns)
+        inner.select(tiles, no_bias, k, values[here], indices[here])
     return values.to(a.dtype), indices
 
 
@@ -68,9 +95,10 @@ def output(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(shape, dtype=wide), x.new_empty(shape, dtype=torch.int64)
 
 
-def _tile(n: int, d_sae: int, k: int, itemsize: int) -> tuple[int, int]:
+def _tile(x: Tensor, d_sae: int, k: int) -> tuple[int, int]:
     """Rows and columns of a tile."""
-    pre_acts = TILE_BYTES // itemsize
+    n = x.shape[0]
+    pre_acts = TILE_BYTES // (8 if x.dtype == torch.float64 else 4)
     rows = min(n, TILE_ROWS)
     columns = max(1, pre_acts // max(1, rows))
     if columns >= d_sae or columns < COLUMNS_PER_K * k:
@@ -84,22 +112,34 @@ def slices(n: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, n))
 
 
-def products(acts: Tensor, W: Tensor, columns: int, workspace: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _products(acts: Tensor, W: Tensor, columns: int, workspace: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """acts W^T [rows, d_sae] in tiles, each of which is gone when the next one comes."""
     for block in slices(W.shape[0], columns):
         width = block.stop - block.start
         out = workspace[: acts.shape[0] * width].view(acts.shape[0], width)
-        multiply_into(out, acts, W[block])
+        _multiply(acts, W[block], out, beta=0)
         yield block, out
 
 
-def multiply_into(out: Tensor, acts: Tensor, W: Tensor) -> None:
-    """out = acts W^T, in the dtype of acts and out."""
+def _updates(
+    kept: Tensor, start: Tensor | None, acts: Tensor, W: Tensor, columns: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """kept [rows, d_sae] += acts W^T in tiles; kept begins as start [d_sae] where that is given."""
+    for block in slices(W.shape[0], columns):
+        out = kept[:, block]
+        if start is not None:
+            out.copy_(start[block])
+        _multiply(acts, W[block], out, beta=1)
+        yield block, out
+
+
+def _multiply(acts: Tensor, W: Tensor, out: Tensor, beta: int) -> None:
+    """out = beta out + acts W^T, in the dtype of acts and out."""
     if W.dtype == out.dtype:
-        out.addmm_(acts, W.T, beta=0)
+        out.addmm_(acts, W.T, beta=beta)
         return
     for block in slices(W.shape[0], WIDE_BYTES // (out.itemsize * max(1, W.shape[1]))):
-        out[:, block].addmm_(acts, W[block].to(out.dtype).T, beta=0)
+        out[:, block].addmm_(acts, W[block].to(out.dtype).T, beta=beta)
 
 
 def _select(tiles: Iterable[tuple[slice, Tensor]], bias: Tensor, k: int, values: Tensor, indices: Tensor) -> None:
@@ -153,3 +193,6 @@ def _select_from(pre_acts: Tensor, k: int, values: Tensor, indices: Tensor) -> N
 def _stable_topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
     found, where = pre_acts.sort(dim=1, descending=True, stable=True)
     return found[:, :k], where[:, :k]
+
+
+INNER = Inner(_tile, _select, lambda shape, like: like.new_empty(shape))

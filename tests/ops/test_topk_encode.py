@@ -116,7 +116,8 @@ def test_many_tiles_give_what_the_reference_gives(kind, tile, monkeypatch):
     n, d_in, d_sae, k = 37, 8, 150, 6
     for place in ("cpu", "portable"):
         module = import_module(f"csae.kernels.{place}.topk_encode")
-        monkeypatch.setattr(module, "_tile", lambda *given: (min(n, tile[0]), min(d_sae, tile[1])))
+        tiles = module.INNER._replace(tile=lambda *given: (min(n, tile[0]), min(d_sae, tile[1])))
+        monkeypatch.setattr(module, "INNER", tiles)
     torch.manual_seed(0)
     if kind == "reals":
         x, W, b = (tensor.detach() for tensor in inputs(n, d_in, d_sae))
@@ -144,8 +145,7 @@ def test_the_workspace_is_bounded(dtype):
         for d_sae in (1, 300, 40_000, 1_000_000):
             for k in {1, 32, d_sae}:
                 x = torch.empty(0, dtype=dtype).expand(n, 0)
-                given = (x, d_sae, min(k, d_sae)) if on_native else (n, d_sae, min(k, d_sae), itemsize)
-                rows, columns = (native_tile if on_native else portable_tile)(*given)
+                rows, columns = (native_tile if on_native else portable_tile)(x, d_sae, min(k, d_sae))
                 assert 1 <= rows <= n
                 assert 1 <= columns <= d_sae
                 candidates = 8 * topk_capacity(d_sae, min(k, d_sae)) if on_native else 0
@@ -165,7 +165,8 @@ def test_encoding_again_is_encoding_what_is_left(dtype, tile, monkeypatch):
     from csae.kernels.portable import topk_encode as portable
 
     n, d_in, d_sae, r, k = 20, 8, 150, 5, 6
-    monkeypatch.setattr(portable, "_tile", lambda *given: (min(n, tile[0]), min(d_sae, tile[1])))
+    tiles = portable.INNER._replace(tile=lambda *given: (min(n, tile[0]), min(d_sae, tile[1])))
+    monkeypatch.setattr(portable, "INNER", tiles)
     monkeypatch.setattr(portable, "WIDE_BYTES", 1000)
     x, W, b, a, W_a = exact_inputs(n, d_in, d_sae, r)
     x[3, 2] = math.nan
