@@ -99,8 +99,7 @@ class LanguageModel:
             pass
         finally:
             handle.remove()
-        if not captured:
-            raise UserError(f"model {self.name!r} did not run its block {layer}, where it had at first")
+        self._check_ran(layer, bool(captured))
         return captured[0].to(self.device)
 
     @torch.no_grad()
@@ -132,8 +131,7 @@ class LanguageModel:
                 splice = replacing_hook(replace_and_note, mask)
                 stack.callback(self.block(layer).register_forward_hook(splice).remove)
             logits = self._logits(run(self.model, tokens), *tokens.shape)
-        if layer is not None and not replaced:
-            raise UserError(f"model {self.name!r} did not run its block {layer}, where it had at first")
+        self._check_ran(layer, layer is None or bool(replaced))
         losses = [
             F.cross_entropy(window[:-1].float(), following[1:].long(), reduction="none")
             for window, following in zip(logits, tokens.to(logits.device), strict=True)
@@ -189,6 +187,10 @@ class LanguageModel:
                 f"{effects.dtype}: {advice}"
             )
         return effects[:, -1].float().to(self.device)
+
+    def _check_ran(self, layer: int | None, ran: bool) -> None:
+        if not ran:
+            raise UserError(f"model {self.name!r} did not run its block {layer}, which it did when it was loaded")
 
     def _logits(self, output: Any, B: int, T: int) -> Tensor:
         """The logits [B, T, vocabulary] in what the model gives."""

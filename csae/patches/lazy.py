@@ -111,10 +111,6 @@ class Lazy(Tensor):
         """What it is yet to be made from, or None."""
         return self.content.source
 
-    def become(self, source: Source) -> None:
-        """Be made from another source; for a tensor that is not made yet."""
-        self.content.source = source
-
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in ANSWERS:

@@ -259,7 +259,7 @@ class Scatter(Function):
     def forward(ctx: Any, zeros: Lazy, values: Tensor, indices: Tensor) -> Tensor:
         # Copies: the caller holds values and indices too, and may write into them.
         ctx.indices = indices.clone()
-        zeros.become(Code(values.detach().clone(), ctx.indices, zeros.shape[-1]))
+        zeros.content.source = Code(values.detach().clone(), ctx.indices, zeros.shape[-1])
         ctx.mark_dirty(zeros)
         return zeros
 

@@ -160,7 +160,9 @@ def content_of(cache: Any, rows: int | None) -> Content | None:
     said = layer.length if layer is not None else _length(cache)
     states = [state for state in _states(cache) if state.numel()]
     if not states and said:
-        raise ValueError(f"{named(cache)} says that it holds {said} positions, and shows none; needed another kind")
+        raise ValueError(
+            f"{named(cache)} says that it holds {said} positions but shows none of them; use another kind, such as DynamicCache"
+        )
     if said == 0 or not any(bool(_bits(state).any()) for state in states):
         return None  # made, and not filled yet
     by_row = [_rows_first(state, rows) for state in states]

@@ -141,7 +141,7 @@ class Spliced:
             raise ValueError(f"the block gave {_described(given)}; needed a stream [B, T, d_in] with d_in = {sae.d_in}")
         if running is None or running.new is not None:
             raise ValueError(
-                "the block ran twice in one pass through the model; needed once: its positions are counted"
+                "the block ran twice in one pass through the model; needed once, as each run adds its positions to the text"
             )
         B, T = given.shape[:2]
         text = running.text = self._continued(running, B)
@@ -157,7 +157,7 @@ class Spliced:
             said = text.table("said")
             if earlier is not None and not torch.equal(earlier.to(said.device), said):
                 raise ValueError(
-                    "attention_mask: says otherwise of positions that went before; needed the same for them"
+                    "attention_mask: differs from earlier passes at their positions; needed the same there"
                 )
             begun = Begun(text.table("seen").any(dim=1), text.table("usual")[:, -1])
         self.mask, begun = follow_mask(given, begun, seen, *sae.masking)
@@ -221,8 +221,8 @@ class Spliced:
         cache, content = given[0]
         holds = f"{content.length} positions" if content.length else "a state"
         raise ValueError(
-            f"{named(cache)} holds {holds} that did not go through this splice as they are; needed a text that is "
-            "in it from its first token: run the prompt inside the splice, and change its cache as generate does"
+            f"{named(cache)} holds {holds} that did not go through this splice unchanged; run the prompt inside the "
+            "splice from its first token, and change its cache only as generate does"
         )
 
     @torch.inference_mode(False)
@@ -262,8 +262,8 @@ class Spliced:
             return
         if grown:
             raise ValueError(
-                f"after a pass of {T} positions in {B} rows, with {text.length} before, {grown[0]}; needed what went "
-                "through the splice: it can't be followed"
+                f"after a pass of {T} positions in {B} rows, with {text.length} before, {grown[0]}; needed a "
+                "cache that grows by the positions of each pass"
             )
 
     def check_used(self) -> None:

@@ -21,7 +21,7 @@ def visible(arguments: Mapping[str, Any], B: int, T: int, before: int) -> tuple[
     if mask is None:
         other = [name for name in arguments if name.endswith("mask") and _could_be(arguments[name], B, T + before)]
         if other and "attention_mask" not in arguments:
-            raise TypeError(f"{other[0]}: what it says of padding is not known here; needed an attention_mask, or none")
+            raise TypeError(f"{other[0]}: a mask that a splice can't read; give attention_mask, or no mask")
         text, earlier = None, None
     elif isinstance(mask, Mapping):  # a mask for each kind of layer: a position that any of them sees is text
         read = [_read(part, B, T, before)[0] for part in mask.values() if part is not None]

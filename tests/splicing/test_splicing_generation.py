@@ -308,7 +308,7 @@ def test_a_cache_that_shows_nothing_is_refused() -> None:
         def get_seq_length(self) -> int:
             return 4
 
-    with pytest.raises(ValueError, match=r"\(a Blind\) says that it holds 4 positions, and shows none"):
+    with pytest.raises(ValueError, match=r"\(a Blind\) says that it holds 4 positions but shows none"):
         content_of(Blind(), 2)
 
 

@@ -141,7 +141,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "other-rows": ({"attention_mask": MASK.expand(3, 2, T)[:, 0]}, r"attention_mask: given shape \[3, 9\]"),
     "no-tensor": ({"attention_mask": "all"}, "attention_mask: given a str; needed a tensor"),
     "4d-integers": ({"attention_mask": pairs().long()}, "attention_mask: given 4D torch.int64; needed bool"),
-    "other-name": ({"padding_mask": MASK}, "padding_mask: what it says of padding is not known here"),
+    "other-name": ({"padding_mask": MASK}, "padding_mask: a mask that a splice can't read"),
 }
 
 
@@ -158,7 +158,7 @@ def test_a_mask_that_changes_its_mind_is_refused(llama: Any) -> None:
         with torch.no_grad():
             cache = held(llama(input_ids=ids, use_cache=True))
         wider = torch.cat([MASK, MASK[:, -1:]], dim=1)
-        with pytest.raises(ValueError, match="attention_mask: says otherwise of positions that went before"):
+        with pytest.raises(ValueError, match="attention_mask: differs from earlier passes"):
             logits(llama, ids[:, :1], attention_mask=wider, **cache)
 
 
