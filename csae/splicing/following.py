@@ -161,7 +161,7 @@ def content_of(cache: Any, rows: int | None) -> Content | None:
     states = [state for state in _states(cache) if state.numel()]
     if not states and said:
         raise ValueError(
-            f"{named(cache)} says that it holds {said} positions but shows none of them; use another kind, such as DynamicCache"
+            f"{named(cache)} says that it holds {said} positions but shows none; use another, such as DynamicCache"
         )
     if said == 0 or not any(bool(_bits(state).any()) for state in states):
         return None  # made, and not filled yet

@@ -141,7 +141,7 @@ class Spliced:
             raise ValueError(f"the block gave {_described(given)}; needed a stream [B, T, d_in] with d_in = {sae.d_in}")
         if running is None or running.new is not None:
             raise ValueError(
-                "the block ran twice in one pass through the model; needed once, as each run adds its positions to the text"
+                "the block ran twice in one pass through the model; needed once, as a run adds positions to the text"
             )
         B, T = given.shape[:2]
         text = running.text = self._continued(running, B)
