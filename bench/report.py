@@ -77,7 +77,7 @@ def read(file: Path) -> Report:
 
 
 def compare(before: Report, after: Report) -> str:
-    """What got faster or slower, by ratios, of the results that both have.
+    """The ratio of each result that both reports have, and whether it is faster or slower.
 
     Raises UserError where the devices differ, or no case was measured at one shape and dtype in both.
     """

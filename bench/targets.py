@@ -81,7 +81,7 @@ TARGETS = (
 
 
 def rows(found: Report | None) -> list[list[str]]:
-    """What is to be seen, how much, and the ratio at each shape, with a ! where the target is missed."""
+    """Rows of the table: the target, its limit, and the ratio at each shape; `!` marks a missed target."""
     table = []
     for target in TARGETS:
         cells = [target.what, target.words()]
@@ -94,7 +94,7 @@ def rows(found: Report | None) -> list[list[str]]:
 
 
 def short(found: Report) -> str:
-    """The targets in a line each."""
+    """The same table as plain text, a line for each target."""
     lines = [[f"{found['ceilings']['dtype']}; ! misses the target", "target", *SHAPES], *rows(found)]
     return "\n".join(
         [
