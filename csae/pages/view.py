@@ -5,7 +5,7 @@ though they are not; so `csae view` takes windows LONGER times as long as in tra
 windows that long (csae.bench.evidence.long_windows); `fvu_beyond` tells whether it does on this text. A window costs
 its attention weights, [n_heads, T, T].
 
-Features have no names. What one is about shows in the tokens at which it is new.
+Features have no names: the tokens at which a feature is new show what it is about.
 """
 
 from __future__ import annotations

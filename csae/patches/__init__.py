@@ -1,8 +1,8 @@
 """Our ops under another library's SAEs, in one line: `csae.patch("sae_lens")`.
 
-The library's own classes stay, with their configs, state dicts, hooks and files; what they compute between is
-computed by `csae.ops`. A module here for each library lists what it replaces, and the versions it was tested with:
-others are refused, as a patch that fits by luck is a wrong answer waiting.
+The library's classes stay, with their configs, state dicts, hooks and files; only the computation moves to `csae.ops`.
+A module for each library lists what it replaces and the version it was tested with. Other versions are refused: a patch
+that fits by chance could give wrong results.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _applied: set[str] = set()
 
 
 class Replacement(NamedTuple):
-    """An attribute of a library's class or module, and what stands there while the patch is applied."""
+    """An attribute of a library's class or module, and our function that replaces it while the patch is applied."""
 
     owner: Any
     name: str
@@ -64,8 +64,8 @@ def patch(library: str) -> Patch:
         csae.patch("sae_lens")           # until the process ends
         with csae.patch("sae_lens"): ... # and back
 
-    Gives a `Patch`, whose undo() takes it back. Where the library is patched already, nothing happens, and neither
-    does undo() of what is given.
+    Returns a `Patch`, whose undo() takes it back. If the library is patched already, this does nothing, and neither
+    does undo() of the returned patch.
 
     Raises ValueError for another name, UserError (a ValueError too) where the library is missing or of a version
     that the patch was not tested with.

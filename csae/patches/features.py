@@ -4,8 +4,8 @@
 that a training step asks of them are answered without making them (`lazy.ANSWERS`): the k largest, those of dead
 features, the decoder's product. Whoever asks anything else gets the dense tensor's answer.
 
-The gradient of the k largest goes to the weights, past the pre-activations: `retain_grad` of these sees what reads them
-otherwise.
+The gradient of the k largest goes straight to the weights. So `retain_grad` on pre-activations does not see it, only
+the gradients of other reads.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class _PreActs(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, W_enc, b_enc = ctx.source[:3]
         need_x, need_W, need_b, _ = ctx.needs_input_grad
-        # Computed again, for what was made may have been written to since.
+        # Computed again: the lazy tensor may have been written to since.
         made = Content(ctx.source, x.device.type).dense()
         d_pre = torch.where(made <= 0, 0, dense(grad)).flatten(0, -2)  # [n, d_sae]
         of = x.to(d_pre.dtype).reshape(-1, x.shape[-1])

@@ -5,9 +5,9 @@ decoders call, `calculate_topk_aux_acts`, which chooses among dead neurons, and
 `BatchTopKTrainingSAE.update_topk_threshold`, which reads the activations. All else is the library's: configs, state
 dicts, files, hooks, the trainer and its dense Adam.
 
-What was a dense [n, d_sae] tensor, the activations and hidden_pre, is a `Lazy` one: a torch.Tensor that reads like the
-library's, is part of autograd's graph, and is made only when something reads it. A training step of `SAETrainer` makes
-none of them. Where the library gives a sparse tensor (use_sparse_activations), so does the patch.
+The dense [n, d_sae] tensors, activations and hidden_pre, become `Lazy`: torch.Tensors in autograd's graph that are
+computed when something reads them. A training step of `SAETrainer` computes none of them. Where the library gives a
+sparse tensor (use_sparse_activations), so does the patch.
 
 Which code runs:
 
@@ -21,11 +21,11 @@ Which code runs:
   library's.
 - torch.compile, torch.func, another activation function, a k above d_sae, float64 on CUDA: the library's.
 
-Results are the library's to the rounding of the dtype (under autocast, of its), but where it is arbitrary or broken:
+Results equal the library's up to rounding in the dtype (under autocast, in autocast's), except:
 
-- of equal pre-activations at the edge of the k, the lower index is chosen, and of a batch any: the library's choice is
-  torch.topk's. Under autocast this holds of pre-activations that are equal to the rounding of its dtype: the library
-  rounds the product and then adds b_enc, we round b_enc, choose from the float32 sum, and then round the activations;
+- ties at the k-th pre-activation: the lower index is chosen, with BatchTopK any, where the library has torch.topk's
+  choice. Under autocast, values equal to the rounding of its dtype are ties: the library rounds the product and then
+  adds b_enc, we round b_enc, choose from the float32 sum, and then round the activations;
 - a token with a NaN among its pre-activations becomes k NaNs;
 - with rescale_acts_by_decoder_norm, a decoder row of norm 0 that isn't active is harmless, not NaN for all; and
   use_sparse_activations has a backward pass;
@@ -53,7 +53,7 @@ TESTED = "6.54"
 
 
 def replacements() -> list[Replacement]:
-    """What takes the place of what in sae_lens."""
+    """What `csae.patch` puts into the library."""
     from sae_lens.saes import topk_sae
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 
@@ -88,7 +88,7 @@ def replacements() -> list[Replacement]:
         return Put.apply(chosen, dead, hidden_pre.shape[-1])
 
     def update_topk_threshold(self: Any, acts_topk: Tensor) -> None:
-        # It takes the least of the positive ones, which are all in the code.
+        # It takes the least of the positive entries, which are all in the code.
         code = code_of(acts_topk)
         update_topk_threshold_theirs(self, acts_topk if code is None else code.values)
 
@@ -102,7 +102,7 @@ def replacements() -> list[Replacement]:
 
 
 def _takes(sae: Any) -> bool:
-    """Whether the SAE, as it is now, is one that we encode."""
+    """Whether our ops can encode for this SAE, as it is now."""
     from sae_lens.saes.batchtopk_sae import BatchTopK
     from sae_lens.saes.topk_sae import TopK
 
@@ -117,12 +117,12 @@ def _takes(sae: Any) -> bool:
 
 
 def _hooked(point: torch.nn.Module) -> bool:
-    """Whether what passes here is looked at."""
+    """Whether the hook point has hooks."""
     return bool(point._forward_hooks or point._forward_pre_hooks or point._backward_hooks or point._backward_pre_hooks)
 
 
 def _left_alone(weight: Tensor) -> bool:
-    """Whether what runs now is traced, under a transform of torch.func, or of dtypes that we don't do."""
+    """Whether the library's code runs: under torch.compile or torch.func, or in dtypes that the ops do not take."""
     return (
         (torch.is_autocast_enabled(weight.device.type) and weight.dtype != torch.float32)
         or torch.compiler.is_compiling()
@@ -143,7 +143,7 @@ def _encode(sae: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         and not _hooked(sae.hook_sae_input)
         and type(sae).process_sae_in is SAE.process_sae_in
     ):
-        # Nothing in acts has a gradient but b_dec, whose gradient is a product with W_enc: no gather of its columns.
+        # Only b_dec in acts needs a gradient, and a product with W_enc gives it: no gather of columns.
         acts, b_dec = acts.detach(), sae.b_dec
     norms = row_norms(sae.W_dec) if sae.cfg.rescale_acts_by_decoder_norm else None
     hidden_pre = sae.hook_sae_acts_pre(PreActs.apply(acts, b_dec, sae.W_enc, sae.b_enc, norms))
@@ -162,7 +162,7 @@ def _encode(sae: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _select(product: Product, activation_fn: Any) -> Code | None:
-    """What the activation function, TopK or BatchTopK, keeps of hidden_pre. None where that can't be told so."""
+    """What the activation function, TopK or BatchTopK, keeps of hidden_pre. None where `batch_topk` can't tell."""
     from sae_lens.saes.topk_sae import TopK
 
     acts, W_enc, b_enc, norms, _ = product
@@ -176,7 +176,7 @@ def _select(product: Product, activation_fn: Any) -> Code | None:
 
 
 def _norms_known_to(feature_acts: Tensor, W_dec: Tensor) -> Tensor:
-    """The norms that the encoder computed, where they still hold: W_dec's gradient then goes through them once."""
+    """The norms that the encoder computed, where W_dec has not changed since: so their backward pass runs once."""
     if isinstance(feature_acts, Lazy) and feature_acts.note is not None:
         of, versions, norms = feature_acts.note
         tracked = W_dec.requires_grad and torch.is_grad_enabled()

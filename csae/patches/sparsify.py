@@ -1,12 +1,11 @@
 """sparsify's SparseCoder on our ops: `csae.patch("sparsify")`.
 
-Its functions `fused_encoder` and `decoder_impl` are replaced; SparseCoder, Trainer, configs and files are its own.
-So TopK SAEs and transcoders run on our ops, with or without skip connection, Multi-TopK and AuxK, whose own top-k is
-taken without pre-activations as well.
+Its functions `fused_encoder` and `decoder_impl` are replaced; SparseCoder, Trainer, configs and files stay the
+library's. TopK SAEs and transcoders run on our ops, with or without skip connection, Multi-TopK and AuxK. AuxK's top-k
+is taken without dense pre-activations too.
 
-As before: values, reconstruction and losses to rounding; half precision under autocast only where it had it (the
-encoder's product); `pre_acts` without a gradient (its own is zero); groupmax, which is its own code, as is what
-torch.compile compiles and float64 on CUDA.
+Unchanged: values, reconstruction and losses, to rounding; half precision under autocast in the encoder's product alone;
+no gradient through `pre_acts`. The library's own code runs for groupmax, under torch.compile, and in float64 on CUDA.
 
 What differs: `EncoderOutput.pre_acts` is computed when it is read; reading it after the weights have changed is an
 error. Codes come in descending order, where the library's have none. Between equal activations the lower index wins,
@@ -47,7 +46,7 @@ def replacements() -> list[Replacement]:
     def decoder_impl(top_indices: Tensor, top_acts: Tensor, W_dec: Tensor) -> Tensor:
         if _too_wide(W_dec):
             return own_decoder(top_indices, top_acts, W_dec)
-        with torch.autocast(W_dec.device.type, enabled=False):  # which leaves the library's decoder alone too
+        with torch.autocast(W_dec.device.type, enabled=False):  # as the library's decoder ignores autocast
             return sparse_decode(top_acts, top_indices.long(), W_dec.mT)  # stored latents often are int32
 
     own_encoder, own_decoder = encoder.fused_encoder, utils.decoder_impl

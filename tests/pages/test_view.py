@@ -405,6 +405,7 @@ addEventListener("load", async () => {
     await settled();
     note("feature", [$("#reading").hidden, $("#feature").hidden, $("#feature h1").textContent]);
     note("passages", [...document.querySelectorAll("#feature .passages.new a")].map((a) => a.textContent));
+    note("held out", $("#feature").textContent);
     note("wide feature", document.documentElement.scrollWidth - innerWidth);
     press("Escape");
     await settled();
@@ -441,7 +442,9 @@ FRAME = """<body><pre id="seen"></pre>
 @pytest.mark.parametrize("width", [1280, 400])
 def test_in_a_browser(tmp_path: Path, facts: dict[str, Any], width: int) -> None:
     t = facts["cuts"][0] - 1
-    text = page(tmp_path / "view.html", facts)
+    known = {"rate": 0.012, "examples": [["before", " mill", " after", 2.5], ["", "\n", "", 1.0]]}
+    write_view(tmp_path / "view.html", ABOUT, facts, examples={str(facts["new"][t][0]): known})
+    text = (tmp_path / "view.html").read_text(encoding="utf-8")
     (tmp_path / "view.html").write_text(text.replace("</body>", STEPS.replace("TOKEN", str(t)) + "</body>"))
     (tmp_path / "frame.html").write_text(FRAME.replace("WIDTH", str(width)))
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
@@ -479,7 +482,8 @@ def test_in_a_browser(tmp_path: Path, facts: dict[str, Any], width: int) -> None
     feature = facts["new"][t][0]
     assert seen["link"] == f"#feature-{feature}"
     assert seen["feature"][:2] == [True, False]
-    assert seen["feature"][2].startswith(f"Feature #{feature} ")
+    assert seen["feature"][2].startswith(f"Feature #{feature} mill ↵ ")
+    assert "New at 1.2 % of the held-out tokens, most strongly at:2.5…before mill after…1.0…↵…" in seen["held out"]
     where = [i for i, new in enumerate(facts["new"]) if feature in new[::2]]
     strongest = max(where, key=lambda i: pairs(facts["new"][i])[feature])
     assert facts["tokens"][strongest].strip() in seen["passages"][0]
