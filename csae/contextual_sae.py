@@ -250,7 +250,7 @@ class ContextualSAE(SAE):
         return self._output(x_hat, Code(*found), c, acts.dtype), state
 
     def _run(
-        self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None = None
+        self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None
     ) -> tuple[Tensor, Code, Tensor]:
         """x [B, T, d_in] in normalised units -> x_hat, code, c, by sweeps."""
         sweeps = Sweeps(self.sweeps) if sweeps is None else sweeps
@@ -315,7 +315,7 @@ class ContextualSAE(SAE):
         return ops.decode("W_dec", code) + c + self.b_dec, code, c
 
     def _encoded(self, ops: Pass, x: Tensor, found: tuple[Tensor, Tensor], mask: Tensor | None) -> Code:
-        """The code of x [..., d_in], found without a gradient, with one. It is empty where the mask [...] is False."""
+        """The code of x [..., d_in], `found` without a gradient, with its gradient; empty where the mask is False."""
         values, indices = ops.encode(x, mask, found)
         return Code(values if mask is None else values.masked_fill(~mask.unsqueeze(-1), 0), indices)
 

@@ -192,9 +192,14 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
         vars(self).update({of: vars(made)[of] for of in changed if of in vars(made)})
         self._hub_mixin_config = changed
 
-    @abstractmethod
     def forward(self, acts: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Output:
-        """Activations -> `Output`, in their units."""
+        """acts [..., d_in] -> `Output`, in their units. For a per-token SAE mask and documents change nothing.
+
+        mask: acts.shape[:-1] bool, True where a position takes part.
+        documents: acts.shape[:-1] integer; a document is a run of equal ids.
+        """
+        self._check_acts(acts, mask, documents)
+        return self._output(*self._run(Pass(self), self._normalised(acts), mask, documents, None), acts.dtype)
 
     @abstractmethod
     def _run(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from csae.factors import Pass
 from csae.ops import sparse_decode, topk_encode
-from csae.sae import SAE, Code, Output, Sweeps
+from csae.sae import SAE, Code, Sweeps
 
 
 class TopKSAE(SAE):
@@ -32,13 +32,8 @@ class TopKSAE(SAE):
         x_hat = sparse_decode(values.to(self.W_dec.dtype), indices, self.W_dec) + self.b_dec
         return self._in_units_of(x_hat, self.W_dec.dtype)
 
-    def forward(self, acts: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Output:
-        """acts [..., d_in] -> `Output`. Tokens don't see each other: mask and documents change nothing here."""
-        self._check_acts(acts, mask, documents)
-        return self._output(*self._run(Pass(self), self._normalised(acts), mask, documents), acts.dtype)
-
     def _run(
-        self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None = None
+        self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None
     ) -> tuple[Tensor, Code, Tensor]:
         code = Code(*ops.encode(ops.centred(x), mask))
         return ops.decode("W_dec", code) + self.b_dec, code, x.new_zeros(()).expand_as(x)

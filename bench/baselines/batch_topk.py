@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from csae.factors import Pass
 from csae.ops import sparse_decode
-from csae.sae import SAE, Code, Output, Sweeps
+from csae.sae import SAE, Code, Sweeps
 
 # The share of the running threshold that a batch replaces.
 THRESHOLD_RATE = 0.05
@@ -51,18 +51,8 @@ class BatchTopKSAE(SAE):
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("threshold_weight", torch.zeros(()))
 
-    def forward(self, acts: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Output:
-        """acts [..., d_in] -> `Output`; the code is [..., width].
-
-        mask: acts.shape[:-1] bool, True where a position takes part. One that doesn't gets an empty code.
-        documents: not used, tokens don't see each other.
-        """
-        self._check_acts(acts, mask, documents)
-        x_hat, code, c = self._run(Pass(self), acts / self.scale, mask, documents)
-        return Output(x_hat * self.scale, code, c * self.scale)
-
     def encode(self, acts: Tensor, mask: Tensor | None = None) -> Code:
-        """acts [..., d_in] -> the code [..., width]; see `forward`."""
+        """acts [..., d_in] -> the code [..., width], empty where the mask [...] is False."""
         return self.forward(acts, mask).code
 
     def decode(self, code: Code) -> Tensor:
@@ -81,7 +71,7 @@ class BatchTopKSAE(SAE):
             self.threshold_weight.copy_(after)
 
     def _run(
-        self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None = None
+        self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None
     ) -> tuple[Tensor, Code, Tensor]:
         centred = ops.centred(x)
         code = Code(*ops.encode(centred, mask, self._select(centred.detach(), mask)))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from csae.bench.baselines.dense import dense_gradients
 from csae.factors import Pass
 from csae.ops import lookback_attention, sparse_decode, topk_encode
-from csae.sae import SAE, Code, Output, Sweeps
+from csae.sae import SAE, Code, Sweeps
 
 
 class TemporalFeatureSAE(SAE):
@@ -84,18 +84,8 @@ class TemporalFeatureSAE(SAE):
         self.slope = nn.Parameter(torch.zeros(n_heads))
         self.null = nn.Parameter(torch.zeros(n_heads))
 
-    def forward(self, acts: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Output:
-        """acts [B, T, d_in] -> `Output`, with c the predicted part.
-
-        mask: [B, T] bool, True where a position takes part. One that doesn't gets an empty code and no c.
-        documents: [B, T] integer; nothing looks across the boundary of a run of equal ids.
-        """
-        self._check_acts(acts, mask, documents)
-        x_hat, code, c = self._run(Pass(self), acts / self.scale, mask, documents)
-        return Output(x_hat * self.scale, code, c * self.scale)
-
     def encode(self, acts: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Code:
-        """acts [B, T, d_in] -> the code [B, T, k] of what is new; see `forward`."""
+        """acts [B, T, d_in] -> the code [B, T, k] of what is new, empty where the mask [B, T] is False."""
         return self.forward(acts, mask, documents).code
 
     def decode(self, code: Code, c: Tensor) -> Tensor:
@@ -105,7 +95,7 @@ class TemporalFeatureSAE(SAE):
     gradients = dense_gradients
 
     def _run(
-        self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None = None
+        self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None
     ) -> tuple[Tensor, Code, Tensor]:
         centred = x - self.b_dec
         c = self._predict(centred, mask, documents)
