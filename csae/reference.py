@@ -157,8 +157,8 @@ def contextual_sweeps(
     x [B, T, d_in], mask [B, T] bool, documents [B, T] integer. After s sweeps the first s positions (and
     position s) are exact, so T sweeps are the recurrence.
 
-    c [B, T, d_in]: what sweep 0 takes as carried, in place of nothing. With that of the recurrence each sweep gives
-    what the recurrence does.
+    c [B, T, d_in]: what sweep 0 subtracts, instead of zero. With the c of the recurrence each sweep gives what the
+    recurrence gives.
     """
     out = _encode(x, torch.zeros_like(x) if c is None else c, weights, k, mask)
     for _ in range(sweeps):

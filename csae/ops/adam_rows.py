@@ -1,11 +1,11 @@
-"""adam_rows: one step of Adam on tables of rows, from gradients that were never written out.
+"""adam_rows: one step of Adam on tables of rows, from factored gradients.
 
 The gradient of a table of features, [d_sae, d], is a sum over the pairs (feature, token) that were active:
 
     gradient[f] = sum over pairs p of feature f of weights[p] * rows[tokens[p]]
 
-The encoder, the decoder and the memory all have this form. Sorted by feature once, the pairs give each row's
-gradient in one run, and Adam takes it where it is summed: parameters and moments pass through memory once, and
+W_enc, W_dec and W_mem all have this form. The pairs are sorted by feature once (a CSR matrix with an `indptr`), so each
+row's gradient is the sum of one run. Adam is fused with that sum: parameters and moments pass through memory once, and
 nothing else of their size does.
 """
 

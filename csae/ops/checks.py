@@ -16,7 +16,7 @@ def check_tensor(name: str, value: object) -> None:
 
 
 def check_floats(**tensors: Tensor) -> None:
-    """All are floating tensors of one dtype, on one device, as the first."""
+    """Check that all are floating tensors with the dtype and device of the first."""
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         check_tensor(name, tensor)
@@ -52,7 +52,7 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...], mea
 
 
 def refuse_tangents(*tensors: Tensor | None) -> None:
-    """Forward-mode differentiation would find no derivative in an operator, and take it for zero."""
+    """Refuse forward-mode differentiation: operators have no such derivative, and torch would take it for zero."""
     if getattr(forward_ad, "_current_level", 0) < 0:
         return
     for tensor in tensors:
@@ -72,7 +72,7 @@ def check_k(k: object, d_sae: int) -> None:
 
 
 def autocast_to(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as autocast wants them, where it is on for their device; float64 is left alone."""
+    """The tensors in autocast's dtype, where it is on for their device; float64 stays."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return tensors

@@ -20,13 +20,13 @@ from .heads import BOUNDED, UNIT
 from .linear import linear
 from .topk_encode import Encode, repeated
 
-# Positions from which on a CUDA graph is worth its capture, which costs about as much as a few positions.
+# The fewest positions that a CUDA graph is captured for: a capture costs about as much as a few positions.
 CAPTURED = 16
 LEAST_ROWS = 64
 
 
 class Weights(NamedTuple):
-    """The parameters that the recurrence runs on, as `ContextualSAE` has them; all of one dtype, on one device."""
+    """The parameters of the recurrence, named as in `ContextualSAE`; all of one dtype, on one device."""
 
     W_enc: Tensor
     b_enc: Tensor
@@ -250,7 +250,7 @@ Capture = Callable[[Callable[[], None]], Callable[[], None]]
 def replay(
     run: _Run, chunk: _Chunk, memory: Tensor, takes_part: Tensor, past: Tensor, first: int, capture: Capture
 ) -> Tensor:
-    """`_loop`, as one position that is captured, with its number on the device, and run n times.
+    """`_loop` as one captured position, run n times, with its number on the device.
 
     Attention reads as many rows as the positions up to the next power of two are: a capture for each such number.
     """
@@ -286,7 +286,7 @@ def replay(
 
 
 def _captured(work: Callable[[], None]) -> Callable[[], None]:
-    """`work` as a CUDA graph: captured, which does not run it; a call runs it."""
+    """Capture `work` as a CUDA graph, without running it. A call of the result runs it."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()

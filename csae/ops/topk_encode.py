@@ -138,10 +138,10 @@ Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def encoder(W_enc: Tensor, b_enc: Tensor, k: int) -> Encode:
-    """`topk_encode` by the same weights again and again: what can be made of them once is made once. No gradient flows.
+    """`topk_encode` for repeated use with the same weights: rounded tables are made once. No gradient flows.
 
     Returns:
-        what makes values and indices [..., k] of x [..., d_in]. It is of the weights as they are now.
+        A function of x [..., d_in] that gives values and indices [..., k]. When the weights change, make another.
     """
     W_enc, b_enc = autocast_to(W_enc.detach(), b_enc.detach())
 
@@ -163,7 +163,7 @@ def repeated(
     round_table: Callable[..., list[Tensor]],
     encode_by_table: Callable[..., tuple[Tensor, Tensor, Tensor]],
 ) -> Encode:
-    """`encoder` from its three parts, operators or kernels. table: the `round_table` of the weights, if it was made."""
+    """`encoder` from its three parts, operators or kernels. table: `round_table` of the weights, or empty."""
     encoded, last = LEAST_ROWS if table else 0, None
 
     def encode(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,7 +180,7 @@ def repeated(
 
 
 def round_table(W_enc: Tensor, b_enc: Tensor, k: int) -> list[Tensor]:
-    """What is made of the weights once, for `encoder` and the recurrence; empty where that is no gain."""
+    """The weights rounded to bfloat16, for `encoder` and the recurrence; empty where that is no gain."""
     return _round_table(W_enc.detach(), b_enc.detach(), k)
 
 

@@ -33,25 +33,25 @@ from .memory import fresh
 from .round_rows import BESIDE, BLOCK, PairedRows, paired_room, round_pairs, round_rows
 from .topk_rows import topk_add_products, topk_finish, topk_settle, topk_start
 
-# Below, rounding W_enc costs more than the product saves.
+# With fewer rows, or narrower ones, rounding W_enc costs more than the product saves.
 LEAST_ROWS, LEAST_WIDTH = 256, 128
-# Above, lengths that are added up in four lanes of float32 may be off by more than the bound has room for.
+# In wider rows the error of a length, summed in float32, may exceed what the bound allows for.
 MOST_WIDTH = 1 << 16
-# A row is filled up with zeros to a multiple of what the units multiply at once.
+# Rows are padded with zeros to a multiple of what the units multiply at once.
 AT_ONCE = 32
-# Which of a sample's bounds is taken for a likely threshold (the larger, the less it depends on chance), and for how
-# many candidates a feature of the sample stands.
+# A row's threshold is the SAMPLE_RANK-th largest bound in a sample of the features; a larger rank depends less on
+# chance. The sample has one feature for each CANDIDATES_PER_SAMPLED candidates.
 SAMPLE_RANK, CANDIDATES_PER_SAMPLED = 14, 6
-# For fewer rows, looking for a threshold first costs more than it saves.
+# With fewer rows, finding a threshold first costs more than it saves.
 LEAST_SAMPLED = 768
-# When rows are searched again after a little has changed: the threshold of every EVERY_ROW-th row is measured again, as
-# the bound that RANK_OF_MOVED features of the sample reach. All thresholds are scaled by this quantile of the ratios.
+# A second search, of rows that changed a little: re-measure every 8th row, as the RANK_OF_MOVED-th largest bound in the
+# sample, take the 25th percentile of how its threshold moved, and scale all thresholds by that.
 EVERY_ROW, RANK_OF_MOVED, MOVED_QUANTILE = 8, 9, 0.25
-# So much of W_enc is rounded at a time, and multiplied while it is in cache; but rows enough to be worth a call.
+# W_enc is rounded a tile at a time, and multiplied while the tile is in cache. Fewer rows are not worth a call.
 TILE_BYTES, LEAST_TILE_ROWS = 5 << 19, 512
-# Lengths are measured to one part in 2^10, and then rounded to 8 bits.
+# Lengths are exact to 2^-10, and rounded to 8 bits: times this they are upper bounds.
 ABOVE = 1 + 2.0**-7
-# Products of lengths, and biases, beyond that may overflow when they are added up.
+# Larger biases and products of lengths may overflow in a sum.
 TOO_LONG = 2.0**100
 # Lists this long settle all but a few rows in 10,000 while an SAE trains; one row left costs all of W_enc once more.
 MORE_CANDIDATES = 64
@@ -59,7 +59,7 @@ LEAST_COLUMNS_PER_CANDIDATE = 16
 
 
 def candidates(k: int) -> int:
-    """How many are found in bfloat16."""
+    """Candidates of a row, found in bfloat16."""
     return 2 * k + MORE_CANDIDATES
 
 
@@ -71,7 +71,7 @@ def worthwhile(W_enc: Tensor, k: int) -> bool:
 
 
 def width(d_in: int) -> int:
-    """Of the rows that are multiplied."""
+    """The width of a rounded row: its numbers, BESIDE more, and padding."""
     return -(-(d_in + BESIDE) // AT_ONCE) * AT_ONCE
 
 
@@ -86,7 +86,7 @@ def rounded(W_enc: Tensor, bias: Tensor, out: Tensor | None = None) -> PairedRow
 
 
 def like_rounded(W_enc: Tensor) -> tuple[Tensor, Tensor]:
-    """The pairs and lengths that `rounded` gives, of that shape and dtype, nothing written yet."""
+    """Uninitialised pairs and lengths, of the shapes and dtypes that `rounded` gives."""
     m, d_in = W_enc.shape
     blocks = -(-m // BLOCK)
     pairs = W_enc.new_empty(blocks, width(d_in) // 2, BLOCK, 2, dtype=torch.bfloat16)
@@ -94,10 +94,10 @@ def like_rounded(W_enc: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def in_two(bias: Tensor, d_in: int) -> Tensor:
-    """bias [m] float32 -> [m, 2] bfloat16 that add up to no less, whatever sums of d_in numbers lose of them."""
+    """bias [m] float32 -> [m, 2] bfloat16 whose sum is no less than bias, also within a float32 sum of d_in numbers."""
     first = bias.bfloat16().float()
     rest = bias - first + (2.0**-17 + _sums(d_in)) * first.abs()
-    # NaN and what may overflow have no other bound; they are looked at in float32.
+    # The bound of NaN, and of what may overflow, is infinite: such features are computed again in float32.
     unbounded = ~(bias.abs() < TOO_LONG) & (bias != -torch.inf)
     first = torch.where(unbounded, torch.inf, first)
     return torch.stack([first, torch.where(first.isfinite(), rest, 0)], dim=1).bfloat16()
@@ -119,12 +119,12 @@ def rounded_acts(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unseen(d_in: int) -> float:
-    """How long a row may be of which nothing is measured: squares below 2^-126 are lost."""
+    """The largest length that is measured as zero: squares below 2^-126 are lost."""
     return math.sqrt(d_in) * 2.0**-62
 
 
 def _sums(d_in: int) -> float:
-    """What two sums of a row's numbers differ by, as a share of what the numbers come to."""
+    """By how much two float32 sums of a row can differ, relative to the sum of absolute values."""
     return 2.0**-22 * (d_in + BESIDE)
 
 
@@ -220,7 +220,7 @@ def every(k: int) -> int:
 
 
 def _reached(acts: Tensor, sample: PairedRows, rank: int) -> Tensor:
-    """acts [rows, width(d_in)] -> [rows] float32: the bound that so many features of the sample reach."""
+    """acts [rows, width(d_in)] -> [rows] float32: the rank-th largest bound of each row in the sample."""
     m = len(sample.lengths)
     best = topk_start(acts.shape[0], m, min(rank, m))
     topk_add_products(best, acts, sample, 0)

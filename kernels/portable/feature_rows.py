@@ -16,7 +16,7 @@ from torch.nn.functional import embedding_bag
 from ..pairs import Pairs, Table
 
 LOW_32 = 0xFFFFFFFF
-# A row is divided by no less: one of zeros stays as it is.
+# The least norm that a row is divided by, so that a row of zeros stays as it is.
 LEAST_NORM = 1e-12
 
 
@@ -53,7 +53,7 @@ def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, la
 
 
 def _adam(table: Table, gradient: Tensor, hyper: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What becomes of param, exp_avg and exp_avg_sq."""
+    """The new param, exp_avg and exp_avg_sq."""
     step_size, correction, eps, one_minus_beta1, beta2, one_minus_beta2 = hyper.to(gradient.dtype).unbind()
     param, exp_avg, exp_avg_sq = (tensor.to(gradient.dtype) for tensor in table[:3])
     if table.unit_rows:
@@ -85,10 +85,10 @@ def _feature_sum(pairs: Pairs, weights: Tensor, rows: Tensor) -> Tensor:
 
 
 def round_stochastically(x: Tensor, seed: Tensor) -> Tensor:
-    """x [d_sae, d] -> bfloat16: one of its two neighbours, by chance, so that the mean is x.
+    """x [d_sae, d] -> bfloat16: one of its two neighbours, at random, so that the mean is x.
 
-    seed [1] int64. The bits of chance are a hash of the element's place, the same on every path: 16 of them are
-    added below the bits that stay, and carry into them. NaN stays NaN.
+    seed [1] int64. The 16 random bits are a hash of the element's position and the seed, the same on every backend.
+    They are added below the bits that stay, and carry into them. NaN stays NaN.
     """
     place = torch.arange(x.numel(), device=x.device).view(x.shape) & LOW_32
     chance = hash32(place ^ hash32(seed & LOW_32)) >> 16

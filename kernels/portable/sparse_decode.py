@@ -1,11 +1,11 @@
 """The three ways in which a sparse code [n, k] meets a table of rows [d_sae, d].
 
-gather_sum   out[t]    = sum_i values[t, i] * table[indices[t, i]]          the decoder, and d x of the encoder
-gather_dot   out[t, i] = <grad[t], table[indices[t, i]]>                    d values of the decoder
-feature_sum  out[f]    = sum over (t, i) with indices[t, i] = f of values[t, i] * rows[t]    d W of both
+gather_sum   out[t]    = sum_i values[t, i] * table[indices[t, i]]          an embedding bag: the decoder
+gather_dot   out[t, i] = <grad[t], table[indices[t, i]]>                    an SDDMM: d values of the decoder
+feature_sum  out[f]    = sum over (t, i) with indices[t, i] = f of values[t, i] * rows[t]    an SpMM: d W_dec
 
-The last is the transpose of the first: with the pairs sorted by feature it is the same bag of rows, one
-bag a feature instead of one a token. So each sum has a fixed order and needs no atomics.
+The last is the transpose of the first: with the pairs sorted by feature it is an embedding bag too, a bag for each
+feature instead of each token. So each sum has a fixed order and needs no atomics.
 """
 
 from __future__ import annotations
