@@ -64,12 +64,7 @@ class ModelActivations:
     """
 
     def __init__(
-        self,
-        lm: LanguageModel,
-        layer: int,
-        token_windows: TokenWindows,
-        batch_size: int = 8,
-        keep_first: bool = False,
+        self, lm: LanguageModel, layer: int, token_windows: TokenWindows, batch_size: int = 8, keep_first: bool = False
     ) -> None:
         """Raises UserError where the model has no such layer, a shorter context, or other tokens."""
         if batch_size < 1:
@@ -197,11 +192,7 @@ class Begun(NamedTuple):
 
 
 def sink_mask(
-    acts: Tensor,
-    text: Tensor | None = None,
-    keep_first: bool = False,
-    bos: bool = False,
-    special: Tensor | None = None,
+    acts: Tensor, text: Tensor | None = None, keep_first: bool = False, bos: bool = False, special: Tensor | None = None
 ) -> Tensor:
     """Which positions take part: acts [B, T, d_in] -> [B, T] bool.
 
@@ -355,11 +346,7 @@ def write_cache(
             raise UserError(f"an activation of {largest:.0f} is too large for {dtype}; store bfloat16 or float32")
         if (batch.mask & ~sink_mask(activations, keep_first=True)).any():  # a row of zeros would be read as padding
             raise UserError(f"activations are so small that {dtype} rounds them to zero; store bfloat16 or float32")
-        stored = {
-            "activations": activations,
-            "mask": batch.mask,
-            "documents": batch.documents.int(),
-        }
+        stored = {"activations": activations, "mask": batch.mask, "documents": batch.documents.int()}
         return stored if batch.tokens is None else stored | {"tokens": batch.tokens.int()}
 
     window_bytes = source.n_ctx * (source.d_in * dtype.itemsize + 9)

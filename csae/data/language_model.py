@@ -12,16 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from csae.data.blocks import (
-    device_of,
-    find_blocks,
-    hidden,
-    n_vocab_of,
-    replacing_hook,
-    run,
-    text_config,
-    with_hidden,
-)
+from csae.data.blocks import device_of, find_blocks, hidden, n_vocab_of, replacing_hook, run, text_config, with_hidden
 from csae.data.loading import load_pretrained
 from csae.errors import UserError, first_line
 

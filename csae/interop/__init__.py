@@ -43,11 +43,7 @@ def load(library: str, name: str | Path) -> TopKSAE | ContextualSAE:
 
 
 def save(
-    library: str,
-    sae: SAE,
-    folder: str | Path,
-    metadata: dict[str, Any] | None = None,
-    elsewhere: bool = False,
+    library: str, sae: SAE, folder: str | Path, metadata: dict[str, Any] | None = None, elsewhere: bool = False
 ) -> None:
     """Write an SAE so that the library's own loader reads it; files of the same names are replaced.
 

@@ -357,9 +357,6 @@ def logits(lm: LanguageModel, directions: Tensor, at_once: int = 256) -> list[di
         up, down = scores.topk(n), scores.topk(n, largest=False)
         for row in range(len(some)):
             found.append(
-                {
-                    "up": listed(up.indices[row], up.values[row]),
-                    "down": listed(down.indices[row], down.values[row]),
-                }
+                {"up": listed(up.indices[row], up.values[row]), "down": listed(down.indices[row], down.values[row])}
             )
     return found
