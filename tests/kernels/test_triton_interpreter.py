@@ -12,6 +12,7 @@ import torch
 
 HERE = Path(__file__).parent
 NAMES = ("feature_rows", "lookback_attention", "models", "sparse_decode", "topk_encode", "topk_threshold")
+SLOW = ("lookback_attention", "sparse_decode", "topk_encode", "topk_threshold")  # these have slow tests too
 
 pytest.importorskip("triton")
 
@@ -19,7 +20,7 @@ pytest.importorskip("triton")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the same tests run on the CUDA device")
 @pytest.mark.parametrize(
     ("which", "name"),
-    [*(("not slow", name) for name in NAMES), pytest.param("slow", "sparse_decode", marks=pytest.mark.slow)],
+    [*(("not slow", name) for name in NAMES), *(pytest.param("slow", name, marks=pytest.mark.slow) for name in SLOW)],
 )
 def test_kernels_in_the_interpreter(which: str, name: str) -> None:
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-rs", "-m", which]

@@ -23,7 +23,7 @@ SHAPES = [  # B, T, H, d_head, d_value
     pytest.param(1, 129, 2, 17, 65, id="a block of queries and one position"),
     pytest.param(1, 65, 1, 33, 129, id="wide values"),
     pytest.param(1, 40, 1, 200, 3, id="wide heads"),
-    pytest.param(1, 300, 1, 8, 8, id="several blocks"),
+    pytest.param(1, 300, 1, 8, 8, id="several blocks", marks=pytest.mark.slow),
 ]
 
 
@@ -140,6 +140,7 @@ def test_a_document_that_begins_amid_blocks_that_are_seen_whole() -> None:
     assert_equals_reference(inputs(1, T, 1, 4, 4, torch.float32), some_mask(1, T), documents)
 
 
+@pytest.mark.slow
 def test_documents_that_end_at_blocks_and_inside_them() -> None:
     T = 290
     for begins in ([64, 128], [63, 129], [1, 2, 289], list(range(T))):

@@ -60,6 +60,7 @@ def test_equals_reference(n: int, d_in: int, d_sae: int, k: int, dtype: torch.dt
     assert_equal_to_reference(integers(n, d_in), integers(d_sae, d_in, seed=1), integers(d_sae, seed=2), k, dtype)
 
 
+@pytest.mark.slow
 def test_more_rows_than_a_block() -> None:
     assert_equal_to_reference(integers(130, 8), integers(129, 8, seed=1), integers(129, seed=2), 2, torch.float32)
 

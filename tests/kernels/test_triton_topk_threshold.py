@@ -155,6 +155,7 @@ def test_where_a_sample_would_say_little(n: int, d_sae: int, k: int, failed: lis
     assert failed == []
 
 
+@pytest.mark.slow
 def test_chunks_of_rows(failed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     from csae.kernels.triton import topk_encode
 
