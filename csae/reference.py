@@ -20,12 +20,12 @@ from torch import Tensor
 
 
 def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest pre-activations of each token, relu'd.
+    """relu(topk(W_enc x + b_enc, k)): the k largest pre-activations of each token, negative ones as 0.
 
     x [..., d_in], W_enc [d_sae, d_in], b_enc [d_sae] -> values [..., k], indices [..., k] int64.
 
-    Ordered by pre-activation, largest first, equal ones by lower index first. A token with a NaN among
-    its pre-activations gives k NaN values at indices 0..k-1.
+    Ordered by pre-activation, largest first, equal ones by lower index first. If any pre-activation of a token is
+    NaN, all its k values are NaN and its indices are 0..k-1.
     """
     pre_acts = x @ W_enc.T + b_enc
     indices = pre_acts.sort(dim=-1, descending=True, stable=True).indices[..., :k]
@@ -92,7 +92,7 @@ def lookback_attention(
 
 
 def unit_heads(heads: Tensor, gain: Tensor | None = None) -> Tensor:
-    """RMSNorm of each head: heads [..., H, d], gain [H] -> [..., H, d]."""
+    """RMSNorm of each head, out = gain * h / sqrt(1e-6 + mean(h^2)): heads [..., H, d], gain [H] -> [..., H, d]."""
     out = heads / (1e-6 + heads.square().mean(dim=-1, keepdim=True)).sqrt()
     return out if gain is None else out * gain[:, None]
 

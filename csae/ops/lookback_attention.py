@@ -126,7 +126,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _grad_lse):
-    """With grad_t = d loss / d out_t, A = softmax(score), and A(t, null) the weight of the null score; a head each:
+    """For each head, grad_t = d loss / d out_t, and A(t, .) is the softmax over the scores of j < t and the null score:
 
     d score(t, j) = A(t, j) * (<grad_t, v_j> - <grad_t, out_t>)
     d q_t         = sum_j d score(t, j) * k_j / sqrt(d_head)
