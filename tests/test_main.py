@@ -64,6 +64,14 @@ def test_a_reader_that_has_seen_enough_is_no_error(command):
     assert done.stderr == ""
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard():
+    """Also where the tests run in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def ended(error, monkeypatch, capsys):
     """Exit code and lines on stderr where the command line raises `error`, or does as it says."""
 
