@@ -56,14 +56,17 @@ class LookBack(NamedTuple):
         """Random maps, and slopes from 0 to `steepest`."""
         # A code of k features has a squared norm near d_in in normalised units. So the memory and the values start
         # near unit variance; c starts small against x.
+        W_mem = torch.randn(d_sae, d_memory) / math.sqrt(d_in)
         return cls(
-            W_mem=torch.randn(d_sae, d_memory) / math.sqrt(d_in),
+            W_mem=W_mem,
             W_Q=torch.randn(n_heads * d_head, d_in) / math.sqrt(d_in),
             W_K=torch.randn(n_heads * d_head, d_memory) / math.sqrt(d_memory),
             W_V=torch.randn(n_heads * d_value, d_memory) / math.sqrt(d_memory),
             W_O=0.1 * torch.randn(d_in, n_heads * d_value) / math.sqrt(n_heads * d_value),
             gain=torch.ones(n_heads),
-            slope=torch.linspace(0, steepest, n_heads),
+            # transformers replaces linspace while it loads a model. Then, and at times later, torch.device
+            # does not reach it.
+            slope=torch.linspace(0, steepest, n_heads, device=W_mem.device),
             null=torch.zeros(n_heads),
         )
 

@@ -238,3 +238,13 @@ def test_killed_between_weights_and_config_it_is_no_other_sae(tmp_path):
     killed = subprocess.run([sys.executable, "-c", program, tmp_path, Path(__file__).parent], capture_output=True)
     assert killed.returncode == -9, killed.stderr
     assert "k is 3, not 2" in refused(tmp_path)
+
+
+def test_sizes_are_compared_without_memory_where_a_model_of_transformers_was_loaded(monkeypatch):
+    # transformers replaces linspace while it loads, and torch.device may not know torch's own from then on.
+    of_torch = torch.linspace
+    monkeypatch.setattr(
+        torch, "linspace", lambda *args, device="cpu", **kwargs: of_torch(*args, device=device, **kwargs)
+    )
+    with torch.device("meta"):
+        assert all(parameter.is_meta for parameter in new().parameters())
