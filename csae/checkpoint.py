@@ -22,7 +22,8 @@ from csae.contextual_sae import ContextualSAE
 from csae.errors import UserError, shown
 from csae.files import disk_problem, read_json, reading, write_file, write_json, writing
 from csae.run import RUN, identity, read_run, remove_unfinished, sync_folder
-from csae.sae import CARD, CONFIG, SAE, WEIGHTS, check_config
+from csae.sae import SAE
+from csae.saving import CARD, CONFIG, WEIGHTS, check_config
 from csae.tensors import CHECKSUM, load_tensors, read_header, save_tensors
 from csae.topk_sae import TopKSAE
 

@@ -18,7 +18,8 @@ from csae.evaluate import evaluate
 from csae.files import read_json, write_json
 from csae.progress import Progress, quiet
 from csae.run import RUN
-from csae.sae import CONFIG, SAE
+from csae.sae import SAE
+from csae.saving import CONFIG
 from csae.trained_on import KEY, data_name
 
 HELD_OUT, NOT_TRAINED_ON, ASKED_FOR, UNKNOWN = "held out", "not trained on", "asked for", "unknown"

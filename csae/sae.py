@@ -1,29 +1,18 @@
-"""What both SAEs share: parameters, initialisation, loss, unit-norm decoder, dead features, saving."""
+"""What both SAEs share: parameters, initialisation, loss, unit-norm decoder, dead features."""
 
 from __future__ import annotations
 
-import json
 import math
-import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
-from csae.errors import UserError
 from csae.factors import Gradients, Pass, Trace
-from csae.files import read_json, write_file, write_with_config
 from csae.ops.checks import FLOATS, INTEGERS, check_device, check_k, check_tensor
-from csae.tensors import Header, load_tensors, read_header, save_tensors
-from csae.trained_on import KEY, TrainedOn, card
-
-WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-OUR_CARD = "library_name: csae"  # a line of each card that is written here
+from csae.saving import Saved, shapes, without_tensors
 
 
 class Bounds(NamedTuple):
@@ -96,10 +85,7 @@ class Losses(NamedTuple):
     """the code of the batch"""
 
 
-AnySAE = TypeVar("AnySAE", bound="SAE")
-
-
-class SAE(nn.Module, PyTorchModelHubMixin, ABC):
+class SAE(Saved, ABC):
     """Base of `TopKSAE` and `ContextualSAE`: W_enc, b_enc, W_dec, b_dec, and what is done with them.
 
     Activations are divided by `scale` on the way in, and results are multiplied by it on the way out. So in normalised
@@ -126,11 +112,8 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
         dead_after: a feature is dead when it has not fired for this many tokens.
     """
 
-    arch: str
     look_back: tuple[str, ...] = ()
     """names of the parameters of the look-back, which train at a learning rate of their own"""
-    trained_on: TrainedOn | None = None
-    """what it was trained on; None for one made by hand"""
 
     W_enc: nn.Parameter
     """[d_sae, d_in]"""
@@ -184,8 +167,8 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
             return
         # An argument is changed after construction: check it, and save it, as if it had been given there.
         changed = self._arguments | {name: value}
-        made = _without_tensors(type(self), changed)
-        if _shapes(made) != _shapes(self):
+        made = without_tensors(type(self), changed)
+        if shapes(made) != shapes(self):
             raise ValueError(
                 f"{name}: given {value}; needed {getattr(self, name)}, as the parameters have: make another"
             )
@@ -217,16 +200,6 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
         """keep_first and bos for `csae.data.activations.sink_mask`, as they were in training."""
         on = self.trained_on
         return on is not None and bool(on.keep_first), on is not None and bool(on.bos)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The content of config.json: arch, and the arguments that make an SAE like this one."""
-        return {"arch": self.arch, **self._arguments}
-
-    @property
-    def _arguments(self) -> dict[str, Any]:
-        """The arguments that make an SAE like this one: as given, and as changed since."""
-        return self._hub_mixin_config or {}  # type: ignore[return-value]
 
     @property
     def n_params(self) -> int:
@@ -400,146 +373,6 @@ class SAE(nn.Module, PyTorchModelHubMixin, ABC):
         least, most = map(int, dead.aminmax())
         if least < 0 or most >= self.d_sae:
             raise ValueError(f"dead: given {least} to {most}; needed 0 <= feature < d_sae = {self.d_sae}")
-
-    # Saving and loading, through huggingface_hub's mixin: a local folder or a hub id. Safetensors only.
-
-    def save_pretrained(
-        self, save_directory: str | Path, *, repo_id: str | None = None, push_to_hub: bool = False, **push_options: Any
-    ) -> str | None:
-        """Write model.safetensors, config.json and a model card to a folder, made where it is not there.
-
-        With `push_to_hub` also to the hub, as `push_to_hub(repo_id, **push_options)` does; gives the commit's address.
-        Raises UserError where the folder can't be written; an SAE that was there is still there then.
-        """
-        # The mixin's own would remove config.json first, even if nothing can be written.
-        folder = Path(save_directory)
-        self._save_pretrained(folder)
-        return self.push_to_hub(repo_id=repo_id or folder.name, **push_options) if push_to_hub else None
-
-    def write_card(self, folder: Path) -> None:
-        """Write the model card, README.md of a folder, unless a person wrote the one that is there."""
-        if _is_our_card(folder / CARD):
-            write_file(folder / CARD, lambda path: path.write_text(card(self), encoding="utf-8"))
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        misshapen = _misshapen(_shapes(self), _shapes(_without_tensors(type(self), self._arguments)))
-        if misshapen:
-            raise ValueError(f"sae: {misshapen}, as it was made; it can't be saved with parameters of another shape")
-        self.write_card(save_directory)
-        # The same weights with other arguments are another SAE, so their file holds the arguments too.
-        save = partial(save_tensors, self.state_dict(), about={CONFIG: json.dumps(self.config)})
-        config = self.config | ({} if self.trained_on is None else {KEY: self.trained_on.to_config()})
-        write_with_config(save_directory, WEIGHTS, save, CONFIG, config)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
-        """The SAE in a folder or of a hub id; `options` as huggingface_hub's mixin has them.
-
-        Raises UserError where config.json or the weights are damaged, or don't belong together.
-        """
-        config = Path(pretrained_model_name_or_path) / CONFIG
-        if config.is_file():
-            read_json(config)  # the mixin reads it without a check
-        return super().from_pretrained(pretrained_model_name_or_path, **options)
-
-    @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        map_location: str = "cpu",
-        strict: bool = True,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        config: dict[str, Any] | None = None,
-        **init: Any,
-    ) -> Self:
-        # huggingface_hub hands these on too, up to 0.36; given or not.
-        downloading = {name: init.pop(name) for name in ("proxies", "resume_download") if name in init}
-        if Path(model_id).is_dir():
-            weights = Path(model_id) / WEIGHTS
-        else:
-            weights = Path(
-                hf_hub_download(
-                    repo_id=model_id,
-                    filename=WEIGHTS,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                    token=token,
-                    **{name: value for name, value in downloading.items() if value is not None},
-                )
-            )
-        header = read_header(weights)
-        if config is not None:
-            check_config(config, _saved_config(header), Path(model_id) / CONFIG, WEIGHTS)
-        try:
-            sae = _without_tensors(cls, init)
-            misshapen = _misshapen(header.shapes, _shapes(sae))  # before any memory is taken for them
-            if misshapen:
-                raise TypeError(misshapen)
-            tensors = load_tensors(weights)
-            wanted = {name: tensor.dtype for name, tensor in sae.state_dict().items()}
-            tensors = {name: tensor.to(wanted.get(name, tensor.dtype), copy=True) for name, tensor in tensors.items()}
-            sae.load_state_dict(tensors, strict=strict, assign=True)
-        except (RuntimeError, TypeError) as error:
-            reason = " ".join(str(error).split())[:300]  # torch's may hold a stack
-            raise UserError(f"{model_id}: not a saved {cls.__name__}, or of another version: {reason}") from error
-        sae.trained_on = TrainedOn.from_config(config or {}, f"{model_id}: {CONFIG}")
-        return sae.to(map_location)
-
-
-def check_config(given: dict[str, Any], expected: dict[str, Any], file: Path, other: str) -> None:
-    """Raises UserError where the config.json `file` has not the arguments that another file, `other`, says."""
-    differing = [
-        f"{name} is {reprlib.repr(given[name]) if name in given else 'missing'}, not {reprlib.repr(value)}"
-        for name, value in expected.items()
-        if name not in given or given[name] != value
-    ]
-    if differing:
-        raise UserError(f"{file}: not as {other} says: {'; '.join(differing)}: copy the folder again")
-
-
-def _is_our_card(file: Path) -> bool:
-    """Whether a model card may be written here: what a person wrote is kept."""
-    try:
-        return OUR_CARD in file.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
-
-
-def _saved_config(header: Header) -> dict[str, Any]:
-    """The arguments that weights were saved with; empty where they don't say."""
-    try:
-        found = json.loads(header.about.get(CONFIG, "{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _without_tensors(kind: type[AnySAE], arguments: dict[str, Any]) -> AnySAE:
-    """An SAE that is made with these arguments, on the meta device: it takes no memory, and draws nothing."""
-    with torch.device("meta"):
-        return kind(**arguments)
-
-
-def _shapes(sae: SAE) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
-
-
-def _misshapen(found: Mapping[str, tuple[int, ...]], needed: Mapping[str, tuple[int, ...]]) -> str | None:
-    """The first of the tensors needed that is missing or of another shape, or None."""
-    for name, shape in needed.items():
-        if found.get(name) != shape:
-            given = reprlib.repr(list(found[name])) if name in found else "missing"
-            return f"{name} is {given}; needed {reprlib.repr(list(shape))}"
-    return None
 
 
 @torch.compiler.assume_constant_result

@@ -52,7 +52,8 @@ from csae.run import (
     remove_unfinished,
     sync,
 )
-from csae.sae import CONFIG, SAE, Losses, Sweeps, check_config, fraction_unexplained
+from csae.sae import SAE, Losses, Sweeps, fraction_unexplained
+from csae.saving import CONFIG, check_config
 from csae.trained_on import TrainedOn
 
 SUSPICIOUS = 1e6  # from this loss on the batch is checked: an SAE that explains nothing has a loss of about 1

@@ -36,7 +36,8 @@ from csae.demo import wide_as
 from csae.evaluate import evaluate
 from csae.files import write_json
 from csae.progress import Progress, quiet
-from csae.sae import CONFIG, SAE
+from csae.sae import SAE
+from csae.saving import CONFIG
 from csae.topk_sae import TopKSAE
 from csae.train import train
 

@@ -1,0 +1,180 @@
+"""How an SAE is saved and loaded: safetensors and config.json, in a folder or on the hub, by huggingface_hub."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from torch import nn
+
+from csae.errors import UserError
+from csae.files import read_json, write_file, write_with_config
+from csae.tensors import Header, load_tensors, read_header, save_tensors
+from csae.trained_on import KEY, TrainedOn, card
+
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+OUR_CARD = "library_name: csae"  # a line of each card that is written here
+
+AnySaved = TypeVar("AnySaved", bound="Saved")
+
+
+class Saved(nn.Module, PyTorchModelHubMixin):
+    """A module that is saved with the arguments that it was made with."""
+
+    arch: str
+    trained_on: TrainedOn | None = None
+    """what it was trained on; None for one made by hand"""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The content of config.json: arch, and the arguments that make an SAE like this one."""
+        return {"arch": self.arch, **self._arguments}
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        """The arguments that make an SAE like this one: as given, and as changed since."""
+        return self._hub_mixin_config or {}  # type: ignore[return-value]
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, repo_id: str | None = None, push_to_hub: bool = False, **push_options: Any
+    ) -> str | None:
+        """Write model.safetensors, config.json and a model card to a folder, made where it is not there.
+
+        With `push_to_hub` also to the hub, as `push_to_hub(repo_id, **push_options)` does; gives the commit's address.
+        Raises UserError where the folder can't be written; an SAE that was there is still there then.
+        """
+        # The mixin's own would remove config.json first, even if nothing can be written.
+        folder = Path(save_directory)
+        self._save_pretrained(folder)
+        return self.push_to_hub(repo_id=repo_id or folder.name, **push_options) if push_to_hub else None
+
+    def write_card(self, folder: Path) -> None:
+        """Write the model card, README.md of a folder, unless a person wrote the one that is there."""
+        if _is_our_card(folder / CARD):
+            write_file(folder / CARD, lambda path: path.write_text(card(self), encoding="utf-8"))
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        misshapen = _misshapen(shapes(self), shapes(without_tensors(type(self), self._arguments)))
+        if misshapen:
+            raise ValueError(f"sae: {misshapen}, as it was made; it can't be saved with parameters of another shape")
+        self.write_card(save_directory)
+        # The same weights with other arguments are another SAE, so their file holds the arguments too.
+        save = partial(save_tensors, self.state_dict(), about={CONFIG: json.dumps(self.config)})
+        config = self.config | ({} if self.trained_on is None else {KEY: self.trained_on.to_config()})
+        write_with_config(save_directory, WEIGHTS, save, CONFIG, config)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
+        """The SAE in a folder or of a hub id; `options` as huggingface_hub's mixin has them.
+
+        Raises UserError where config.json or the weights are damaged, or don't belong together.
+        """
+        config = Path(pretrained_model_name_or_path) / CONFIG
+        if config.is_file():
+            read_json(config)  # the mixin reads it without a check
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        map_location: str = "cpu",
+        strict: bool = True,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        config: dict[str, Any] | None = None,
+        **init: Any,
+    ) -> Self:
+        # huggingface_hub hands these on too, up to 0.36; given or not.
+        downloading = {name: init.pop(name) for name in ("proxies", "resume_download") if name in init}
+        if Path(model_id).is_dir():
+            weights = Path(model_id) / WEIGHTS
+        else:
+            weights = Path(
+                hf_hub_download(
+                    repo_id=model_id,
+                    filename=WEIGHTS,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                    **{name: value for name, value in downloading.items() if value is not None},
+                )
+            )
+        header = read_header(weights)
+        if config is not None:
+            check_config(config, _saved_config(header), Path(model_id) / CONFIG, WEIGHTS)
+        try:
+            sae = without_tensors(cls, init)
+            misshapen = _misshapen(header.shapes, shapes(sae))  # before any memory is taken for them
+            if misshapen:
+                raise TypeError(misshapen)
+            tensors = load_tensors(weights)
+            wanted = {name: tensor.dtype for name, tensor in sae.state_dict().items()}
+            tensors = {name: tensor.to(wanted.get(name, tensor.dtype), copy=True) for name, tensor in tensors.items()}
+            sae.load_state_dict(tensors, strict=strict, assign=True)
+        except (RuntimeError, TypeError) as error:
+            reason = " ".join(str(error).split())[:300]  # torch's may hold a stack
+            raise UserError(f"{model_id}: not a saved {cls.__name__}, or of another version: {reason}") from error
+        sae.trained_on = TrainedOn.from_config(config or {}, f"{model_id}: {CONFIG}")
+        return sae.to(map_location)
+
+
+def check_config(given: dict[str, Any], expected: dict[str, Any], file: Path, other: str) -> None:
+    """Raises UserError where the config.json `file` has not the arguments that another file, `other`, says."""
+    differing = [
+        f"{name} is {reprlib.repr(given[name]) if name in given else 'missing'}, not {reprlib.repr(value)}"
+        for name, value in expected.items()
+        if name not in given or given[name] != value
+    ]
+    if differing:
+        raise UserError(f"{file}: not as {other} says: {'; '.join(differing)}: copy the folder again")
+
+
+def _is_our_card(file: Path) -> bool:
+    """Whether a model card may be written here: what a person wrote is kept."""
+    try:
+        return OUR_CARD in file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+
+
+def _saved_config(header: Header) -> dict[str, Any]:
+    """The arguments that weights were saved with; empty where they don't say."""
+    try:
+        found = json.loads(header.about.get(CONFIG, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def without_tensors(kind: type[AnySaved], arguments: dict[str, Any]) -> AnySaved:
+    """An SAE that is made with these arguments, on the meta device: it takes no memory, and draws nothing."""
+    with torch.device("meta"):
+        return kind(**arguments)
+
+
+def shapes(sae: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
+
+
+def _misshapen(found: Mapping[str, tuple[int, ...]], needed: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The first of the tensors needed that is missing or of another shape, or None."""
+    for name, shape in needed.items():
+        if found.get(name) != shape:
+            given = reprlib.repr(list(found[name])) if name in found else "missing"
+            return f"{name} is {given}; needed {reprlib.repr(list(shape))}"
+    return None
