@@ -276,7 +276,7 @@ def test_a_hub_id_works_as_a_folder_does(tmp_path, monkeypatch):
         asked.append((repo_id, filename))
         return str(tmp_path / filename)
 
-    for module in ("csae.sae", "csae.checkpoint", "huggingface_hub.hub_mixin"):
+    for module in ("csae.saving", "csae.checkpoint", "huggingface_hub.hub_mixin"):
         monkeypatch.setattr(f"{module}.hf_hub_download", download)
     for loaded in (ContextualSAE.from_pretrained("someone/some-sae"), load_sae("someone/some-sae")):
         for name, tensor in sae.state_dict().items():
