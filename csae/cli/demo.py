@@ -1,0 +1,29 @@
+"""`csae demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from csae.cli.options import DEVICE, TEXT
+
+
+@click.command()
+@click.option("--out", "-o", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Folder.")
+@click.option("--model", help="Any other language model than SmolLM2-135M.")
+@TEXT
+@click.option("--layer", type=int, help="Read the residual stream after this many blocks.")
+@click.option("--k", type=int, help="Active features a token.")
+@click.option("--d-sae", type=int, help="Number of features.")
+@click.option("--tokens", type=click.IntRange(min=1), help="Tokens of text to train on.")
+@click.option("--epochs", type=int, help="How often each is seen.")
+@click.option("--n-ctx", type=int, help="Positions a window.")
+@click.option("--seed", type=int, help="Of initialisation and order.")
+@DEVICE
+def demo(**options: Any) -> None:
+    """Train a per-token and a contextual SAE on a real language model, compare them, write a report."""
+    from csae.demo import run_demo
+
+    run_demo(**{name: value for name, value in options.items() if value is not None})

@@ -1,0 +1,94 @@
+"""Options that several commands take, and what they say together."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from csae.errors import UserError
+
+MODEL = click.option("--model", help="Language model: a Hugging Face id, a folder, or a .gguf file.")
+LAYER = click.option("--layer", type=int, help="Read the residual stream after this many blocks.")
+TEXT = click.option("--text", type=click.Path(), help="A text file, or a folder of *.txt, *.md, *.rst.")
+DATASET = click.option(
+    "--dataset", help="A tokenized Hugging Face dataset with a column input_ids: a folder, or a hub id."
+)
+N_CTX = click.option("--n-ctx", type=int, help="Positions a window; 256 if not given, or those of --activations.")
+BOS = click.option(
+    "--bos/--no-bos",
+    default=None,
+    help="Begin each window with a beginning of sequence; as the tokenizer does if not given.",
+)
+KEEP_FIRST = click.option(
+    "--keep-first/--no-keep-first",
+    default=None,
+    help="Keep position 0 and outliers, which are left out as attention sinks: for what has none, such as images.",
+)
+ACTIVATIONS = click.option("--activations", type=click.Path(), help="A folder of activation shards instead of a model.")
+ELSEWHERE = click.option("--elsewhere", is_flag=True, help="Even where the SAE was trained on another model or layer.")
+DEVICE = click.option("--device", help="cuda or cpu; cuda where there is one, if not given.")
+
+
+def options_of(config: type, *names: str) -> Callable[[Any], Any]:
+    """The options that fill these fields of a dataclass of `csae.config`, in this order."""
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    kinds = typing.get_type_hints(config)
+
+    def decorate(command: Any) -> Any:
+        for name in reversed(names):
+            field, kind = fields[name], (typing.get_args(kinds[name]) or [kinds[name]])[0]  # int | None: int
+            choices = field.metadata["choices"]
+            how: dict[str, Any] = {"type": click.Choice(choices) if choices else kind}
+            if kind is bool:
+                how = {"is_flag": True}
+            elif field.default is not None:
+                how |= {"default": field.default, "show_default": True}
+            command = click.option(f"--{name.replace('_', '-')}", help=field.metadata["help"], **how)(command)
+        return command
+
+    return decorate
+
+
+def origin_of(options: dict[str, Any], trained_on: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Where activations come from, for `open_source`, with absolute paths, since the run keeps it.
+
+    trained_on: of a run: its bos and keep_first are the defaults. Without a run the tokenizer decides.
+    """
+    origin = given_of(options)
+    for name in ("bos", "keep_first"):
+        if name not in origin and trained_on:
+            origin[name] = bool(trained_on.get(name))
+    if "activations" not in origin:
+        origin.setdefault("n_ctx", 256)
+    return {"bos": None} | origin
+
+
+def given_of(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given, of those that `open_source` takes, with absolute paths."""
+    names = ("activations", "model", "layer", "text", "dataset", "n_ctx", "max_tokens", "bos", "keep_first")
+    given = {name: options[name] for name in names if options.get(name) is not None}
+    if "activations" in given and "bos" in given:
+        raise UserError("--bos, --no-bos: given with --activations, which are as they were made; needed with a text")
+    for name in ("text", "dataset", "max_tokens"):
+        if "activations" in given and name in given:
+            raise UserError(f"--activations, --{name.replace('_', '-')}: both given; needed one of them")
+    for name in ("activations", "text", "model", "dataset"):
+        if name in given and (name in ("activations", "text") or Path(given[name]).exists()):
+            given[name] = str(Path(given[name]).resolve())
+    return given
+
+
+def device_of(name: str | None) -> str:
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device: given {name!r}; it can't be used here: give cpu") from error
+    return name

@@ -1,0 +1,93 @@
+"""`csae view`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from csae.cli.options import BOS, DEVICE, ELSEWHERE, KEEP_FIRST, device_of
+from csae.errors import UserError, shown
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True, help="A text file."
+)
+@click.option(
+    "--out", "-o", type=click.Path(path_type=Path), default=Path("view.html"), show_default=True, help="The page."
+)
+@click.option("--beside", type=click.Path(path_type=Path), help="A run of a per-token SAE, to compare with.")
+@click.option("--model", help="As the run was trained on, if not given.")
+@click.option("--layer", type=int, help="As the run was trained on, if not given.")
+@click.option("--n-ctx", type=int, help="Positions a window at most; 8 times as trained on if not given.")
+@BOS
+@KEEP_FIRST
+@click.option("--max-tokens", type=int, default=4000, show_default=True, help="Use at most so many tokens of the text.")
+@ELSEWHERE
+@DEVICE
+def view(
+    run: Path, text: Path, out: Path, beside: Path | None, max_tokens: int, elsewhere: bool, **options: Any
+) -> None:
+    """Show a text as an SAE sees it: a page with what is new at each token, and what is carried from where."""
+    from csae.checkpoint import load_sae
+    from csae.data.language_model import LanguageModel
+    from csae.data.text import beginning, read_documents
+    from csae.files import check_writable
+    from csae.pages.view import LONGER, read_windows
+    from csae.pages.view import view as view_text
+    from csae.pages.view_page import write_view
+    from csae.progress import track
+    from csae.run import read_trained_on
+    from csae.trained_on import check_place, model_name, same_model
+
+    check_writable(out)
+    device = device_of(options["device"])
+    sae = load_sae(run, device)
+    of_config = {} if sae.trained_on is None else sae.trained_on.to_config()
+    kept = ("model", "layer", "n_ctx", "bos", "keep_first")
+    trained_on: dict[str, Any] = {name: of_config[name] for name in kept if name in of_config}
+    of_run = read_trained_on(run)
+    trained_on |= of_run
+    given = {name: options[name] for name in ("model", "layer", "bos", "keep_first") if options[name] is not None}
+    origin = trained_on | given
+    for name in ("model", "layer"):
+        if name not in origin:
+            raise UserError(f"--{name}: not given, and {run} does not say what it was trained on")
+    trained_beside = {} if beside is None else read_trained_on(beside)
+    for name in ("model", "layer"):
+        one, other = trained_on.get(name), trained_beside.get(name)
+        alike = one == other or (name == "model" and same_model(str(one), str(other)))
+        if one is not None and other is not None and not alike:
+            raise UserError(
+                f"--beside: {beside} is of {name} {trained_beside[name]}; needed {trained_on[name]}, as {run}"
+            )
+    for name, what in (("bos", "a beginning of sequence"), ("keep_first", "position 0")):
+        if trained_on and trained_beside and bool(trained_beside.get(name)) != bool(trained_on.get(name)):
+            with_it, without = (beside, run) if trained_beside.get(name) else (run, beside)
+            raise UserError(f"--beside: {with_it} was trained with {what}, {without} without; needed two that agree")
+    other_sae = None if beside is None else load_sae(beside, device)
+    for loaded in (sae, other_sae):
+        if loaded is not None:
+            check_place(loaded.trained_on, origin["model"], origin["layer"], elsewhere=elsewhere)
+    lm = LanguageModel.load(origin["model"], device=device)
+    longest = LONGER * trained_on.get("n_ctx", 256)
+    n_ctx = min(longest, lm.max_ctx or longest) if options["n_ctx"] is None else options["n_ctx"]
+    known = ({} if sae.trained_on is None else sae.trained_on.to_config()) | origin
+    begin = beginning(lm.tokenizer, known.get("bos", False if of_run else None), lm.n_vocab)
+    keep_first = bool(known.get("keep_first"))
+    windows, whole = read_windows(lm, origin["layer"], read_documents(text)[0], n_ctx, max_tokens, begin, keep_first)
+    about = {
+        "text": shown(text.name),
+        "run": shown(run.resolve().name),
+        "beside": None if beside is None else shown(beside.resolve().name),
+        "model": model_name(lm.name),
+        "layer": origin["layer"],
+        "n_ctx": n_ctx,
+        "trained_on": trained_on.get("n_ctx"),
+        "whole": whole,
+    }
+    write_view(out, about, view_text(sae, windows, lm, trained_on.get("n_ctx"), other_sae, track, elsewhere))
+    print(f"written: {shown(out)}")
