@@ -20,7 +20,7 @@ from csae import SAE, ContextualSAE, TopKSAE
 from csae.adam import Adam
 from csae.config import TrainConfig
 from csae.data.activations import Batch
-from csae.train import adam, train_step
+from csae.step import adam, train_step
 
 from .measure import resident
 

@@ -225,7 +225,7 @@ def _spliced_losses(sae: SAE, batch: Batch, lm: LanguageModel, layer: int, name:
 
 
 def _read(source: ActivationSource, windows: Sequence[int], device: torch.device) -> Batch:
-    acts, mask, documents, tokens = source.read(windows)
+    acts, mask, documents, tokens = source.read(windows)[:4]
     if not acts.isfinite().all():
         raise UserError(f"NaN or Inf in the activations of windows {windows[0]} to {windows[-1]}: make them again")
     return Batch(acts.to(device), mask.to(device), documents.to(device), None if tokens is None else tokens.to(device))

@@ -35,7 +35,8 @@ from csae.adam import Adam
 from csae.checkpoint import check_free, last_checkpoint, remove_checkpoints, restore_checkpoint, save_checkpoint
 from csae.config import TrainConfig
 from csae.contextual_sae import ContextualSAE
-from csae.data.activations import ActivationSource, Batch, window_order
+from csae.data.activations import ActivationSource, Batch
+from csae.data.batches import batch_of
 from csae.data.seen import log, open_log, settle
 from csae.errors import Stopped, UserError, shown
 from csae.files import read_json
@@ -52,8 +53,9 @@ from csae.run import (
     remove_unfinished,
     sync,
 )
-from csae.sae import SAE, Losses, Sweeps, fraction_unexplained
+from csae.sae import SAE, Losses
 from csae.saving import CONFIG, check_config
+from csae.step import adam, exact_gap, learning_rate, sweeps_at, train_step
 from csae.trained_on import TrainedOn
 
 SUSPICIOUS = 1e6  # from this loss on the batch is checked: an SAE that explains nothing has a loss of about 1
@@ -275,72 +277,6 @@ def _check_loss(
         reason = f"the loss is {loss} at step {step}: {_smaller_lr(config)}"
     if reason:
         raise UserError(f"{run}: {reason}")
-
-
-def train_step(sae: SAE, optimizer: Adam, batch: Batch, step: int, config: TrainConfig) -> tuple[Losses, Tensor]:
-    """Step number `step` of training, on a batch; gives the losses before it, and the dead features [n_dead]."""
-    device = sae.W_dec.device
-    acts, mask, documents = (
-        tensor.to(device, non_blocking=True) for tensor in (batch.acts, batch.mask, batch.documents)
-    )
-    dead = sae.dead_features()
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16"):
-        losses, gradients = sae.gradients(acts, mask, documents, dead, sweeps_at(step, config, sae))
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, config) * group["share"]
-    optimizer.update(gradients)
-    sae.track(losses.code, mask)
-    return losses, dead
-
-
-def adam(sae: SAE, config: TrainConfig) -> Adam:
-    """The optimizer that `config` asks for."""
-    return Adam(sae, config.lr, config.look_back_lr, lazy=config.lazy, moments=getattr(torch, config.moments))
-
-
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """The learning rate of a step: it rises from zero over the warm-up, stays at the peak, falls to zero at the end."""
-    rise = (step + 1) / max(1.0, config.warmup * config.steps)
-    fall = (config.steps - step) / max(1.0, config.decay * config.steps)
-    return config.lr * min(1.0, rise, fall)
-
-
-def sweeps_at(step: int, config: TrainConfig, sae: SAE) -> Sweeps | None:
-    """The sweeps of a contextual SAE in a step; None for another SAE.
-
-    In the decay every second step has one sweep less. With a fixed number, an SAE can learn to be right after exactly
-    that number: a feature that suppresses itself at the next position is on and off in turns, from sweep to sweep, and
-    then from position to position in the exact form. That was seen on synthetic windows, with four sweeps: an exact FVU
-    of 0.14 against 0.03.
-    """
-    if not isinstance(sae, ContextualSAE):
-        return None
-    if step >= config.exact_from * config.steps:
-        return Sweeps(min(sae.sweeps, config.early_sweeps), from_exact=True)
-    if step >= min((1 - config.decay) * config.steps, config.steps - 1):
-        return Sweeps(max(sae.sweeps - (config.steps - 1 - step) % 2, min(sae.sweeps, 1)))
-    return Sweeps(min(sae.sweeps, config.early_sweeps))
-
-
-@torch.no_grad()
-def exact_gap(sae: ContextualSAE, batch: Batch, sweeps: Sweeps | None = None) -> tuple[float, float]:
-    """The FVU of a batch in the exact form, and how much larger it is than that of the sweeps, as a share."""
-    acts, mask, documents = (tensor.to(sae.W_dec.device) for tensor in (batch.acts, batch.mask, batch.documents))
-    forms = (
-        sae(acts, mask, documents, exact=exact, sweeps=None if exact else sweeps).x_hat.double()
-        for exact in (True, False)
-    )
-    x, weight = acts.double().masked_fill(~mask.unsqueeze(-1), 0), mask.double()  # float64, to see small differences
-    exact, swept = (float(fraction_unexplained(x, x - x_hat, weight)) for x_hat in forms)
-    return exact, exact / swept - 1 if swept > 0 else 0.0
-
-
-def batch_of(windows: Sequence[int], step: int, config: TrainConfig) -> list[int]:
-    """The windows of a step. Each epoch takes all of them in its own order, and drops an incomplete last batch."""
-    epoch, place = divmod(step, len(windows) // config.batch_windows)
-    order = window_order(len(windows), config.seed, epoch)
-    start = place * config.batch_windows
-    return [windows[int(at)] for at in order[start : start + config.batch_windows]]
 
 
 @torch.no_grad()

@@ -14,9 +14,11 @@ from csae import ContextualSAE, TopKSAE
 from csae.adam import Adam
 from csae.checkpoint import last_checkpoint, load_sae
 from csae.data.activations import ShardActivations, estimate_normalisation
+from csae.data.batches import batch_of
 from csae.errors import Stopped, UserError
 from csae.sae import Sweeps
-from csae.train import batch_of, exact_gap, learning_rate, sweeps_at, train
+from csae.step import exact_gap, learning_rate, sweeps_at
+from csae.train import train
 
 
 @pytest.mark.parametrize("kind", ["topk", "contextual"])

@@ -32,11 +32,12 @@ from csae.attribution import attribute
 from csae.config import TrainConfig
 from csae.contextual_sae import ContextualSAE
 from csae.data.activations import Batch, estimate_normalisation
+from csae.data.batches import batch_of
 from csae.evaluate import evaluate, run_form
 from csae.progress import Progress, quiet
 from csae.sae import SAE, Code
+from csae.step import adam, train_step
 from csae.topk_sae import TopKSAE
-from csae.train import adam, batch_of, train_step
 
 N_CTX, D_IN, CROWDED = 256, 128, 64
 N_REGION, N_TOKEN = 16, 128

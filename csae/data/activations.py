@@ -28,6 +28,13 @@ SHARD_BYTES = 256 * 2**20
 WINDOWS_AT_ONCE = 16
 
 
+class Place(NamedTuple):
+    """Where an SAE reads, and what it reconstructs."""
+
+    hook: str  # the hook point that it reads
+    to: str | None = None  # a transcoder's: the hook point that it predicts
+
+
 class Batch(NamedTuple):
     """B windows of T positions, all on one device."""
 
@@ -35,6 +42,7 @@ class Batch(NamedTuple):
     mask: Tensor  # [B, T] bool, True where a position takes part
     documents: Tensor  # [B, T] int64: a document is a run of equal ids
     tokens: Tensor | None  # [B, T] int64, where the source knows them
+    target: Tensor | None = None  # [B, T, d_out] float32, what a transcoder predicts
 
 
 class ActivationSource(Protocol):

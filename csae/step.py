@@ -1,0 +1,82 @@
+"""One step of training: from a batch to the SAE's next parameters. No number is read from the device.
+
+A step is a function of the parameters, the optimizer's state, the dead features and the step's number alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from csae.adam import Adam
+from csae.config import TrainConfig
+from csae.contextual_sae import ContextualSAE
+from csae.data.activations import Batch
+from csae.sae import SAE, Losses, Sweeps, fraction_unexplained
+
+
+def train_step(
+    sae: SAE, optimizer: Adam, batch: Batch, step: int, config: TrainConfig, dead: Tensor | None = None
+) -> tuple[Losses, Tensor]:
+    """Step number `step` of training, on a batch; gives the losses before it, and the dead features [n_dead].
+
+    dead: those that were found before; by default they are looked for now, which waits for the device.
+    """
+    device = sae.W_dec.device
+    acts, mask, documents = (
+        tensor.to(device, non_blocking=True) for tensor in (batch.acts, batch.mask, batch.documents)
+    )
+    of_transcoder = {} if batch.target is None else {"target": batch.target.to(device, non_blocking=True)}
+    if dead is None:
+        dead = sae.dead_features()
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16"):
+        losses, gradients = sae.gradients(acts, mask, documents, dead, sweeps_at(step, config, sae), **of_transcoder)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, config) * group["share"]
+    optimizer.update(gradients)
+    sae.track(losses.code, mask)
+    return losses, dead
+
+
+def adam(sae: SAE, config: TrainConfig) -> Adam:
+    """The optimizer that `config` asks for."""
+    return Adam(sae, config.lr, config.look_back_lr, lazy=config.lazy, moments=getattr(torch, config.moments))
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The learning rate of a step: it rises from zero over the warm-up, stays at the peak, falls to zero at the end."""
+    rise = (step + 1) / max(1.0, config.warmup * config.steps)
+    fall = (config.steps - step) / max(1.0, config.decay * config.steps)
+    return config.lr * min(1.0, rise, fall)
+
+
+def sweeps_at(step: int, config: TrainConfig, sae: SAE) -> Sweeps | None:
+    """The sweeps of a contextual SAE in a step; None for another SAE.
+
+    In the decay every second step has one sweep less. With a fixed number, an SAE can learn to be right after exactly
+    that number: a feature that suppresses itself at the next position is on and off in turns, from sweep to sweep, and
+    then from position to position in the exact form. That was seen on synthetic windows, with four sweeps: an exact FVU
+    of 0.14 against 0.03.
+    """
+    if not isinstance(sae, ContextualSAE):
+        return None
+    if step >= config.exact_from * config.steps:
+        return Sweeps(min(sae.sweeps, config.early_sweeps), from_exact=True)
+    if step >= min((1 - config.decay) * config.steps, config.steps - 1):
+        return Sweeps(max(sae.sweeps - (config.steps - 1 - step) % 2, min(sae.sweeps, 1)))
+    return Sweeps(min(sae.sweeps, config.early_sweeps))
+
+
+@torch.no_grad()
+def exact_gap(sae: ContextualSAE, batch: Batch, sweeps: Sweeps | None = None) -> tuple[float, float]:
+    """The FVU of a batch in the exact form, and how much larger it is than that of the sweeps, as a share."""
+    acts, mask, documents = (tensor.to(sae.W_dec.device) for tensor in (batch.acts, batch.mask, batch.documents))
+    wanted = acts if batch.target is None else batch.target.to(acts.device)
+    forms = (
+        sae(acts, mask, documents, exact=exact, sweeps=None if exact else sweeps).x_hat.double()
+        for exact in (True, False)
+    )
+    # In float64, to see small differences.
+    x, weight = wanted.double().masked_fill(~mask.unsqueeze(-1), 0), mask.double()
+    exact, swept = (float(fraction_unexplained(x, x - x_hat, weight)) for x_hat in forms)
+    return exact, exact / swept - 1 if swept > 0 else 0.0
