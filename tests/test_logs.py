@@ -1,0 +1,251 @@
+"""Metrics sent to wandb, trackio and TensorBoard: by fakes, and by the packages where they are installed."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import inspect
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from csae import logs
+from csae.errors import UserError
+from csae.logs import LOGS, check_logs, open_logs
+
+JOB = {"sae": {"arch": "topk", "k": 3}, "train": {"lr": 1e-3, "steps": 6}, "origin": None}
+
+
+def installed(name: str) -> bool:
+    found = importlib.util.find_spec(name)
+    return found is not None and found.origin is not None
+
+
+def needs(name: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(not installed(name), reason=f"{name} is not installed")
+
+
+def line(step: int, loss: float | None = 0.5) -> dict:
+    return {"step": step, "tokens": 10 * (step + 1), "loss": loss, "fvu": loss}
+
+
+class Logged:
+    """What a fake package notes of one run."""
+
+    def __init__(self, given: dict, step: int = 0) -> None:
+        self.given, self.step, self.lines, self.ended = given, step, [], []
+
+    def log(self, metrics: dict, step: int) -> None:
+        self.lines.append((step, metrics))
+        self.step = step
+
+    def finish(self, exit_code: int | None = None) -> None:
+        self.ended.append(exit_code)
+
+
+class Fakes:
+    """In place of wandb and trackio: the runs that they were asked for, and the step at which a new one begins."""
+
+    def __init__(self) -> None:
+        self.runs: list[Logged] = []
+        self.step = 0
+
+    def module(self, name: str) -> types.ModuleType:
+        """A call of its init is checked with the real signature, where there is a real package."""
+        signature = inspect.signature(importlib.import_module(name).init) if installed(name) else None
+
+        def init(**given: object) -> Logged:
+            if signature is not None:
+                signature.bind(**given)
+            self.runs.append(Logged(given, self.step))
+            return self.runs[-1]
+
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None, origin="a test")
+        module.init, module.Settings = init, dict  # type: ignore[attr-defined]
+        return module
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    for variable in ("WANDB_PROJECT", "WANDB_DIR", "TRACKIO_PROJECT"):
+        monkeypatch.delenv(variable, raising=False)
+    fakes = Fakes()
+    for name in ("wandb", "trackio"):
+        monkeypatch.setitem(sys.modules, name, fakes.module(name))
+    return fakes
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_line_is_logged_at_its_step_without_nulls(fake, tmp_path, name):
+    with open_logs([name], tmp_path, JOB) as (log,):
+        log(line(0))
+        log(line(7, None))
+    (run,) = fake.runs
+    assert run.lines == [(0, {"tokens": 10, "loss": 0.5, "fvu": 0.5}), (7, {"tokens": 80})]
+    assert run.given["project"] == "csae"
+    assert run.given["config"] == JOB
+    assert run.given["name"].startswith(tmp_path.name)
+    assert len(run.ended) == 1
+
+
+def test_a_run_that_goes_on_is_logged_where_it_was(fake, tmp_path):
+    for _ in range(2):
+        with open_logs(["wandb", "trackio"], tmp_path, JOB):
+            pass
+    first, second = fake.runs[:2], fake.runs[2:]
+    assert first[0].given["id"] == second[0].given["id"]
+    assert second[0].given["resume"] == "allow"
+    assert first[1].given["name"] == second[1].given["name"]
+    assert [first[1].given["resume"], second[1].given["resume"]] == ["never", "allow"]
+
+
+def test_two_runs_of_one_name_are_two(fake, tmp_path):
+    for parent in ("one", "other"):
+        (tmp_path / parent / "run").mkdir(parents=True)
+        with open_logs(["wandb", "trackio"], tmp_path / parent / "run", JOB):
+            pass
+    assert fake.runs[0].given["id"] != fake.runs[2].given["id"]
+    assert fake.runs[1].given["name"] != fake.runs[3].given["name"]
+    assert fake.runs[3].given["resume"] == "never"
+
+
+def test_steps_that_wandb_has_are_not_sent_again(fake, tmp_path):
+    fake.step = 5
+    with open_logs(["wandb"], tmp_path, JOB) as (log,):
+        for step in (3, 4, 5, 6):
+            log(line(step))
+    assert [step for step, _ in fake.runs[0].lines] == [5, 6]
+
+
+def test_an_error_ends_the_run_as_failed(fake, tmp_path):
+    with pytest.raises(KeyError), open_logs(["wandb"], tmp_path, JOB):
+        raise KeyError
+    assert fake.runs[0].ended == [1]
+
+
+def test_a_log_that_fails_is_said_once_and_left_alone(fake, tmp_path, capsys):
+    with open_logs(["wandb", "trackio"], tmp_path, JOB) as both:
+        fake.runs[0].log = None  # its call raises TypeError
+        for step in range(3):
+            for log in both:
+                log(line(step))
+    assert capsys.readouterr().err.count("--log wandb: ") == 1
+    assert len(fake.runs[1].lines) == 3
+
+
+def test_what_cannot_start_is_one_line(fake, tmp_path, monkeypatch):
+    def refuse(**given):
+        raise RuntimeError("No API key configured.\nSecond line")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", refuse)
+    with pytest.raises(UserError, match=r"--log wandb: it can't start \(No API key configured\).*WANDB_MODE=offline"):
+        open_logs(["wandb"], tmp_path, JOB).__enter__()
+    assert not (tmp_path / "logs.json").exists()
+
+
+def test_damaged_id(fake, tmp_path):
+    (tmp_path / "logs.json").write_text('{"id": 3}')
+    with pytest.raises(UserError, match=r"logs\.json: it has no id"):
+        open_logs(["wandb"], tmp_path, JOB).__enter__()
+
+
+def test_another_name_and_a_missing_package_are_one_line(monkeypatch):
+    with pytest.raises(UserError, match=r"--log: given 'mlflow'; needed one of wandb, trackio, tensorboard"):
+        check_logs(["mlflow"])
+    monkeypatch.setattr(logs.importlib.util, "find_spec", lambda name: None)
+    for name in LOGS:
+        with pytest.raises(UserError, match=rf"--log {name}: .*pip install 'contextual-sae\[{name}\]'"):
+            check_logs([name])
+
+
+def test_a_folder_is_no_package(monkeypatch, tmp_path):
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(UserError, match="not installed"):
+        check_logs(["wandb"])
+
+
+def test_no_logs(tmp_path):
+    with open_logs([], tmp_path, JOB) as none:
+        assert none == []
+    assert not list(tmp_path.iterdir())
+
+
+def both_runs(name: str, folder: Path, **environment: str) -> None:
+    """Two runs at once, and the first goes on from step 2, as after a kill at step 4."""
+    script = f"""
+from pathlib import Path
+from csae.logs import open_logs
+def line(step, loss): return {{"step": step, "tokens": 10 * (step + 1), "loss": loss, "gap": None}}
+a, b = Path("runs/a"), Path("runs/b")
+for run in (a, b): run.mkdir(parents=True)
+with open_logs([{name!r}], a, {JOB!r}) as (log_a,), open_logs([{name!r}], b, {JOB!r}) as (log_b,):
+    for step in range(4):
+        log_a(line(step, 1 / (step + 1)))
+        log_b(line(step, 2 / (step + 1)))
+with open_logs([{name!r}], a, {JOB!r}) as (log_a,):
+    for step in range(2, 6):
+        log_a(line(step, 1 / (step + 1)))
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(logs.__file__).parents[1])} | environment
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+
+
+@needs("tensorboard")
+@pytest.mark.slow
+def test_in_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    both_runs("tensorboard", tmp_path)
+    found = {}
+    for name in "ab":
+        found[name] = EventAccumulator(str(tmp_path / "runs" / name))
+        found[name].Reload()
+        assert sorted(found[name].Tags()["scalars"]) == ["loss", "tokens"]
+    assert [(of.step, round(of.value * (of.step + 1), 5)) for of in found["a"].Scalars("loss")] == [
+        (step, 1) for step in range(6)
+    ]
+    assert [round(of.value * (of.step + 1), 5) for of in found["b"].Scalars("loss")] == [2] * 4
+    text = found["a"].Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert json.loads(text.strip("`").removeprefix("json")) == JOB
+
+
+@needs("trackio")
+@pytest.mark.slow
+def test_in_trackio(tmp_path):
+    both_runs("trackio", tmp_path, TRACKIO_DIR=str(tmp_path / "kept"), TRACKIO_PROJECT="mine")
+    with sqlite3.connect(tmp_path / "kept" / "mine.db") as stored:
+        rows = stored.execute("select run_name, step, metrics from metrics order by id").fetchall()
+        configs = stored.execute("select run_name, config from configs").fetchall()
+    by_run = {name[0]: [(step, json.loads(of)) for run, step, of in rows if run == name] for name, *_ in configs}
+    assert [step for step, _ in by_run["a"]] == [0, 1, 2, 3, 2, 3, 4, 5]
+    assert by_run["a"][-1][1] == {"tokens": 60, "loss": 1 / 6}
+    assert [of["loss"] for _, of in by_run["b"]] == [2, 1, 2 / 3, 0.5]
+    assert len(configs) == 2
+    assert json.loads(configs[0][1])["sae"] == JOB["sae"]
+
+
+@needs("wandb")
+@pytest.mark.slow
+def test_in_wandb_offline(tmp_path):
+    both_runs("wandb", tmp_path, WANDB_MODE="offline")
+    found = {name: sorted((tmp_path / "runs" / name / "wandb").glob("offline-run-*/run-*.wandb")) for name in "ab"}
+    assert [len(files) for files in found.values()] == [2, 1]
+    (id_a,) = {file.name for file in found["a"]}  # the same run, in two parts
+    assert id_a != found["b"][0].name
+    assert id_a == f"run-{json.loads((tmp_path / 'runs' / 'a' / 'logs.json').read_text())['id']}.wandb"
+    content = found["a"][1].read_bytes()
+    assert b"tokens" in content
+    assert b"loss" in content
+    assert b"arch" in content
