@@ -56,7 +56,7 @@ class Saved(nn.Module, PyTorchModelHubMixin):
 
     def write_card(self, folder: Path) -> None:
         """Write the model card, README.md of a folder, unless a person wrote the one that is there."""
-        if _is_our_card(folder / CARD):
+        if is_our_card(folder / CARD):
             write_file(folder / CARD, lambda path: path.write_text(card(self), encoding="utf-8"))
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -142,7 +142,7 @@ def check_config(given: dict[str, Any], expected: dict[str, Any], file: Path, ot
         raise UserError(f"{file}: not as {other} says: {'; '.join(differing)}: copy the folder again")
 
 
-def _is_our_card(file: Path) -> bool:
+def is_our_card(file: Path) -> bool:
     """Whether a model card may be written here: what a person wrote is kept."""
     try:
         return OUR_CARD in file.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -247,11 +247,12 @@ def card(sae: Any) -> str:
         "FVU, last training batch": None if on.train_fvu is None else f"{on.train_fvu:.4f}",
         "csae": on.version,
     }
-    rows = [f"| {name} | {_cell(value)} |" for name, value in facts.items() if value is not None]
-    return "\n".join([*head, f"# {kind}{_cell(of)}", "", "| | |", "|---|---|", *rows]) + "\n"
+    rows = [f"| {name} | {table_cell(value)} |" for name, value in facts.items() if value is not None]
+    return "\n".join([*head, f"# {kind}{table_cell(of)}", "", "| | |", "|---|---|", *rows]) + "\n"
 
 
-def _cell(value: object) -> str:
+def table_cell(value: object) -> str:
+    """A value in a table of Markdown, as text: nothing in it is a link, a tag or another cell."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return re.sub(r"([|<>`\[\]*\\])", r"\\\1", shown(value))

@@ -29,6 +29,14 @@ def tiny_lm(tiny_model_path: Path) -> LanguageModel:
     return LanguageModel.load(tiny_model_path, device="cpu")
 
 
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> dict[str, Path]:
+    """A run of each architecture on the tiny model, trained and evaluated: {"topk", "contextual"}."""
+    from runs_of_a_model import make_runs
+
+    return make_runs(tmp_path_factory.mktemp("runs"), tiny_model_path)
+
+
 def pytest_make_parametrize_id(val: Any, argname: str) -> str:
     """Ids for any value: `k=3` for a dict, `float32[2, 5]` for a tensor, the name of the argument for a lambda."""
     if isinstance(val, FunctionType) and val.__name__ == "<lambda>":

@@ -1,4 +1,4 @@
-"""The command line: `csae demo`, `train`, `eval`, `view`, `cache`, `info`, `bench`, `evidence`; a file a command.
+"""The command line: the program `csae`, a file a command.
 
 Each command opens its inputs, calls one function of the library, and prints the result. An error that the user can
 mend ends in one line and exit code 2.
@@ -28,6 +28,7 @@ from csae.cli.demo import demo
 from csae.cli.evaluate import evaluate
 from csae.cli.evidence import evidence
 from csae.cli.info import info
+from csae.cli.push import push
 from csae.cli.train import train
 from csae.cli.view import view
 
@@ -40,5 +41,5 @@ def cli() -> None:
     """Train sparse autoencoders fast; and the contextual one, which encodes only what is new."""
 
 
-for command in (demo, train, evaluate, view, cache, info, bench, evidence):
+for command in (demo, train, evaluate, view, cache, push, info, bench, evidence):
     cli.add_command(command)
