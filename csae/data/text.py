@@ -6,15 +6,15 @@ import ast
 import json
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from csae import versions
+from csae.data.packing import TokenWindows, pack, pack_rows
+from csae.data.token_rows import IDS, MASKS, tokens_of_row
 from csae.errors import UserError
 from csae.progress import Progress, quiet
 
@@ -26,18 +26,6 @@ DOCUMENTS_AT_ONCE = 64
 ROWS_AT_ONCE = 256
 PROBES = ("a", "The end.")
 SAVE_IT = "tokenize it with the package datasets, save_to_disk(FOLDER), and give --dataset FOLDER"
-
-
-class TokenWindows(NamedTuple):
-    """Windows of tokens."""
-
-    tokens: Tensor  # [N, T] int32
-    documents: Tensor  # [N, T] int32: which document each token is of; a document is a run of equal ids
-    special: Tensor | None = None
-    """[N, T] bool, None where none is: tokens that the model sees and that take no part, such as a beginning of
-    sequence"""
-    begin: tuple[int, ...] = ()
-    """the tokens that each window begins with: a beginning of sequence, where the model is to have one"""
 
 
 def read_documents(path: str | Path) -> list[str]:
@@ -188,93 +176,6 @@ def tokenize(
     return pack(token_lists(), n_ctx, max_tokens, begin)
 
 
-def pack(
-    token_lists: Iterable[Sequence[int]], n_ctx: int, max_tokens: int | None = None, begin: Sequence[int] = ()
-) -> TokenWindows:
-    """Documents given as token ids, laid end to end and cut in windows of n_ctx tokens, at most max_tokens in all.
-
-    Each window begins with the tokens `begin`, where what it is cut from does not. They are special tokens, there and
-    wherever else they are found, and don't count in max_tokens. Raises UserError where there is no whole window,
-    ValueError where a document is no flat list of token ids.
-    """
-    return _pack(((_ids_of(document), None) for document in token_lists), n_ctx, max_tokens, begin)
-
-
-def _ids_of(document: Sequence[int]) -> np.ndarray:
-    """The token ids of a document, int32."""
-    ids = np.asarray(document)
-    if ids.ndim != 1 or (len(ids) and not (ids.dtype.kind in "iu" and 0 <= ids.min() <= ids.max() < 2**31)):
-        raise ValueError(f"token_lists: holds {_shown(document)}; needed flat lists of token ids, 0 to {2**31 - 1}")
-    return ids.astype(np.int32)
-
-
-def _pack(
-    rows: Iterable[tuple[np.ndarray, np.ndarray | None]], n_ctx: int, max_tokens: int | None, begin: Sequence[int]
-) -> TokenWindows:
-    """`pack` of documents given as token ids int32 and, where known, which of them are special, bool."""
-    added = len(begin)
-    if n_ctx < max(2, added + 1):
-        raise UserError(f"n_ctx: given {n_ctx}; needed {max(2, added + 1)} or more")
-    if max_tokens is not None and max_tokens < n_ctx - added:
-        raise UserError(f"max_tokens: given {max_tokens}; needed at least one window of {n_ctx - added}")
-    pieces: list[np.ndarray] = []
-    marks: list[np.ndarray] = []
-    n_tokens = 0
-    for ids, special in rows:
-        pieces.append(ids)
-        marks.append(np.zeros(len(ids), dtype=bool) if special is None else special)
-        n_tokens += len(ids)
-        if max_tokens is not None and n_tokens >= max_tokens:
-            break
-    lengths = [len(piece) for piece in pieces]
-    tokens = np.concatenate(pieces)[:max_tokens] if pieces else np.zeros(0, dtype=np.int32)
-    special = np.concatenate(marks)[:max_tokens] if pieces else np.zeros(0, dtype=bool)
-    documents = np.repeat(np.arange(len(pieces), dtype=np.int32), lengths)[:max_tokens]
-    begins = _begins(tokens, begin)
-    for place in range(added):
-        special[place:] |= begins[: max(0, len(tokens) - place)]
-    spans = _spans(begins, n_ctx, added)
-    if not spans:
-        raise UserError(
-            f"the text is {len(tokens)} tokens long; one window takes {n_ctx - added}: give more text or a lower n_ctx"
-        )
-    parts = tokens, documents, special
-    if not added:
-        windows = [part[: spans[-1][1]].reshape(-1, n_ctx) for part in parts]
-    else:
-        windows = [np.empty((len(spans), n_ctx), dtype=part.dtype) for part in parts]
-        for row, (start, end) in enumerate(spans):
-            missing = n_ctx - (end - start)
-            for window, part, before in zip(windows, parts, (begin, documents[start], True), strict=True):
-                window[row, missing:] = part[start:end]
-                if missing:
-                    window[row, :missing] = before
-    marked = torch.from_numpy(windows[2]) if windows[2].any() else None
-    return TokenWindows(torch.from_numpy(windows[0]), torch.from_numpy(windows[1]), marked, tuple(begin))
-
-
-def _begins(tokens: np.ndarray, begin: Sequence[int]) -> np.ndarray:
-    """Where the tokens `begin` are found: bool, at the first of them."""
-    found = np.full(len(tokens), 0 < len(begin) <= len(tokens))
-    for place, token in enumerate(begin if found.any() else ()):
-        found[len(tokens) - place :] = False
-        found[: len(tokens) - place] &= tokens[place:] == token
-    return found
-
-
-def _spans(begins: np.ndarray, n_ctx: int, added: int) -> list[tuple[int, int]]:
-    """Start and end of each window in the text, where `added` tokens come before one that does not begin with them."""
-    spans = []
-    start = 0
-    while start < len(begins):
-        end = start + (n_ctx if begins[start] else n_ctx - added)
-        if end > len(begins):
-            break
-        spans.append((start, end))
-        start = end
-    return spans
-
-
 def load_token_dataset(
     path: str | Path,
     n_ctx: int,
@@ -318,65 +219,17 @@ def load_token_dataset(
         data = data[split]
     if "input_ids" not in data.column_names:
         raise UserError(f"{name} has no column input_ids, only {', '.join(data.column_names)}; tokenize it first")
-    return _pack(_rows(data, name, seed, n_vocab), n_ctx, max_tokens, begin)
+    return pack_rows(_rows(data, name, seed, n_vocab), n_ctx, max_tokens, begin)
 
 
 def _rows(data: Any, name: str, seed: int, n_vocab: int | None) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
     """The rows of a dataset, shuffled: token ids int32 without padding, and which of them are special, bool."""
-    columns = [
-        column for column in ("input_ids", "attention_mask", "special_tokens_mask") if column in data.column_names
-    ]
+    columns = [column for column in (IDS, *MASKS) if column in data.column_names]
     data = data.with_format(None).select_columns(columns)
     order = np.random.default_rng(seed).permutation(len(data)).tolist()
     for start in range(0, len(order), ROWS_AT_ONCE):
         numbers = order[start : start + ROWS_AT_ONCE]
         found = data[numbers]
         for place, number in enumerate(numbers):
-            where = f"{name}, row {number}"
-            ids = _token_ids(found["input_ids"][place], where, n_vocab)
-            marks = {column: _marks(found[column][place], where, column, len(ids)) for column in columns[1:]}
-            text = marks.get("attention_mask", np.ones(len(ids), dtype=bool))
-            special = marks.get("special_tokens_mask")
-            yield ids[text], None if special is None else special[text]
-
-
-def _token_ids(row: Any, where: str, n_vocab: int | None) -> np.ndarray:
-    """The input_ids of a row, checked: int32."""
-    ids = _flat(row)
-    if ids is None or (len(ids) and ids.dtype.kind not in "iu"):
-        raise UserError(
-            f"{where}: input_ids is {_shown(row)}; needed a flat list of integers, the tokens of a document"
-        )
-    limit = 2**31 if n_vocab is None else n_vocab
-    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < limit:
-        wrong = int(ids.min()) if ids.min() < 0 else int(ids.max())
-        raise UserError(
-            f"{where}: input_ids holds {wrong}; needed token ids, 0 to {limit - 1}: tokenize it for this model"
-        )
-    return ids.astype(np.int32)
-
-
-def _marks(row: Any, where: str, column: str, n: int) -> np.ndarray:
-    """A mask of a row of n tokens, checked: bool."""
-    marks = _flat(row)
-    if marks is None or (len(marks) and not (marks.dtype.kind in "biuf" and np.isin(marks, (0, 1)).all())):
-        raise UserError(f"{where}: {column} is {_shown(row)}; needed a flat list of 0 and 1")
-    if len(marks) != n:
-        raise UserError(f"{where}: {column} has {len(marks)} entries, input_ids {n}; needed one for each token")
-    return marks.astype(bool)
-
-
-def _flat(row: Any) -> np.ndarray | None:
-    """A list as an array of one dimension; None for anything else."""
-    if not isinstance(row, list):
-        return None
-    try:
-        array = np.asarray(row)
-    except ValueError:  # lists of different lengths
-        return None
-    return array if array.ndim == 1 and array.dtype.kind != "O" else None
-
-
-def _shown(row: Any) -> str:
-    text = repr(row)
-    return text if len(text) <= 60 else text[:57] + "..."
+            row = {column: found[column][place] for column in columns}
+            yield tokens_of_row(row, f"{name}, row {number}", n_vocab)
