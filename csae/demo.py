@@ -123,7 +123,7 @@ def run_demo(
 
     cached = out / "activations"
     source = _cached(activations, cached, progress)
-    mean, scale = estimate_normalisation(source, train_windows, seed=seed)
+    mean, scale = estimate_normalisation(source, train_windows, seed=seed)[:2]
     prose = "the prose that comes with Python" if text is None else shown(Path(text).name)
     origin = {"activations": str(cached.resolve()), "held_out": len(test_windows), "data": prose}
     for name, sae in saes.items():

@@ -225,10 +225,10 @@ def _spliced_losses(sae: SAE, batch: Batch, lm: LanguageModel, layer: int, name:
 
 
 def _read(source: ActivationSource, windows: Sequence[int], device: torch.device) -> Batch:
-    acts, mask, documents, tokens = source.read(windows)[:4]
-    if not acts.isfinite().all():
+    batch = source.read(windows)
+    if not batch.acts.isfinite().all():
         raise UserError(f"NaN or Inf in the activations of windows {windows[0]} to {windows[-1]}: make them again")
-    return Batch(acts.to(device), mask.to(device), documents.to(device), None if tokens is None else tokens.to(device))
+    return Batch(*(None if part is None else part.to(device) for part in batch))  # type: ignore[arg-type]
 
 
 def _layer_of(lm: LanguageModel, source: ActivationSource, sae: SAE, layer: int | None) -> int:

@@ -74,7 +74,7 @@ def make(arch: str) -> TopKSAE | ContextualSAE:
 def directly(sae: TopKSAE | ContextualSAE, source: Windows, windows: Sequence[int], exact: bool) -> dict[str, float]:
     """The same figures, of all windows at once in float64."""
     sae = sae.double().eval()
-    acts, mask, documents, _ = source.read(windows)[:4]
+    acts, mask, documents = source.read(windows)[:3]
     acts = acts.double()
     out = sae(acts, mask, documents, exact=exact) if isinstance(sae, ContextualSAE) else sae(acts)
     x, x_hat = acts[mask], out.x_hat[mask]

@@ -140,7 +140,7 @@ def test_sweeps_are_fewer_before_the_decay(tmp_path):
             return super().gradients(*arguments)
 
     sae = Watched(D_IN, 12, 2, n_heads=2, d_head=3, d_value=3)
-    sae.initialise(*estimate_normalisation(Windows()))
+    sae.initialise(*estimate_normalisation(Windows())[:2])
     source = Windows(lambda count: os.kill(os.getpid(), signal.SIGINT) if count == 5 else None)
     with pytest.raises(Stopped):
         train(sae, source, range(12), tmp_path, cfg)

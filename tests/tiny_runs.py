@@ -47,7 +47,7 @@ def new_sae(kind="contextual", source=None):
         sae = TopKSAE(D_IN, 12, 2, dead_after=50)
     else:
         sae = ContextualSAE(D_IN, 12, 2, n_heads=2, d_head=3, d_value=3, dead_after=50)
-    sae.initialise(*estimate_normalisation(source or Windows()))
+    sae.initialise(*estimate_normalisation(source or Windows())[:2])
     return sae
 
 

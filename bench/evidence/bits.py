@@ -154,7 +154,7 @@ def _account(
 def encode(sae: SAE, source: ActivationSource, windows: Sequence[int]) -> Windows:
     """Windows of the source, and the output of the SAE in its exact form."""
     device = sae.W_dec.device
-    acts, mask, documents, _ = source.read(windows)[:4]
+    acts, mask, documents = source.read(windows)[:3]
     batch = Batch(acts.to(device), mask.to(device), documents.to(device), None)
     output = run_form(sae, batch.acts, batch.mask, batch.documents, exact=True)
     if not isinstance(sae, ContextualSAE) and bool(output.c.any()):

@@ -163,7 +163,7 @@ def run(
         return json.loads((folder / FOUND).read_text(encoding="utf-8"))
     train_windows, test_windows = held_out(source.n_windows, HELD_OUT)
     sae = make(cell, source.d_in, budget.d_sae)
-    sae.initialise(*estimate_normalisation(source, train_windows))
+    sae.initialise(*estimate_normalisation(source, train_windows)[:2])
     device = str(lm.device)
     steps = max(1, budget.tokens // (BATCH_WINDOWS * source.n_ctx))
     config = TrainConfig(steps=steps, batch_windows=BATCH_WINDOWS, lr=LR, seed=cell.seed)

@@ -37,7 +37,7 @@ def measure(
     device = sae.W_dec.device
     try:
         for start in progress(range(0, len(windows), BATCH_WINDOWS), "long windows"):
-            acts, mask, documents, _ = source.read(windows[start : start + BATCH_WINDOWS])[:4]
+            acts, mask, documents = source.read(windows[start : start + BATCH_WINDOWS])[:3]
             acts, mask, documents = acts.to(device), mask.to(device), documents.to(device)
             out = run_form(sae, acts, mask, documents, exact=True)
             for number in range(count):

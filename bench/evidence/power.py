@@ -64,7 +64,7 @@ def measure(sae: ContextualSAE, source: ActivationSource, windows: Sequence[int]
     sae.eval()
     try:
         device = sae.W_dec.device
-        acts, mask, documents, _ = source.read(windows)[:4]
+        acts, mask, documents = source.read(windows)[:3]
         batch = Batch(acts.to(device), mask.to(device), documents.to(device), None)
         output = sae(batch.acts, batch.mask, batch.documents, exact=True)
         nothing = Code(torch.zeros_like(output.code.values), output.code.indices)

@@ -224,7 +224,7 @@ def fit(
     config = TrainConfig(
         steps, BATCH_WINDOWS, LR, LOOK_BACK_LR, decay=DECAY, early_sweeps=EARLY_SWEEPS, exact_from=exact_from
     )
-    sae.initialise(*estimate_normalisation(source, windows))
+    sae.initialise(*estimate_normalisation(source, windows)[:2])
     optimizer = adam(sae, config)
     sae.train()
     for step in progress(range(steps), description):

@@ -78,7 +78,7 @@ def train(**options: Any) -> None:
     config = TrainConfig(steps=max(1, tokens // max(1, per_step)), **how)
     torch.manual_seed(options["seed"])
     sae = SAEConfig(**which).make(source.d_in)
-    mean, scale = estimate_normalisation(source, train_windows)
+    mean, scale = estimate_normalisation(source, train_windows)[:2]
     sae.to(device).initialise(mean.to(device), scale)
     run_training(sae, source, train_windows, options["out"], config, origin | {"held_out": options["held_out"]})
     print(f"trained: {shown(options['out'])} (look at it: csae eval {shown(options['out'])})")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from csae.data.hook_points import Place as Place
+from csae.data.hook_points import described_place, in_words
 from csae.data.language_model import LanguageModel
 from csae.data.shards import ShardReader, write_shards
 from csae.data.text import TokenWindows
@@ -26,13 +29,6 @@ from csae.progress import Progress, quiet
 SINK_NORM = 10.0  # in medians of the window's norms; sinks are 30 and more, the rest stays below 3
 SHARD_BYTES = 256 * 2**20
 WINDOWS_AT_ONCE = 16
-
-
-class Place(NamedTuple):
-    """Where an SAE reads, and what it reconstructs."""
-
-    hook: str  # the hook point that it reads
-    to: str | None = None  # a transcoder's: the hook point that it predicts
 
 
 class Batch(NamedTuple):
@@ -46,11 +42,20 @@ class Batch(NamedTuple):
 
 
 class ActivationSource(Protocol):
-    """Random access to windows of activations."""
+    """Random access to windows of activations of one place."""
 
     n_windows: int
     n_ctx: int
-    d_in: int
+
+    @property
+    def d_in(self) -> int:
+        """The width of the activations."""
+        ...
+
+    @property
+    def d_out(self) -> int:
+        """The width of the target, where there is one; else d_in."""
+        ...
 
     def read(self, window_indices: Sequence[int]) -> Batch:
         """The windows asked for, one or more, in that order. The same request gives the same bits on the same machine.
@@ -64,70 +69,166 @@ class ActivationSource(Protocol):
         ...
 
 
+class ActivationSources(Protocol):
+    """Random access to windows of activations of one or several places."""
+
+    n_windows: int
+    n_ctx: int
+    places: tuple[Place, ...]
+
+    def at(self, place: Place) -> ActivationSource:
+        """One of the places."""
+        ...
+
+    def read_all(self, window_indices: Sequence[int]) -> dict[Place, Batch]:
+        """As `ActivationSource.read`, for all places."""
+        ...
+
+
 class ModelActivations:
-    """The residual stream of a language model after `layer` blocks, computed when it is read.
+    """What is at one or several places of a language model, computed when it is read, from one pass for all of them.
 
     batch_size: how many windows go through the model at once. What is read lies on the model's device. keep_first:
-    position 0 and outliers take part (`sink_mask`).
+    position 0 and outliers take part (`sink_mask`). Each place has a mask of its own, as if it were read alone; that of
+    a transcoder leaves out what it would leave out of the input, and of the target.
     """
 
     def __init__(
-        self, lm: LanguageModel, layer: int, token_windows: TokenWindows, batch_size: int = 8, keep_first: bool = False
+        self,
+        lm: LanguageModel,
+        places: int | str | Place | Sequence[int | str | Place],
+        token_windows: TokenWindows,
+        batch_size: int = 8,
+        keep_first: bool = False,
     ) -> None:
-        """Raises UserError where the model has no such layer, a shorter context, or other tokens."""
+        """places: a layer, a name of hook points (`csae.data.hook_points`), a `Place`, or several of these.
+
+        Raises UserError where the model has no such place, a shorter context, or other tokens.
+        """
         if batch_size < 1:
             raise ValueError(f"batch_size: given {batch_size}; needed 1 or more")
-        lm.block(layer)
+        given = [places] if isinstance(places, (int, str, Place)) else places
+        found = [
+            lm.hook_points.places(*place) if isinstance(place, Place) else lm.hook_points.places(place)
+            for place in given
+        ]
+        self.places = tuple(dict.fromkeys(place for several in found for place in several))
+        if not self.places:
+            raise ValueError("places: given none; needed one at least")
         lm.check_tokens(token_windows.tokens)
         self.lm = lm
-        self.layer = layer
         self.token_windows = token_windows
         self.batch_size = batch_size
         self.keep_first = keep_first
         self.n_windows, self.n_ctx = token_windows.tokens.shape
-        self.d_in = lm.d_in
+        names = dict.fromkeys(name for place in self.places for name in place if name is not None)
+        self._points = {name: lm.hook(name) for name in names}
+        self._sha256: list[str] = []
+
+    @property
+    def d_in(self) -> int:
+        """The width of the activations. Raises ValueError where there are several places."""
+        return self._points[self._place().hook].width
+
+    @property
+    def d_out(self) -> int:
+        """The width of a transcoder's target; else d_in. Raises ValueError where there are several places."""
+        place = self._place()
+        return self._points[place.to or place.hook].width
+
+    def at(self, place: Place) -> ModelActivations:
+        """One of the places. Raises ValueError where there is no such one."""
+        if place not in self.places:
+            raise ValueError(f"place: given {place}; needed one of {', '.join(map(str, self.places))}")
+        one = copy(self)
+        one.places = (place,)
+        return one
 
     def read(self, window_indices: Sequence[int]) -> Batch:
+        """Windows of the only place, see `ActivationSource`. Raises ValueError where there are several places."""
+        return self.read_all(window_indices)[self._place()]
+
+    def read_all(self, window_indices: Sequence[int]) -> dict[Place, Batch]:
+        """Windows of all places, see `ActivationSource`, from one pass of the model."""
         chosen = torch.as_tensor(window_indices, dtype=torch.int64)
-        tokens = self.token_windows.tokens[chosen].to(self.lm.device, torch.int64)
-        documents = self.token_windows.documents[chosen].to(self.lm.device, torch.int64)
-        acts = tokens.new_empty(*tokens.shape, self.d_in, dtype=torch.float32)
+        windows, special = self.token_windows, self.token_windows.special
+        special = None if special is None else special[chosen]
+        return self._batches(windows.tokens[chosen], windows.documents[chosen], special, chosen)
+
+    def batches(self, tokens: Tensor, documents: Tensor, special: Tensor | None = None) -> dict[Place, Batch]:
+        """The same of windows that are given, tokens, documents and special [B, T], as `TokenWindows` has them.
+
+        They are of the same bits as if they were read by their indices. Raises UserError where activations are NaN or
+        Inf.
+        """
+        return self._batches(tokens, documents, special, torch.arange(len(tokens)))
+
+    def _batches(
+        self, tokens: Tensor, documents: Tensor, special: Tensor | None, numbers: Tensor
+    ) -> dict[Place, Batch]:
+        """numbers [B]: of the windows, for messages."""
+        tokens = tokens.to(self.lm.device, torch.int64)
+        documents = documents.to(self.lm.device, torch.int64)
+        names = dict.fromkeys(name for place in self.places for name in place if name is not None)
+        points = [self._points[name] for name in names]
+        acts = {
+            point.name: tokens.new_empty(*tokens.shape, point.width, dtype=torch.float32) for point in points
+        }
         for start in range(0, len(tokens), self.batch_size):
             part = slice(start, start + self.batch_size)
-            acts[part] = self.lm.activations(tokens[part], self.layer)
-        finite = acts.flatten(1).abs().amax(dim=1).isfinite()
-        if not finite.all():
-            dtype = self.lm.model.dtype
-            advice = "its weights may be broken" if dtype == torch.float32 else "load it in float32"
-            raise UserError(
-                f"layer {self.layer} of {self.lm.name} gives NaN or Inf in window {int(chosen[~finite.cpu()][0])}, in "
-                f"{dtype}: {advice}"
-            )
-        special = self.token_windows.special
-        mask = sink_mask(acts, None, self.keep_first, special=None if special is None else special[chosen])
-        return Batch(acts, mask, documents, tokens)
+            for point, read in zip(points, self.lm.read(tokens[part], points), strict=True):
+                acts[point.name][part] = read
+        masks = {}
+        for name in names:
+            finite = acts[name].flatten(1).abs().amax(dim=1).isfinite()
+            if not finite.all():
+                dtype = self.lm.model.dtype
+                advice = "its weights may be broken" if dtype == torch.float32 else "load it in float32"
+                raise UserError(
+                    f"{in_words(name)} of {self.lm.name} gives NaN or Inf in window {int(numbers[~finite.cpu()][0])}, "
+                    f"in {dtype}: {advice}"
+                )
+            masks[name] = sink_mask(acts[name], None, self.keep_first, special=special)
+        batches = {}
+        for place in self.places:
+            if place.to is None:
+                batches[place] = Batch(acts[place.hook], masks[place.hook], documents, tokens)
+            else:
+                mask = masks[place.hook] & masks[place.to]
+                batches[place] = Batch(acts[place.hook], mask, documents, tokens, acts[place.to])
+        return batches
 
     def describe(self) -> dict[str, Any]:
-        windows, digest = self.token_windows, hashlib.sha256()
-        for part in (windows.tokens, windows.documents, windows.special):
-            if part is not None:
-                digest.update(part.int().numpy().tobytes())
+        """See `ActivationSource`; of several places, "places" stands for "layer" or "hook"."""
+        if not self._sha256:
+            windows, digest = self.token_windows, hashlib.sha256()
+            for part in (windows.tokens, windows.documents, windows.special):
+                if part is not None:
+                    digest.update(part.int().numpy().tobytes())
+            self._sha256.append(digest.hexdigest())
+        one = len(self.places) == 1
+        widths = {"d_in": self.d_in} | ({"d_out": self.d_out} if self._place().to else {}) if one else {}
         about = {
             "model": self.lm.name,
-            "layer": self.layer,
+            **(described_place(self._place()) if one else {"places": [described_place(place) for place in self.places]}),
             "n_ctx": self.n_ctx,
             "n_windows": self.n_windows,
-            "d_in": self.d_in,
+            **widths,
             "dtype": str(self.lm.model.dtype).removeprefix("torch."),
             "batch_size": self.batch_size,
-            "windows_sha256": digest.hexdigest(),
+            "windows_sha256": self._sha256[0],
         }
         # Runs older than these options have neither key.
-        if windows.begin:
+        if self.token_windows.begin:
             about["bos"] = True
         if self.keep_first:
             about["keep_first"] = True
         return about
+
+    def _place(self) -> Place:
+        if len(self.places) != 1:
+            raise ValueError(f"there are {len(self.places)} places; needed one: take source.at(place), or read_all")
+        return self.places[0]
 
 
 class ShardActivations:
@@ -149,6 +250,7 @@ class ShardActivations:
         self.keep_first = keep_first or kept
         self.folder = self._reader.folder
         self.n_windows, self.n_ctx, self.d_in = self._reader.n_windows, self._reader.n_ctx, self._reader.d_in
+        self.d_out = self.d_in
 
     def read(self, window_indices: Sequence[int]) -> Batch:
         windows = [self._reader.read(int(window)) for window in window_indices]
@@ -298,6 +400,61 @@ class Normalisation(NamedTuple):
 
     mean: Tensor  # [d_in] float32
     scale: float
+    target_mean: Tensor | None = None  # [d_out] float32: the same of a transcoder's target
+    target_scale: float | None = None
+
+
+class _Moments:
+    """Running sums of positions, in float64."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.squares, self.count = 0.0, 0
+
+    def add(self, acts: Tensor) -> None:
+        """acts: [tokens, d]"""
+        acts = acts.double()
+        total = acts.sum(dim=0).cpu()
+        self.total = total if self.total is None else self.total + total
+        self.squares += float(acts.square().sum())
+        self.count += len(acts)
+
+    def normalisation(self, windows: str, what: str) -> tuple[Tensor, float]:
+        if self.count == 0 or self.total is None:
+            raise UserError(f"the mask leaves out every position of {windows}: nothing to train on")
+        mean = self.total / self.count
+        variance = self.squares / self.count - float(mean.square().sum())  # the mean squared distance from the mean
+        # Below this the difference is rounding only.
+        if not variance > 1e-12 * self.squares / self.count:
+            raise UserError(f"the {what} of {windows} are all the same: nothing to train on")
+        return mean.float(), math.sqrt(variance / len(mean))
+
+
+class Estimate:
+    """The normalisation of the first n_windows windows whose mask leaves any position; float64 sums."""
+
+    def __init__(self, n_windows: int = 64) -> None:
+        self.n_windows, self.read, self.with_text = n_windows, 0, 0
+        self._acts, self._target = _Moments(), _Moments()
+
+    def add(self, batch: Batch) -> None:
+        """More windows; those that are not needed any more are left out."""
+        counts = self.with_text + batch.mask.any(dim=1).cumsum(dim=0)
+        rows = int((counts <= self.n_windows).sum()) if self.with_text < self.n_windows else 0
+        if rows == 0:
+            return
+        self.read, self.with_text = self.read + rows, int(counts[rows - 1])
+        mask = batch.mask[:rows]
+        self._acts.add(batch.acts[:rows][mask])
+        if batch.target is not None:
+            self._target.add(batch.target[:rows][mask])
+
+    def result(self) -> Normalisation:
+        """Raises UserError where all positions were masked out or all activations, or targets, are the same."""
+        windows = f"the {self.read} windows read"
+        mean, scale = self._acts.normalisation(windows, "activations")
+        target = self._target.normalisation(windows, "targets") if self._target.count else (None, None)
+        return Normalisation(mean, scale, *target)
 
 
 def estimate_normalisation(
@@ -305,30 +462,33 @@ def estimate_normalisation(
 ) -> Normalisation:
     """Mean and scale of the positions under the mask, over n_windows windows drawn from `windows` (by default all).
 
-    Windows whose mask leaves out everything don't count. Summed in float64. Raises UserError where all positions are
-    masked out or all activations are the same.
+    Windows whose mask leaves out everything don't count. Raises UserError as `Estimate.result`.
     """
+    estimate, windows = Estimate(n_windows), range(source.n_windows) if windows is None else windows
+    for part in _drawn(windows, [estimate], seed):
+        estimate.add(source.read(part))
+    return estimate.result()
+
+
+def estimate_normalisations(
+    source: ActivationSources, windows: Sequence[int] | None = None, n_windows: int = 64, seed: int = 0
+) -> dict[Place, Normalisation]:
+    """`estimate_normalisation` of each place, each window read once for all of them."""
+    estimates = {place: Estimate(n_windows) for place in source.places}
     windows = range(source.n_windows) if windows is None else windows
-    drawn = [windows[i] for i in window_order(len(windows), seed, 0)]
-    total = torch.zeros(source.d_in, dtype=torch.float64)
-    squares = 0.0
-    count = read = with_text = 0
-    while read < len(drawn) and with_text < n_windows:
-        batch = source.read(drawn[read : read + min(WINDOWS_AT_ONCE, n_windows - with_text)])
-        read += len(batch.mask)
-        with_text += int(batch.mask.any(dim=1).sum())
-        acts = batch.acts[batch.mask].double()  # [tokens, d_in]
-        total += acts.sum(dim=0).cpu()
-        squares += float(acts.square().sum())
-        count += len(acts)
-    if count == 0:
-        raise UserError(f"the mask leaves out every position of the {read} windows read: nothing to train on")
-    mean = total / count
-    variance = squares / count - float(mean.square().sum())  # the mean squared distance from the mean
-    # Below this the difference is rounding only.
-    if not variance > 1e-12 * squares / count:
-        raise UserError(f"the activations of the {read} windows read are all the same: nothing to train on")
-    return Normalisation(mean.float(), math.sqrt(variance / source.d_in))
+    for part in _drawn(windows, list(estimates.values()), seed):
+        for place, batch in source.read_all(part).items():
+            estimates[place].add(batch)
+    return {place: estimate.result() for place, estimate in estimates.items()}
+
+
+def _drawn(windows: Sequence[int], estimates: Sequence[Estimate], seed: int) -> Iterator[list[int]]:
+    """Windows in a random order, a few at a time, until all estimates have enough."""
+    order = [windows[i] for i in window_order(len(windows), seed, 0)]
+    while order and (missing := max(estimate.n_windows - estimate.with_text for estimate in estimates)) > 0:
+        at_once = min(WINDOWS_AT_ONCE, missing)
+        yield order[:at_once]
+        order = order[at_once:]
 
 
 def write_cache(

@@ -73,9 +73,7 @@ def find_blocks(model: Any, name: str) -> Blocks:
 
 def _probe(model: Any, blocks: tuple[nn.Module, ...], name: str) -> Tensor:
     """What the last block gives for two windows that differ in the last token, where blocks hand on a stream."""
-    n_vocab = n_vocab_of(model, name)
-    tokens = (n_vocab // 2 + torch.arange(PROBE_TOKENS).repeat(2, 1)) % n_vocab
-    tokens[1, -1] = (tokens[1, -1] + 1) % n_vocab
+    shape = probe_tokens(model, name).shape
     refused = f"model {name!r}: csae can't read its residual stream: "
     outputs: list[Any] = []
 
@@ -94,7 +92,7 @@ def _probe(model: Any, blocks: tuple[nn.Module, ...], name: str) -> Tensor:
 
     def after(number: int, output: Any) -> None:
         stream = hidden(output) if isinstance(output, (tuple, list)) and len(output) else output
-        if not isinstance(stream, Tensor) or stream.dim() != 3 or stream.shape[:2] != tokens.shape:
+        if not isinstance(stream, Tensor) or stream.dim() != 3 or stream.shape[:2] != shape:
             gives = list(stream.shape) if isinstance(stream, Tensor) else f"a {type(stream).__name__}"
             raise UserError(f"{refused}block {number + 1} gives {gives} for 2 windows of 4 tokens; needed [2, 4, d_in]")
         outputs.append(output)
@@ -107,19 +105,9 @@ def _probe(model: Any, blocks: tuple[nn.Module, ...], name: str) -> Tensor:
             ),
             block.register_forward_hook(lambda _, args, output, number=number: after(number, output)),
         ]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad():
-            run(model, tokens.to(device_of(model)))
-    except UserError:
-        raise
-    # A model may raise anything on what it was not made for.
-    except Exception as error:
-        raise UserError(f"{refused}it does not run on {PROBE_TOKENS} tokens ({first_line(error)})") from error
+        run_probe(model, name, refused)
     finally:
-        for module, training in modes:
-            module.training = training
         for handle in handles:
             handle.remove()
     if len(outputs) != len(blocks):
@@ -128,6 +116,34 @@ def _probe(model: Any, blocks: tuple[nn.Module, ...], name: str) -> Tensor:
     if len(widths) > 1:
         raise UserError(f"{refused}its blocks give streams of widths {widths}; needed one")
     return hidden(outputs[-1])
+
+
+def probe_tokens(model: Any, name: str) -> Tensor:
+    """Two windows of 4 tokens [2, 4] that differ in the last token."""
+    n_vocab = n_vocab_of(model, name)
+    tokens = (n_vocab // 2 + torch.arange(PROBE_TOKENS).repeat(2, 1)) % n_vocab
+    tokens[1, -1] = (tokens[1, -1] + 1) % n_vocab
+    return tokens
+
+
+def run_probe(model: Any, name: str, refused: str) -> None:
+    """Runs the model on `probe_tokens`, in evaluation mode. Raises UserError that begins with `refused` where it can't.
+
+    A UserError of a hook is passed on as it is.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            run(model, probe_tokens(model, name).to(device_of(model)))
+    except UserError:
+        raise
+    # A model may raise anything on what it was not made for.
+    except Exception as error:
+        raise UserError(f"{refused}it does not run on {PROBE_TOKENS} tokens ({first_line(error)})") from error
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _check_causal(stream: Tensor, name: str) -> None:
@@ -195,17 +211,19 @@ def with_hidden(output: Any, stream: Tensor) -> Any:
     return output._make(parts) if hasattr(output, "_make") else type(output)(parts)
 
 
+def checked_replacement(acts: Tensor, replaced: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What is put in the place of acts [B, T, d]: `replaced`, in its dtype; with a mask [B, T] only where it is true."""
+    if replaced.shape != acts.shape:
+        raise ValueError(f"replace: gave {tuple(replaced.shape)}; needed the shape of acts, {tuple(acts.shape)}")
+    replaced = replaced.to(acts)
+    return replaced if mask is None else torch.where(mask.to(acts.device)[..., None], replaced, acts)
+
+
 def replacing_hook(replace: Callable[[Tensor], Tensor], mask: Tensor | None = None) -> Callable[..., Any]:
     """A forward hook that puts replace(acts) in the place of a block's output."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         acts = hidden(output)
-        replaced = replace(acts)
-        if replaced.shape != acts.shape:
-            raise ValueError(f"replace: gave {tuple(replaced.shape)}; needed the shape of acts, {tuple(acts.shape)}")
-        replaced = replaced.to(acts)
-        if mask is not None:
-            replaced = torch.where(mask.to(acts.device)[..., None], replaced, acts)
-        return with_hidden(output, replaced)
+        return with_hidden(output, checked_replacement(acts, replace(acts), mask))
 
     return hook

@@ -1,9 +1,10 @@
-"""A causal language model, read at one layer: its residual stream, and its loss when that is replaced."""
+"""A causal language model, read at its hook points, and its loss when what is at one of them is replaced."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,17 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from csae.data.blocks import device_of, find_blocks, hidden, n_vocab_of, replacing_hook, run, text_config, with_hidden
+from csae.data.blocks import (
+    checked_replacement,
+    device_of,
+    find_blocks,
+    hidden,
+    n_vocab_of,
+    run,
+    text_config,
+    with_hidden,
+)
+from csae.data.hook_points import HookPoint, HookPoints, name_of_layer, on_read, on_replace
 from csae.data.loading import load_pretrained
 from csae.errors import UserError, first_line
 
@@ -22,13 +33,16 @@ class LanguageModel:
 
     model: the transformers model, in evaluation mode. tokenizer: its tokenizer. name: what it was loaded from.
     d_in: the width of the residual stream. n_layers: the number of blocks. max_ctx: the longest window
-    that it takes, or None where it has no limit. n_vocab: the number of token embeddings.
+    that it takes, or None where it has no limit. n_vocab: the number of token embeddings. hook_points: the places that
+    can be read (`csae.data.hook_points`).
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
         """Runs the model once, on a few tokens: see `find_blocks`. Raises UserError where it is of no use here."""
         model = getattr(model, "_orig_mod", model)  # a compiled model calls no hook that it was not compiled with
-        self._blocks, self.d_in = find_blocks(model, name)
+        blocks = find_blocks(model, name)
+        self._blocks, self.d_in = blocks
+        self.hook_points = HookPoints(model, name, blocks)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
@@ -69,60 +83,91 @@ class LanguageModel:
                 f"{self.n_vocab - 1}: they come from another model's tokenizer"
             )
 
-    @torch.no_grad()
-    def activations(self, tokens: Tensor, layer: int) -> Tensor:
-        """The residual stream after `layer` blocks; no block above it runs.
+    def hook(self, hook: int | str) -> HookPoint:
+        """The hook point of a name, or of the residual stream after a number of blocks, from 1."""
+        if not isinstance(hook, str):
+            self.block(hook)
+            hook = name_of_layer(hook)
+        return self.hook_points.one(hook)
 
-        tokens [B, T] int64, B >= 1 -> [B, T, d_in] in the model's dtype, on the model's device. At layer n_layers this
+    @torch.no_grad()
+    def activations(self, tokens: Tensor, layer: int | str) -> Tensor:
+        """What is at a hook point, or in the residual stream after `layer` blocks; nothing behind it runs.
+
+        tokens [B, T] int64, B >= 1 -> [B, T, width] in the model's dtype, on the model's device. At layer n_layers this
         is the last block's own output, before the final norm that transformers applies to the last of
         its hidden_states. Attention runs over the whole window, document boundaries or not.
         """
-        captured: list[Tensor] = []
+        return self.read(tokens, [self.hook(layer)])[0]
 
-        def capture_and_stop(module: nn.Module, args: Any, output: Any) -> None:
-            captured.append(hidden(output))
-            raise _Stop
+    @torch.no_grad()
+    def read(self, tokens: Tensor, points: Sequence[HookPoint]) -> list[Tensor]:
+        """What is at several hook points, from one pass that stops after the last of them; as `activations` gives it."""
+        tokens = tokens.to(self.device)
+        read: dict[str, Tensor] = {}
+        wanted = {point.name for point in points}
 
-        handle = self.block(layer).register_forward_hook(capture_and_stop)
-        try:
-            run(self.model, tokens.to(self.device))
-        except _Stop:
-            pass
-        finally:
-            handle.remove()
-        self._check_ran(layer, bool(captured))
-        return captured[0].to(self.device)
+        def note(point: HookPoint, acts: Tensor) -> None:
+            if point.name in read:
+                raise UserError(f"model {self.name!r} ran {point.path} twice in a pass, which it did once in another")
+            last = len(read) + 1 == len(wanted)
+            read[point.name] = acts if last else acts.clone()  # some models go on to add to it in place
+            if last:
+                raise _Stop
+
+        with contextlib.ExitStack() as stack:
+            for point in {point.name: point for point in points}.values():
+                stack.callback(on_read(point, tokens.shape, partial(note, point)).remove)
+            with contextlib.suppress(_Stop):
+                run(self.model, tokens)
+        for point in points:
+            self._check_ran(point, point.name in read)
+        return [read[point.name].to(self.device) for point in points]
 
     @torch.no_grad()
     def cross_entropy(
         self,
         tokens: Tensor,
-        layer: int | None = None,
+        layer: int | str | None = None,
         replace: Callable[[Tensor], Tensor] | None = None,
         mask: Tensor | None = None,
+        to: str | None = None,
     ) -> Tensor:
         """The next-token loss, in nats, at each position that has a next token.
 
-        tokens [B, T] int64, B >= 1 -> [B, T - 1] float32, on the model's device. With `layer` and `replace`,
-        `replace(acts [B, T, d_in]) -> [B, T, d_in]` takes the place of the residual stream after `layer`
-        blocks; where mask [B, T] bool is given, only at its True positions. All B windows go through the model
-        at once: it makes B * T * vocabulary logits in its own dtype; their float32 copies are a window at a time.
+        tokens [B, T] int64, B >= 1 -> [B, T - 1] float32, on the model's device. With `layer` (a layer, or the name of
+        a hook point) and `replace`, `replace(acts [B, T, width]) -> [B, T, width]` takes the place of what is there;
+        with `to`, of what is at that hook point, which the model must reach later, and of whose width it must be. Where
+        mask [B, T] bool is given, only at its True positions. All B windows go through the model at once: it makes
+        B * T * vocabulary logits in its own dtype; their float32 copies are a window at a time.
         """
         if (layer is None) != (replace is None):
             raise ValueError("layer and replace: given one without the other; needed both or neither")
         tokens = tokens.to(self.device)
-        replaced: list[bool] = []
-
-        def replace_and_note(acts: Tensor) -> Tensor:
-            replaced.append(True)
-            return replace(acts)  # type: ignore[misc]
-
+        replaced: list[Tensor] = []
         with contextlib.ExitStack() as stack:
-            if layer is not None:
-                splice = replacing_hook(replace_and_note, mask)
-                stack.callback(self.block(layer).register_forward_hook(splice).remove)
+            if layer is not None and replace is not None:
+                source = self.hook(layer)
+                target = source if to is None else self.hook(to)
+                given: list[Tensor] = []
+
+                def put_in(acts: Tensor) -> Tensor:
+                    if target is source:
+                        given.append(acts)
+                    if len(given) != 1 or replaced:
+                        raise UserError(
+                            f"model {self.name!r} reached {target.name} after {len(given)} runs of {source.path}; "
+                            "needed one"
+                        )
+                    replaced.append(acts)
+                    return checked_replacement(acts, replace(given[0]), mask)
+
+                if target is not source:
+                    stack.callback(on_read(source, tokens.shape, lambda acts: given.append(acts.clone())).remove)
+                stack.callback(on_replace(target, tokens.shape, put_in).remove)
             logits = self._logits(run(self.model, tokens), *tokens.shape)
-        self._check_ran(layer, layer is None or bool(replaced))
+            if layer is not None:
+                self._check_ran(target, bool(replaced))
         losses = [
             F.cross_entropy(window[:-1].float(), following[1:].long(), reduction="none")
             for window, following in zip(logits, tokens.to(logits.device), strict=True)
@@ -179,9 +224,9 @@ class LanguageModel:
             )
         return effects[:, -1].float().to(self.device)
 
-    def _check_ran(self, layer: int | None, ran: bool) -> None:
+    def _check_ran(self, point: HookPoint, ran: bool) -> None:
         if not ran:
-            raise UserError(f"model {self.name!r} did not run its block {layer}, which it did when it was loaded")
+            raise UserError(f"model {self.name!r} did not run {point.path}, which it did when it was looked at")
 
     def _logits(self, output: Any, B: int, T: int) -> Tensor:
         """The logits [B, T, vocabulary] in what the model gives."""

@@ -69,7 +69,8 @@ def test_what_a_model_gives(tiny_lm: LanguageModel, source: ModelActivations, to
     assert (source.n_windows, source.n_ctx, source.d_in) == (23, T, 16)
     indices = [5, 0, 22, 7, 7]
     batch = source.read(indices)
-    assert [tensor.dtype for tensor in batch] == [torch.float32, torch.bool, torch.int64, torch.int64]
+    assert [tensor.dtype for tensor in batch[:4]] == [torch.float32, torch.bool, torch.int64, torch.int64]
+    assert batch.target is None
     assert torch.equal(batch.tokens, token_windows.tokens[indices].long())
     assert torch.equal(batch.documents, token_windows.documents[indices].long())
     assert torch.equal(batch.mask, sink_mask(batch.acts))
@@ -436,7 +437,7 @@ def test_normalisation_makes_the_mean_squared_norm_d_in() -> None:
     acts = 5 * torch.randn(40, 6, 8) * torch.arange(1, 9) + 1000
     mask = torch.rand(40, 6) > 0.4
     acts[~mask] = 1e9
-    mean, scale = estimate_normalisation(Given(acts, mask))
+    mean, scale = estimate_normalisation(Given(acts, mask))[:2]
     used = acts[mask].double()
     torch.testing.assert_close(mean, used.mean(dim=0).float())
     x = (used - mean.double()) / scale
