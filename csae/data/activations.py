@@ -42,7 +42,7 @@ class Batch(NamedTuple):
 
 
 class ActivationSource(Protocol):
-    """Random access to windows of activations of one place."""
+    """Random access to windows of activations of one place. One with targets has their width as `d_out` as well."""
 
     n_windows: int
     n_ctx: int
@@ -50,11 +50,6 @@ class ActivationSource(Protocol):
     @property
     def d_in(self) -> int:
         """The width of the activations."""
-        ...
-
-    @property
-    def d_out(self) -> int:
-        """The width of the target, where there is one; else d_in."""
         ...
 
     def read(self, window_indices: Sequence[int]) -> Batch:
@@ -67,6 +62,11 @@ class ActivationSource(Protocol):
     def describe(self) -> dict[str, Any]:
         """What the source is, as JSON: enough to see whether two are the same."""
         ...
+
+
+def d_out_of(source: ActivationSource) -> int:
+    """The width of the targets of a source; without any, that of its activations."""
+    return getattr(source, "d_out", source.d_in)
 
 
 class ActivationSources(Protocol):
@@ -171,9 +171,7 @@ class ModelActivations:
         documents = documents.to(self.lm.device, torch.int64)
         names = dict.fromkeys(name for place in self.places for name in place if name is not None)
         points = [self._points[name] for name in names]
-        acts = {
-            point.name: tokens.new_empty(*tokens.shape, point.width, dtype=torch.float32) for point in points
-        }
+        acts = {point.name: tokens.new_empty(*tokens.shape, point.width, dtype=torch.float32) for point in points}
         for start in range(0, len(tokens), self.batch_size):
             part = slice(start, start + self.batch_size)
             for point, read in zip(points, self.lm.read(tokens[part], points), strict=True):
@@ -210,7 +208,9 @@ class ModelActivations:
         widths = {"d_in": self.d_in} | ({"d_out": self.d_out} if self._place().to else {}) if one else {}
         about = {
             "model": self.lm.name,
-            **(described_place(self._place()) if one else {"places": [described_place(place) for place in self.places]}),
+            **(
+                described_place(self._place()) if one else {"places": [described_place(place) for place in self.places]}
+            ),
             "n_ctx": self.n_ctx,
             "n_windows": self.n_windows,
             **widths,
@@ -250,7 +250,6 @@ class ShardActivations:
         self.keep_first = keep_first or kept
         self.folder = self._reader.folder
         self.n_windows, self.n_ctx, self.d_in = self._reader.n_windows, self._reader.n_ctx, self._reader.d_in
-        self.d_out = self.d_in
 
     def read(self, window_indices: Sequence[int]) -> Batch:
         windows = [self._reader.read(int(window)) for window in window_indices]

@@ -212,7 +212,7 @@ def with_hidden(output: Any, stream: Tensor) -> Any:
 
 
 def checked_replacement(acts: Tensor, replaced: Tensor, mask: Tensor | None = None) -> Tensor:
-    """What is put in the place of acts [B, T, d]: `replaced`, in its dtype; with a mask [B, T] only where it is true."""
+    """What takes the place of acts [B, T, d]: `replaced`, in its dtype; with a mask [B, T] only where that is true."""
     if replaced.shape != acts.shape:
         raise ValueError(f"replace: gave {tuple(replaced.shape)}; needed the shape of acts, {tuple(acts.shape)}")
     replaced = replaced.to(acts)

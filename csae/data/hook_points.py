@@ -72,9 +72,9 @@ def layer_of(name: str) -> int | None:
 
 
 def in_words(name: str) -> str:
-    """A hook point as it is shown: resid.out:11 is said to be layer 12."""
+    """A hook point as it is shown: resid.out:11 is "layer 12 (resid.out:11)"."""
     layer = layer_of(name)
-    return name if layer is None else f"{name}, which is layer {layer},"
+    return name if layer is None else f"layer {layer} ({name})"
 
 
 def described_place(place: Place) -> dict[str, Any]:
@@ -144,7 +144,7 @@ class HookPoints:
         kind, side, block = found[1], found[2], int(found[3])
         if kind == "resid":
             return f"blocks.{block}.hook_resid_{'post' if side == 'out' else 'pre'}"
-        if side == "out" and self._probed().adds_up[block]:
+        if side == "out" and f"blocks.{block}.hook_{kind}_out" in self._all_names():
             return f"blocks.{block}.hook_{kind}_out"
         return None
 
@@ -183,8 +183,8 @@ class HookPoints:
         n_blocks = len(self._blocks.modules)
         if block >= n_blocks:
             raise UserError(
-                f"hook {given!r}: {self._name} has blocks 0 to {n_blocks - 1}; resid.out:{n_blocks - 1}, which is layer "
-                f"{n_blocks}, is after the last"
+                f"hook {given!r}: {self._name} has blocks 0 to {n_blocks - 1}; after the last is resid.out:"
+                f"{n_blocks - 1}, which is layer {n_blocks}"
             )
         if side == "in" and block:
             side, block = "out", block - 1
@@ -248,7 +248,8 @@ class HookPoints:
                     name = f"{kind}.{side}:{block}"
                     short[name] = name
                     paths[part.path + (".in" if side == "in" else "")] = name
-                if probed.adds_up[block]:
+                # Where norms or factors come between, theirs is another tensor.
+                if probed.adds_up[block] and all(part.path for part in parts.values()):
                     lens[f"blocks.{block}.hook_{kind}_out"] = f"{kind}.out:{block}"
             names |= lens | short | paths
         for path in probed.modules:
@@ -350,7 +351,5 @@ def _as_regex(pattern: str) -> re.Pattern[str]:
     parts = re.findall(r"\[!?[^\]]+\]|.", pattern)
     wild = {"*": r"[^.:]*", "?": r"[^.:]"}
     return re.compile(
-        "".join(
-            wild.get(part) or (part.replace("[!", "[^", 1) if len(part) > 1 else re.escape(part)) for part in parts
-        )
+        "".join(wild.get(part) or (part.replace("[!", "[^", 1) if len(part) > 1 else re.escape(part)) for part in parts)
     )

@@ -102,7 +102,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def read(self, tokens: Tensor, points: Sequence[HookPoint]) -> list[Tensor]:
-        """What is at several hook points, from one pass that stops after the last of them; as `activations` gives it."""
+        """What is at several hook points, as `activations` gives it, from one pass that stops behind the last."""
         tokens = tokens.to(self.device)
         read: dict[str, Tensor] = {}
         wanted = {point.name for point in points}

@@ -21,6 +21,11 @@ USUAL_NAMES = {
     "attn": ("attn", "self_attn", "attention", "self_attention"),
 }
 
+NONE = {
+    "mlp": "no module in it maps the stream's width to itself at each position alone",
+    "attn": "no module in it mixes positions",
+}
+
 
 @dataclass
 class Call:
@@ -62,6 +67,8 @@ class _Doing:
     output: Tensor
     mixes: bool
     """whether its output at a position depends on earlier positions"""
+    bends: bool
+    """whether it is more than a linear map and a bias"""
     adds_stream: bool
     failed: str = ""
 
@@ -77,10 +84,19 @@ class _Pass:
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | str, Tensor] | None:
     """The first input [B, T, width] of a module's call, and its number or name; None where there is none."""
-    for key, value in [*enumerate(args), *kwargs.items()]:
-        if isinstance(value, Tensor) and value.dim() == 3 and value.is_floating_point():
-            return key, value
-    return None
+    return next(
+        (
+            (key, value)
+            for key, value in _arguments(args, kwargs)
+            if isinstance(value, Tensor) and value.dim() == 3 and value.is_floating_point()
+        ),
+        None,
+    )
+
+
+def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int | str, Any]]:
+    """The arguments of a call by number or name."""
+    return [*enumerate(args), *kwargs.items()]
 
 
 def with_input(
@@ -165,28 +181,36 @@ def probe(model: nn.Module, name: str, blocks: Blocks, modules: dict[str, nn.Mod
 
 
 def _try(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> _Doing:
-    """Runs a module with another first position, and with twice of what else it is given of the stream's shape."""
+    """Runs a module with another first position, with a mean of both, and with twice what it is given beside it."""
     key, given = input_of(args, kwargs) or (0, output)
     changed = given.clone()
     changed[:, 0] = changed[:, 0].flip(-1) + 1
     others = [
         (other, value)
-        for other, value in [*enumerate(args), *kwargs.items()]
+        for other, value in _arguments(args, kwargs)
         if other != key and isinstance(value, Tensor) and value.shape == output.shape and value.is_floating_point()
     ]
     try:
-        args_changed, kwargs_changed = with_input(args, kwargs, key, changed)
-        otherwise = hidden(module.forward(*args_changed, **kwargs_changed))
+        otherwise = _run_with(module, args, kwargs, key, changed)
         mixes = not _alike(otherwise[:, 1:], output[:, 1:], output.dtype)
+        between = _run_with(module, args, kwargs, key, (given + changed) / 2)
+        bends = not _alike(between * 2, otherwise + output, output.dtype)
         adds_stream = False
         for other, value in others:
-            args_changed, kwargs_changed = with_input(args, kwargs, other, value * 2)
-            doubled = hidden(module.forward(*args_changed, **kwargs_changed))
+            doubled = _run_with(module, args, kwargs, other, value * 2)
             adds_stream |= _alike(doubled.double() - output.double(), value, output.dtype)
     # A module may raise anything on what it was not made for.
     except Exception as error:
-        return _Doing(output, False, False, first_line(error))
-    return _Doing(output, mixes, adds_stream)
+        return _Doing(output, False, False, False, first_line(error))
+    return _Doing(output, mixes, bends, adds_stream)
+
+
+def _run_with(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], key: int | str, value: Tensor
+) -> Tensor:
+    """What a module gives with another value for one of its arguments; its own hooks don't run."""
+    args, kwargs = with_input(args, kwargs, key, value)
+    return hidden(module.forward(*args, **kwargs))
 
 
 def _parts(block: nn.Module, stream: Tensor, seen: _Pass, paths: dict[nn.Module, str]) -> dict[str, Part]:
@@ -202,7 +226,7 @@ def _parts(block: nn.Module, stream: Tensor, seen: _Pass, paths: dict[nn.Module,
                 look(module)
             elif doing.failed:
                 failed.append(f"{paths[module]} does not run by itself ({doing.failed})")
-            else:
+            elif doing.mixes or doing.bends:
                 found["attn" if doing.mixes else "mlp"].append(module)
 
     look(block)
@@ -215,7 +239,7 @@ def _parts(block: nn.Module, stream: Tensor, seen: _Pass, paths: dict[nn.Module,
         elif modules:
             parts[kind] = Part(None, "it could be " + " or ".join(paths[module] for module in modules))
         else:
-            parts[kind] = Part(None, failed[0] if failed else "no module of it does that alone")
+            parts[kind] = Part(None, failed[0] if failed else NONE[kind])
     return parts
 
 

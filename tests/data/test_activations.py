@@ -132,7 +132,9 @@ def test_a_model_that_gives_nan(
     source = ModelActivations(lm, 2, token_windows)
     clean = [i for i in range(23) if not (token_windows.tokens[i] == token).any()]
     assert source.read(clean[:2]).acts.isfinite().all()
-    with pytest.raises(UserError, match=f"layer 2 of .* gives NaN or Inf in window 6, in {dtype}: {advice}") as error:
+    with pytest.raises(
+        UserError, match=rf"layer 2 \(resid.out:1\) of .* gives NaN or Inf in window 6, in {dtype}: {advice}"
+    ) as error:
         source.read([clean[0], 6])
     assert "\n" not in str(error.value)
 

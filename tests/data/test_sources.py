@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer
 
 from csae import TopKSAE, demo
 from csae.cli import main
+from csae.data.hook_points import HookPoint
 from csae.data.language_model import LanguageModel
 from csae.data.sources import open_source
 from csae.data.text import TokenWindows, beginning
@@ -64,13 +66,13 @@ def from_model(model: Path, text: Path) -> list[object]:
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """The tokens of all windows that go through a model from now on."""
     read: list[torch.Tensor] = []
-    activations = LanguageModel.activations
+    original = LanguageModel.read
 
-    def noting(self: LanguageModel, tokens: torch.Tensor, layer: int) -> torch.Tensor:
+    def noting(self: LanguageModel, tokens: torch.Tensor, points: Sequence[HookPoint]) -> list[torch.Tensor]:
         read.append(tokens)
-        return activations(self, tokens, layer)
+        return original(self, tokens, points)
 
-    monkeypatch.setattr(LanguageModel, "activations", noting)
+    monkeypatch.setattr(LanguageModel, "read", noting)
     return read
 
 

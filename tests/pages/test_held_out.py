@@ -54,7 +54,7 @@ def test_examples(source: ModelActivations) -> None:
     torch.manual_seed(0)
     sae = ContextualSAE(source.lm.d_in, 64, K, n_heads=2, d_head=4, d_value=6).eval()
     windows = range(1, source.n_windows)
-    acts, mask, documents, tokens = source.read(windows)
+    acts, mask, documents, tokens = source.read(windows)[:4]
     sae.initialise(acts.mean(dim=(0, 1)), float(acts.std()))
     sae.W_O.mul_(5)
     code = sae(acts, mask, documents, exact=True).code
