@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
+os.environ["CSAE_TOKEN_CACHE"] = ""  # none: a test that finds what another one left tests less than it seems to
 
 if TYPE_CHECKING:
     from csae.data.language_model import LanguageModel

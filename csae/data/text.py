@@ -14,6 +14,7 @@ import numpy as np
 
 from csae import versions
 from csae.data.packing import TokenWindows, pack, pack_rows
+from csae.data.token_cache import cached
 from csae.data.token_rows import IDS, MASKS, tokens_of_row
 from csae.errors import UserError
 from csae.progress import Progress, quiet
@@ -162,18 +163,20 @@ def tokenize(
 
     tokenizer: one of transformers. It adds no special tokens; `begin` is what each window begins with (`beginning`).
     At most max_tokens tokens of the text are used, where given; what is left over after the last whole window is
-    dropped. Document ids number the shuffled documents. Raises UserError where the text does not fill one window.
+    dropped. Document ids number the shuffled documents. Token ids are kept, and found there the next time
+    (`csae.data.token_cache`). Raises UserError where the text does not fill one window.
     """
     order = np.random.default_rng(seed).permutation(len(documents))
+    shuffled = [documents[i] for i in order]
 
     def token_lists() -> Iterator[list[int]]:
-        starts = range(0, len(order), DOCUMENTS_AT_ONCE)
+        starts = range(0, len(shuffled), DOCUMENTS_AT_ONCE)
         for start in progress(starts, "tokenizing"):
-            texts = [documents[i] for i in order[start : start + DOCUMENTS_AT_ONCE]]
+            texts = shuffled[start : start + DOCUMENTS_AT_ONCE]
             # verbose=False: a document longer than the model's context is no reason to warn, it is cut in windows.
             yield from tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
-    return pack(token_lists(), n_ctx, max_tokens, begin)
+    return pack(cached(shuffled, tokenizer, max_tokens, token_lists), n_ctx, max_tokens, begin)
 
 
 def load_token_dataset(
