@@ -46,7 +46,8 @@ def cached(
         found = _made(make(), max_tokens)
         _keep(file, *found)
     tokens, lengths = found
-    return np.split(tokens, np.cumsum(lengths)[:-1]) if len(lengths) else []
+    ends = np.cumsum(lengths).tolist()
+    return (tokens[end - length : end] for end, length in zip(ends, lengths.tolist(), strict=True))  # type: ignore[misc]
 
 
 def _folder() -> Path | None:
