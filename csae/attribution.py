@@ -107,6 +107,30 @@ class Attribution:
         share = torch.einsum("hj,hji->ji", self.weights[:, t, :t], onto_c)
         return nn.functional.pad(share, (0, 0, 0, self.weights.shape[1] - t))
 
+    @cached_property
+    def _by_feature(self) -> tuple[Tensor, Tensor]:
+        """The features of the window, in order, and the place among them of each slot [T, k]."""
+        return self.output.code.indices.unique(return_inverse=True)
+
+    @property
+    def features(self) -> Tensor:
+        """[m] int64, in order: the features in the codes of the window."""
+        return self._by_feature[0]
+
+    @_precisely
+    def share_by_feature(self, start: int, end: int) -> Tensor:
+        """What each of `features` carried to the positions from start to end, all its parts together: [end - start, m].
+
+        The sums of share[start:end] over the slots of a feature. It makes [end - start, end, k] numbers on the way.
+        """
+        share = self.weights.new_zeros(())
+        for head, weights in enumerate(self.weights[:, start:end, :end]):
+            onto_c = self._written[:end, :, head] @ self._onto_c[start:end, head].T  # [end, k, end - start]
+            share = share + onto_c.permute(2, 0, 1) * weights[:, :, None]
+        features, row = self._by_feature
+        by_feature = self.weights.new_zeros(end - start, len(features))
+        return by_feature.index_add_(1, row[:end].flatten(), share.flatten(1))
+
     @_precisely
     def remainder(self) -> Tensor:
         """What all parts together miss of c, in its own length: [T]. Rounding, and zero where c is."""
@@ -117,7 +141,7 @@ class Attribution:
     @_precisely
     def written(self) -> tuple[Tensor, Tensor]:
         """The features of the window, [m] in order, and for each the sum of all of its parts, [m, d_in]."""
-        features, row = self.output.code.indices.unique(return_inverse=True)
+        features, row = self._by_feature
         received = self.weights.sum(dim=1)  # [H, T]
         slots = torch.einsum("hj,jihv->jihv", received, self._written).flatten(0, 1)  # [T * k, H, d_value]
         by_feature = slots.new_zeros(len(features), *slots.shape[1:]).index_add_(0, row.flatten(), slots)
@@ -142,11 +166,16 @@ class Attribution:
 
 @torch.no_grad()
 def attribute(
-    sae: ContextualSAE, acts: Tensor, mask: Tensor | None = None, documents: Tensor | None = None
+    sae: ContextualSAE,
+    acts: Tensor,
+    mask: Tensor | None = None,
+    documents: Tensor | None = None,
+    output: Output | None = None,
 ) -> Attribution:
     """The parts of c for one window, in the exact form, in the dtype of the weights, autocast or not.
 
-    acts [T, d_in], mask [T] bool, documents [T] integer -> `Attribution`.
+    acts [T, d_in], mask [T] bool, documents [T] integer -> `Attribution`. output: what the exact form of this SAE makes
+    of the window, where that is known: several windows are encoded faster together.
     """
     if not isinstance(sae, ContextualSAE):
         raise TypeError(f"sae: given a {type(sae).__name__}; needed a ContextualSAE: only that carries anything")
@@ -154,8 +183,11 @@ def attribute(
         raise ValueError(f"acts: given shape {list(acts.shape)}; needed one window [T, d_in]")
     with torch.autocast(acts.device.type, enabled=False):
         acts = acts.to(sae.W_enc.dtype)
-        x_hat, code, c = sae(acts[None], *(None if of is None else of[None] for of in (mask, documents)), exact=True)
-        output = Output(x_hat[0], type(code)(code.values[0], code.indices[0]), c[0])
+        if output is None:
+            x_hat, code, c = sae(
+                acts[None], *(None if of is None else of[None] for of in (mask, documents)), exact=True
+            )
+            output = Output(x_hat[0], type(code)(code.values[0], code.indices[0]), c[0])
         if sae.query == "current":
             query = acts / sae.scale - sae.b_dec
         else:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from csae import ContextualSAE, TopKSAE
 from csae.attribution import Attribution, attribute
+from csae.sae import Code, Output
 
 T, D, F, K, H, DV = 13, 12, 30, 3, 2, 5
 
@@ -37,6 +38,21 @@ def test_the_parts_sum_to_c(query: str, k_mem: int) -> None:
     torch.testing.assert_close(summed, c, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.output.c, c, rtol=0, atol=0)
     assert not found.norm[..., k_mem:].any()
+
+
+def test_shares_by_feature_and_a_known_output() -> None:
+    sae, acts, mask, documents = make("current")
+    alone = attribute(sae, acts, mask, documents)
+    x_hat, code, c = sae(acts[None], mask[None], documents[None], exact=True)
+    found = attribute(sae, acts, mask, documents, Output(x_hat[0], Code(code.values[0], code.indices[0]), c[0]))
+    torch.testing.assert_close(found.share, alone.share)
+    assert found.features.tolist() == sorted(set(code.indices.flatten().tolist()))
+    by_feature = torch.zeros(T, F, dtype=torch.float64)
+    by_feature.index_add_(1, code.indices.flatten(), alone.share.flatten(1))
+    for start, end in ((0, 1), (3, 9), (0, T)):
+        shares = found.share_by_feature(start, end)
+        torch.testing.assert_close(shares, by_feature[start:end, found.features], rtol=1e-12, atol=1e-12)
+    assert by_feature.any()
 
 
 @pytest.mark.parametrize("query", ["current", "past"])

@@ -27,6 +27,7 @@ from csae.cli.cache import cache
 from csae.cli.demo import demo
 from csae.cli.evaluate import evaluate
 from csae.cli.evidence import evidence
+from csae.cli.features import features
 from csae.cli.info import info
 from csae.cli.push import push
 from csae.cli.train import train
@@ -41,5 +42,5 @@ def cli() -> None:
     """Train sparse autoencoders fast; and the contextual one, which encodes only what is new."""
 
 
-for command in (demo, train, evaluate, view, cache, push, info, bench, evidence):
+for command in (demo, train, evaluate, features, view, cache, push, info, bench, evidence):
     cli.add_command(command)
