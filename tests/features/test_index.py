@@ -34,7 +34,7 @@ def make(kind: str, source: ModelActivations) -> SAE:
     sae: Any = TopKSAE(D_IN, D_SAE, K)
     if kind == "contextual":
         sae = ContextualSAE(D_IN, D_SAE, K, n_heads=2, d_head=4, d_value=6, d_memory=8)
-    acts, mask, *_ = source.read(range(source.n_windows))
+    acts, mask = source.read(range(source.n_windows))[:2]
     sae.initialise(acts[mask].mean(dim=0), float(acts[mask].std()))
     if kind == "contextual":
         with torch.no_grad():
@@ -64,7 +64,7 @@ def built(request: pytest.FixtureRequest, source: ModelActivations, tmp_path_fac
 @torch.no_grad()
 def presence(sae: SAE, source: ModelActivations) -> tuple[torch.Tensor, torch.Tensor]:
     """Activity and share of c of each feature at each position: [N * T, d_sae] each, by the SAE's own output."""
-    acts, mask, documents, _ = source.read(range(source.n_windows))
+    acts, mask, documents = source.read(range(source.n_windows))[:3]
     new, carried = [], []
     for row in range(len(acts)):
         if isinstance(sae, ContextualSAE):
@@ -81,7 +81,7 @@ def presence(sae: SAE, source: ModelActivations) -> tuple[torch.Tensor, torch.Te
 def test_where_each_feature_is(built: tuple[SAE, FeatureIndex], source: ModelActivations) -> None:
     sae, index = built
     new, carried = presence(sae, source)
-    _, mask, documents, tokens = source.read(range(source.n_windows))
+    _, mask, documents, tokens = source.read(range(source.n_windows))[:4]
     assert source.n_windows > 2 * BLOCK
     assert index.n_tokens == int(mask.sum())
     n_spans = 0
