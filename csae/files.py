@@ -7,12 +7,18 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from csae.errors import UserError, shown
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 # What the system says, whichever layer reports it, and what to do. What is not here is said as the system says it.
 ADVICE = {
@@ -184,6 +190,26 @@ def _told(what: str, doing: str) -> Iterator[None]:
         if reason is None:
             raise
         raise UserError(f"{what}: {reason}") from error
+
+
+def lock(file: int | IO[Any], path: Path, doing: str) -> None:
+    """Locks an open file or folder until it is closed, or the process ends. path: its name, or its folder's.
+
+    doing: what needs it alone, such as "training this run". Raises UserError where another process has the lock. Where
+    the system has no locks, it says so on stderr, and goes on.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise UserError(
+                f"{path}: another process is {doing}: wait until it is done, or give another folder"
+            ) from error
+        # Some network file systems have no locks.
+        reason = f"this file system can't lock it ({error.strerror})"
+        print(f"{path}: {reason}: see that only one process at a time is {doing}", file=sys.stderr)
 
 
 def check_readable(path: Path) -> None:

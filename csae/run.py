@@ -6,13 +6,11 @@ RUN/metrics.jsonl   a line a step; locked while a process trains the run
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
@@ -20,13 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from csae.errors import UserError, shown
-from csae.files import check_utf8, parse_json, read_json, reading, write_json, writing
+from csae.files import check_utf8, lock, parse_json, read_json, reading, write_json, writing
 from csae.tensors import WORKING
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
 
 RUN, METRICS = "run.json", "metrics.jsonl"
 LONGEST = 2**20  # bytes of a line of metrics
@@ -116,27 +109,11 @@ def locked(run: Path, job: dict[str, Any]) -> Iterator[FileIO]:
     with writing(run / METRICS):
         metrics = open(run / METRICS, "ab", buffering=0)  # noqa: SIM115
     with metrics:
-        if fcntl is not None:
-            _lock(run, metrics)
+        lock(metrics, run, "training this run")
         check_job(run, job)
         if not (run / RUN).is_file():
             write_json(run / RUN, job)
         yield metrics
-
-
-def _lock(run: Path, metrics: FileIO) -> None:
-    try:
-        fcntl.flock(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise UserError(
-                f"{run}: another process is training this run: wait until it is done, or give another folder"
-            ) from error
-        # Some network file systems have no locks: train without one.
-        print(
-            f"{run}: this file system can't lock it ({error.strerror}): train it in one process at a time",
-            file=sys.stderr,
-        )
 
 
 def append_line(metrics: FileIO, line: dict[str, Any]) -> None:

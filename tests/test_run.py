@@ -137,7 +137,7 @@ def test_without_locks_it_trains_and_says_so(tmp_path, monkeypatch, capsys):
     def none(*arguments):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("csae.run.fcntl.flock", none)
+    monkeypatch.setattr("csae.files.fcntl.flock", none)
     finish(tmp_path)
     assert f"{tmp_path}: this file system can't lock it (No locks available)" in capsys.readouterr().err
 

@@ -11,7 +11,6 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from copy import copy
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -21,13 +20,10 @@ from torch import Tensor
 from csae.data.hook_points import Place as Place
 from csae.data.hook_points import described_place, in_words
 from csae.data.language_model import LanguageModel
-from csae.data.shards import ShardReader, write_shards
 from csae.data.text import TokenWindows
 from csae.errors import UserError
-from csae.progress import Progress, quiet
 
 SINK_NORM = 10.0  # in medians of the window's norms; sinks are 30 and more, the rest stays below 3
-SHARD_BYTES = 256 * 2**20
 WINDOWS_AT_ONCE = 16
 
 
@@ -231,68 +227,6 @@ class ModelActivations:
         return self.places[0]
 
 
-class ShardActivations:
-    """Activations in a folder of shards (the format is in csae.data.shards), read to the CPU.
-
-    A file without `documents` has one document a window. A file without `mask` gets that of sink_mask, with keep_first
-    as given, or as activations.json says. Of a stored mask, positions whose activations are all zero are left out.
-    """
-
-    def __init__(self, folder: str | Path, keep_first: bool = False) -> None:
-        """Raises UserError where the folder or a file in it is not as the format wants it."""
-        self._reader = ShardReader(folder)
-        kept = self._reader.about.get("keep_first") is True
-        if keep_first and self._reader.has_mask and not kept:
-            raise UserError(
-                f"--keep-first: {str(folder)!r} was written with masks that leave position 0 and outliers out; needed "
-                "activations without masks, or cached with --keep-first"
-            )
-        self.keep_first = keep_first or kept
-        self.folder = self._reader.folder
-        self.n_windows, self.n_ctx, self.d_in = self._reader.n_windows, self._reader.n_ctx, self._reader.d_in
-
-    def read(self, window_indices: Sequence[int]) -> Batch:
-        windows = [self._reader.read(int(window)) for window in window_indices]
-        # One operation for the batch: per window, starting threads costs more than the work.
-        acts = torch.stack([window.activations for window in windows]).float()
-        finite = acts.flatten(1).abs().amax(dim=1).isfinite()
-        if not finite.all():
-            where = self._reader.where(int(window_indices[int(finite.long().argmin())]))
-            raise UserError(
-                f"{where}: NaN or Inf in the activations; write it again (float16 ends at 65504, bfloat16 far above)"
-            )
-        mask = sink_mask(acts, keep_first=self.keep_first)
-        if any(window.mask is not None for window in windows):
-            is_text = sink_mask(acts, keep_first=True)
-        documents = torch.zeros(mask.shape, dtype=torch.int64)
-        tokens = torch.empty(mask.shape, dtype=torch.int64) if self._reader.has_tokens else None
-        for row, window in enumerate(windows):
-            if window.mask is not None:
-                mask[row] = window.mask.bool() & is_text[row]
-            if window.documents is not None:
-                documents[row] = window.documents
-            if tokens is not None and window.tokens is not None:
-                tokens[row] = window.tokens
-        return Batch(acts, mask, documents, tokens)
-
-    def tokens(self, window_indices: Sequence[int]) -> Tensor | None:
-        """The token ids [B, T] of windows; None where not all files hold them."""
-        if not self._reader.has_tokens:
-            return None
-        return torch.stack([self._reader.tokens(int(window)) for window in window_indices])
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            **self._reader.about,
-            "folder": str(self.folder),
-            "n_ctx": self.n_ctx,
-            "n_windows": self.n_windows,
-            "d_in": self.d_in,
-            "dtype": str(self._reader.dtype).removeprefix("torch."),
-            **({"keep_first": True} if self.keep_first else {}),
-        }
-
-
 class Begun(NamedTuple):
     """What `follow_mask` keeps of a text, from one part of it to the next; rows are texts."""
 
@@ -490,32 +424,14 @@ def _drawn(windows: Sequence[int], estimates: Sequence[Estimate], seed: int) -> 
         order = order[at_once:]
 
 
-def write_cache(
-    source: ActivationSource,
-    folder: str | Path,
-    dtype: torch.dtype = torch.float16,
-    progress: Progress = quiet,
-    shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Stores all windows of a source, with mask, documents and tokens, as shards of about shard_bytes each.
+def __getattr__(name: str) -> Any:
+    """What was here in earlier versions."""
+    if name == "ShardActivations":
+        from csae.data.shard_activations import ShardActivations
 
-    dtype: float16, bfloat16 or float32. Goes on where the folder holds a part of the same job. Raises UserError where
-    it holds something else, the disk is full, or an activation is too large for the dtype; Stopped after Ctrl-C.
-    """
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"dtype: given {dtype}; needed torch.float16, torch.bfloat16 or torch.float32")
+        return ShardActivations
+    if name == "write_cache":
+        from csae.data.cache import write_cache
 
-    def read(windows: range) -> dict[str, Tensor]:
-        batch = source.read(windows)
-        activations = batch.acts.to(dtype)
-        if not activations.isfinite().all():
-            largest = float(batch.acts.abs().max())
-            raise UserError(f"an activation of {largest:.0f} is too large for {dtype}; store bfloat16 or float32")
-        if (batch.mask & ~sink_mask(activations, keep_first=True)).any():  # a row of zeros would be read as padding
-            raise UserError(f"activations are so small that {dtype} rounds them to zero; store bfloat16 or float32")
-        stored = {"activations": activations, "mask": batch.mask, "documents": batch.documents.int()}
-        return stored if batch.tokens is None else stored | {"tokens": batch.tokens.int()}
-
-    window_bytes = source.n_ctx * (source.d_in * dtype.itemsize + 9)
-    about = source.describe() | {"dtype": str(dtype).removeprefix("torch.")}
-    write_shards(folder, read, source.n_windows, max(1, shard_bytes // window_bytes), about, progress)
+        return write_cache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,6 +12,11 @@ with the same T and d_in in all files; windows are numbered through the files in
 optional activations.json beside them says in a JSON object where they come from: `model`, `layer` (after how many of
 its blocks), `hook` (which activations there, such as "mlp_out"; the residual stream if not given), `data`, `bos` (true
 where windows begin with a beginning of sequence), `keep_first` (true where position 0 and outliers take part).
+
+A file's metadata may hold `sha256`, the checksum of its tensors (`csae.tensors.checksum`); `check_shards` compares it.
+
+Several hook points of the same windows are a folder of such folders. Its activations.json holds `places`, an object
+that gives for each hook point the name of its folder.
 """
 
 from __future__ import annotations
@@ -19,11 +24,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from bisect import bisect_right
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,16 +35,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from csae.errors import Stopped, UserError
-from csae.files import check_readable, check_utf8, parse_json, reading, write_file, write_json, writing
+from csae.errors import UserError, shown
+from csae.files import check_readable, check_utf8, parse_json, reading
 from csae.progress import Progress, quiet
-from csae.tensors import WORKING, save_plain
+from csae.tensors import CHECKSUM, load_tensors, read_header
 
 ABOUT_FILE = "activations.json"
 ACTIVATION_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 INTEGER_DTYPES = {"I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64"}
 DTYPES = {"mask": {"BOOL", "U8"}, "documents": INTEGER_DTYPES, "tokens": INTEGER_DTYPES}
-WINDOWS_AT_ONCE = 16
 
 
 class Window(NamedTuple):
@@ -66,12 +69,12 @@ class ShardReader:
         with reading(self.folder):
             if not self.folder.is_dir():
                 raise UserError(f"activations {str(folder)!r}: no such folder")
-            files = _listed(self.folder)
+            files = listed(self.folder)
         if not files:
             raise UserError(f"activations {str(folder)!r}: the folder holds no *.safetensors file")
         _check_complete(files)
-        self.about = _read_about(self.folder / ABOUT_FILE)
-        self._shards = [_Shard(file) for file in files]
+        self.about = read_about(self.folder / ABOUT_FILE)
+        self._shards = [Shard(file) for file in files]
         first = self._shards[0]
         _, self.n_ctx, self.d_in = first.shape
         self.dtype = first.dtype
@@ -89,6 +92,12 @@ class ShardReader:
             raise UserError(f"activations {str(folder)!r} are empty: {self.n_windows} windows of {first.shape[1:]}")
         self.has_tokens = all("tokens" in shard.names for shard in self._shards)
         self.has_mask = all("mask" in shard.names for shard in self._shards)
+        said = self.about.get("n_windows") if "windows_sha256" in self.about else None  # as write_cache writes them
+        if isinstance(said, int) and said > self.n_windows:
+            raise UserError(
+                f"activations {str(folder)!r}: {self.n_windows} of {said} windows are there: copy the rest again, or "
+                "write them again in a new folder"
+            )
 
     def read(self, window: int) -> Window:
         """Window number `window`, 0 <= window < n_windows, as it is stored; NaN and Inf are not looked for."""
@@ -98,41 +107,51 @@ class ShardReader:
     def tokens(self, window: int) -> Tensor:
         """The token ids [T] of a window alone; only where has_tokens."""
         shard, row = self._locate(window)
-        return shard.tokens(row)
+        return shard.tensors["tokens"][row]
+
+    def prefetch(self, windows: Sequence[int]) -> None:
+        """Has the system read the activations of windows that are needed soon, and doesn't wait for them."""
+        rows: dict[Shard, list[int]] = defaultdict(list)
+        for window in windows:
+            shard, row = self._locate(window)
+            rows[shard].append(row)
+        for shard in rows:
+            shard.prefetch(sorted(rows[shard]))
 
     def where(self, window: int) -> str:
         """The file that holds a window and its number in there, for messages."""
         shard, row = self._locate(window)
         return f"{shard.file}, window {row}"
 
-    def _locate(self, window: int) -> tuple[_Shard, int]:
+    def _locate(self, window: int) -> tuple[Shard, int]:
         if not 0 <= window < self.n_windows:
             raise IndexError(f"window: given {window}; needed 0 to {self.n_windows - 1}")
         number = bisect_right(self._starts, window) - 1
         return self._shards[number], window - self._starts[number]
 
 
-class _Shard:
-    """One memory-mapped file, checked when it is opened."""
+class Shard:
+    """One memory-mapped file, checked when it is opened. tensors: by their names in the format, read when used."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
         check_readable(file)
         try:
             with reading(file):
-                self._tensors = safe_open(file, framework="pt")
+                opened = safe_open(file, framework="pt")
         except SafetensorError as error:
             raise UserError(
                 f"{file} is no whole safetensors file ({error}): it was cut short or damaged; delete it and "
                 "write it again"
             ) from error
-        self.names = set(self._tensors.keys())
-        if "activations" not in self.names:
+        names = set(opened.keys())
+        if "activations" not in names:
             raise UserError(
-                f"{file} holds no tensor `activations`, only {', '.join(sorted(self.names)) or 'nothing'}; "
+                f"{file} holds no tensor `activations`, only {', '.join(sorted(names)) or 'nothing'}; "
                 "give a folder of activation shards"
             )
-        activations = self._tensors.get_slice("activations")
+        self.names = names & {"activations", *DTYPES}
+        activations = opened.get_slice("activations")
         self.shape = tuple(activations.get_shape())
         if len(self.shape) != 3:
             raise UserError(f"{file}: activations are {self.shape}; needed [windows, T, d_in]")
@@ -140,18 +159,66 @@ class _Shard:
             raise UserError(f"{file}: activations are {activations.get_dtype()}; needed float16, bfloat16 or float32")
         self.dtype = ACTIVATION_DTYPES[activations.get_dtype()]
         for name in DTYPES.keys() & self.names:
-            tensor = self._tensors.get_slice(name)
+            tensor = opened.get_slice(name)
             if tuple(tensor.get_shape()) != self.shape[:2]:
                 raise UserError(f"{file}: {name} is {tuple(tensor.get_shape())}; needed {self.shape[:2]}")
             if tensor.get_dtype() not in DTYPES[name]:
                 needed = "bool or uint8" if name == "mask" else "an integer type"
                 raise UserError(f"{file}: {name} is {tensor.get_dtype()}; needed {needed}")
+        self.tensors = {name: opened.get_tensor(name) for name in self.names}
 
     def read(self, row: int) -> Window:
-        return Window(**{name: self._tensors.get_slice(name)[row] for name in Window._fields if name in self.names})
+        return Window(**{name: tensor[row] for name, tensor in self.tensors.items()})
 
-    def tokens(self, row: int) -> Tensor:
-        return self._tensors.get_slice("tokens")[row]
+    def prefetch(self, rows: Sequence[int]) -> None:
+        if not hasattr(os, "posix_fadvise"):  # only some systems have it
+            return
+        window = self.tensors["activations"][0].nbytes
+        with suppress(OSError), open(self.file, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            start = 8 + length + json.loads(file.read(length))["activations"]["data_offsets"][0]
+            for row in rows:
+                os.posix_fadvise(file.fileno(), start + row * window, window, os.POSIX_FADV_WILLNEED)
+
+
+class Checked(NamedTuple):
+    """What `check_shards` read."""
+
+    n_files: int
+    n_windows: int
+    n_bytes: int
+    unknown: list[Path]
+    """files without a checksum, by an earlier version or another program"""
+
+
+def check_shards(folder: str | Path, progress: Progress = quiet) -> Checked:
+    """Reads all shards in a folder, or in the folders of its hook points, and compares their checksums.
+
+    Raises UserError, which names the file, at the first that is not as it was written.
+    """
+    folders = [Path(folder, name) for name in read_places(folder).values()] or [Path(folder)]
+    readers = [ShardReader(folder) for folder in folders]
+    files = [file for folder in folders for file in listed(folder)]
+    unknown = []
+    for file in progress(files, "checking"):
+        load_tensors(file)
+        if CHECKSUM not in read_header(file).about:
+            unknown.append(file)
+    n_windows = readers[0].n_windows
+    return Checked(len(files), n_windows, sum(file.stat().st_size for file in files), unknown)
+
+
+def read_places(folder: str | Path) -> dict[str, str]:
+    """The hook points in a folder that holds several, and the folder of each; empty for any other folder.
+
+    Raises UserError where its activations.json is damaged.
+    """
+    file = Path(folder) / ABOUT_FILE
+    places = read_about(file).get("places", {})
+    names = isinstance(places, dict) and all(isinstance(name, str) for name in places.values())
+    if not names or any(Path(name).name != name for name in places.values()):
+        raise UserError(f"{file}: places is {shown(repr(places))[:60]}; needed an object of hook points and folders")
+    return places
 
 
 def _check_complete(files: Sequence[Path]) -> None:
@@ -166,7 +233,7 @@ def _check_complete(files: Sequence[Path]) -> None:
             )
 
 
-def _read_about(file: Path) -> dict[str, Any]:
+def read_about(file: Path) -> dict[str, Any]:
     with reading(file):
         if not file.exists():
             return {}
@@ -174,151 +241,6 @@ def _read_about(file: Path) -> dict[str, Any]:
     return parse_json(content, str(file), "repair or delete it, it is optional")
 
 
-def _listed(folder: Path) -> list[Path]:
+def listed(folder: Path) -> list[Path]:
     """The shards in a folder, by name."""
     return sorted(folder / name for name in os.listdir(folder) if name.endswith(".safetensors"))
-
-
-def write_shards(
-    folder: str | Path,
-    read: Callable[[range], dict[str, Tensor]],
-    n_windows: int,
-    windows_per_shard: int,
-    about: dict[str, Any],
-    progress: Progress = quiet,
-) -> None:
-    """Writes n_windows windows into a folder: a new or empty one, or one where the same job was cut short.
-
-    read: gives the tensors of a range of windows, by their names in the format. about: for activations.json; it
-    tells one job from another.
-    Each file is written to a temporary name and then renamed, so what is there after a kill, a full disk, Ctrl-C or an
-    error of `read` is whole, and stays. The same call goes on from there and gives the same bytes. If no file was
-    finished, the folder is left as it was.
-
-    Raises UserError where the folder holds something else or can't be written, Stopped after Ctrl-C.
-    """
-    folder = Path(folder)
-    check_utf8(folder)
-    n_shards = -(-n_windows // windows_per_shard)
-    files = [folder / f"activations-{number:05d}-of-{n_shards:05d}.safetensors" for number in range(1, n_shards + 1)]
-    with writing(folder):
-        existed = folder.exists()
-        _check_folder(folder, files, about)
-        whole = [file for file in files if file.is_file()]
-    sizes = [min(windows_per_shard, n_windows - first) for first in range(0, n_windows, windows_per_shard)]
-    _check_whole(whole, dict(zip(files, sizes, strict=True)), read, files, windows_per_shard)
-    missing = [number for number, file in enumerate(files) if file not in whole]
-    try:
-        write_json(folder / ABOUT_FILE, about)
-        shards = _shards(read, missing, n_windows, windows_per_shard, progress)
-        for number, shard in zip(missing, shards, strict=True):
-            write_file(files[number], partial(save_plain, shard))
-            whole.append(files[number])
-    except BaseException as error:
-        if not whole:
-            (folder / ABOUT_FILE).unlink(missing_ok=True)
-            if not existed and folder.is_dir():
-                folder.rmdir()
-            raise
-        there = f"{len(whole)} of {n_shards} shards are whole and stay in {folder}"
-        if isinstance(error, KeyboardInterrupt):
-            raise Stopped(f"stopped; {there}: the same command goes on from there") from error
-        if isinstance(error, UserError):
-            raise UserError(f"{error}; {there}") from error
-        raise
-
-
-def _check_folder(folder: Path, files: Sequence[Path], about: dict[str, Any]) -> None:
-    """Raises UserError unless the folder is free or holds a part of this job; removes what a kill left half-written."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise UserError(f"activations {str(folder)!r} is a file; give a new or empty folder")
-    ours = {file.name for file in (*files, folder / ABOUT_FILE)}
-    for name in os.listdir(folder):
-        half_written = re.fullmatch(r"\.(.+)\.(\d+)\.tmp", name.removesuffix(WORKING))
-        if half_written and half_written[1] in ours and not _is_running(int(half_written[2])):
-            shutil.rmtree(folder / name) if name.endswith(WORKING) else (folder / name).unlink()
-    if not os.listdir(folder):
-        return
-    another = "give a new or empty folder, or delete it first"
-    if not (folder / ABOUT_FILE).is_file():
-        raise UserError(f"activations {str(folder)!r} is not empty; {another}")
-    earlier, now = _read_about(folder / ABOUT_FILE), json.loads(json.dumps(about))
-    differing = sorted(name for name in earlier.keys() | now.keys() if earlier.get(name) != now.get(name))
-    if differing:
-        changes = ", ".join(f"{name}: {earlier.get(name)!r}, now {now.get(name)!r}" for name in differing)
-        raise UserError(f"activations {str(folder)!r} is not empty, it holds others ({changes}); {another}")
-    for file in _listed(folder):
-        if file.name not in ours:
-            raise UserError(f"activations {str(folder)!r} is not empty, {file.name} is none of these; {another}")
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (OSError, OverflowError) as error:
-        return isinstance(error, PermissionError)
-    return True
-
-
-def _check_whole(
-    whole: Sequence[Path],
-    sizes: dict[Path, int],
-    read: Callable[[range], dict[str, Tensor]],
-    files: Sequence[Path],
-    windows_per_shard: int,
-) -> None:
-    """Raises UserError unless the shards of an earlier start are of this job: their sizes, and the last one's content.
-
-    The first few windows of the last shard are read again and compared: this catches what `about` does not hold, such
-    as other weights.
-    """
-    other = "of another job; give a new or empty folder, or delete it first"
-    shards = [_Shard(file) for file in whole]
-    for shard in shards:
-        if shard.shape[0] != sizes[shard.file]:
-            raise UserError(f"{shard.file} holds {shard.shape[0]} windows, not {sizes[shard.file]}: it is {other}")
-    if shards:
-        first = files.index(shards[-1].file) * windows_per_shard
-        count = min(WINDOWS_AT_ONCE, shards[-1].shape[0])
-        there = [shards[-1].read(row) for row in range(count)]
-        for name, tensor in read(range(first, first + count)).items():
-            stored = [getattr(window, name) for window in there]
-            if any(part is None for part in stored) or not _alike(torch.stack(stored), tensor.cpu()):
-                raise UserError(f"{shards[-1].file} holds other {name} than are to be written: it is {other}")
-
-
-def _alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same, or activations of the same from another machine."""
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    if not one.is_floating_point():
-        return torch.equal(one, other)
-    return bool((one.float() - other.float()).norm() <= 0.02 * other.float().norm())
-
-
-def _shards(
-    read: Callable[[range], dict[str, Tensor]],
-    numbers: Sequence[int],
-    n_windows: int,
-    windows_per_shard: int,
-    progress: Progress,
-) -> Iterator[dict[str, Tensor]]:
-    """The tensors of shards, filled a few windows at a time, so that no more than one shard is held."""
-    steps = [
-        range(start, min(start + WINDOWS_AT_ONCE, first + windows_per_shard, n_windows))
-        for first in (number * windows_per_shard for number in numbers)
-        for start in range(first, min(first + windows_per_shard, n_windows), WINDOWS_AT_ONCE)
-    ]
-    shard: dict[str, Tensor] = {}
-    for windows in progress(steps, "caching activations"):
-        offset = windows.start % windows_per_shard
-        size = min(windows_per_shard, n_windows - windows.start + offset)
-        for name, tensor in read(windows).items():
-            if name not in shard:
-                shard[name] = torch.empty(size, *tensor.shape[1:], dtype=tensor.dtype)
-            shard[name][offset : offset + len(windows)] = tensor
-        if offset + len(windows) == size:
-            yield shard
-            shard = {}

@@ -1,0 +1,151 @@
+"""Activations of a source, written to a folder of shards; more of them, added to it later."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from csae.data.activations import ActivationSource, Batch, Place, sink_mask, window_order
+from csae.data.append import Stored, check_weights, stored_in, update_about
+from csae.data.shard_writer import Part, claimed, write_folders, write_part
+from csae.errors import UserError
+from csae.progress import Progress, quiet
+
+SHARD_BYTES = 256 * 2**20
+HEADER_BYTES = 1024  # of a shard, at most
+ABOUT_BYTES = 4096  # of an activations.json, at most
+
+
+class Cached(NamedTuple):
+    """What `write_cache` did."""
+
+    n_windows: int
+    """in the folder"""
+    n_added: int
+    """of these, what the call asked for; an earlier start of the same call may have written some"""
+    n_left: int
+    """windows of the source for which max_bytes leaves no room"""
+
+
+def write_cache(
+    source: ActivationSource,
+    folder: str | Path,
+    dtype: torch.dtype = torch.float16,
+    progress: Progress = quiet,
+    shard_bytes: int = SHARD_BYTES,
+    *,
+    max_bytes: int | None = None,
+    shuffle: int | None = None,
+    append: bool = False,
+) -> Cached:
+    """Stores the windows of a source, with mask, documents and tokens, as shards of about shard_bytes each.
+
+    A source of several hook points is read once for all, and `folder` gets a folder for each, which is one of shards by
+    itself. The call goes on where the folder holds a part of the same job.
+
+    dtype: float16, bfloat16 or float32. max_bytes: of all files together; as many windows are stored as fit. shuffle: a
+    seed, which draws the order in which windows are stored, and with max_bytes also which; by default the source's
+    order. append: add to a folder of the same model, hook points and sizes; windows whose tokens are there are left out.
+
+    Raises UserError where the folder holds something else, the disk is full, or an activation is too large for the
+    dtype; Stopped after Ctrl-C.
+    """
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"dtype: given {dtype}; needed torch.float16, torch.bfloat16 or torch.float32")
+    folder = Path(folder)
+    places = _folders(source)
+    sources = {name: source.at(place) for name, place in places.items()} if places else {"": source}  # type: ignore[attr-defined]
+    said: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
+    if shuffle is not None:
+        said["shuffle"] = shuffle
+    about = {name: one.describe() | said for name, one in sources.items()}
+    window_bytes = [one.n_ctx * (one.d_in * dtype.itemsize + 9) for one in sources.values()]
+    windows_per_shard = max(1, shard_bytes // sum(window_bytes))
+    order = list(range(source.n_windows)) if shuffle is None else window_order(source.n_windows, shuffle, 0)
+
+    def read(windows: range) -> dict[str, dict[str, Tensor]]:
+        chosen = order[windows.start : windows.stop]
+        if not places:
+            return {"": _stored(source.read(chosen), dtype)}
+        batches = source.read_all(chosen)  # type: ignore[attr-defined]
+        return {name: _stored(batches[place], dtype) for name, place in places.items()}
+
+    with claimed(folder):
+        paths = {name: folder / name for name in sources}
+        stored = stored_in(paths, about) if append else Stored()
+        order = stored.not_in(source, order)
+        if max_bytes is not None:
+            fit = _fit(max_bytes - stored.n_bytes, window_bytes, windows_per_shard)
+            if not fit and not stored.n_parts:
+                needed = sum(window_bytes) + HEADER_BYTES * len(paths) + ABOUT_BYTES * (len(paths) + 1)
+                raise UserError(f"--max-bytes: given {max_bytes}; needed {needed} for one window")
+            order, left_out = order[:fit], order[fit:]
+        else:
+            left_out = []
+        part = Part(stored.n_parts + 1, len(order), windows_per_shard)
+        _warn_if_full(paths, part, sum(window_bytes))
+        if not stored.n_parts:
+            about = {name: one | {"n_windows": len(order)} for name, one in about.items()}
+            if places:
+                about[""] = {"places": {place.hook: name for name, place in places.items()}}
+            write_folders(folder, read, part, about, progress)
+        else:
+            stored.check_begun(source, part, order)
+            check_weights(source, paths, stored)
+            write_part(paths, read, part, progress)
+            update_about(paths)
+        return Cached(stored.n_windows + len(order), len(order), len(left_out))
+
+
+def _folders(source: ActivationSource) -> dict[str, Place]:
+    """The places of a source that has several, by the names of their folders; none of a source of one."""
+    places: tuple[Place, ...] = getattr(source, "places", ())
+    if len(places) < 2:
+        return {}
+    if any(place.to is not None for place in places):
+        raise ValueError(f"source: its places are {places}; needed hook points: a transcoder's two are places each")
+    names = {re.sub(r"[^\w.-]", "-", place.hook): place for place in places}
+    if len(names) < len(places):
+        raise ValueError(f"source: its places are {places}; needed names that differ in more than punctuation")
+    return names
+
+
+def _stored(batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A batch as it goes to the disk, by the names in the format."""
+    activations = batch.acts.to(dtype)
+    if not activations.isfinite().all():
+        largest = float(batch.acts.abs().max())
+        raise UserError(f"an activation of {largest:.0f} is too large for {dtype}; store bfloat16 or float32")
+    if (batch.mask & ~sink_mask(activations, keep_first=True)).any():  # a row of zeros would be read as padding
+        raise UserError(f"activations are so small that {dtype} rounds them to zero; store bfloat16 or float32")
+    stored = {"activations": activations, "mask": batch.mask, "documents": batch.documents.int()}
+    return stored if batch.tokens is None else stored | {"tokens": batch.tokens.int()}
+
+
+def _fit(n_bytes: int, window_bytes: Sequence[int], windows_per_shard: int) -> int:
+    """How many windows fit in n_bytes; window_bytes: of one, at each hook point."""
+    left = max(0, n_bytes - ABOUT_BYTES * (len(window_bytes) + 1))
+    headers, window = HEADER_BYTES * len(window_bytes), sum(window_bytes)
+    shards, rest = divmod(left, headers + windows_per_shard * window)
+    return shards * windows_per_shard + max(0, rest - headers) // window
+
+
+def _warn_if_full(paths: Mapping[str, Path], part: Part, window_bytes: int) -> None:
+    folder = next(iter(paths.values()))
+    sizes = zip(part.files(folder), part.sizes(), strict=True)
+    needed = window_bytes * sum(size for file, size in sizes if not file.is_file())
+    there = next(each for each in (folder, *folder.parents) if each.is_dir())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        print(
+            f"{there}: {free / 1e9:.1f} GB are free, and {needed / 1e9:.1f} GB are to be written: the disk will be full "
+            "before that (--max-bytes stores less)",
+            file=sys.stderr,
+        )
