@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,17 @@ import click
 import torch
 
 from csae.cli.options import BOS, DATASET, DEVICE, KEEP_FIRST, LAYER, MODEL, N_CTX, TEXT, device_of, origin_of
-from csae.errors import shown
+from csae.errors import UserError, shown
+
+UNITS = {"": 1, "B": 1} | {
+    f"{letter}{kind}B": base**power
+    for power, letter in enumerate("KMGT", start=1)
+    for kind, base in (("", 1000), ("i", 1024))
+}
 
 
 @click.command()
-@click.option("--out", "-o", type=click.Path(path_type=Path), required=True, help="A new folder.")
+@click.option("--out", "-o", type=click.Path(path_type=Path), help="A new folder, or one where this was cut short.")
 @MODEL
 @LAYER
 @TEXT
@@ -22,14 +29,51 @@ from csae.errors import shown
 @BOS
 @KEEP_FIRST
 @click.option("--max-tokens", type=int, help="Use at most so many tokens of the text.")
+@click.option("--max-bytes", help="Store as many windows as fit in so much, such as 20GB or 500MiB.")
+@click.option("--shuffle", type=int, metavar="SEED", help="Store the windows in an order drawn by this seed.")
+@click.option("--append", is_flag=True, help="Add the windows that are not there yet to a folder that is.")
 @click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), default="float16", show_default=True)
 @DEVICE
+@click.option("--check", type=click.Path(path_type=Path), help="Read a folder and compare its checksums; nothing else.")
 def cache(**options: Any) -> None:
     """Write a language model's activations to a folder of shards, for --activations."""
-    from csae.data.activations import write_cache
+    from csae.data.cache import write_cache
+    from csae.data.shards import check_shards
     from csae.data.sources import open_source
     from csae.progress import track
 
+    out, check = options["out"], options["check"]
+    if (out is None) == (check is None):
+        raise UserError("--out, --check: needed one of them: a folder to write, or one to check")
+    if check is not None:
+        found = check_shards(check, track)
+        print(f"checked: {found.n_windows} windows in {found.n_files} files, {found.n_bytes / 1e9:.2f} GB, as written")
+        if found.unknown:
+            print(f"{len(found.unknown)} of them have no checksum, such as {shown(found.unknown[0])}: they can be read")
+        return
+    max_bytes = None if options["max_bytes"] is None else bytes_of(options["max_bytes"])
     source, _ = open_source(origin_of(options), device_of(options["device"]), track)
-    write_cache(source, options["out"], getattr(torch, options["dtype"]), track)
-    print(f"cached: {source.n_windows} windows of {source.n_ctx} positions in {shown(options['out'])}")
+    did = write_cache(
+        source,
+        out,
+        getattr(torch, options["dtype"]),
+        track,
+        max_bytes=max_bytes,
+        shuffle=options["shuffle"],
+        append=options["append"],
+    )
+    if did.n_left:
+        print(f"--max-bytes {options['max_bytes']}: no room for {did.n_left} of {did.n_left + did.n_added} windows")
+    if options["append"]:
+        print(f"added: {did.n_added} windows")
+    tokens = did.n_windows * source.n_ctx
+    print(f"cached: {did.n_windows} windows of {source.n_ctx} positions, {tokens:,} tokens, in {shown(out)}")
+
+
+def bytes_of(size: str) -> int:
+    """The number of bytes that a text such as "20GB", "1.5 GiB" or "4096" names."""
+    units = {unit.lower(): factor for unit, factor in UNITS.items()}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d{1,2})?)\s*([a-z]*)", size.strip().lower())
+    if not found or found[2] not in units or float(found[1]) <= 0:
+        raise UserError(f"--max-bytes: given {shown(size)}; needed a number of bytes, such as 20GB or 500MiB")
+    return int(float(found[1]) * units[found[2]])

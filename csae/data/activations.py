@@ -192,6 +192,10 @@ class ModelActivations:
                 batches[place] = Batch(acts[place.hook], mask, documents, tokens, acts[place.to])
         return batches
 
+    def tokens(self, window_indices: Sequence[int]) -> Tensor:
+        """The token ids [B, T] of windows, int32, on the CPU; the model doesn't run."""
+        return self.token_windows.tokens[torch.as_tensor(window_indices, dtype=torch.int64)]
+
     def describe(self) -> dict[str, Any]:
         """See `ActivationSource`; of several places, "places" stands for "layer" or "hook"."""
         if not self._sha256:

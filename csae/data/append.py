@@ -50,10 +50,8 @@ class Stored:
 
     def check_begun(self, source: ActivationSource, part: Part, windows: Sequence[int]) -> None:
         """Raises UserError where the part that was cut short is not `part`, of these windows of the source."""
-        if not self.begun:
-            return
-        files = part.files(self.begun[0].parent)
         for file in self.begun:
+            files = part.files(file.parent)
             fits = file in files
             if fits:
                 first = files.index(file) * part.windows_per_shard
@@ -89,8 +87,8 @@ def stored_in(paths: Mapping[str, Path], about: Mapping[str, dict[str, Any]]) ->
     n_whole = min(len(whole) for whole, _ in found.values())
     if not n_whole:
         return Stored()  # the first part is begun, and goes on as without --append
-    later = [file for whole, begun in found.values() for file in sum(whole[n_whole:], begun)]
-    n_bytes = sum(file.stat().st_size for whole, _ in found.values() for file in sum(whole[:n_whole], []))
+    later = [file for whole, begun in found.values() for part in (*whole[n_whole:], begun) for file in part]
+    n_bytes = sum(file.stat().st_size for whole, _ in found.values() for part in whole[:n_whole] for file in part)
     return Stored(found[next(iter(found))][0][:n_whole], later, n_bytes)
 
 

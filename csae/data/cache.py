@@ -52,7 +52,7 @@ def write_cache(
 
     dtype: float16, bfloat16 or float32. max_bytes: of all files together; as many windows are stored as fit. shuffle: a
     seed, which draws the order in which windows are stored, and with max_bytes also which; by default the source's
-    order. append: add to a folder of the same model, hook points and sizes; windows whose tokens are there are left out.
+    order. append: add to a folder of the same model, hook points and sizes; windows whose tokens are there stay out.
 
     Raises UserError where the folder holds something else, the disk is full, or an activation is too large for the
     dtype; Stopped after Ctrl-C.
@@ -145,7 +145,7 @@ def _warn_if_full(paths: Mapping[str, Path], part: Part, window_bytes: int) -> N
     free = shutil.disk_usage(there).free
     if needed > free:
         print(
-            f"{there}: {free / 1e9:.1f} GB are free, and {needed / 1e9:.1f} GB are to be written: the disk will be full "
-            "before that (--max-bytes stores less)",
+            f"{there}: {free / 1e9:.1f} GB are free, and {needed / 1e9:.1f} GB are to be written: the disk will be "
+            "full before that (--max-bytes stores less)",
             file=sys.stderr,
         )

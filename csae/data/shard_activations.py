@@ -10,13 +10,20 @@ import torch
 from torch import Tensor
 
 from csae.data.activations import ActivationSource, Batch, Place, sink_mask
-from csae.data.hook_points import described_place, name_of_layer
 from csae.data.shards import ShardReader, read_places
 from csae.errors import UserError, shown
 from csae.trained_on import RESIDUAL
 
 ANYWHERE = "activations"
 """the hook point of shards that don't say of which they are"""
+
+
+def name_of_layer(layer: int) -> str:
+    return f"resid.out:{layer - 1}"
+
+
+def described_place(place: Place) -> dict[str, Any]:
+    return {"hook": place.hook, "to": place.to}
 
 
 class ShardActivations:
@@ -62,7 +69,9 @@ class ShardActivations:
         for hook in (place.hook, *([] if place.to is None else [place.to])):
             if Place(hook) not in self._sources:
                 there = ", ".join(shown(each.hook) for each in self.places)
-                raise UserError(f"activations {str(self.folder)!r} hold {there}; not {shown(hook)}: give another folder")
+                raise UserError(
+                    f"activations {str(self.folder)!r} hold {there}; not {shown(hook)}: give another folder"
+                )
         if place.to is None:
             return self._sources[place]
         return _Pair(self._sources[Place(place.hook)], self._sources[Place(place.to)], place)

@@ -96,6 +96,9 @@ def claimed(folder: Path) -> Iterator[None]:
             stack.callback(os.close, opened)
             lock(opened, folder, "writing these activations")
         _remove_half_written(folder)
+        for inside in folder.iterdir():  # a hook point's, it may be
+            if inside.is_dir() and not inside.is_symlink():
+                _remove_half_written(inside)
         unlock = stack.pop_all()
     with unlock:
         try:
@@ -122,7 +125,6 @@ def write_folders(
         made = [folder / name for name in about if not (folder / name / ABOUT_FILE).is_file()]
         for name, said in about.items():
             (folder / name).mkdir(exist_ok=True)
-            _remove_half_written(folder / name)
             if folder / name in made:
                 write_json(folder / name / ABOUT_FILE, said)
     try:
@@ -149,7 +151,9 @@ def write_part(folders: Mapping[str, Path], read: Read, part: Part, progress: Pr
             for number, shard in zip(missing, _shards(read, missing, part, progress), strict=True):
                 if written is not None:
                     written.result()
-                written = writer.submit(_write, {folders[name]: tensors for name, tensors in shard.items()}, part, number)
+                written = writer.submit(
+                    _write, {folders[name]: tensors for name, tensors in shard.items()}, part, number
+                )
             if written is not None:
                 written.result()
     except BaseException as error:
@@ -220,7 +224,11 @@ def check_about(folder: Path, about: dict[str, Any], but: Sequence[str] = ()) ->
     differing = sorted(name for name in names if earlier.get(name) != now.get(name))
     if differing:
         changes = ", ".join(f"{name}: {earlier.get(name)!r}, now {now.get(name)!r}" for name in differing)
-        how = ANOTHER if but or set(differing) - {"n_windows", "windows_sha256"} else f"--append adds to a folder that is whole; else {ANOTHER}"
+        how = (
+            ANOTHER
+            if but or set(differing) - {"n_windows", "windows_sha256"}
+            else f"--append adds to a folder that is whole; else {ANOTHER}"
+        )
         raise UserError(f"activations {str(folder)!r} is not empty, it holds others ({changes}); {how}")
 
 
