@@ -27,13 +27,13 @@ from csae.contextual_sae import ContextualSAE
 from csae.data.activations import (
     ActivationSource,
     ModelActivations,
-    ShardActivations,
     estimate_normalisation,
     held_out,
-    write_cache,
 )
+from csae.data.cache import write_cache
 from csae.data.language_model import LanguageModel
 from csae.data.loading import smollm2
+from csae.data.shard_activations import ShardActivations
 from csae.data.shards import ABOUT_FILE
 from csae.data.text import beginning, python_prose, read_documents, tokenize
 from csae.errors import UserError, shown

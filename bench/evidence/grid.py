@@ -26,12 +26,12 @@ from csae.contextual_sae import ContextualSAE
 from csae.data.activations import (
     ActivationSource,
     ModelActivations,
-    ShardActivations,
     estimate_normalisation,
     held_out,
-    write_cache,
 )
+from csae.data.cache import write_cache
 from csae.data.language_model import LanguageModel
+from csae.data.shard_activations import ShardActivations
 from csae.demo import wide_as
 from csae.evaluate import evaluate
 from csae.files import write_json

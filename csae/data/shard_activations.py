@@ -10,20 +10,13 @@ import torch
 from torch import Tensor
 
 from csae.data.activations import ActivationSource, Batch, Place, sink_mask
+from csae.data.hook_points import described_place, name_of_layer
 from csae.data.shards import ShardReader, read_places
 from csae.errors import UserError, shown
 from csae.trained_on import RESIDUAL
 
 ANYWHERE = "activations"
 """the hook point of shards that don't say of which they are"""
-
-
-def name_of_layer(layer: int) -> str:
-    return f"resid.out:{layer - 1}"
-
-
-def described_place(place: Place) -> dict[str, Any]:
-    return {"hook": place.hook, "to": place.to}
 
 
 class ShardActivations:
@@ -98,7 +91,7 @@ class ShardActivations:
         about = next(iter(self._sources.values())).describe()
         for name in ("layer", "hook", "d_in"):
             about.pop(name, None)
-        return about | {"places": [place.hook for place in self.places], "folder": str(self.folder)}
+        return about | {"places": [described_place(place) for place in self.places], "folder": str(self.folder)}
 
     def _only(self) -> _OnePlace:
         if len(self._sources) > 1:

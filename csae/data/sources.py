@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from csae.data.activations import ActivationSource, ModelActivations, ShardActivations
+from csae.data.activations import ActivationSource, ModelActivations
 from csae.data.language_model import LanguageModel
+from csae.data.shard_activations import ShardActivations
 from csae.data.text import TokenWindows, beginning, load_token_dataset, read_documents, tokenize
 from csae.errors import UserError, shown
 from csae.progress import Progress, quiet
