@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,33 +52,44 @@ class RowTokens:
 
     def __call__(self, chunk: Chunk) -> Tokenized:
         documents: list[tuple[np.ndarray, np.ndarray | None]] = []
-        bad: list[str] = []
-        texts: list[str] = []
-        places: list[str] = []
-        for number, row in enumerate(chunk.rows):
-            if isinstance(row, bytes) and not row.strip():
-                continue
-            place = chunk.place(number)
-            try:
-                found = _columns(row)
-                if self.tokenizer is None:
-                    missing = [column for column in self.columns if column not in found]
+        if self.tokenizer is None:
+            bad: list[str] = []
+            for place, found in _readable(chunk, bad):
+                missing = [column for column in self.columns if column not in found]
+                try:
                     if missing:
                         raise UserError(f"it has no {missing[0]}")
                     documents.append(tokens_of_row(found, "it", self.n_vocab))
-                elif (text := self._text(found)).strip():
-                    texts.append(text)
-                    places.append(place)
-            except UserError as error:
-                bad.append(f"{place}: {error}")
-        if texts:
-            documents += [(ids, None) for ids in self._tokenize(texts, places, bad)]
+                except UserError as error:
+                    bad.append(f"{place}: {error}")
+        else:
+            placed, bad = self._texts(chunk)
+            documents += [(ids, None) for ids in self._tokenize(placed, bad)]
         special = None
         if any(marks is not None for _, marks in documents):
             special = np.concatenate([np.zeros(len(ids), bool) if marks is None else marks for ids, marks in documents])
         tokens = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in documents)])
         lengths = [len(ids) for ids, _ in documents]
         return Tokenized(tokens, lengths, special, len(chunk.rows), bad, chunk.goes_on, chunk.after)
+
+    def texts(self, chunk: Chunk) -> tuple[list[str], list[str]]:
+        """The texts of a chunk of rows, and a line for each row that has none."""
+        placed, bad = self._texts(chunk)
+        return [text for _, text in placed], bad
+
+    def _texts(self, chunk: Chunk) -> tuple[list[tuple[str, str]], list[str]]:
+        """The same, each text with its place. Blank ones are left out."""
+        placed: list[tuple[str, str]] = []
+        bad: list[str] = []
+        for place, found in _readable(chunk, bad):
+            try:
+                text = self._text(found)
+            except UserError as error:
+                bad.append(f"{place}: {error}")
+                continue
+            if text.strip():
+                placed.append((place, text))
+        return placed, bad
 
     def _text(self, row: dict[str, Any]) -> str:
         """The text of a row. Raises UserError where it has none."""
@@ -95,12 +106,12 @@ class RowTokens:
             raise UserError(f"{column} is {shown_row(value)}; needed a text")
         return value
 
-    def _tokenize(self, texts: list[str], places: list[str], bad: list[str]) -> list[np.ndarray]:
+    def _tokenize(self, placed: list[tuple[str, str]], bad: list[str]) -> list[np.ndarray]:
         try:
-            return self._ids(texts)
+            return self._ids([text for _, text in placed])
         except Exception:  # of a foreign class: find the text that it does not take
             found = []
-            for text, place in zip(texts, places, strict=True):
+            for place, text in placed:
                 try:
                     found += self._ids([text])
                 except Exception as error:
@@ -108,9 +119,34 @@ class RowTokens:
             return found
 
     def _ids(self, texts: list[str]) -> list[np.ndarray]:
+        if not texts:
+            return []
         # verbose=False: a document longer than the model's context is no reason to warn, it is cut in windows.
         lists: Sequence[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)[IDS]  # type: ignore[misc]
         return [np.asarray(ids, dtype=np.int32) for ids in lists]
+
+
+def tell_left_out(line: str, count: int, say: Callable[[str], None]) -> None:
+    """Tell of a row that was left out, the count-th: of the first ten, then each time that they are ten times as many.
+
+    line: where it is, and why it was left out.
+    """
+    if count < 10:
+        say(f"{line}: left out")
+    elif str(count).strip("0") == "1":
+        say(f"{line}: left out, one of {count:,} so far")
+
+
+def _readable(chunk: Chunk, bad: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The place and the columns of each row of a chunk; blank lines are left out. Others get a line in `bad`."""
+    for number, row in enumerate(chunk.rows):
+        if isinstance(row, bytes) and not row.strip():
+            continue
+        place = chunk.place(number)
+        try:
+            yield place, _columns(row)
+        except UserError as error:
+            bad.append(f"{place}: {error}")
 
 
 def _columns(row: Any) -> dict[str, Any]:

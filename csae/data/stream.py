@@ -20,14 +20,13 @@ from torch import Tensor
 
 from csae.data.packing import Packing, Text, TokenWindows
 from csae.data.retrying import read_on
-from csae.data.row_tokens import RowTokens, Tokenized
+from csae.data.row_tokens import RowTokens, Tokenized, tell_left_out
 from csae.data.rows import Rows
 from csae.data.shuffling import WindowBuffer
 from csae.data.workers import in_order
 from csae.errors import UserError
 
 SHUFFLED = 1024
-TOLD = 10  # rows left out that are told one by one; then each time that there are ten times as many
 HOPELESS = 1000  # rows without one that can be used
 PARTS = Text._fields
 
@@ -136,6 +135,14 @@ class TokenStream:
             raise UserError(f"{self.rows.name}: the state in the checkpoint is not of this stream ({error})") from error
         self._buffer, self._ready = buffer, texts["ready"]
 
+    def again(self, state: dict[str, Tensor] | None = None) -> TokenStream:
+        """Another stream of the same windows, from a state on, or from the beginning."""
+        how = {"held_out": self.held_out, "shuffle": self.shuffle, "seed": self.seed, "workers": self.workers}
+        other = TokenStream(self.rows, self.to_tokens, self.n_ctx, self.begin, say=self.say, **how)
+        if state is not None:
+            other.restore(state)
+        return other
+
     def close(self) -> None:
         """Stop reading ahead; the processes end. The stream can go on nevertheless."""
         if self._work is not None:
@@ -150,7 +157,6 @@ class TokenStream:
             **({"chat": True} if self.to_tokens.chat else {}),
             "shuffle": self.shuffle,
             "shuffle_seed": self.seed,
-            "held_out_windows": self.held_out,
             **self.rows.describe(),
         }
 
@@ -216,9 +222,7 @@ class TokenStream:
             return  # all of it was told
         for line in found.bad:
             counts["bad_rows"] += 1
-            bad = counts["bad_rows"]
-            if bad <= TOLD or (bad % TOLD == 0 and set(str(bad)[1:]) == {"0"} and str(bad)[0] == "1"):
-                self.say(f"{line}: left out" + ("" if bad < TOLD else f", one of {bad:,} so far"))
+            tell_left_out(line, counts["bad_rows"], self.say)
         if counts["useless"] >= HOPELESS and found.bad:
             raise UserError(
                 f"{found.bad[-1]}; none of the last {counts['useless']:,} rows can be used: check the data set"

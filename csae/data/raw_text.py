@@ -1,0 +1,147 @@
+"""Data sets of text, by the description of where activations come from (`csae.data.sources`): read whole, or streamed.
+
+Of that description, they take "dataset", "n_ctx", "bos", "text_column", "chat" and "max_tokens"; of a stream, "stream",
+true, "held_out_windows", how many windows at its beginning are not trained on, "shuffle" and "shuffle_seed".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from csae.data.activations import ModelActivations
+from csae.data.language_model import LanguageModel
+from csae.data.packing import TokenWindows
+from csae.data.retrying import read_on
+from csae.data.row_tokens import RowTokens, choose_columns, tell_left_out
+from csae.data.rows import open_rows
+from csae.data.stream import SHUFFLED, TokenStream, say_on_stderr
+from csae.data.stream_batches import StreamBatches
+from csae.data.text import beginning, load_token_dataset, tokenize
+from csae.data.token_rows import IDS
+from csae.errors import UserError
+from csae.progress import Progress, quiet
+
+CHARACTERS = 6  # a token has fewer, as a rule
+MEASURED = 64  # windows of a stream from which the normalisation is estimated
+MOST_HELD_OUT = 512  # windows of a stream
+STREAM = ("stream", "held_out_windows", "shuffle", "shuffle_seed")
+READING = ("text_column", "chat", *STREAM)
+"""what of the description says how a data set is read, beside its name"""
+
+
+def is_text(origin: dict[str, Any]) -> bool:
+    """Whether a data set holds text, to be tokenized. Raises UserError where it holds neither text nor token ids."""
+    rows = open_rows(origin["dataset"])
+    return choose_columns(rows.name, rows.columns, origin.get("text_column"), bool(origin.get("chat")))[0] != IDS
+
+
+def held_out_of_stream(share: float, tokens: int, n_ctx: int) -> int:
+    """How many windows a stream holds out: a share of those to train on, at most 512."""
+    return min(MOST_HELD_OUT, max(1, round(share * tokens / n_ctx)))
+
+
+def open_stream(
+    origin: dict[str, Any], lm: LanguageModel, workers: int = 1, say: Callable[[str], None] = say_on_stderr
+) -> TokenStream:
+    """The stream that `origin` describes. Raises UserError where it can't be opened."""
+    rows = open_rows(origin["dataset"])
+    chat = bool(origin.get("chat"))
+    columns = choose_columns(rows.name, rows.columns, origin.get("text_column"), chat)
+    return TokenStream(
+        rows,
+        RowTokens(lm.tokenizer, columns, chat, lm.n_vocab),
+        origin["n_ctx"],
+        beginning(lm.tokenizer, origin.get("bos", False), lm.n_vocab),
+        origin.get("held_out_windows", 0),
+        origin.get("shuffle", SHUFFLED),
+        origin.get("shuffle_seed", 0),
+        workers,
+        say,
+    )
+
+
+def open_stream_batches(
+    origin: dict[str, Any], held_out: ModelActivations, batch_windows: int, workers: int = 1
+) -> tuple[StreamBatches, ModelActivations]:
+    """The batches of the stream that `origin` describes, and a source of its first windows, to measure them.
+
+    held_out: what `csae.data.sources.open_source` gives for it.
+    """
+    stream = open_stream(origin, held_out.lm, workers)
+    tokens, documents, special, begin = stream.first(stream.held_out + MEASURED)
+    if len(tokens) <= stream.held_out:
+        raise UserError(
+            f"{stream.rows.name} fills {len(tokens)} windows of {stream.n_ctx}: too few for {stream.held_out} to hold "
+            "out and one to train on: give more text, or a lower --n-ctx"
+        )
+    rest = slice(stream.held_out, None)
+    first = TokenWindows(tokens[rest], documents[rest], None if special is None else special[rest], begin)
+    source = ModelActivations(held_out.lm, held_out.places, first, held_out.batch_size, held_out.keep_first)
+    return StreamBatches(stream, held_out, batch_windows), source
+
+
+def windows_of_dataset(
+    origin: dict[str, Any], lm: LanguageModel, begin: Sequence[int], progress: Progress = quiet
+) -> TokenWindows:
+    """The windows of a data set: all, or those that a stream holds out."""
+    if origin.get("stream"):
+        n = origin.get("held_out_windows")
+        if not n:
+            raise UserError("held_out_windows: not given with a stream; needed how many windows it holds out")
+        return open_stream(origin, lm).first(n)
+    if not is_text(origin):
+        return load_token_dataset(
+            origin["dataset"], origin["n_ctx"], origin.get("max_tokens"), begin=begin, n_vocab=lm.n_vocab
+        )
+    texts, max_tokens = _texts(origin, lm), origin.get("max_tokens")
+    documents: list[str] = []
+    characters = 0
+    wanted = None if max_tokens is None else CHARACTERS * max_tokens
+    while True:
+        more = _up_to(texts, None if wanted is None else wanted - characters)
+        documents += more
+        characters += sum(map(len, more))
+        windows = tokenize(documents, lm.tokenizer, origin["n_ctx"], max_tokens, progress=progress, begin=begin)
+        of_text = windows.tokens.numel() - len(begin) * len(windows.tokens)
+        if max_tokens is None or not more or of_text + origin["n_ctx"] > max_tokens:
+            return windows
+        wanted = 2 * characters
+
+
+def _texts(origin: dict[str, Any], lm: LanguageModel) -> Iterator[str]:
+    """The texts of a data set, one after another."""
+    rows = open_rows(origin["dataset"])
+    chat = bool(origin.get("chat"))
+    columns = choose_columns(rows.name, rows.columns, origin.get("text_column"), chat)
+    to_tokens = RowTokens(lm.tokenizer, columns, chat)
+    document = ""
+    left_out = 0
+    for chunk in read_on(rows, {}, columns, say_on_stderr):
+        texts, bad = to_tokens.texts(chunk)
+        for line in bad:
+            left_out += 1
+            tell_left_out(line, left_out, say_on_stderr)
+        if not chunk.goes_on and document:
+            yield document
+            document = ""
+        for number, text in enumerate(texts):
+            if number and document:
+                yield document
+                document = ""
+            document += text
+    if document:
+        yield document
+
+
+def _up_to(texts: Iterator[str], characters: int | None) -> list[str]:
+    """The next texts, until they have so many characters."""
+    found: list[str] = []
+    n = 0
+    while characters is None or n < characters:
+        text = next(texts, None)
+        if text is None:
+            break
+        found.append(text)
+        n += len(text)
+    return found
