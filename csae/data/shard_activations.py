@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from csae.data.activations import ActivationSource, Batch, Place, sink_mask
+from csae.data.activations import Batch, Place, sink_mask
 from csae.data.hook_points import described_place, name_of_layer
 from csae.data.shards import ShardReader, read_places
 from csae.errors import UserError, shown
@@ -23,25 +24,29 @@ class ShardActivations:
     """Activations in a folder of shards, of one hook point or of several.
 
     A file without `documents` has one document a window. A file without `mask` gets that of sink_mask, with keep_first
-    as given, or as activations.json says. Of a stored mask, positions whose activations are all zero are left out.
+    as given, or as activations.json says. Of a stored mask, positions whose activations are all zero are left out. A
+    transcoder's mask is that of both its hook points.
 
-    places: the hook points that the folder holds; any pair of them is also that of a transcoder. d_in, d_out and `read`
-    are there where it holds one.
+    places: those that are read, by default each hook point in the folder. Where there is one, `read` and the widths
+    d_in and d_out are of it.
     """
 
-    def __init__(self, folder: str | Path, keep_first: bool = False) -> None:
-        """Raises UserError where the folder or a file in it is not as the format wants it."""
+    def __init__(self, folder: str | Path, keep_first: bool = False, places: Sequence[Place] | None = None) -> None:
+        """Raises UserError where the folder or a file in it is not as the format wants it, or has no such place."""
         self.folder = Path(folder)
-        inside = read_places(folder)
-        if not inside:
-            one = _OnePlace(self.folder, keep_first)
-            self._sources = {Place(one.hook): one}
+        inside = {hook: self.folder / name for hook, name in read_places(folder).items()}
+        if inside:
+            needed = [hook for hook in inside if places is None or any(hook in place for place in places)]
+            self._hooks = {hook: _OneHook(inside[hook], keep_first) for hook in needed}
         else:
-            self._sources = {Place(hook): _OnePlace(self.folder / name, keep_first) for hook, name in inside.items()}
-        self.places = tuple(self._sources)
-        first = next(iter(self._sources.values()))
+            one = _OneHook(self.folder, keep_first)
+            self._hooks = {one.hook: one}
+        self.places = tuple(map(Place, self._hooks)) if places is None else tuple(places)
+        for place in self.places:
+            self._check(place, inside or self._hooks)
+        first = next(iter(self._hooks.values()))
         self.n_windows, self.n_ctx, self.keep_first = first.n_windows, first.n_ctx, first.keep_first
-        for one in self._sources.values():
+        for one in self._hooks.values():
             same = one.about.get("windows_sha256") == first.about.get("windows_sha256")
             if (one.n_windows, one.n_ctx) != (first.n_windows, first.n_ctx) or not same:
                 raise UserError(
@@ -51,57 +56,78 @@ class ShardActivations:
 
     @property
     def d_in(self) -> int:
-        return self._only().d_in
+        """The width of the activations. Raises UserError where there are several places."""
+        return self._hooks[self._place().hook].d_in
 
     @property
     def d_out(self) -> int:
-        return self._only().d_in
+        """The width of a transcoder's target; else d_in. Raises UserError where there are several places."""
+        place = self._place()
+        return self._hooks[place.to or place.hook].d_in
 
-    def at(self, place: Place) -> ActivationSource:
-        """What a hook point of the folder holds, or a pair of them for a transcoder. Raises UserError for others."""
-        for hook in (place.hook, *([] if place.to is None else [place.to])):
-            if Place(hook) not in self._sources:
-                there = ", ".join(shown(each.hook) for each in self.places)
-                raise UserError(
-                    f"activations {str(self.folder)!r} hold {there}; not {shown(hook)}: give another folder"
-                )
-        if place.to is None:
-            return self._sources[place]
-        return _Pair(self._sources[Place(place.hook)], self._sources[Place(place.to)], place)
+    def at(self, place: Place) -> ShardActivations:
+        """One place: a hook point that is read, or two of them for a transcoder. Raises UserError for others."""
+        self._check(place, self._hooks)
+        one = copy(self)
+        one.places = (place,)
+        return one
 
     def read(self, window_indices: Sequence[int]) -> Batch:
-        return self._only().read(window_indices)
+        """Windows of the only place, see `ActivationSource`. Raises UserError where there are several places."""
+        return self.read_all(window_indices)[self._place()]
 
     def read_all(self, window_indices: Sequence[int]) -> dict[Place, Batch]:
         """The same windows at each place."""
-        return {place: source.read(window_indices) for place, source in self._sources.items()}
+        indices = [int(window) for window in window_indices]
+        self.prefetch(indices)
+        read = {hook: self._hooks[hook].read(indices) for hook in self._read_hooks()}
+        batches = {}
+        for place in self.places:
+            batches[place] = given = read[place.hook]
+            if place.to is not None:
+                wanted = read[place.to]
+                batches[place] = given._replace(mask=given.mask & wanted.mask, target=wanted.acts)
+        return batches
 
     def prefetch(self, window_indices: Sequence[int]) -> None:
         """Has the system read windows that are needed soon, and doesn't wait for them."""
-        for source in self._sources.values():
-            source.prefetch(window_indices)
+        indices = [int(window) for window in window_indices]
+        for hook in self._read_hooks():
+            self._hooks[hook].prefetch(indices)
 
     def tokens(self, window_indices: Sequence[int]) -> Tensor | None:
         """The token ids [B, T] of windows; None where not all files hold them."""
-        return next(iter(self._sources.values())).tokens(window_indices)
+        return self._hooks[self.places[0].hook].tokens(window_indices)
 
     def describe(self) -> dict[str, Any]:
-        if len(self._sources) == 1:
-            return self._only().describe()
-        about = next(iter(self._sources.values())).describe()
-        for name in ("layer", "hook", "d_in"):
-            about.pop(name, None)
-        return about | {"places": [described_place(place) for place in self.places], "folder": str(self.folder)}
+        """See `ActivationSource`. One hook point is described as its folder alone would be."""
+        about = self._hooks[self.places[0].hook].describe()
+        if self.places[0].to is None and len(self.places) == 1:
+            return about
+        about = {name: value for name, value in about.items() if name not in ("layer", "hook", "d_in")}
+        about["folder"] = str(self.folder)
+        if len(self.places) > 1:
+            return about | {"places": [described_place(place) for place in self.places]}
+        return about | described_place(self.places[0]) | {"d_in": self.d_in, "d_out": self.d_out}
 
-    def _only(self) -> _OnePlace:
-        if len(self._sources) > 1:
-            there = ", ".join(shown(place.hook) for place in self.places)
+    def _read_hooks(self) -> list[str]:
+        return list(dict.fromkeys(hook for place in self.places for hook in place if hook is not None))
+
+    def _place(self) -> Place:
+        if len(self.places) > 1:
+            there = ", ".join(shown(place) for place in self.places)
             raise UserError(f"activations {str(self.folder)!r} hold {there}; needed one: name it, or give its folder")
-        return next(iter(self._sources.values()))
+        return self.places[0]
+
+    def _check(self, place: Place, there: Iterable[str]) -> None:
+        for hook in place:
+            if hook is not None and hook not in there:
+                hold = ", ".join(map(shown, there))
+                raise UserError(f"activations {str(self.folder)!r} hold {hold}; not {shown(hook)}: give another folder")
 
 
-class _OnePlace:
-    """A folder of shards: an ActivationSource."""
+class _OneHook:
+    """A folder of shards."""
 
     def __init__(self, folder: Path, keep_first: bool) -> None:
         self._reader = ShardReader(folder)
@@ -115,7 +141,6 @@ class _OnePlace:
         self.keep_first = keep_first or kept
         self.folder = folder
         self.n_windows, self.n_ctx, self.d_in = self._reader.n_windows, self._reader.n_ctx, self._reader.d_in
-        self.d_out = self.d_in
 
     @property
     def hook(self) -> str:
@@ -124,11 +149,9 @@ class _OnePlace:
             return hook
         return name_of_layer(layer) if isinstance(layer, int) and layer >= 1 else ANYWHERE
 
-    def read(self, window_indices: Sequence[int]) -> Batch:
-        indices = [int(window) for window in window_indices]
+    def read(self, indices: Sequence[int]) -> Batch:
         windows = [self._reader.read(window) for window in indices]  # nothing is read from the disk yet
         acts = torch.empty(len(windows), self.n_ctx, self.d_in)
-        self._reader.prefetch(indices)
         for row in sorted(range(len(indices)), key=indices.__getitem__):
             acts[row] = windows[row].activations
         largest = acts.abs().amax(dim=-1)  # NaN where there is one
@@ -153,8 +176,8 @@ class _OnePlace:
                 tokens[row] = window.tokens
         return Batch(acts, mask, documents, tokens)
 
-    def prefetch(self, window_indices: Sequence[int]) -> None:
-        self._reader.prefetch([int(window) for window in window_indices])
+    def prefetch(self, indices: Sequence[int]) -> None:
+        self._reader.prefetch(indices)
 
     def tokens(self, window_indices: Sequence[int]) -> Tensor | None:
         if not self._reader.has_tokens:
@@ -171,26 +194,3 @@ class _OnePlace:
             "dtype": str(self._reader.dtype).removeprefix("torch."),
             **({"keep_first": True} if self.keep_first else {}),
         }
-
-
-class _Pair:
-    """What a transcoder reads and what it predicts: an ActivationSource with a target."""
-
-    def __init__(self, given: _OnePlace, wanted: _OnePlace, place: Place) -> None:
-        self._given, self._wanted, self._place = given, wanted, place
-        self.n_windows, self.n_ctx, self.d_in, self.d_out = given.n_windows, given.n_ctx, given.d_in, wanted.d_in
-
-    def read(self, window_indices: Sequence[int]) -> Batch:
-        given, wanted = self._given.read(window_indices), self._wanted.read(window_indices)
-        return given._replace(mask=given.mask & wanted.mask, target=wanted.acts)
-
-    def prefetch(self, window_indices: Sequence[int]) -> None:
-        self._given.prefetch(window_indices)
-        self._wanted.prefetch(window_indices)
-
-    def tokens(self, window_indices: Sequence[int]) -> Tensor | None:
-        return self._given.tokens(window_indices)
-
-    def describe(self) -> dict[str, Any]:
-        about = {name: value for name, value in self._given.describe().items() if name not in ("layer", "hook")}
-        return about | described_place(self._place) | {"d_out": self.d_out}

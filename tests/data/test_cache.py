@@ -126,6 +126,15 @@ def test_a_transcoder_reads_two_hook_points(tmp_path: Path) -> None:
     assert torch.equal(batch.mask, given.mask & wanted.mask)
     assert json.loads(json.dumps(pair.describe())) == pair.describe()
     assert pair.describe()["to"] == "mlp.out:1"
+    places = (place, Place("mlp.out:1"))
+    several = ShardActivations(tmp_path, places=places)
+    assert several.places == places
+    assert several.tokens([3]).shape == (1, T)
+    read = several.read_all([3, 4])
+    assert all(torch.equal(one, other) for one, other in zip(read[place], batch, strict=True))
+    assert torch.equal(read[places[1]].mask, wanted.mask)
+    assert read[places[1]].target is None
+    assert several.at(place).describe() == pair.describe()
 
 
 def test_a_hook_point_that_is_not_there(tmp_path: Path) -> None:
@@ -135,6 +144,8 @@ def test_a_hook_point_that_is_not_there(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"hold resid\.out:1, mlp\.out:1, .*; not mlp\.in:1: give another") as error:
             cache.at(place)
         one_line(error)
+    with pytest.raises(UserError, match=r"not mlp\.in:1: give another"):
+        ShardActivations(tmp_path, places=[Place("mlp.in:1")])
     for one in (lambda: cache.read([0]), lambda: cache.d_in):
         with pytest.raises(UserError, match="needed one: name it"):
             one()
@@ -293,7 +304,7 @@ def test_more_of_the_same_text_and_another_text(tmp_path: Path, places) -> None:
     assert all(now[name] == content for name, content in first.items() if name.endswith(".safetensors"))
     cache = ShardActivations(tmp_path)
     for place in cache.places:
-        about = json.loads((cache.at(place)._reader.folder / "activations.json").read_text())
+        about = json.loads((Path(cache.at(place).describe()["folder"]) / "activations.json").read_text())
         assert about["n_windows"] == 9
         table = Source(list(range(100)), places=places).read_all([10, 80, 90])
         got = cache.at(place).read([0, 7, 8])
