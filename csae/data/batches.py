@@ -14,6 +14,7 @@ from csae.errors import UserError
 
 SOMEWHERE = Place("activations")
 """the place of a source that has one and does not name it"""
+AHEAD = 4  # batches: a source on the disk is told so long before what will be read
 
 
 class Step(NamedTuple):
@@ -68,9 +69,11 @@ class IndexedBatches:
 
     def start(self, step: int, state: dict[str, Tensor] | None = None) -> Iterator[Step]:
         of_epoch = len(self.windows) // self.config.batch_windows
+        prefetch = getattr(self.source, "prefetch", lambda windows: None)
         for epoch in itertools.count(step // of_epoch):
             order = window_order(len(self.windows), self.config.seed, epoch)
             for place in range(step - epoch * of_epoch, of_epoch):
+                prefetch(_chosen(self.windows, order, place + AHEAD, self.config))
                 chosen = _chosen(self.windows, order, place, self.config)
                 where = f"windows {', '.join(map(str, chosen[:8]))}{', ...' if len(chosen) > 8 else ''}"
                 yield Step(self._read(chosen), None, where)
