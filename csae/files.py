@@ -97,6 +97,14 @@ def check_writable(path: Path) -> None:
         trial.unlink()
 
 
+def check_new(folder: Path) -> None:
+    """Raises UserError unless a folder is not there, or empty."""
+    folder = Path(folder)
+    with reading(folder):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder}: not empty: give a new folder")
+
+
 def write_with_config(
     folder: Path, weights: str, save: Callable[[Path], object], config: str, content: dict[str, Any]
 ) -> None:

@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from csae.checkpoint import load_sae
 from csae.errors import UserError, first_line
 from csae.evaluate import EVAL
-from csae.files import read_json, write_file, writing
+from csae.files import check_new, read_json, write_file, writing
 from csae.model_card import model_card
 from csae.run import read_run
 from csae.saving import CARD, CONFIG, WEIGHTS, is_our_card
@@ -34,8 +34,7 @@ def write_folder(run: Path | str, repo_id: str, folder: Path | str) -> list[str]
         raise UserError(f"{run}: no such folder; needed that of a run or of a saved SAE")
     if not (run / CONFIG).is_file() or not (run / WEIGHTS).is_file():
         raise UserError(f"{run}: no trained SAE here ({CONFIG} and {WEIGHTS} are needed): train it to the end first")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: not empty; give a new folder")
+    check_new(folder)
     sae, job = load_sae(run), read_run(run)
     figures = read_json(run / EVAL) if (run / EVAL).is_file() else {}
     sae.save_pretrained(folder)

@@ -27,6 +27,7 @@ from csae.cli.cache import cache
 from csae.cli.demo import demo
 from csae.cli.evaluate import evaluate
 from csae.cli.evidence import evidence
+from csae.cli.export import export
 from csae.cli.features import features
 from csae.cli.info import info
 from csae.cli.push import push
@@ -42,5 +43,5 @@ def cli() -> None:
     """Train sparse autoencoders fast; and the contextual one, which encodes only what is new."""
 
 
-for command in (demo, train, evaluate, features, view, cache, push, info, bench, evidence):
+for command in (demo, train, evaluate, features, view, cache, export, push, info, bench, evidence):
     cli.add_command(command)

@@ -1,0 +1,37 @@
+"""`csae export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from csae.cli.options import ACTIVATIONS, DATASET, DEVICE, MODEL, TEXT, device_of, given_of
+from csae.errors import shown
+
+TARGETS = ("sae_lens", "sparsify", "dictionary_learning", "neuronpedia", "delphi")
+
+
+@click.command()
+@click.argument("run")
+@click.option("--to", type=click.Choice(TARGETS), required=True, help="Which library.")
+@click.option("--out", "-o", type=click.Path(path_type=Path), required=True, help="A new folder.")
+@MODEL
+@TEXT
+@DATASET
+@ACTIVATIONS
+@click.option("--n-ctx", type=int, help="Positions a window; as trained if not given.")
+@click.option("--windows", type=int, default=1024, show_default=True, help="Windows of text, at most.")
+@DEVICE
+def export(run: str, to: str, out: Path, windows: int, **options: Any) -> None:
+    """Write a trained SAE as another library takes it: its weights, or its feature activations on a text.
+
+    sae_lens, sparsify, dictionary_learning: the weights. neuronpedia: dashboards, for its importer. delphi: its latent
+    cache. Model, layer and text are those of the run if not given.
+    """
+    from csae.export import export as export_run
+    from csae.progress import track
+
+    for path in export_run(run, to, out, given_of(options), windows, device_of(options["device"]), track):
+        print(f"written: {shown(path)}")

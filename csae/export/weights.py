@@ -1,0 +1,45 @@
+"""The weights of an SAE in another library's files (`csae.interop`), at the place that the run says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from csae import interop
+from csae.contextual_sae import ContextualSAE
+from csae.data.hook_points import layer_of
+from csae.data.language_model import LanguageModel
+from csae.errors import UserError
+from csae.export.places import for_dictionary_learning, for_sae_lens, hook_of, module_path, needed_hook
+from csae.files import check_new
+from csae.sae import SAE
+
+LIBRARIES = interop.LIBRARIES
+
+
+def export_weights(sae: SAE, to: str, folder: Path, model: Callable[[], LanguageModel]) -> Path:
+    """Writes a folder that the library's own loader reads, and gives it. `model` is called where its names are needed.
+
+    Raises UserError where the library can't express the SAE.
+    """
+    if isinstance(sae, ContextualSAE) and to != "sae_lens":
+        raise UserError(
+            f"--to {to}: it runs each token by itself, and this SAE looks back: what it carries would be lost; "
+            "export it to sae_lens, or its feature activations to neuronpedia or delphi"
+        )
+    if to == "sparsify":
+        point = model().hook(needed_hook(sae))
+        if point.side == "in":
+            raise UserError(f"--to sparsify: it reads what a module gives, and {point.name} is what one is given")
+        folder = folder / module_path(model(), point)
+        check_new(folder)
+        interop.save(to, sae, folder)
+        return folder
+    check_new(folder)
+    hook, metadata = hook_of(sae), {}
+    if hook is not None and to == "dictionary_learning":
+        metadata = for_dictionary_learning(hook)
+    elif hook is not None and layer_of(hook) is None:
+        metadata = for_sae_lens(model(), hook)
+    interop.save(to, sae, folder, metadata, elsewhere=True)  # the place is the run's own, in other words
+    return folder
