@@ -10,6 +10,10 @@ TORCH = torch==2.13.0
 # Not in constraints.txt: torch with CUDA brings its own. Beside a CPU build this one is interpreted and compiled for
 # GPUs that needn't be here: the oldest that is supported.
 TRITON = triton==3.6.0
+# These ask for versions that clash with the rest, or for vllm: they are installed without what they ask for, and with
+# what is used of it.
+PEERS_ALONE = 'sae-bench==0.6.0' 'sae-dashboard==0.8.*' 'eai-delphi==0.1.*'
+PEERS_ALONE_NEED = 'eindex-callum==0.1.*' 'dataclasses-json==0.6.*' asyncer blobfile faiss-cpu orjson sentence-transformers
 PEERS_PACKAGES = 'sae-lens==6.54.*' 'eai-sparsify==1.3.*' 'dictionary-learning==0.1.*' 'pytest>=8' tabulate
 
 # A process a core, each with one thread: tests of threads ask for theirs.
@@ -60,7 +64,8 @@ bench-peers: $(peers_ready)
 
 # What works with those libraries, tested with them.
 test-peers: $(peers_ready)
-	$(peers_bin)/python -m pytest tests/patches tests/interop tests/test_readme.py -k 'not make'
+	$(peers_bin)/python -m pytest -m 'slow or not slow' tests/test_logs.py
+	$(peers_bin)/python -m pytest tests/patches tests/interop tests/export tests/test_readme.py -k 'not make'
 
 # The tests that touch other libraries, at the oldest and the newest version of each; ENVIRONMENTS="name name": only
 # those. Several gigabytes an environment. What was run is written into docs/versions.md.
@@ -101,13 +106,13 @@ $(ready): $(sources)
 	touch $@
 
 # torchvision, which the peers ask for, goes at the end: where it doesn't fit this torch, `import transformers` fails.
-# SAEBench asks for older versions than work with it.
 $(peers_ready): $(sources)
 	$(PYTHON) -m venv .venv-peers
 	$(LOCKED) $(peers_bin)/python -m pip install --quiet torch
 	$(peers_bin)/python -c 'import triton' 2>/dev/null || $(peers_bin)/python -m pip install --quiet '$(TRITON)'
-	$(LOCKED) $(peers_bin)/python -m pip install --quiet --editable '.[cli]' $(PEERS_PACKAGES)
-	$(peers_bin)/python -m pip install --quiet --no-deps 'sae-bench==0.6.0'
+	$(LOCKED) $(peers_bin)/python -m pip install --quiet --editable '.[cli,wandb,trackio,tensorboard]' $(PEERS_PACKAGES)
+	$(LOCKED) $(peers_bin)/python -m pip install --quiet $(PEERS_ALONE_NEED)
+	$(peers_bin)/python -m pip install --quiet --no-deps $(PEERS_ALONE)
 	$(peers_bin)/python -m pip uninstall --quiet --yes torchvision
 	touch $@
 

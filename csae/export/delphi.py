@@ -11,6 +11,7 @@ LatentDataset(FOLDER/latents, sampler_cfg, constructor_cfg, modules=["layers.11"
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def write(
             "activations": values[start:stop][order].numpy(),
             "tokens": tokens,
         }
-        write_file(into / f"{first}_{end - 1}.safetensors", lambda path, parts=parts: save_file(parts, path))
+        write_file(into / f"{first}_{end - 1}.safetensors", partial(save_file, parts))
     config = {
         "dataset_repo": about.data,
         "dataset_split": "train",

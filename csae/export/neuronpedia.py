@@ -176,7 +176,7 @@ def _logits(lm: LanguageModel, directions: Tensor) -> list[dict[str, Any]]:
     """What directions do to the next token, on the direct path; nothing where they are not of the stream's width."""
     if directions.shape[1] != lm.d_in:
         names = ("neg_str", "neg_values", "pos_str", "pos_values")
-        none = {name: [] for name in (*names, "logits_hist_data_bar_heights", "logits_hist_data_bar_values")}
+        none: dict[str, Any] = {name: [] for name in (*names, "logits_hist_data_bar_heights", "logits_hist_data_bar_values")}
         return [none] * len(directions)
     scores = lm.logit_effects(nn.functional.normalize(directions, dim=1)).cpu()
     scores -= scores.mean(dim=1, keepdim=True)
