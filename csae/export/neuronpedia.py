@@ -175,9 +175,9 @@ def _neurons(direction: Tensor) -> dict[str, Any]:
 def _logits(lm: LanguageModel, directions: Tensor) -> list[dict[str, Any]]:
     """What directions do to the next token, on the direct path; nothing where they are not of the stream's width."""
     if directions.shape[1] != lm.d_in:
-        names = ("neg_str", "neg_values", "pos_str", "pos_values")
-        none: dict[str, Any] = {name: [] for name in (*names, "logits_hist_data_bar_heights", "logits_hist_data_bar_values")}
-        return [none] * len(directions)
+        names = ["neg_str", "neg_values", "pos_str", "pos_values"]
+        names += ["logits_hist_data_bar_heights", "logits_hist_data_bar_values"]
+        return [{name: [] for name in names}] * len(directions)
     scores = lm.logit_effects(nn.functional.normalize(directions, dim=1)).cpu()
     scores -= scores.mean(dim=1, keepdim=True)
     scores /= scores.std(dim=1, keepdim=True).clamp_min(1e-12)
