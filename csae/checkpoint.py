@@ -29,6 +29,7 @@ from csae.topk_sae import TopKSAE
 
 ARCHITECTURES: dict[str, type[SAE]] = {"topk": TopKSAE, "contextual": ContextualSAE}
 OPTIMIZER, STATE = "optimizer.safetensors", "training.json"
+BESIDE = "training/"  # before the names of tensors that are no parameter's
 FILES = frozenset({WEIGHTS, CONFIG, CARD, OPTIMIZER, STATE})
 NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
 
@@ -79,14 +80,22 @@ def last_checkpoint(run: Path) -> Path | None:
     return max(found, key=_step_of, default=None)
 
 
-def save_checkpoint(run: Path, step: int, sae: SAE, optimizer: torch.optim.Optimizer, job: dict[str, Any]) -> None:
-    """Write `run/checkpoint-STEP`, and then remove older ones."""
+def save_checkpoint(
+    run: Path,
+    step: int,
+    sae: SAE,
+    optimizer: torch.optim.Optimizer,
+    job: dict[str, Any],
+    beside: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write `run/checkpoint-STEP`, and then remove older ones. beside: what `restore_checkpoint` is to give back."""
     temporary, final = run / f".checkpoint-{step}.tmp", run / f"checkpoint-{step}"
+    kept = {BESIDE + name: tensor for name, tensor in (beside or {}).items()}
     check_free(run, step)
     _remove_files(temporary)
     try:
         sae.save_pretrained(temporary)
-        write_file(temporary / OPTIMIZER, partial(save_tensors, _moments(sae, optimizer)))
+        write_file(temporary / OPTIMIZER, partial(save_tensors, _moments(sae, optimizer) | kept))
         checksums = {name: read_header(temporary / name).about[CHECKSUM] for name in (WEIGHTS, OPTIMIZER)}
         write_json(temporary / STATE, {"step": step, "run": identity(job), "sha256": checksums})
         with writing(final):
@@ -103,8 +112,10 @@ def check_free(run: Path, step: int) -> None:
         raise UserError(f"{run}/checkpoint-{step}: in the way of a checkpoint of this run: move it elsewhere")
 
 
-def restore_checkpoint(checkpoint: Path, sae: SAE, optimizer: torch.optim.Optimizer, job: dict[str, Any]) -> int:
-    """Load the checkpoint's state into `sae` and `optimizer`, in place; gives the step it was written at.
+def restore_checkpoint(
+    checkpoint: Path, sae: SAE, optimizer: torch.optim.Optimizer, job: dict[str, Any]
+) -> tuple[int, dict[str, torch.Tensor]]:
+    """Load the checkpoint's state into `sae` and `optimizer`, in place; gives its step, and what was saved beside.
 
     Raises UserError where it is not whole, of another run, or where its files contradict each other.
     """
@@ -120,8 +131,8 @@ def restore_checkpoint(checkpoint: Path, sae: SAE, optimizer: torch.optim.Optimi
         raise _not_whole(checkpoint, error) from error
     sae.load_state_dict(loaded[WEIGHTS])
     for name, tensor in moments.items():
-        tensor.copy_(loaded[OPTIMIZER][name])
-    return state["step"]
+        tensor.copy_(loaded[OPTIMIZER].pop(name))
+    return state["step"], {name.removeprefix(BESIDE): tensor for name, tensor in loaded[OPTIMIZER].items()}
 
 
 def remove_checkpoints(run: Path, job: dict[str, Any], but: Path | None = None) -> dict[Path, str]:
@@ -219,12 +230,13 @@ def _moments(sae: SAE, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tens
 
 
 def _load(file: Path, expected: dict[str, torch.Tensor], checksum: str | None) -> dict[str, torch.Tensor]:
-    """The tensors of a file. Their names, shapes and checksum have to be those expected."""
+    """The tensors of a file. Their checksum has to be that expected, and names and shapes, but of those BESIDE."""
     header = read_header(file)
+    found = {name: shape for name, shape in header.shapes.items() if not name.startswith(BESIDE)}
     shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    if header.shapes != shapes:
-        name = min(name for name in header.shapes.keys() | shapes.keys() if header.shapes.get(name) != shapes.get(name))
-        raise UserError(f"{file.name}: {shown(name)} is {header.shapes.get(name)}; needed {shapes.get(name)}")
+    if found != shapes:
+        name = min(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
+        raise UserError(f"{file.name}: {shown(name)} is {found.get(name)}; needed {shapes.get(name)}")
     if checksum is not None and header.about.get(CHECKSUM) != checksum:
         raise UserError(f"{file.name} is not the file that {STATE} was written with")
     return load_tensors(file)

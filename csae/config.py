@@ -81,10 +81,16 @@ class TrainConfig:
     precision: str = option("float32", choices=PRECISIONS)
     """"bfloat16" for autocast with float32 parameters"""
     checkpoint_every: int = option(500, "Steps.")
+    log_every: int = option(10, "Steps; a line of metrics.")
+    """Only then a number is read from the device, and dead features are looked for: those that AuxK trains until the
+    next line are those that were dead then"""
     seed: int = option(0, "Of initialisation and order.")
+    start: int = 0
+    """the step at which the learning rate begins to rise: of a run that was extended, how many it had before"""
 
     def __post_init__(self) -> None:
-        counts = {"steps": 1, "batch_windows": 1, "early_sweeps": 0, "gap_every": 1, "checkpoint_every": 1}
+        counts = {"steps": 1, "batch_windows": 1, "early_sweeps": 0}
+        counts |= dict.fromkeys(("gap_every", "checkpoint_every", "log_every"), 1)
         for name, least in counts.items():
             if not isinstance(getattr(self, name), int):
                 raise UserError(f"{name}: given {getattr(self, name)!r}; needed a whole number, at least {least}")

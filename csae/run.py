@@ -1,7 +1,7 @@
 """The folder of a run: what it says of itself, its lock, and the lines of its metrics.
 
 RUN/run.json        the job: what is trained on what, and how
-RUN/metrics.jsonl   a line a step; locked while a process trains the run
+RUN/metrics.jsonl   a line for each `log_every` steps; locked while a process trains the run
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -35,7 +35,10 @@ ORIGIN: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("bos", "keep_first"), (bool,)),
     "held_out": (int, float),
 }
-FILES = (RUN, "windows.bin", "config.json", "model.safetensors", "README.md")
+# What is in run.json and no option of `csae train`.
+NO_OPTION = ("d_in", "d_out", "k_aux", "aux_coef", "start", "data", "stream")
+SOURCE_STATE = "source.safetensors"  # of a stream, after the last step
+FILES = (RUN, "windows.bin", "config.json", "model.safetensors", "README.md", SOURCE_STATE)
 
 
 def read_run(run: Path) -> dict[str, Any]:
@@ -82,11 +85,10 @@ def check_job(run: Path, job: dict[str, Any]) -> None:
     """Raises UserError where the folder `run` holds another job, or something else. Nothing is written."""
     check_utf8(run)
     if run.is_dir() and os.path.lexists(run / RUN):
-        earlier, now = read_run(run), as_json(job)
-        differing = sorted(key for key in now.keys() | earlier.keys() if now.get(key) != earlier.get(key))
+        differing = differences(read_run(run), as_json(job))
         if differing:
             raise UserError(
-                f"{run}: holds another run (it differs in {shown(', '.join(differing))}): "
+                f"{run}: holds another run ({'; '.join(differing)}): "
                 f"give another folder, or the options that it was started with"
             )
     elif run.is_dir():
@@ -96,6 +98,52 @@ def check_job(run: Path, job: dict[str, Any]) -> None:
             raise UserError(f"{run}: not empty, and no run of csae: give another folder")
     elif run.exists():
         raise UserError(f"{run}: a file, and no run of csae: give a folder")
+
+
+def differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two jobs, by the options of the command line: "--k: given 32, the run has 16"."""
+    found = []
+    for part in ("sae", "train", "origin", "data"):
+        one, other = (job.get(part) or {} for job in (earlier, now))
+        names = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+        found += [_difference(part, name, one, other, earlier, now) for name in names]
+        if found and part == "origin":
+            return found  # the rest follows from those
+    rest = ((set(earlier) | set(now)) - {"sae", "train", "origin", "data"}) if not found else set()
+    return found + [
+        f"{name}: {shown(now.get(name))}, the run has {shown(earlier.get(name))}"
+        for name in sorted(rest)
+        if earlier.get(name) != now.get(name)
+    ]
+
+
+def _difference(
+    part: str, name: str, one: dict[str, Any], other: dict[str, Any], earlier: dict[str, Any], now: dict[str, Any]
+) -> str:
+    """One of `differences`."""
+    given, had = other.get(name), one.get(name)
+    if (part, name) == ("train", "steps"):
+        given, had = (
+            f"{job['train'].get('steps')} steps ({tokens:,} tokens)" if tokens else f"{job['train'].get('steps')} steps"
+            for job, tokens in ((now, _tokens(now)), (earlier, _tokens(earlier)))
+        )
+        longer = " (a run that has ended can be extended, this one has not)" if _steps(now) > _steps(earlier) else ""
+        return f"--tokens: given {given}, the run has {had}{longer}"
+    option = {"n_heads": "heads"}.get(name, name).replace("_", "-")
+    label = f"{part}: {name}" if part == "data" or name in NO_OPTION else f"--{option}"
+    return f"{label}: given {shown(_short(given))}, the run has {shown(_short(had))}"
+
+
+def _steps(job: dict[str, Any]) -> int:
+    return job["train"].get("steps") or 0
+
+
+def _tokens(job: dict[str, Any]) -> int:
+    return _steps(job) * (job["train"].get("batch_windows") or 0) * (job.get("n_ctx") or 0)
+
+
+def _short(value: object) -> object:
+    return value if not isinstance(value, str) or len(value) < 80 else value[:77] + "..."
 
 
 @contextmanager
@@ -132,31 +180,30 @@ def sync(file: Any) -> None:
             os.fsync(file.fileno())
 
 
-def check_metrics(run: Path, done: int, by: str) -> int:
-    """The length in bytes of the metrics of the first `done` steps. `by`: the file that says that so many were done.
+def check_metrics(run: Path, steps: Sequence[int], by: str) -> int:
+    """The length in bytes of the metrics of these steps. `by`: the file that says that they were done.
 
-    Raises UserError where they are not one line a step, in order.
+    Raises UserError where the metrics don't begin with a line for each of them, in order.
     """
     file = run / METRICS
-    length = step = 0
+    length = 0
     advice = f"put {METRICS} back as it was, or train again in another folder"
     with reading(file), open(file, "rb") as lines:
-        while step < done:
+        for number, step in enumerate(steps, 1):
             line = lines.readline(LONGEST)  # a file of something else may be one endless line
-            where = f"{file}, line {step + 1}"
+            where = f"{file}, line {number}"
             if not line.endswith(b"\n"):
                 raise UserError(f"{where}: there is no whole line of step {step}, which {by} says was done: {advice}")
             found = parse_json(line, where, advice).get("step")
             if not _is_a(found, (int,)) or found != step:
                 raise UserError(f"{where}: it is of step {shown(repr(found))[:40]}; needed step {step}: {advice}")
             length += len(line)
-            step += 1
     return length
 
 
-def drop_later_metrics(run: Path, metrics: FileIO, done: int, by: str) -> None:
-    """Keep the lines of the first `done` steps, which have to be there; the later steps will be done again."""
-    length = check_metrics(run, done, by) if done else 0
+def drop_later_metrics(run: Path, metrics: FileIO, steps: Sequence[int], by: str) -> None:
+    """Keep the lines of these steps, which have to be there; later steps will be done again."""
+    length = check_metrics(run, steps, by) if steps else 0
     with writing(run / METRICS):
         metrics.truncate(length)
 

@@ -370,7 +370,8 @@ class SAE(Saved, ABC):
             )
         if dead.device.type != "cpu" or dead.numel() == 0 or torch.compiler.is_compiling():
             return  # the lookup itself fails there, where a number is out of range
-        least, most = map(int, dead.aminmax())
+        numbers = dead.numpy()
+        least, most = int(numbers.min()), int(numbers.max())
         if least < 0 or most >= self.d_sae:
             raise ValueError(f"dead: given {least} to {most}; needed 0 <= feature < d_sae = {self.d_sae}")
 

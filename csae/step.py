@@ -45,8 +45,9 @@ def adam(sae: SAE, config: TrainConfig) -> Adam:
 
 def learning_rate(step: int, config: TrainConfig) -> float:
     """The learning rate of a step: it rises from zero over the warm-up, stays at the peak, falls to zero at the end."""
-    rise = (step + 1) / max(1.0, config.warmup * config.steps)
-    fall = (config.steps - step) / max(1.0, config.decay * config.steps)
+    steps = config.steps - config.start
+    rise = (step - config.start + 1) / max(1.0, config.warmup * steps)
+    fall = (config.steps - step) / max(1.0, config.decay * steps)
     return config.lr * min(1.0, rise, fall)
 
 
@@ -60,9 +61,10 @@ def sweeps_at(step: int, config: TrainConfig, sae: SAE) -> Sweeps | None:
     """
     if not isinstance(sae, ContextualSAE):
         return None
-    if step >= config.exact_from * config.steps:
+    steps = config.steps - config.start
+    if step - config.start >= config.exact_from * steps:
         return Sweeps(min(sae.sweeps, config.early_sweeps), from_exact=True)
-    if step >= min((1 - config.decay) * config.steps, config.steps - 1):
+    if step - config.start >= min((1 - config.decay) * steps, steps - 1):
         return Sweeps(max(sae.sweeps - (config.steps - 1 - step) % 2, min(sae.sweeps, 1)))
     return Sweeps(min(sae.sweeps, config.early_sweeps))
 

@@ -1,64 +1,45 @@
-"""Training: windows in, a run folder out. However often a run is stopped on the way, it ends with the same bits.
+"""Training: windows in, run folders out. However often it is stopped on the way, a run ends with the same bits.
 
-A step is a function of the parameters, the optimizer's state and the step's number alone: the order of windows comes
-from the seed, the learning rate from the step, and no other random number is drawn. So a checkpoint is the parameters,
-the moments and the step.
+A step is a function of the parameters, the optimizer's state, the dead features and the step's number alone: the order
+of windows comes from the seed, the learning rate from the step, and no other random number is drawn. Several SAEs train
+on the same batches, each as if it were alone.
 
     RUN/run.json           what was trained on what, and how
-    RUN/metrics.jsonl      a line a step: step, tokens, loss, fvu, aux, l0, dead, lr, tokens_per_s; for a contextual
-                           SAE also fvu_exact and gap, each `gap_every` steps. loss, fvu, aux and l0 are null in a step
-                           that was skipped, because fewer than two of its positions are in the mask
+    RUN/metrics.jsonl      a line for each `log_every` steps, with the step's number: loss, fvu, aux and l0 are means
+                           over the steps since the line before, without those that were skipped, because fewer than two
+                           of their positions are in the mask (null where all were); tokens, so far; dead, the share of
+                           features that AuxK trained; lr; tokens_per_s, of all that is done, and sae_tokens_per_s, of
+                           this SAE's steps alone (on a GPU: of what the host does for them); for a contextual SAE also
+                           fvu_exact and gap, of the batch at hand, each `gap_every` steps
     RUN/windows.bin        which windows were trained on (csae.data.seen)
     RUN/checkpoint-STEP    the last checkpoint (csae.checkpoint)
     RUN/model.safetensors, RUN/config.json    the trained SAE, when it is done
+    RUN/source.safetensors    where a stream of text was at the end, for a run that is extended
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import os
 import signal
-import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from io import FileIO
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from csae.adam import Adam
-from csae.checkpoint import check_free, last_checkpoint, remove_checkpoints, restore_checkpoint, save_checkpoint
 from csae.config import TrainConfig
-from csae.contextual_sae import ContextualSAE
-from csae.data.activations import ActivationSource, Batch
-from csae.data.batches import batch_of
-from csae.data.seen import log, open_log, settle
+from csae.data.activations import ActivationSource
+from csae.data.background import ready_steps
+from csae.data.batches import Batches, IndexedBatches
 from csae.errors import Stopped, UserError, shown
-from csae.files import read_json
 from csae.progress import bar as progress_bar
-from csae.run import (
-    FILES,
-    METRICS,
-    RUN,
-    append_line,
-    check_job,
-    check_metrics,
-    drop_later_metrics,
-    locked,
-    remove_unfinished,
-    sync,
-)
-from csae.sae import SAE, Losses
-from csae.saving import CONFIG, check_config
-from csae.step import adam, exact_gap, learning_rate, sweeps_at, train_step
-from csae.trained_on import TrainedOn
+from csae.sae import SAE
+from csae.training import Job, Training
 
-SUSPICIOUS = 1e6  # from this loss on the batch is checked: an SAE that explains nothing has a loss of about 1
+__all__ = ["Job", "check_one_process", "train", "train_together"]
 
 
 def train(
@@ -72,54 +53,43 @@ def train(
     """Train `sae` in place on windows of `source`, and save it in the folder `run`.
 
     Continues from the last checkpoint where the folder holds one of the same job; returns at once where that job is
-    done. The caller has initialised `sae` (`SAE.initialise`), and moved it to the device to train on.
-    `origin` (JSON) is kept in run.json: where the source can be opened again (`csae.data.sources`).
+    done; extends it where it is done and config.steps are more (`csae.extend`). The caller has initialised `sae`
+    (`SAE.initialise`), and moved it to the device to train on. `origin` (JSON) is kept in run.json: where the source
+    can be opened again (`csae.data.sources`).
 
     Raises:
         UserError: the folder holds another job, or files that contradict each other; another process trains it, or
             this is one of several; activations or the loss are not finite; the disk is full.
         Stopped: after Ctrl-C (SIGINT) or SIGTERM, with a checkpoint written.
     """
-    run = Path(run)
     check_one_process()
-    if len(windows) < config.batch_windows:
-        raise UserError(
-            f"batch_windows: given {config.batch_windows}, but there are {len(windows)} windows to train on; "
-            f"needed as many: give more text, or a smaller batch"
-        )
-    frozen = sorted(name for name, parameter in sae.named_parameters() if not parameter.requires_grad)
-    if len(frozen) == len(list(sae.parameters())):
-        raise UserError("sae: all of its parameters are frozen: give one with requires_grad=True to train")
-    described = source.describe()
-    job = {
-        "sae": sae.config,
-        "n_params": sae.n_params,
-        "train": dataclasses.asdict(config),
-        "data": described,
-        "n_windows": len(windows),
-        "n_ctx": source.n_ctx,
-        "origin": origin,
-    }
-    if frozen:
-        job["frozen"] = frozen
-    check_job(run, job)
-    sae.trained_on = TrainedOn.of(described, origin)
-    finished = (run / CONFIG).is_file()
-    if not finished:
-        with locked(run, job) as metrics:
-            finished = (run / CONFIG).is_file()  # another process may have finished it meanwhile
-            if not finished:
-                _train(sae, source, windows, run, config, job, metrics)
-    if finished:
-        _load_finished(sae, run, config, job)
-        remove_unfinished(run, FILES)
-    sae.eval()
-    try:
-        settle(run)  # not earlier: after a kill, the steps after the checkpoint are done again
-    except UserError as error:  # the SAE is trained nevertheless
-        print(error, file=sys.stderr)
-    for path, reason in remove_checkpoints(run, job).items():
-        print(f"{path}: kept: {reason}", file=sys.stderr)
+    train_together([Job(sae, run, config, origin)], IndexedBatches(source, windows, config))
+
+
+def train_together(jobs: Sequence[Job], batches: Batches) -> None:
+    """Train several SAEs on the same batches, each in a folder of its own, with the same bits as alone.
+
+    All have the same steps, batch_windows and seed, and lie on one device. Runs that are further than others, after a
+    kill between their checkpoints, wait for those. Where one fails, the others get a checkpoint, and all stop.
+
+    Raises UserError and Stopped as `train` does; the message names the run.
+    """
+    check_one_process()
+    _check_alike(jobs)
+    runs = [Training(job, batches) for job in jobs]
+    with ExitStack() as stack:
+        for run in runs:
+            if not run.trained:
+                stack.enter_context(run.opened())
+        open_runs = [run for run in runs if not run.trained]
+        if open_runs:
+            stop = stack.enter_context(_stop_signal())
+            _steps(open_runs, batches, stop)
+        for run in runs:
+            if run not in open_runs:
+                run.load_finished()
+    for run in runs:
+        run.tidy()
 
 
 def check_one_process() -> None:
@@ -135,161 +105,117 @@ def check_one_process() -> None:
         )
 
 
-def _train(
-    sae: SAE,
-    source: ActivationSource,
-    windows: Sequence[int],
-    run: Path,
-    config: TrainConfig,
-    job: dict[str, Any],
-    metrics: FileIO,
-) -> None:
-    remove_unfinished(run, FILES)
-    broken = _not_finite(sae)
-    if broken:
-        raise UserError(f"sae: {broken} holds NaN or Inf: initialise it (SAE.initialise) from finite activations")
-    optimizer = adam(sae, config)
-    checkpoint = last_checkpoint(run)
-    first = 0 if checkpoint is None else restore_checkpoint(checkpoint, sae, optimizer, job)
-    optimizer.forget_steps()
-    every = config.checkpoint_every
-    for step in range(first - first % every + every, config.steps, every):
-        check_free(run, step)
-    drop_later_metrics(run, metrics, first, "no checkpoint" if checkpoint is None else checkpoint.name)
-    sae.train()
-    with open_log(run, first * config.batch_windows) as seen, _stop_signal() as stop:
-        train_fvu = _steps(sae, optimizer, source, windows, run, config, job, first, metrics, seen, stop)
-    if all(not state["step"] for state in optimizer.state.values()):
-        raise UserError(
-            f"the mask lets no two positions of a step take part, in any of {config.steps}: nothing to train on"
-        )
-    _check_trained(sae, run, config)
-    assert sae.trained_on is not None
-    sae.trained_on = dataclasses.replace(sae.trained_on, train_fvu=train_fvu)
-    sae.save_pretrained(run)
+def _check_alike(jobs: Sequence[Job]) -> None:
+    """Raises UserError where jobs can't have the same batches, or would write to the same folder."""
+    if not jobs:
+        raise UserError("jobs: none given; needed at least one SAE to train")
+    for name in ("steps", "batch_windows", "seed"):
+        values = sorted({getattr(job.config, name) for job in jobs})
+        if len(values) > 1:
+            raise UserError(f"{name}: given {values}; needed the same for all SAEs that train on the same batches")
+    folders = [Path(job.run).resolve() for job in jobs]
+    twice = next((folder for folder in folders if folders.count(folder) > 1), None)
+    if twice is not None:
+        raise UserError(f"{twice}: given for two SAEs; needed a folder for each")
+    devices = {str(job.sae.W_dec.device) for job in jobs}
+    if len(devices) > 1:
+        raise UserError(f"sae: given SAEs on {', '.join(sorted(devices))}; needed all on one device")
 
 
-def _load_finished(sae: SAE, run: Path, config: TrainConfig, job: dict[str, Any]) -> None:
-    """Load a trained SAE into `sae`, if all files of its run agree that it is this one."""
-    check_config(read_json(run / CONFIG), job["sae"], run / CONFIG, RUN)
-    length = check_metrics(run, config.steps, CONFIG)
-    if (run / METRICS).stat().st_size != length:
-        raise UserError(f"{run / METRICS}: it goes on after the last of {config.steps} steps: take those lines out")
-    loaded = type(sae).from_pretrained(str(run))
-    sae.load_state_dict(loaded.state_dict())
-    sae.trained_on = loaded.trained_on
-
-
-def _steps(
-    sae: SAE,
-    optimizer: Adam,
-    source: ActivationSource,
-    windows: Sequence[int],
-    run: Path,
-    config: TrainConfig,
-    job: dict[str, Any],
-    first: int,
-    metrics: FileIO,
-    seen: BinaryIO,
-    stop: threading.Event,
-) -> float | None:
-    """Trains; gives the FVU of the last batch, in the exact form for a contextual SAE."""
-    line: dict[str, Any] = {}
-    gap = ""
-    with progress_bar(total=config.steps, initial=first, desc=shown(run.name), unit="step") as bar:
-        for step in range(first, config.steps):
-            began = time.perf_counter()
-            chosen = batch_of(windows, step, config)
-            batch = source.read(chosen)
-            log(seen, batch.tokens, batch.acts)
-            tokens = batch.mask.numel()
-            line = {"step": step, "tokens": (step + 1) * tokens}
-            if int(batch.mask.sum()) > 1:
-                losses, dead = train_step(sae, optimizer, batch, step, config)
-                line |= _figures(sae, losses, batch, dead)
-                if not line["loss"] < SUSPICIOUS:
-                    _check_loss(sae, batch, chosen, line, run, config)
-            else:  # there is no variance to explain
-                line |= dict.fromkeys(("loss", "fvu", "aux", "l0")) | {"dead": len(sae.dead_features()) / sae.d_sae}
-            line["lr"] = learning_rate(step, config)
-            line["tokens_per_s"] = round(tokens / (time.perf_counter() - began), 1)
-            if line["loss"] is not None:
-                if isinstance(sae, ContextualSAE) and (step % config.gap_every == 0 or step + 1 == config.steps):
-                    line["fvu_exact"], line["gap"] = exact_gap(sae, batch, sweeps_at(step, config, sae))
-                    gap = f" gap {line['gap']:+.1%}"
-                bar.set_postfix_str(
-                    f"loss {line['loss']:.4f} fvu {line['fvu']:.4f}{gap} l0 {line['l0']:.1f} dead {line['dead']:.1%} "
-                    f"{line['tokens_per_s']:,.0f} tokens/s",
-                    refresh=False,
-                )
-            append_line(metrics, line)
-            bar.update()
-            done = step + 1
-            if stop.is_set() or (done % config.checkpoint_every == 0 and done < config.steps):
-                _check_trained(sae, run, config)
-                sync(metrics)  # a checkpoint is never ahead of its metrics
-                sync(seen)
-                save_checkpoint(run, done, sae, optimizer, job)
+def _steps(runs: Sequence[Training], batches: Batches, stop: threading.Event) -> None:
+    """All steps of these runs that are left, and the saving of each at its end."""
+    first, last = min(run.first for run in runs), runs[0].config.steps
+    state = next(run.state for run in runs if run.first == first)
+    device, places = runs[0].sae.W_dec.device, {run.place for run in runs}
+    problems: list[tuple[Training, Exception]] = []
+    name = shown(runs[0].run.name) if len(runs) == 1 else f"{len(runs)} SAEs"
+    with (
+        progress_bar(total=last, initial=first, desc=name, unit="step") as bar,
+        ready_steps(batches, first, last, state, device, places) as steps,
+    ):
+        for run in runs:
+            run.restart_clock(max(first, run.first))
+        for step in range(first, last):
+            try:
+                ready = next(steps, None)
+                if ready is None:
+                    raise UserError(f"the data end before step {step} of {last}: give more, or fewer --tokens")
+            except UserError:
+                _checkpoints(runs, step, state, batches, problems)
+                raise
+            state, done = ready.step.state, step + 1
+            for run in runs:
+                if run.first <= step:
+                    _attempt(problems, run, run.step, step, ready, batches)
+            _show(bar, runs, done)
+            if problems or stop.is_set():
+                _checkpoints(runs, done, state, batches, problems)
+            elif done < last:
+                due = [run for run in runs if done % run.config.checkpoint_every == 0]
+                _checkpoints(due, done, state, batches, problems)
+            if problems:
+                raise _reported(problems, runs, done)
             if stop.is_set():
                 raise Stopped(
-                    f"{run}: stopped after step {done} of {config.steps}; the same command goes on from there"
+                    f"{_named(runs)}: stopped after step {done} of {last}; the same command goes on from there"
                 )
-    sync(metrics)
-    return line.get("fvu_exact", line.get("fvu"))
+    for run in runs:
+        _attempt(problems, run, run.finish, state)
+    if problems:
+        raise _reported(problems, runs, last)
 
 
-def _not_finite(sae: SAE) -> str | None:
-    """A tensor of an SAE that holds NaN or Inf, or None."""
-    return next((name for name, tensor in sae.state_dict().items() if not tensor.isfinite().all()), None)
+def _attempt(problems: list[tuple[Training, Exception]], run: Training, do: Any, *given: Any) -> None:
+    """`do(*given)`; an error of it is kept with the run that it is of."""
+    try:
+        do(*given)
+    except Exception as error:
+        problems.append((run, error))
 
 
-def _check_trained(sae: SAE, run: Path, config: TrainConfig) -> None:
-    """Raises UserError where weights are not finite, before they replace the last checkpoint."""
-    broken = _not_finite(sae)
-    if broken:
-        raise UserError(f"{run}: {broken} holds NaN or Inf: {_smaller_lr(config)}")
-
-
-def _smaller_lr(config: TrainConfig) -> str:
-    return f"train again in another folder, with a smaller --lr (given {config.lr}); the last checkpoint is kept"
-
-
-def _check_loss(
-    sae: SAE, batch: Batch, chosen: Sequence[int], line: dict[str, Any], run: Path, config: TrainConfig
+def _checkpoints(
+    runs: Sequence[Training],
+    done: int,
+    state: dict[str, Tensor] | None,
+    batches: Batches,
+    problems: list[tuple[Training, Exception]],
 ) -> None:
-    """Raises UserError where a loss is not finite, or its batch can't be reconstructed: why, and what to do."""
-    x = batch.acts[batch.mask].double()  # [tokens, d_in]
-    where = f"windows {', '.join(map(str, chosen[:8]))}{', ...' if len(chosen) > 8 else ''}"
-    scale, loss, step = float(sae.scale), line["loss"], line["step"]
-    reason = None
-    if not x.isfinite().all():
-        reason = f"NaN or Inf in the activations of {where}: make them again, or leave those windows out"
-    elif not (x - x.mean(dim=0)).square().sum() > 1e-12 * x.square().sum():  # below this it is rounding only
-        reason = f"all positions of {where} that take part have the same activations: leave those windows out"
-    elif (x / scale).square().sum() > torch.finfo(torch.float32).max / 4:
-        reason = (
-            f"activations as large as {float(x.abs().max()):.3g} in {where}, at a scale of {scale:.3g}: their squares "
-            f"are too large for float32: make them again, or leave those windows out"
-        )
-    elif not math.isfinite(loss) and step == 0:  # this is the loss before the first update
-        reason = f"the loss is {loss} before the first step: initialise the SAE (SAE.initialise) from these activations"
-    elif not math.isfinite(loss):
-        reason = f"the loss is {loss} at step {step}: {_smaller_lr(config)}"
-    if reason:
-        raise UserError(f"{run}: {reason}")
+    """A checkpoint after `done` steps of each run that did not fail, and has none of so many steps or more."""
+    for run in runs:
+        if run.saved < done and all(run is not failed for failed, _ in problems):
+            _attempt(problems, run, run.checkpoint, done, state, batches)
 
 
-@torch.no_grad()
-def _figures(sae: SAE, losses: Losses, batch: Batch, dead: Tensor) -> dict[str, float]:
-    mask = batch.mask.to(losses.code.values.device)
-    active = ((losses.code.values > 0).sum(dim=-1) * mask).sum() / mask.sum().clamp_min(1)
-    return {
-        "loss": losses.loss.item(),
-        "fvu": losses.fvu.item(),
-        "aux": losses.aux.item(),
-        "l0": active.item(),
-        "dead": dead.numel() / sae.d_sae,
-    }
+def _reported(problems: list[tuple[Training, Exception]], runs: Sequence[Training], done: int) -> Exception:
+    """The error to raise: that of the run that failed first, and what became of the others."""
+    run, error = problems[0]
+    others = len(runs) - len({id(failed) for failed, _ in problems})
+    if not isinstance(error, UserError):
+        error.add_note(f"(in the training of {run.run})")
+        return error
+    if len(runs) == 1:
+        return error
+    told = UserError(f"{error} (the other {others} of {len(runs)} SAEs go on from step {done} by the same command)")
+    told.__cause__ = error
+    return told
+
+
+def _named(runs: Sequence[Training]) -> str:
+    return str(runs[0].run) if len(runs) == 1 else f"{len(runs)} SAEs in {runs[0].run.parent}"
+
+
+def _show(bar: Any, runs: Sequence[Training], done: int) -> None:
+    """The last lines of metrics, behind the bar."""
+    lines = [run.line for run in runs if run.line.get("loss") is not None]
+    if lines and lines[0]["step"] + 1 == done:
+        if len(runs) == 1:
+            (line,) = lines
+            gap = f" gap {line['gap']:+.1%}" if "gap" in line else ""
+            figures = f"loss {line['loss']:.4f} fvu {line['fvu']:.4f}{gap} l0 {line['l0']:.1f} dead {line['dead']:.1%}"
+        else:
+            figures = "fvu " + " ".join(f"{line['fvu']:.3f}" for line in lines)
+        bar.set_postfix_str(f"{figures} {lines[0]['tokens_per_s']:,.0f} tokens/s", refresh=False)
+    bar.update()
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def test_demo_twice(
         raise AssertionError("computed again")
 
     monkeypatch.setattr(ModelActivations, "read", forbidden)
-    monkeypatch.setattr("csae.train._steps", forbidden)
+    monkeypatch.setattr("csae.train.ready_steps", forbidden)
     again = run_demo(**options)
     for before, after in zip(results["saes"], again["saes"], strict=True):
         for key in before.keys() - {"tokens_per_s_sweeps", "eval_tokens_per_s"}:

@@ -52,11 +52,17 @@ def new_sae(kind="contextual", source=None):
 
 
 def config(**changed):
-    return TrainConfig(**({"steps": 11, "batch_windows": 3, "lr": 0.01, "checkpoint_every": 3} | changed))
+    return TrainConfig(
+        **({"steps": 11, "batch_windows": 3, "lr": 0.01, "checkpoint_every": 3, "log_every": 1} | changed)
+    )
 
 
 def lines(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(line):
+    return {name: figure for name, figure in line.items() if not name.endswith("tokens_per_s")}
 
 
 def same(one, other):

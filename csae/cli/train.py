@@ -46,7 +46,7 @@ from csae.errors import shown
 @options_of(SAEConfig, "dead_after")
 @click.option("--tokens", type=click.IntRange(min=1), help="Tokens to train on; all of the data once if not given.")
 @options_of(TrainConfig, "batch_windows", "lr", "look_back_lr", "warmup", "decay")
-@options_of(TrainConfig, "lazy", "moments", "precision", "checkpoint_every")
+@options_of(TrainConfig, "lazy", "moments", "precision", "checkpoint_every", "log_every")
 @click.option(
     "--held-out", type=float, default=0.02, show_default=True, help="Share of the windows kept for `csae eval`."
 )

@@ -32,11 +32,20 @@ class Step(NamedTuple):
 class Batches(Protocol):
     """Batches of training in an exact order."""
 
-    n_ctx: int
-    """positions a window"""
-    n_windows: int | None
-    """windows to train on, each once an epoch; None where they don't end, or where it isn't known"""
-    places: tuple[Place, ...]
+    @property
+    def n_ctx(self) -> int:
+        """Positions a window."""
+        ...
+
+    @property
+    def n_windows(self) -> int | None:
+        """Windows to train on, each once an epoch; None where they don't end, or where it isn't known."""
+        ...
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Where the SAEs read."""
+        ...
 
     def start(self, step: int, state: dict[str, Tensor] | None) -> Iterator[Step]:
         """The steps that follow after `step` of them. state: that of the last of those; None where step is 0.

@@ -89,11 +89,11 @@ def open_log(run: Path, windows: int) -> Iterator[BinaryIO]:
         yield opened
 
 
-def log(file: BinaryIO, tokens: Tensor | None, acts: Tensor) -> None:
-    """Write the hashes of a batch that is trained on; args as `window_hashes`."""
+def log(file: BinaryIO, hashes: bytes, by_tokens: bool) -> None:
+    """Write the hashes (`window_hashes`) of a batch that is trained on."""
     if file.tell() == 0:
-        file.write(ACTIVATIONS if tokens is None else TOKENS)
-    file.write(window_hashes(tokens, acts).tobytes())
+        file.write(TOKENS if by_tokens else ACTIVATIONS)
+    file.write(hashes)
 
 
 def read_seen(run: Path) -> Seen | None:

@@ -1,0 +1,304 @@
+"""One run while it trains: its SAE, optimizer, files and figures. `csae.train` leads runs through the steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from csae.checkpoint import check_free, last_checkpoint, remove_checkpoints, restore_checkpoint, save_checkpoint
+from csae.config import TrainConfig
+from csae.contextual_sae import ContextualSAE
+from csae.data.activations import Batch, Place
+from csae.data.background import Ready
+from csae.data.batches import Batches
+from csae.data.seen import log, open_log, settle
+from csae.errors import UserError
+from csae.extend import earlier_job, extend, keep_source, of_source, source_of
+from csae.figures import Figures, logged_steps, mean
+from csae.files import read_json
+from csae.logs import check_logs, open_logs
+from csae.run import (
+    FILES,
+    METRICS,
+    RUN,
+    append_line,
+    check_job,
+    check_metrics,
+    drop_later_metrics,
+    locked,
+    remove_unfinished,
+    sync,
+)
+from csae.sae import SAE
+from csae.saving import CONFIG, check_config
+from csae.step import adam, exact_gap, learning_rate, sweeps_at, train_step
+from csae.trained_on import TrainedOn
+
+SUSPICIOUS = 1e6  # from this loss on the batch is checked: an SAE that explains nothing has a loss of about 1
+
+
+@dataclass
+class Job:
+    """An SAE to train, and how; trained in place, on the device that it is on. Its caller has initialised it."""
+
+    sae: SAE
+    run: Path | str
+    """the folder of the run"""
+    config: TrainConfig
+    origin: dict[str, Any] | None = None
+    """JSON for run.json: where the source can be opened again (`csae.data.sources`)"""
+    place: Place | None = None
+    """where it reads; None where the batches have one place"""
+    logs: Sequence[str] = ()
+    """where else its metrics go (`csae.logs`)"""
+    init: dict[str, Any] | None = None
+    """JSON for run.json: which SAE it begins from, where it was not `initialise`d; None otherwise"""
+
+
+class Training:
+    """One run, from a look at its folder to the trained SAE in it."""
+
+    def __init__(self, job: Job, batches: Batches) -> None:
+        """Looks at the folder, and writes nothing. Raises UserError where it holds another job, or something else."""
+        check_logs(job.logs)
+        self.sae, self.run, self.logs = job.sae, Path(job.run), job.logs
+        self.place = _place(job, batches)
+        frozen = sorted(name for name, parameter in self.sae.named_parameters() if not parameter.requires_grad)
+        if len(frozen) == len(list(self.sae.parameters())):
+            raise UserError("sae: all of its parameters are frozen: give one with requires_grad=True to train")
+        described = batches.describe(self.place)
+        about = {
+            "sae": self.sae.config,
+            "n_params": self.sae.n_params,
+            "train": dataclasses.asdict(job.config),
+            "data": described,
+            "n_windows": batches.n_windows,
+            "n_ctx": batches.n_ctx,
+            "origin": job.origin,
+        }
+        about |= {"frozen": frozen} if frozen else {}
+        about |= {"init": job.init} if job.init else {}
+        self.earlier = earlier_job(self.run, about)
+        self.about = self.earlier.about
+        self.config = dataclasses.replace(job.config, **self.earlier.train)
+        check_job(self.run, self.earlier.before or self.about)
+        self.sae.trained_on = TrainedOn.of(described, job.origin)
+        self.first = 0
+        """steps that were done before"""
+        self.saved = 0
+        """steps that the last checkpoint holds"""
+        self.state: dict[str, Tensor] | None = None
+        """of the batches after those"""
+        self.trained = self.is_finished()
+
+    def is_finished(self) -> bool:
+        return (self.run / CONFIG).is_file() and self.earlier.before is None and not self.earlier.cut_short
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Lock the folder and load the last checkpoint; `trained` where another process has finished it meanwhile."""
+        with locked(self.run, self.earlier.before or self.about) as metrics:
+            self.trained = self.is_finished()
+            if self.trained:
+                yield
+                return
+            self._prepare(metrics)
+            hashes = self.earlier.seen_by(self.first, self.config)
+            with open_log(self.run, hashes) as self.seen, open_logs(self.logs, self.run, self.about) as self.log_to:
+                yield
+
+    def _prepare(self, metrics: FileIO) -> None:
+        sae, run, config = self.sae, self.run, self.config
+        remove_unfinished(run, FILES)
+        broken = _not_finite(sae)
+        if broken:
+            raise UserError(f"sae: {broken} holds NaN or Inf: initialise it (SAE.initialise) from finite activations")
+        self.metrics = metrics
+        self.optimizer = adam(sae, config)
+        extend(self.earlier, run, sae, self.optimizer)
+        checkpoint = last_checkpoint(run)
+        beside: dict[str, Tensor] = {}
+        if checkpoint is not None:
+            self.first, beside = restore_checkpoint(checkpoint, sae, self.optimizer, self.about)
+        self.saved = self.first
+        self.optimizer.forget_steps()
+        self.state = source_of(beside)
+        every = config.checkpoint_every
+        for step in range(self.first - self.first % every + every, config.steps, every):
+            check_free(run, step)
+        logged = logged_steps(config, self.first, self.earlier.ends)
+        drop_later_metrics(run, metrics, logged, "no checkpoint" if checkpoint is None else checkpoint.name)
+        self.device = sae.W_dec.device
+        self.figures = Figures(config.log_every, self.device)
+        self.dead = sae.dead_features()
+        if "dead" in beside:
+            self.dead = beside["dead"].to(self.device)
+            self.figures.restore(beside)
+        self.line: dict[str, Any] = {}
+        self.restart_clock(self.first)
+        sae.train()
+
+    def restart_clock(self, step: int) -> None:
+        """Measure the speed from this step on."""
+        self.since, self.began, self.busy = step, time.perf_counter(), 0.0
+
+    def step(self, step: int, ready: Ready, batches: Batches) -> None:
+        """Step number `step`, with a line of metrics where it is time for one.
+
+        Raises UserError where the loss is not finite, or the disk is full.
+        """
+        batch = ready.step.batches[self.place]
+        if step == self.first:
+            self.before_line = step, self.state
+        log(self.seen, *ready.hashes[self.place])
+        began = time.perf_counter()
+        if ready.positions[self.place] > 1:  # else there is no variance to explain
+            losses, _ = train_step(self.sae, self.optimizer, batch, step, self.config, self.dead)
+            self.figures.add(step, losses, batch.mask)
+        self.busy += time.perf_counter() - began
+        if (step + 1) % self.config.log_every == 0 or step + 1 == self.config.steps:
+            self._log(step, batch, batches)
+            self.before_line = step + 1, ready.step.state
+
+    def _log(self, step: int, batch: Batch, batches: Batches) -> None:
+        """A line of metrics of the steps since the last one; looks again for dead features."""
+        config, sae = self.config, self.sae
+        found = self.checked(batches)
+        tokens = batch.mask.numel()
+        line: dict[str, Any] = {"step": step, "tokens": (step + 1) * tokens} | mean(found)
+        line["dead"] = len(self.dead) / sae.d_sae
+        line["lr"] = learning_rate(step, config)
+        trained = (step + 1 - self.since) * tokens
+        line["tokens_per_s"] = round(trained / (time.perf_counter() - self.began), 1)
+        line["sae_tokens_per_s"] = round(trained / max(self.busy, 1e-9), 1)
+        due = step // config.gap_every > (step - config.log_every) // config.gap_every or step + 1 == config.steps
+        trained_now = bool(self.figures.steps) and self.figures.steps[-1] == step
+        if isinstance(sae, ContextualSAE) and due and trained_now:
+            line["fvu_exact"], line["gap"] = exact_gap(sae, batch, sweeps_at(step, config, sae))
+        self.figures.clear()
+        self.dead = sae.dead_features()
+        append_line(self.metrics, line)
+        for log_line in self.log_to:
+            log_line(line)
+        self.line = line
+        self.restart_clock(step + 1)
+
+    def checked(self, batches: Batches) -> list[dict[str, float]]:
+        """The figures of the steps since the last line. Raises UserError where a loss is not finite, and says why."""
+        found = self.figures.read()
+        for step, figures in zip(self.figures.steps, found, strict=True):
+            if not figures["loss"] < SUSPICIOUS:
+                self._explain(step, figures["loss"], batches)
+        return found
+
+    def _explain(self, step: int, loss: float, batches: Batches) -> None:
+        """Raises UserError where a loss is not finite, or its batch can't be reconstructed: why, and what to do."""
+        # The batch is gone: it is made again, from the last place that is known.
+        start, state = self.before_line
+        again = next(itertools.islice(batches.start(start, state), step - start, None))
+        batch, where = again.batches[self.place], again.where
+        x = batch.acts[batch.mask].double()  # [tokens, d_in]
+        scale = float(self.sae.scale)
+        reason = None
+        if not x.isfinite().all():
+            reason = f"NaN or Inf in the activations of {where}: make them again, or leave those windows out"
+        elif not (x - x.mean(dim=0)).square().sum() > 1e-12 * x.square().sum():  # below this it is rounding only
+            reason = f"all positions of {where} that take part have the same activations: leave those windows out"
+        elif (x / scale).square().sum() > torch.finfo(torch.float32).max / 4:
+            reason = (
+                f"activations as large as {float(x.abs().max()):.3g} in {where}, at a scale of {scale:.3g}: their "
+                f"squares are too large for float32: make them again, or leave those windows out"
+            )
+        elif not math.isfinite(loss) and step == 0:  # this is the loss before the first update
+            reason = (
+                f"the loss is {loss} before the first step: initialise the SAE (SAE.initialise) from these activations"
+            )
+        elif not math.isfinite(loss):
+            reason = f"the loss is {loss} at step {step}: {_smaller_lr(self.config)}"
+        if reason:
+            raise UserError(f"{self.run}: {reason}")
+
+    def checkpoint(self, done: int, state: dict[str, Tensor] | None, batches: Batches) -> None:
+        """Write a checkpoint after `done` steps. state: of the batches then. Raises UserError as `step` does."""
+        self.checked(batches)
+        self._check_trained()
+        sync(self.metrics)  # a checkpoint is never ahead of its metrics
+        sync(self.seen)
+        beside = {"dead": self.dead, **self.figures.state(), **of_source(state)}
+        save_checkpoint(self.run, done, self.sae, self.optimizer, self.about, beside)
+        self.saved = done
+
+    def finish(self, state: dict[str, Tensor] | None) -> None:
+        """Save the trained SAE. state: of the batches, after the last step."""
+        sync(self.metrics)
+        if all(not state["step"] for state in self.optimizer.state.values()):
+            raise UserError(
+                f"the mask lets no two positions of a step take part, in any of {self.config.steps}: "
+                f"nothing to train on"
+            )
+        self._check_trained()
+        assert self.sae.trained_on is not None
+        train_fvu = self.line.get("fvu_exact", self.line.get("fvu"))
+        self.sae.trained_on = dataclasses.replace(self.sae.trained_on, train_fvu=train_fvu)
+        keep_source(self.run, state)
+        self.sae.save_pretrained(self.run)
+        self.trained = True
+
+    def load_finished(self) -> None:
+        """Load the trained SAE, if all files of its run agree that it is this one."""
+        run, sae = self.run, self.sae
+        check_config(read_json(run / CONFIG), self.about["sae"], run / CONFIG, RUN)
+        length = check_metrics(run, logged_steps(self.config, self.config.steps, self.earlier.ends), CONFIG)
+        if (run / METRICS).stat().st_size != length:
+            raise UserError(
+                f"{run / METRICS}: it goes on after the last of {self.config.steps} steps: take those lines out"
+            )
+        loaded = type(sae).from_pretrained(str(run))
+        sae.load_state_dict(loaded.state_dict())
+        sae.trained_on = loaded.trained_on
+        remove_unfinished(run, FILES)
+
+    def tidy(self) -> None:
+        """What is left to do when the SAE is saved. Never raises: it says what it could not do."""
+        self.sae.eval()
+        try:
+            settle(self.run)  # not earlier: after a kill, the steps after the checkpoint are done again
+        except UserError as error:  # the SAE is trained nevertheless
+            print(error, file=sys.stderr)
+        for path, reason in remove_checkpoints(self.run, self.about).items():
+            print(f"{path}: kept: {reason}", file=sys.stderr)
+
+    def _check_trained(self) -> None:
+        """Raises UserError where weights are not finite, before they replace the last checkpoint."""
+        broken = _not_finite(self.sae)
+        if broken:
+            raise UserError(f"{self.run}: {broken} holds NaN or Inf: {_smaller_lr(self.config)}")
+
+
+def _place(job: Job, batches: Batches) -> Place:
+    if job.place is None and len(batches.places) > 1:
+        raise UserError(f"place: not given for {job.run}; needed one of {', '.join(map(str, batches.places))}")
+    if job.place is not None and job.place not in batches.places:
+        raise UserError(f"place: given {job.place} for {job.run}; needed one of {', '.join(map(str, batches.places))}")
+    return batches.places[0] if job.place is None else job.place
+
+
+def _not_finite(sae: SAE) -> str | None:
+    """A tensor of an SAE that holds NaN or Inf, or None."""
+    return next((name for name, tensor in sae.state_dict().items() if not tensor.isfinite().all()), None)
+
+
+def _smaller_lr(config: TrainConfig) -> str:
+    return f"train again in another folder, with a smaller --lr (given {config.lr}); the last checkpoint is kept"
