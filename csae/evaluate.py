@@ -6,6 +6,7 @@ stand beside it, and the gap between the two is a figure of its own.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from csae.contextual_sae import ContextualSAE
-from csae.data.activations import ActivationSource, Batch
+from csae.data.activations import ActivationSource, Batch, Place, d_out_of
 from csae.data.language_model import LanguageModel
+from csae.data.places import in_words, places_in
 from csae.errors import UserError, shown
 from csae.progress import Progress, quiet
 from csae.sae import SAE, Output
@@ -37,7 +39,7 @@ def evaluate(
     source: ActivationSource,
     windows: Sequence[int],
     lm: LanguageModel | None = None,
-    layer: int | None = None,
+    layer: int | str | Place | None = None,
     batch_windows: int = BATCH_WINDOWS,
     ce_windows: int = CE_WINDOWS,
     progress: Progress = quiet,
@@ -50,7 +52,8 @@ def evaluate(
         windows: the windows of the source to evaluate on.
         lm: the language model the activations come from; with it also the cross-entropies. The source must
             know its tokens then.
-        layer: the layer of `lm` that the activations are from; by default what source.describe() says.
+        layer: where in `lm` the activations are from: a layer, the name of a hook point, or a transcoder's `Place`; by
+            default what source.describe() says.
         batch_windows: windows encoded at once.
         ce_windows: how many of the windows go through the language model; the first ones.
         elsewhere: evaluate also where the activations are of another model, layer or hook point than the SAE was
@@ -58,18 +61,18 @@ def evaluate(
 
     Returns:
         arch, k, d_in, d_sae, n_params; windows, and tokens, the positions evaluated.
-        data, model, layer, hook, n_ctx: what the activations are of; None where the source does not say.
+        data, model, layer, hook, hook_to, n_ctx: what the activations are of; None where the source does not say.
         fvu: squared error over variance, both summed over all positions and dimensions; the variance is
-            around the mean of these positions.
-        l0: active features a token. cosine: mean cosine of x and x_hat, as they are (their common mean
+            around the mean of these positions. Of a transcoder, of its target.
+        l0: active features a token. cosine: mean cosine of x (or the target) and x_hat, as they are (their common mean
             makes it look good; it is there to compare with other libraries).
         dead: share of features that have not fired for `dead_after` training tokens. silent: share that
             did not fire here.
         tokens_per_s: encoding and decoding, without reading the activations.
         With `lm`: ce_clean, ce_sae and ce_zero, the mean next-token loss in nats with the activations as they
-            are, reconstructed, and set to zero; ce_tokens, at how many positions. Positions out of the mask
-            keep their activations and do not count. loss_recovered: (ce_zero - ce_sae) / (ce_zero -
-            ce_clean), or None where zeros do the model no harm.
+            are, reconstructed, and set to zero; of a transcoder, with its target predicted, and set to zero;
+            ce_tokens, at how many positions. Positions out of the mask keep their activations and do not count.
+            loss_recovered: (ce_zero - ce_sae) / (ce_zero - ce_clean), or None where zeros do the model no harm.
         For a contextual SAE all of these are of the exact form. Beside them: query, sweeps, fvu_exact (the
             same as fvu), and of the form in sweeps fvu_sweeps, l0_sweeps, cosine_sweeps, tokens_per_s_sweeps,
             ce_sae_sweeps, loss_recovered_sweeps. gap: fvu_exact / fvu_sweeps - 1.
@@ -80,21 +83,24 @@ def evaluate(
     """
     _check_finite_weights(sae)
     here = TrainedOn.of(source.describe())
-    check_place(sae.trained_on, here.model, here.layer, here.hook, elsewhere)
+    names = str if lm is None else lm.hook_points.one_name
+    check_place(sae.trained_on, here.model, here.layer, here.hook, elsewhere, here.hook_to, names)
     if source.d_in != sae.d_in:
         raise UserError(f"the activations are {source.d_in} wide, the SAE {sae.d_in}: they don't belong together")
-    if lm is not None:
-        layer = _layer_of(lm, source, sae, layer)
-        check_place(sae.trained_on, lm.name, layer, elsewhere=elsewhere)
+    if d_out_of(source) != _d_out(sae):
+        raise UserError(f"the targets are {d_out_of(source)} wide, the SAE's {_d_out(sae)}: they don't belong together")
+    place = None if lm is None else _place_of(lm, source, sae, layer)
+    if lm is not None and place is not None:
+        check_place(sae.trained_on, lm.name, None, place.hook, elsewhere, place.to, names)
     was_training = sae.training
     sae.eval()
     try:
         result = _reconstruction(sae, source, windows, batch_windows, progress)
-        if lm is not None and layer is not None:
-            result |= _cross_entropies(sae, source, windows[:ce_windows], lm, layer, progress)
+        if lm is not None and place is not None:
+            result |= _cross_entropies(sae, source, windows[:ce_windows], lm, place, progress)
     finally:
         sae.train(was_training)
-    return result | {name: getattr(here, name) for name in ("data", "model", "layer", "hook", "n_ctx")}
+    return result | {name: getattr(here, name) for name in ("data", "model", "layer", "hook", "hook_to", "n_ctx")}
 
 
 class _Form:
@@ -111,7 +117,8 @@ class _Form:
         start = _now(acts.device)
         out = run_form(self.sae, acts, batch.mask, batch.documents, self.exact)
         self.seconds += _now(acts.device) - start
-        x, x_hat = acts[batch.mask].double(), out.x_hat[batch.mask].double()  # [tokens, d_in]
+        wanted = acts if batch.target is None else batch.target
+        x, x_hat = wanted[batch.mask].double(), out.x_hat[batch.mask].double()  # [tokens, d_out]
         self.squared_error += float((x - x_hat).square().sum())
         self.cosines += float(torch.cosine_similarity(x, x_hat, dim=1).sum())
         active = out.code.values[batch.mask] > 0  # [tokens, k]
@@ -140,12 +147,14 @@ def _reconstruction(
     contextual = isinstance(sae, ContextualSAE)
     forms = [_Form(sae, exact=True)] + ([_Form(sae, exact=False)] if contextual else [])
     device = sae.W_dec.device
-    # The sums for the variance are taken around b, so that a large mean costs no digits.
-    b = (sae.b_dec * sae.scale).double()
-    total, squares, tokens = torch.zeros_like(b), 0.0, 0
+    b: Tensor | None = None
+    total, squares, tokens = torch.zeros(_d_out(sae), dtype=torch.float64, device=device), 0.0, 0
     for start in progress(range(0, len(windows), batch_windows), "evaluating"):
         batch = _read(source, windows[start : start + batch_windows], device)
-        centred = batch.acts[batch.mask].double() - b
+        centred = (batch.acts if batch.target is None else batch.target)[batch.mask].double()
+        # The sums for the variance are taken around the first batch's mean, so that a large mean costs no digits.
+        b = centred.mean(dim=0) if b is None and len(centred) else b
+        centred = centred if b is None else centred - b
         total += centred.sum(dim=0)
         squares += float(centred.square().sum())
         tokens += len(centred)
@@ -181,7 +190,7 @@ def _reconstruction(
 
 
 def _cross_entropies(
-    sae: SAE, source: ActivationSource, windows: Sequence[int], lm: LanguageModel, layer: int, progress: Progress
+    sae: SAE, source: ActivationSource, windows: Sequence[int], lm: LanguageModel, place: Place, progress: Progress
 ) -> dict[str, Any]:
     contextual = isinstance(sae, ContextualSAE)
     names = ["ce_clean", "ce_zero", "ce_sae"] + (["ce_sae_sweeps"] if contextual else [])
@@ -194,7 +203,7 @@ def _cross_entropies(
         counted = batch.mask[:, :-1].to(lm.device)  # position t is counted by its loss on token t + 1
         tokens += int(counted.sum())
         for name in names:
-            losses = _spliced_losses(sae, batch, lm, layer, name)
+            losses = _spliced_losses(sae, batch, lm, place, name)
             sums[name] += float(losses[counted].double().sum())
     if tokens == 0:
         raise UserError(f"the mask leaves out every position of the {len(windows)} windows for the cross-entropy")
@@ -209,7 +218,7 @@ def _cross_entropies(
     return result
 
 
-def _spliced_losses(sae: SAE, batch: Batch, lm: LanguageModel, layer: int, name: str) -> Tensor:
+def _spliced_losses(sae: SAE, batch: Batch, lm: LanguageModel, place: Place, name: str) -> Tensor:
     """The losses [B, T - 1] of one of the cross-entropies of `evaluate`."""
     assert batch.tokens is not None
     if name == "ce_clean":
@@ -217,11 +226,11 @@ def _spliced_losses(sae: SAE, batch: Batch, lm: LanguageModel, layer: int, name:
 
     def reconstruct(acts: Tensor) -> Tensor:
         if name == "ce_zero":
-            return torch.zeros_like(acts)
+            return acts.new_zeros(*acts.shape[:-1], _d_out(sae))
         acts_here = acts.to(sae.W_dec)
         return run_form(sae, acts_here, batch.mask, batch.documents, exact=name == "ce_sae").x_hat.to(acts)
 
-    return lm.cross_entropy(batch.tokens, layer, reconstruct, batch.mask)
+    return lm.cross_entropy(batch.tokens, place.hook, reconstruct, batch.mask, place.to)
 
 
 def _read(source: ActivationSource, windows: Sequence[int], device: torch.device) -> Batch:
@@ -231,15 +240,24 @@ def _read(source: ActivationSource, windows: Sequence[int], device: torch.device
     return Batch(*(None if part is None else part.to(device) for part in batch))  # type: ignore[arg-type]
 
 
-def _layer_of(lm: LanguageModel, source: ActivationSource, sae: SAE, layer: int | None) -> int:
-    """The layer to splice into: as given, or as the source says."""
-    if lm.d_in != sae.d_in:
-        raise UserError(f"{lm.name} is {lm.d_in} wide, the SAE {sae.d_in}: give the model the activations come from")
-    layer = source.describe().get("layer") if layer is None else layer
-    if not isinstance(layer, int):
-        raise UserError("the activations don't say which layer of the language model they are from: give the layer")
-    lm.block(layer)
-    return layer
+def _place_of(lm: LanguageModel, source: ActivationSource, sae: SAE, given: int | str | Place | None) -> Place:
+    """The place to splice into: as given, or as the source says, by its one name."""
+    if given is None:
+        said = places_in(source.describe())
+        if not said:
+            raise UserError("the activations don't say which layer of the language model they are from: give the layer")
+        given = said[0]
+    found = lm.hook_points.places(*given) if isinstance(given, Place) else lm.hook_points.places(given)
+    if len(found) > 1:
+        raise UserError(f"layer: given {given}, {len(found)} places of {lm.name}; needed one: name it")
+    place = found[0]
+    for name, width in ((place.hook, sae.d_in), (place.to or place.hook, _d_out(sae))):
+        if lm.hook(name).width != width:
+            raise UserError(
+                f"{in_words(name, lm.name)} is {lm.hook(name).width} wide, the SAE {width}: give the model the "
+                "activations come from"
+            )
+    return place
 
 
 def _check_finite_weights(sae: SAE) -> None:
@@ -313,8 +331,9 @@ def data_in_words(result: dict[str, Any]) -> str:
     count, trained, left_out = result["windows"], result.get("trained_windows"), result.get("left_out_windows")
     which = {"held out": "held-out windows", "not trained on": "windows that it did not train on"}
     said = f"on {count} {which.get(result.get('which', ''), 'windows')} of {result.get('data') or 'activations'}"
-    where = [f"layer {result['layer']}" if result.get("layer") is not None else "", result.get("model") or ""]
-    said += "".join(f", {part}" for part in [" of ".join(part for part in where if part)] if part)
+    of = TrainedOn(model=result.get("model"), layer=result.get("layer"), hook=result.get("hook"))
+    if of.model is not None or of.layer is not None:
+        said += f", {dataclasses.replace(of, hook_to=result.get('hook_to')).place()}"
     if trained:
         said += f"; {trained} of them are windows that it trained on"
     if left_out:
@@ -322,3 +341,7 @@ def data_in_words(result: dict[str, Any]) -> str:
     if result.get("which") == "unknown":
         said += "; which it trained on can't be told"
     return said
+
+
+def _d_out(sae: SAE) -> int:
+    return getattr(sae, "d_out", sae.d_in)

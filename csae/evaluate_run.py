@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from csae.data.activations import ActivationSource, held_out
 from csae.data.language_model import LanguageModel
+from csae.data.places import PLACE_KEYS, places_in
 from csae.data.seen import Seen, hashes_of, read_seen
-from csae.data.sources import check_said, open_source
+from csae.data.sources import check_said, open_model, open_source
 from csae.errors import UserError
 from csae.evaluate import evaluate
 from csae.files import read_json, write_json
@@ -25,7 +26,8 @@ from csae.trained_on import KEY, data_name
 HELD_OUT, NOT_TRAINED_ON, ASKED_FOR, UNKNOWN = "held out", "not trained on", "asked for", "unknown"
 HASHED_AT_ONCE = 64
 DATA = ("activations", "text", "dataset")
-KINDS: dict[str, Any] = dict.fromkeys((*DATA, "model"), str) | dict.fromkeys(("layer", "n_ctx", "max_tokens"), int)
+KINDS: dict[str, Any] = dict.fromkeys((*DATA, "model", "hook", "hook_to"), str)
+KINDS |= dict.fromkeys(("layer", "n_ctx", "max_tokens"), int)
 KINDS |= {"held_out": int | float}
 # Two descriptions of the same windows may differ in these: how they are read, and where they lie.
 NOT_DATA = ("dtype", "batch_size", "folder", "model")
@@ -63,7 +65,7 @@ def evaluate_run(
         n_windows: at most so many.
         trained_windows: evaluate also on windows that the run trained on.
         elsewhere: as `csae.evaluate.evaluate`.
-        opened: sources that are open already, to be shared by the next call.
+        opened: models and sources that are open already, to be shared by the next call.
 
     Returns what `evaluate` does, and: which, "held out" where the windows are those that the run held out, "not trained
     on" where they are others, "asked for" with trained_windows, "unknown" where it can't be told, as the run does not
@@ -100,7 +102,7 @@ def evaluate_run(
         source,
         chosen.windows,
         lm,
-        origin.get("layer"),
+        next(iter(places_in(origin)), None),
         ce_windows=ce_windows,
         progress=progress,
         elsewhere=elsewhere,
@@ -173,20 +175,35 @@ def _origin(run: Path | str, sae: SAE, job: dict[str, Any], given: dict[str, Any
     on = {} if sae.trained_on is None else sae.trained_on.to_config()
     known = {**on, **job.get("data", {}), **job["origin"]}
     is_other = any(name in given for name in DATA)
-    kept = {
-        name: known[name] for name in ("model", "layer", "n_ctx", "bos", "keep_first") if known.get(name) is not None
-    }
+    kept = {name: known[name] for name in ("model", "n_ctx", "bos", "keep_first") if known.get(name) is not None}
     origin = (kept if is_other else kept | job["origin"]) | given
+    if not any(name in given for name in PLACE_KEYS):
+        origin |= _place(sae, job)
+    else:
+        origin = {name: value for name, value in origin.items() if name not in PLACE_KEYS or name in given}
     if "activations" in origin and "model" not in (given if is_other else job["origin"] | given):
         origin.pop("model", None)  # it is needed for the cross-entropy only, and nobody asked for that
     if "activations" not in origin:  # what a run does not say of itself is not so; without a run the tokenizer decides
         origin.setdefault("bos", False if job["origin"] or job.get("data") else None)
     if not any(name in origin for name in DATA):
-        missing = [f"--{name}" for name in ("model", "layer") if name not in origin]
+        missing = [] if "model" in origin else ["--model"]
+        missing += [] if any(name in origin for name in PLACE_KEYS) else ["--layer"]
         instead = "--text (or --dataset)" if not missing else f"{', '.join(missing)} and --text (or --dataset)"
         raise UserError(f"{run}: it does not say what data it was trained on: give --activations DIR, or {instead}")
     origin.setdefault("n_ctx", 256)
     return origin, is_other
+
+
+def _place(sae: SAE, job: dict[str, Any]) -> dict[str, Any]:
+    """Where a run reads, as it says itself, or as its SAE does; {} where neither does."""
+    for said in (job["origin"], job.get("data", {}), {} if sae.trained_on is None else sae.trained_on.to_config()):
+        hook, layer = said.get("hook"), said.get("layer")
+        # Without a number of a block it is a name that somebody gave to activations of their own.
+        if isinstance(hook, str) and any(character.isdigit() for character in hook):
+            return {name: said[name] for name in ("hook", "hook_to") if said.get(name) is not None}
+        if layer is not None:
+            return {"layer": layer}
+    return {}
 
 
 def _open(
@@ -194,9 +211,11 @@ def _open(
 ) -> tuple[ActivationSource, LanguageModel | None]:
     key = json.dumps(origin, sort_keys=True)
     if key not in opened:
-        source, lm = open_source(origin, device, progress)
+        source, lm = open_source(origin, device, progress, opened)
+        if (places := getattr(source, "places", ())) and len(places) > 1:
+            raise UserError(f"--hook: {len(places)} places, {places[0]} to {places[-1]}; needed one: name it")
         if lm is None and "model" in origin:  # saved activations, and a model to splice into
-            lm = LanguageModel.load(origin["model"], device=device)
+            lm = open_model(origin["model"], device, opened)
         opened[key] = source, lm
     return opened[key]
 

@@ -30,7 +30,7 @@ JOB: dict[str, tuple[type, ...]] = {
     "origin": (dict, type(None)),
 }
 ORIGIN: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("activations", "model", "text", "dataset"), (str,)),
+    **dict.fromkeys(("activations", "model", "hook", "hook_to", "text", "dataset"), (str,)),
     **dict.fromkeys(("layer", "n_ctx", "max_tokens"), (int,)),
     **dict.fromkeys(("bos", "keep_first"), (bool,)),
     "held_out": (int, float),
@@ -60,10 +60,11 @@ def read_origin(run: Path) -> dict[str, Any]:
 
 
 def read_trained_on(run: Path) -> dict[str, Any]:
-    """The model, layer, n_ctx, bos and keep_first of what a run was trained on (`csae.data.sources`); what it knows."""
+    """The model, place, n_ctx, bos and keep_first of what a run was trained on (`csae.data.sources`); what it knows."""
     job = read_run(run)
     data, origin = job.get("data") or {}, job.get("origin") or {}
-    kinds = {name: ORIGIN[name] for name in ("model", "layer", "n_ctx", "keep_first")} | {"bos": (bool, list)}
+    names = ("model", "layer", "hook", "hook_to", "n_ctx", "keep_first")
+    kinds = {name: ORIGIN[name] for name in names} | {"bos": (bool, list)}
     # `data` comes from the source, which may be of a user's own class: its types are not known.
     known = {name: data[name] for name, types in kinds.items() if _is_a(data.get(name), types)}
     if origin.get("activations") is not None and "n_ctx" in known:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import csae
+from csae.data.places import PLACE_KEYS, Place, in_words, layer_of, name_of_layer, places_in
 from csae.errors import UserError, shown
 
 KEY = "trained_on"
@@ -28,7 +30,8 @@ class TrainedOn:
     layer: int | None = None
     """after how many of its blocks"""
     hook: str | None = None
-    """which activations there: "resid_post", the residual stream, or another name for others"""
+    """which activations: "resid_post", the residual stream after `layer` blocks; or the name of another hook point
+    (`csae.data.hook_points`), or what others call it"""
     n_ctx: int | None = None
     """positions a window"""
     data: str | None = None
@@ -43,11 +46,16 @@ class TrainedOn:
     """fraction of variance unexplained of the last training batch, in the exact form"""
     held_out_fvu: float | None = None
     """the same of windows that were held out, as `csae eval` measured it"""
+    hook_to: str | None = None
+    """a transcoder's: the hook point that it predicts"""
 
     @classmethod
     def of(cls, described: dict[str, Any], origin: dict[str, Any] | None = None) -> TrainedOn:
         """From what a source of activations says of itself (`describe()`), and from where it was opened."""
-        known = {**described, **{name: value for name, value in (origin or {}).items() if value is not None}}
+        opened = {name: value for name, value in (origin or {}).items() if value is not None}
+        if described.get("layer") is not None or described.get("hook") is not None:
+            opened = {name: value for name, value in opened.items() if name not in PLACE_KEYS}
+        known = {**described, **opened}
         model, layer = known.get("model"), known.get("layer")
         hook = known.get("hook")
         if isinstance(hook, str):
@@ -64,6 +72,7 @@ class TrainedOn:
             bos=_flag(known, "bos"),
             keep_first=_flag(known, "keep_first"),
             version=csae.__version__,
+            hook_to=None if known.get("hook_to") is None else shown(known["hook_to"]),
         )
 
     @classmethod
@@ -75,7 +84,7 @@ class TrainedOn:
         if not isinstance(found, dict):
             raise UserError(f"{where}: {KEY} is {shown(repr(found))[:60]}; needed an object, or nothing")
         kinds: dict[str, tuple[type, ...]] = {
-            **dict.fromkeys(("model", "hook", "data", "version"), (str,)),
+            **dict.fromkeys(("model", "hook", "hook_to", "data", "version"), (str,)),
             **dict.fromkeys(("layer", "n_ctx"), (int,)),
             **dict.fromkeys(("bos", "keep_first"), (bool,)),
             **dict.fromkeys(("train_fvu", "held_out_fvu"), (int, float)),
@@ -93,7 +102,19 @@ class TrainedOn:
 
     def place(self) -> str:
         """Where the activations are from, in words; without what is not known."""
-        return _place(self.model, self.layer, self.hook)
+        return _place(self.model, self.layer, self.hook, self.hook_to)
+
+    def place_name(self) -> str | None:
+        """The hook point, or pair of them, by the names that are known, and what TransformerLens calls a layer's."""
+        if (place := self.at()) is None:
+            return self.hook
+        layer = layer_of(place.hook)
+        return str(place) if layer is None else f"{place} (blocks.{layer - 1}.hook_resid_post)"
+
+    def at(self) -> Place | None:
+        """The hook point, or pair of them, by the names that are known; None where no layer or name is."""
+        where = {"layer": self.layer, "hook": self.hook, "hook_to": self.hook_to}
+        return next(iter(places_in(where)), None)
 
 
 def check_place(
@@ -102,28 +123,40 @@ def check_place(
     layer: int | None,
     hook: str | None = None,
     elsewhere: bool = False,
+    hook_to: str | None = None,
+    names: Callable[[str], str] = str,
 ) -> None:
     """Raises UserError where an SAE is used on other activations than it was trained on, unless `elsewhere`.
 
-    model, layer, hook: where it is used; None where not known.
+    model, layer, hook, hook_to: where it is used; None where not known. names: a hook point's one name by any of its
+    names, where the model is at hand that says it (`csae.data.hook_points.HookPoints.one_name`).
     """
     if trained_on is None or elsewhere or (model is None and layer is None and hook is None):
         return
     if hook is None and layer is not None:
         hook = RESIDUAL
+    elif hook is not None and layer_of(hook) is not None:
+        layer, hook = layer_of(hook), RESIDUAL
+    here = TrainedOn(model=None if model is None else model_name(model), layer=layer, hook=hook, hook_to=hook_to)
     other = trained_on.model is not None and model is not None and not same_model(trained_on.model, model)
-    other |= trained_on.layer is not None and layer is not None and trained_on.layer != layer
-    other |= trained_on.hook is not None and hook is not None and trained_on.hook != hook
-    here = _place(None if model is None else model_name(model), layer, hook)
+    one, another = trained_on.at(), here.at()
+    if one is None or another is None or [*map(_known_by(names), one)] != [*map(_known_by(names), another)]:
+        other |= trained_on.layer is not None and layer is not None and trained_on.layer != layer
+        other |= trained_on.hook is not None and hook is not None and trained_on.hook != hook
+        other |= trained_on.hook_to != hook_to and hook is not None
     if other:
         raise UserError(
-            f"the SAE was trained on {trained_on.place()}, and this is {here}: use it there, or give {ASKED}"
+            f"the SAE was trained on {trained_on.place()}, and this is {here.place()}: use it there, or give {ASKED}"
         )
     if trained_on.data is not None and trained_on.model is None and trained_on.layer is None:
         raise UserError(
             f"the SAE was trained on the activations in {trained_on.data!r}, which don't say what they are of, and "
-            f"this is {here}: give {ASKED} if they are of the same"
+            f"this is {here.place()}: give {ASKED} if they are of the same"
         )
+
+
+def _known_by(names: Callable[[str], str]) -> Callable[[str | None], str | None]:
+    return lambda name: None if name is None else names(name)
 
 
 # The key under which another library's config keeps all of it, and what the library itself calls the parts.
@@ -207,11 +240,16 @@ def hook_place(name: str) -> tuple[int | None, str]:
     return (None if block_of is None else int(block_of[1]) + 1), name
 
 
-def _place(model: str | None, layer: int | None, hook: str | None) -> str:
-    where = " of ".join(part for part in ("" if layer is None else f"layer {layer}", model) if part)
+def _place(model: str | None, layer: int | None, hook: str | None, hook_to: str | None) -> str:
     if hook in (None, RESIDUAL):
+        if layer is not None and layer > 0 and hook_to is None:
+            return in_words(name_of_layer(layer), model or "")
+        where = " of ".join(part for part in ("" if layer is None else f"layer {layer}", model) if part)
         return where or "an unknown place"
-    return f"{hook} of {where}" if where else str(hook)
+    named = str(hook) if hook_to is None else f"{hook} to {hook_to}"
+    # A name that says which block it is of says all.
+    of_layer = "" if layer is None or re.search(r"\d", named) else f"layer {layer}"
+    return " of ".join(part for part in (named, of_layer, model) if part)
 
 
 def _whole(value: object) -> int | None:
@@ -235,7 +273,7 @@ def card(sae: Any) -> str:
     facts = {
         "model": on.model,
         "layer": on.layer,
-        "hook point": on.hook,
+        "hook point": on.place_name(),
         "data": on.data,
         "positions a window": on.n_ctx,
         "windows begin with the BOS token": on.bos,

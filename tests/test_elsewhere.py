@@ -34,7 +34,7 @@ def test_splicing(sae: TopKSAE, tiny_lm: LanguageModel) -> None:
         ):
             pass
     sae.trained_on = TrainedOn("org/another", 2, RESIDUAL)
-    with pytest.raises(ValueError, match="trained on layer 2 of org/another, and this is"), splice(tiny_lm, 2, sae):
+    with pytest.raises(ValueError, match=r"trained on layer 2 of org/another .*and this is"), splice(tiny_lm, 2, sae):
         pass
 
 
@@ -50,6 +50,6 @@ def test_viewing(sae: TopKSAE, tiny_lm: LanguageModel) -> None:
     windows, _ = read_windows(tiny_lm, 2, TEXT, 16)
     assert view(sae, windows, tiny_lm)["tokens"]
     sae.trained_on = TrainedOn("org/another", 2, RESIDUAL)
-    with pytest.raises(ValueError, match="trained on layer 2 of org/another, and this is"):
+    with pytest.raises(ValueError, match=r"trained on layer 2 of org/another .*and this is"):
         view(sae, windows, tiny_lm)
     assert view(sae, windows, tiny_lm, elsewhere=True)["tokens"]

@@ -29,6 +29,7 @@ from csae.cli.evaluate import evaluate
 from csae.cli.evidence import evidence
 from csae.cli.export import export
 from csae.cli.features import features
+from csae.cli.hooks import hooks
 from csae.cli.info import info
 from csae.cli.push import push
 from csae.cli.train import train
@@ -43,5 +44,5 @@ def cli() -> None:
     """Train sparse autoencoders fast; and the contextual one, which encodes only what is new."""
 
 
-for command in (demo, train, evaluate, features, view, cache, export, push, info, bench, evidence):
+for command in (demo, train, evaluate, features, view, cache, hooks, export, push, info, bench, evidence):
     cli.add_command(command)

@@ -15,11 +15,11 @@ from csae.cli.options import (
     DEVICE,
     ELSEWHERE,
     KEEP_FIRST,
-    LAYER,
     MODEL,
     TEXT,
     device_of,
     given_of,
+    place_options,
 )
 from csae.errors import UserError
 
@@ -28,7 +28,7 @@ from csae.errors import UserError
 @click.argument("runs", nargs=-1, required=True)
 @ACTIVATIONS
 @MODEL
-@LAYER
+@place_options()
 @TEXT
 @DATASET
 @click.option("--n-ctx", type=int, help="Positions a window; as trained if not given.")

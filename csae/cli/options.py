@@ -11,10 +11,12 @@ from typing import Any
 import click
 import torch
 
+from csae.data.places import name_of_layer
 from csae.errors import UserError
 
 MODEL = click.option("--model", help="Language model: a Hugging Face id, a folder, or a .gguf file.")
 LAYER = click.option("--layer", type=int, help="Read the residual stream after this many blocks.")
+AT = "a hook point of the model: resid.out:11 (--layer 12), mlp.in:11, mlp.out:11, attn.out:11, or a module by its path"
 TEXT = click.option("--text", type=click.Path(), help="A text file, or a folder of *.txt, *.md, *.rst.")
 DATASET = click.option(
     "--dataset", help="A tokenized Hugging Face dataset with a column input_ids: a folder, or a hub id."
@@ -55,6 +57,52 @@ def options_of(config: type, *names: str) -> Callable[[Any], Any]:
     return decorate
 
 
+def place_options(several: bool = False) -> Callable[[Any], Any]:
+    """--layer, --hook, --from and --to: where activations are read; with `several`, more than one place."""
+    more = " May be repeated." if several else ""
+    pattern = " May be repeated, and hold *." if several else ""
+    options = [
+        click.option(
+            "--layer",
+            type=int,
+            multiple=several,
+            help=f"Read the residual stream after this many blocks: 12 is --hook resid.out:11.{more}",
+        ),
+        click.option("--hook", multiple=several, help=f"Read {AT}; `csae hooks MODEL` lists them.{pattern}"),
+        click.option("--from", "hook_from", help="A transcoder: the hook point that it reads."),
+        click.option("--to", "hook_to", help="A transcoder: the hook point that it predicts."),
+    ]
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def place_of(options: dict[str, Any]) -> dict[str, Any]:
+    """What --layer, --hook, --from and --to say, as `open_source` takes it. Raises UserError where they disagree."""
+    layers, hooks = (
+        [] if given is None else list(given) if isinstance(given, tuple) else [given]
+        for given in (options.get("layer"), options.get("hook"))
+    )
+    from_, to = options.get("hook_from"), options.get("hook_to")
+    if (from_ is None) != (to is None):
+        raise UserError("--from, --to: given one without the other; a transcoder needs both, an SAE has --hook")
+    if from_ is not None and (layers or hooks):
+        raise UserError("--from and --to: given with --layer or --hook; needed either a transcoder's or an SAE's")
+    if from_ is not None:
+        return {"hook": from_, "hook_to": to}
+    if len(layers) + len(hooks) > 1:
+        if not isinstance(options.get("hook"), tuple):
+            raise UserError("--layer, --hook: both given; needed one of them")
+        if min(layers, default=1) < 1:
+            raise UserError(f"--layer: given {min(layers)}; needed 1 or more")
+        return {"hooks": [*map(name_of_layer, layers), *hooks]}
+    return {"layer": layers[0]} if layers else {"hook": hooks[0]} if hooks else {}
+
+
 def origin_of(options: dict[str, Any], trained_on: dict[str, Any] | None = None) -> dict[str, Any]:
     """Where activations come from, for `open_source`, with absolute paths, since the run keeps it.
 
@@ -71,8 +119,8 @@ def origin_of(options: dict[str, Any], trained_on: dict[str, Any] | None = None)
 
 def given_of(options: dict[str, Any]) -> dict[str, Any]:
     """The options that were given, of those that `open_source` takes, with absolute paths."""
-    names = ("activations", "model", "layer", "text", "dataset", "n_ctx", "max_tokens", "bos", "keep_first")
-    given = {name: options[name] for name in names if options.get(name) is not None}
+    names = ("activations", "model", "text", "dataset", "n_ctx", "max_tokens", "bos", "keep_first")
+    given = {name: options[name] for name in names if options.get(name) is not None} | place_of(options)
     if "activations" in given and "bos" in given:
         raise UserError("--bos, --no-bos: given with --activations, which are as they were made; needed with a text")
     for name in ("text", "dataset", "max_tokens"):

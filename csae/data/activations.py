@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from csae.data.hook_points import Place as Place
-from csae.data.hook_points import described_place, in_words
 from csae.data.language_model import LanguageModel
+from csae.data.places import Place as Place
+from csae.data.places import described_place, in_words
 from csae.data.text import TokenWindows
 from csae.errors import UserError
 

@@ -5,7 +5,9 @@
     mlp.in:11, mlp.out:11       what the MLP of block 11 is given, and what it gives
     attn.in:11, attn.out:11     the same of its attention, or of what mixes positions in the place of one
     model.layers.11.mlp         any module by its path: what it gives; with .in behind it, what it is given
-    blocks.11.hook_mlp_out      TransformerLens's names of resid_pre, resid_post, attn_out and mlp_out
+    blocks.11.hook_mlp_out      TransformerLens's names of resid_pre, resid_post, attn_out and mlp_out, where they are
+                                the same; dictionary_learning's, such as mlp_out_layer_11; and sparsify's, which are
+                                paths in the model without its head: layers.11.mlp
 
 Names may hold `*`, `?` and `[...]`, each within one part: model.layers.*.mlp, mlp.out:*. Of what a module is given or
 gives, the first tensor [B, T, width] is meant. A place has one name: the short form where there is one, else the path.
@@ -23,10 +25,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from csae.data.blocks import PROBE_TOKENS, Blocks, hidden, with_hidden
+from csae.data.places import SHORT_FORM, Place, matching, name_of_layer
 from csae.data.probe import Call, Probed, input_of, probe, with_input
 from csae.errors import UserError, shown
 
-SHORT_FORM = re.compile(r"(resid|mlp|attn)\.(in|out):(\d+)")
 LISTED = "`csae hooks MODEL` lists what there is"
 _probed: weakref.WeakKeyDictionary[nn.Module, Probed] = weakref.WeakKeyDictionary()
 
@@ -46,43 +48,6 @@ class HookPoint(NamedTuple):
     """the block that it is in, from 0; None outside"""
     when: int
     """a place with a higher number is reached later in a pass; 0 where no pass has shown it yet"""
-
-
-class Place(NamedTuple):
-    """Where an SAE reads, and what it reconstructs."""
-
-    hook: str
-    """the name of a hook point"""
-    to: str | None = None
-    """a transcoder's: the hook point that it predicts"""
-
-    def __str__(self) -> str:
-        return self.hook if self.to is None else f"{self.hook} to {self.to}"
-
-
-def name_of_layer(layer: int) -> str:
-    """The hook point of the residual stream after `layer` blocks: layer 12 is resid.out:11."""
-    return f"resid.out:{layer - 1}"
-
-
-def layer_of(name: str) -> int | None:
-    """After how many blocks a hook point is the residual stream: 12 of resid.out:11; None of another."""
-    found = SHORT_FORM.fullmatch(name)
-    return int(found[3]) + 1 if found and (found[1], found[2]) == ("resid", "out") else None
-
-
-def in_words(name: str) -> str:
-    """A hook point as it is shown: resid.out:11 is "layer 12 (resid.out:11)"."""
-    layer = layer_of(name)
-    return name if layer is None else f"layer {layer} ({name})"
-
-
-def described_place(place: Place) -> dict[str, Any]:
-    """A place as JSON: {"layer"} of a residual stream after a block, else {"hook"}; of a transcoder {"hook", "to"}."""
-    layer = layer_of(place.hook)
-    if place.to is not None:
-        return {"hook": place.hook, "to": place.to}
-    return {"hook": place.hook} if layer is None else {"layer": layer}
 
 
 class HookPoints:
@@ -107,6 +72,13 @@ class HookPoints:
             )
         return points[0]
 
+    def one_name(self, name: str) -> str:
+        """The one name of the place that a name stands for; the name itself where it stands for none."""
+        found = SHORT_FORM.fullmatch(name)
+        if found and found[1] == "resid" and int(found[3]) < len(self._blocks.modules):
+            return self.one(name).name
+        return name if SHORT_FORM.fullmatch(name) else self._all_names().get(name, name)
+
     def find(self, pattern: str) -> tuple[HookPoint, ...]:
         """The hook points that a name or a pattern stands for, in the model's order; one at least.
 
@@ -120,8 +92,7 @@ class HookPoints:
             return (self._point(names[pattern], pattern),)
         if not re.search(r"[*?\[]", pattern):
             raise UserError(self._unknown(pattern))
-        fits = _as_regex(pattern)
-        canonical = {names[name]: None for name in names if fits.fullmatch(name)}
+        canonical = dict.fromkeys(names[name] for name in matching(pattern, names))
         if not canonical:
             raise UserError(f"hook {shown(repr(pattern))}: fits no place of {self._name}; {LISTED}")
         return tuple(self._point(name, pattern) for name in canonical)
@@ -241,9 +212,12 @@ class HookPoints:
             short = {f"resid.in:{block}": before, f"resid.out:{block}": f"resid.out:{block}"}
             paths = {f"{path}.in": before, path: f"resid.out:{block}"}
             lens = {f"blocks.{block}.hook_resid_pre": before, f"blocks.{block}.hook_resid_post": f"resid.out:{block}"}
+            lens[f"resid_post_layer_{block}"] = f"resid.out:{block}"
             for kind, part in parts.items():
                 if part.path is None:
                     continue
+                if not part.adds_stream:
+                    lens[f"{kind}_out_layer_{block}"] = f"{kind}.out:{block}"
                 for side in ("in",) if part.adds_stream else ("in", "out"):
                     name = f"{kind}.{side}:{block}"
                     short[name] = name
@@ -256,6 +230,10 @@ class HookPoints:
             names.setdefault(path, path)
         for path in probed.modules:
             names.setdefault(f"{path}.in", f"{path}.in")  # a module that is called so itself comes first
+        prefix = f"{getattr(self._model, 'base_model_prefix', '')}."
+        for name, canonical in list(names.items()):
+            if name.startswith(prefix):
+                names.setdefault(name.removeprefix(prefix), canonical)
         self._names = probed, names
         return names
 
@@ -344,12 +322,3 @@ def _fault(call: Call, side: str) -> str | None:
         what = list(shape) if isinstance(shape, torch.Size) else shape
         return f"{does} {what} for 2 windows of {PROBE_TOKENS} tokens; needed [2, {PROBE_TOKENS}, d]"
     return None
-
-
-def _as_regex(pattern: str) -> re.Pattern[str]:
-    """A pattern with `*`, `?` and `[...]`, which fit anything but the dots and colons between parts of a name."""
-    parts = re.findall(r"\[!?[^\]]+\]|.", pattern)
-    wild = {"*": r"[^.:]*", "?": r"[^.:]"}
-    return re.compile(
-        "".join(wild.get(part) or (part.replace("[!", "[^", 1) if len(part) > 1 else re.escape(part)) for part in parts)
-    )

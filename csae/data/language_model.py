@@ -23,8 +23,9 @@ from csae.data.blocks import (
     text_config,
     with_hidden,
 )
-from csae.data.hook_points import HookPoint, HookPoints, name_of_layer, on_read, on_replace
+from csae.data.hook_points import HookPoint, HookPoints, on_read, on_replace
 from csae.data.loading import load_pretrained
+from csae.data.places import name_of_layer
 from csae.errors import UserError, first_line
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from csae.data.activations import Batch, Place, sink_mask
-from csae.data.hook_points import described_place, name_of_layer
+from csae.data.places import described_place, name_of_layer
 from csae.data.shards import ShardReader, read_places
 from csae.errors import UserError, shown
 from csae.trained_on import RESIDUAL

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from csae.data.activations import ActivationSource, ModelActivations
 from csae.data.language_model import LanguageModel
+from csae.data.places import PLACE_KEYS, Place, in_words, matching, places_in
 from csae.data.shard_activations import ShardActivations
+from csae.data.shards import read_places
 from csae.data.text import TokenWindows, beginning, load_token_dataset, read_documents, tokenize
 from csae.errors import UserError, shown
 from csae.progress import Progress, quiet
@@ -14,29 +17,69 @@ from csae.trained_on import same_model
 
 
 def open_source(
-    origin: dict[str, Any], device: str | None = None, progress: Progress = quiet
+    origin: dict[str, Any],
+    device: str | None = None,
+    progress: Progress = quiet,
+    opened: dict[str, Any] | None = None,
 ) -> tuple[ActivationSource, LanguageModel | None]:
     """The activations that `origin` describes, and the language model where one makes them.
 
-    origin: {"activations": folder}, or {"model", "layer", "n_ctx", "max_tokens"} with one of {"text": file or
-    folder} and {"dataset": name or folder}. Beside those "keep_first", true where position 0 and outliers take part
-    (`csae.data.activations.sink_mask`), and with a model "bos", whether windows begin with a beginning of sequence:
-    false if it is not there, null for the tokenizer's own convention (`csae.data.text.beginning`). Raises UserError
-    where a part is missing or does not fit.
+    origin: {"activations": folder}, or {"model", "n_ctx", "max_tokens"} with a place and one of {"text": file or
+    folder} and {"dataset": name or folder}. The place is {"layer"}, {"hook"}, for a transcoder {"hook", "hook_to"}, or
+    a list {"hooks"}; a name may be a pattern (`csae.data.hook_points`). With a folder, the place says which of those
+    in it. A source of several places is one of `csae.data.activations.ActivationSources`. Beside those "keep_first",
+    true where position 0 and outliers take part (`csae.data.activations.sink_mask`), and with a model "bos", whether
+    windows begin with a beginning of sequence: false if it is not there, null for the tokenizer's own convention
+    (`csae.data.text.beginning`). opened: models and windows that are open already, by their names; shared with the
+    next call. Raises UserError where a part is missing or does not fit.
     """
+    opened = {} if opened is None else opened
     keep_first = bool(origin.get("keep_first"))
     if origin.get("activations") is not None:
-        return ShardActivations(origin["activations"], keep_first), None
-    for name in ("model", "layer"):
-        if origin.get(name) is None:
-            raise UserError(f"--{name}: not given; needed with --text or --dataset (or give --activations DIR)")
+        return _of_shards(origin["activations"], keep_first, places_in(origin)), None
+    if origin.get("model") is None:
+        raise UserError("--model: not given; needed with --text or --dataset (or give --activations DIR)")
+    named = any(origin.get(name) is not None for name in ("hook", "hooks"))
+    if not named and origin.get("layer") is None:
+        raise UserError("--layer: not given; needed with --text or --dataset, or --hook (or give --activations DIR)")
+    places: list[int | Place] = [*places_in(origin)] if named else [origin["layer"]]
     if (origin.get("text") is None) == (origin.get("dataset") is None):
         raise UserError("--text, --dataset: needed one of them (or --activations DIR)")
-    lm = LanguageModel.load(origin["model"], device=device)
-    lm.block(origin["layer"])
-    windows = _windows(origin, lm, progress)
-    lm.check_tokens(windows.tokens)
-    return ModelActivations(lm, origin["layer"], windows, keep_first=keep_first), lm
+    lm = open_model(origin["model"], device, opened)
+    for place in places:
+        lm.hook_points.places(*(place if isinstance(place, Place) else (place,)))
+    of_windows = {name: origin.get(name) for name in ("model", "text", "dataset", "n_ctx", "max_tokens", "bos")}
+    key = f"windows {json.dumps(of_windows, sort_keys=True)} {'bos' in origin}"
+    if key not in opened:
+        opened[key] = _windows(origin, lm, progress)
+    return ModelActivations(lm, places, opened[key], keep_first=keep_first), lm
+
+
+def open_model(name: str, device: str | None = None, opened: dict[str, Any] | None = None) -> LanguageModel:
+    """The language model of a name; from `opened` where it is there, see `open_source`."""
+    opened = {} if opened is None else opened
+    key = f"model {name} {device}"
+    if key not in opened:
+        opened[key] = LanguageModel.load(name, device=device)
+    return opened[key]
+
+
+def _of_shards(folder: str, keep_first: bool, wanted: list[Place]) -> ShardActivations:
+    """Of a folder that holds several places those that were asked for; all where none was."""
+    hooks = list(read_places(folder))
+    if not hooks or not wanted:
+        return ShardActivations(folder, keep_first)
+    chosen: dict[Place, None] = {}
+    for place in wanted:
+        from_, to = matching(place.hook, hooks), matching(place.to, hooks) if place.to else None
+        if not from_ or to == []:
+            raise UserError(
+                f"hook {shown(str(place))}: {shown(folder)} holds {shown(', '.join(hooks))}; needed one of them"
+            )
+        if to is not None and len(to) != len(from_):
+            raise UserError(f"--from, --to: {len(from_)} and {len(to)} places of the activations; needed as many")
+        chosen |= {Place(hook, None if to is None else to[number]): None for number, hook in enumerate(from_)}
+    return ShardActivations(folder, keep_first, list(chosen))
 
 
 def check_said(given: dict[str, Any], source: ActivationSource) -> None:
@@ -44,6 +87,12 @@ def check_said(given: dict[str, Any], source: ActivationSource) -> None:
     if given.get("activations") is None:
         return
     said = source.describe()
+    asked, known = places_in(given), places_in(said)
+    if given.get("hook") is not None and known and not matching(asked[0].hook, [known[0].hook]):
+        raise UserError(
+            f"--hook: given {shown(asked[0].hook)}, but the activations say {shown(in_words(known[0].hook))}: "
+            "leave the option out, or give other activations"
+        )
     for name in ("model", "layer", "n_ctx"):
         one, other = given.get(name), said.get(name)
         if one is None or other is None or one == other:
@@ -56,9 +105,15 @@ def check_said(given: dict[str, Any], source: ActivationSource) -> None:
 
 
 def remembered(origin: dict[str, Any], source: ActivationSource) -> dict[str, Any]:
-    """`origin` for a run to keep, with `bos` as the source resolved it: true or false, never "by convention"."""
+    """`origin` for a run to keep: with the place by its one name, and with `bos` as the source resolved it.
+
+    source: of one place. bos becomes true or false, never "by convention".
+    """
     about = source.describe()
     kept = {name: value for name, value in origin.items() if name not in ("bos", "keep_first")}
+    if "hook" in kept or "hooks" in kept:
+        kept = {name: value for name, value in kept.items() if name not in PLACE_KEYS}
+        kept |= {name: about[name] for name in PLACE_KEYS if name in about}
     return kept | {name: True for name in ("bos", "keep_first") if about.get(name)}
 
 

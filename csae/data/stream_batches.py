@@ -10,7 +10,7 @@ from torch import Tensor
 
 from csae.data.activations import ModelActivations
 from csae.data.batches import Step
-from csae.data.hook_points import Place
+from csae.data.places import Place
 from csae.data.stream import TokenStream
 
 

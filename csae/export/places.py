@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from csae.data.hook_points import SHORT_FORM, HookPoint, layer_of, name_of_layer
+from csae.data.hook_points import HookPoint
 from csae.data.language_model import LanguageModel
+from csae.data.places import SHORT_FORM, layer_of, name_of_layer
 from csae.errors import UserError
 from csae.sae import SAE
 from csae.trained_on import RESIDUAL

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from csae import interop
 from csae.contextual_sae import ContextualSAE
-from csae.data.hook_points import layer_of
 from csae.data.language_model import LanguageModel
+from csae.data.places import layer_of
 from csae.errors import UserError
 from csae.export.places import for_dictionary_learning, for_sae_lens, hook_of, module_path, needed_hook
 from csae.files import check_new

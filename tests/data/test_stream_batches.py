@@ -10,9 +10,9 @@ from one_line import one_line
 from streams import as_rows, same_windows, texts_of, write_lines
 
 from csae.data.activations import ModelActivations, estimate_normalisation
-from csae.data.hook_points import Place
 from csae.data.language_model import LanguageModel
 from csae.data.packing import TokenWindows
+from csae.data.places import Place
 from csae.data.raw_text import held_out_of_stream, is_text, open_stream, open_stream_batches, windows_of_dataset
 from csae.data.stream_batches import StreamBatches
 from csae.data.text import tokenize

@@ -65,7 +65,7 @@ def test_the_library_s_own_names_are_filled_in(library, file, expected, tmp_path
 def test_other_names_are_refused_unless_asked_for(library, metadata, tmp_path):
     sae = topk()
     sae.trained_on = ON
-    with pytest.raises(UserError, match=r"trained on layer 12 of org/lm, and this is .* or give elsewhere=True"):
+    with pytest.raises(UserError, match=r"trained on layer 12 of org/lm .*and this is .* or give elsewhere=True"):
         interop.save(library, sae, tmp_path, metadata)
     assert list(tmp_path.iterdir()) == []
     interop.save(library, sae, tmp_path, metadata, elsewhere=True)
@@ -110,7 +110,7 @@ def test_what_sae_lens_says_of_the_beginning_is_known_here(bos, tmp_path):
 def test_sae_bench_at_another_layer_is_refused():
     sae = topk()
     sae.trained_on = ON
-    with pytest.raises(UserError, match="trained on layer 12 of org/lm, and this is layer 13 of lm"):
+    with pytest.raises(UserError, match=r"trained on layer 12 of org/lm .*and this is layer 13 of lm"):
         SAEBenchSAE(sae, "lm", 12)
     assert SAEBenchSAE(sae, "lm", 11).cfg.hook_name == "blocks.11.hook_resid_post"
     assert SAEBenchSAE(sae, "lm", 12, elsewhere=True).cfg.hook_layer == 12
