@@ -125,7 +125,7 @@ def test_a_transcoder_reads_two_hook_points(tmp_path: Path) -> None:
     assert torch.equal(batch.target, wanted.acts)
     assert torch.equal(batch.mask, given.mask & wanted.mask)
     assert json.loads(json.dumps(pair.describe())) == pair.describe()
-    assert pair.describe()["to"] == "mlp.out:1"
+    assert pair.describe()["hook_to"] == "mlp.out:1"
     places = (place, Place("mlp.out:1"))
     several = ShardActivations(tmp_path, places=places)
     assert several.places == places
