@@ -94,6 +94,7 @@ def _wandb(run: Path, job: dict[str, Any], about: dict[str, Any]) -> Iterator[Lo
             resume="allow",
             reinit="create_new",
             config=job,
+            allow_val_change=True,  # a run that is extended has more steps
             dir=os.environ.get("WANDB_DIR", run),
             settings=wandb.Settings(console="off"),
         )
