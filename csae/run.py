@@ -38,7 +38,7 @@ ORIGIN: dict[str, tuple[type, ...]] = {
 # What is in run.json and no option of `csae train`.
 NO_OPTION = ("d_in", "d_out", "k_aux", "aux_coef", "start", "data", "stream")
 SOURCE_STATE = "source.safetensors"  # of a stream, after the last step
-FILES = (RUN, "windows.bin", "config.json", "model.safetensors", "README.md", SOURCE_STATE)
+FILES = (RUN, "windows.bin", "config.json", "model.safetensors", "README.md", "logs.json", SOURCE_STATE)
 
 
 def read_run(run: Path) -> dict[str, Any]:

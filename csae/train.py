@@ -49,13 +49,14 @@ def train(
     run: Path | str,
     config: TrainConfig,
     origin: dict[str, Any] | None = None,
+    logs: Sequence[str] = (),
 ) -> None:
     """Train `sae` in place on windows of `source`, and save it in the folder `run`.
 
     Continues from the last checkpoint where the folder holds one of the same job; returns at once where that job is
     done; extends it where it is done and config.steps are more (`csae.extend`). The caller has initialised `sae`
     (`SAE.initialise`), and moved it to the device to train on. `origin` (JSON) is kept in run.json: where the source
-    can be opened again (`csae.data.sources`).
+    can be opened again (`csae.data.sources`). `logs` are names of `csae.logs`: where else the metrics go.
 
     Raises:
         UserError: the folder holds another job, or files that contradict each other; another process trains it, or
@@ -63,7 +64,7 @@ def train(
         Stopped: after Ctrl-C (SIGINT) or SIGTERM, with a checkpoint written.
     """
     check_one_process()
-    train_together([Job(sae, run, config, origin)], IndexedBatches(source, windows, config))
+    train_together([Job(sae, run, config, origin, logs=logs)], IndexedBatches(source, windows, config))
 
 
 def train_together(jobs: Sequence[Job], batches: Batches) -> None:

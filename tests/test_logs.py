@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -14,10 +15,14 @@ import types
 from pathlib import Path
 
 import pytest
+from tiny_runs import Windows, config, lines, new_sae
 
 from csae import logs
-from csae.errors import UserError
+from csae.data.batches import IndexedBatches
+from csae.errors import Stopped, UserError
 from csae.logs import LOGS, check_logs, open_logs
+from csae.train import train, train_together
+from csae.training import Job
 
 JOB = {"sae": {"arch": "topk", "k": 3}, "train": {"lr": 1e-3, "steps": 6}, "origin": None}
 
@@ -178,6 +183,38 @@ def test_no_logs(tmp_path):
     with open_logs([], tmp_path, JOB) as none:
         assert none == []
     assert not list(tmp_path.iterdir())
+
+
+def test_training_logs_the_lines_of_its_metrics(fake, tmp_path):
+    train(new_sae("topk"), Windows(), range(12), tmp_path / "run", config(log_every=2), logs=["wandb", "trackio"])
+    metrics = [
+        (of["step"], {name: value for name, value in of.items() if name != "step" and value is not None})
+        for of in lines(tmp_path / "run")
+    ]
+    assert len(metrics) == 6
+    for run in fake.runs:
+        assert run.lines == metrics
+        assert run.given["config"]["train"] == json.loads((tmp_path / "run" / "run.json").read_text())["train"]
+        assert len(run.ended) == 1
+
+
+def test_training_that_was_stopped_goes_on_in_its_logs(fake, tmp_path):
+    stopping = Windows(lambda count: os.kill(os.getpid(), signal.SIGINT) if count == 4 else None)
+    with pytest.raises(Stopped):
+        train(new_sae("topk"), stopping, range(12), tmp_path / "run", config(log_every=1), logs=["wandb"])
+    train(new_sae("topk"), Windows(), range(12), tmp_path / "run", config(log_every=1), logs=["wandb"])
+    first, second = fake.runs
+    assert first.given["id"] == second.given["id"]
+    assert [step for step, _ in first.lines + second.lines] == list(range(11))
+    assert (first.ended, second.ended) == ([1], [None])
+
+
+def test_saes_that_train_together_are_several_runs(fake, tmp_path):
+    jobs = [Job(new_sae("topk"), tmp_path / name, config(log_every=5), logs=["wandb"]) for name in "ab"]
+    train_together(jobs, IndexedBatches(Windows(), range(12), config()))
+    assert [run.given["name"] for run in fake.runs] == ["a", "b"]
+    assert len({run.given["id"] for run in fake.runs}) == 2
+    assert [step for step, _ in fake.runs[0].lines] == [step for step, _ in fake.runs[1].lines] == [4, 9, 10]
 
 
 def both_runs(name: str, folder: Path, **environment: str) -> None:

@@ -25,6 +25,7 @@ from csae.cli.options import (
 )
 from csae.config import SAEConfig, TrainConfig
 from csae.errors import shown
+from csae.logs import LOGS, check_logs
 
 
 @click.command()
@@ -51,6 +52,7 @@ from csae.errors import shown
     "--held-out", type=float, default=0.02, show_default=True, help="Share of the windows kept for `csae eval`."
 )
 @options_of(TrainConfig, "seed")
+@click.option("--log", "logs", type=click.Choice(LOGS), multiple=True, help="Metrics also go there; may be repeated.")
 @DEVICE
 def train(**options: Any) -> None:
     """Train an SAE on activations: of a language model on the fly, or saved ones."""
@@ -61,6 +63,7 @@ def train(**options: Any) -> None:
     from csae.train import check_one_process
     from csae.train import train as run_training
 
+    check_logs(options["logs"])
     check_share(options["held_out"])
     check_one_process()
     device = device_of(options["device"])
@@ -80,5 +83,6 @@ def train(**options: Any) -> None:
     sae = SAEConfig(**which).make(source.d_in)
     mean, scale = estimate_normalisation(source, train_windows)[:2]
     sae.to(device).initialise(mean.to(device), scale)
-    run_training(sae, source, train_windows, options["out"], config, origin | {"held_out": options["held_out"]})
+    origin |= {"held_out": options["held_out"]}
+    run_training(sae, source, train_windows, options["out"], config, origin, options["logs"])
     print(f"trained: {shown(options['out'])} (look at it: csae eval {shown(options['out'])})")
