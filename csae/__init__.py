@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from csae import interop
     from csae.adam import Adam
     from csae.contextual_sae import ContextualSAE
+    from csae.outputs import Code, Losses, Output
     from csae.patches import patch
-    from csae.sae import SAE, Code, Losses, Output
+    from csae.sae import SAE
     from csae.splicing import Edit, splice
     from csae.topk_sae import TopKSAE
 
@@ -25,8 +26,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "adam": ["Adam"],
     "contextual_sae": ["ContextualSAE"],
+    "outputs": ["Code", "Losses", "Output"],
     "patches": ["patch"],
-    "sae": ["SAE", "Code", "Losses", "Output"],
+    "sae": ["SAE"],
     "splicing": ["Edit", "splice"],
     "topk_sae": ["TopKSAE"],
 }

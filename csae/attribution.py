@@ -4,7 +4,7 @@ c is a sum with one part for each earlier position j and each feature f that is 
 
     part(t, j, f) = sum_h A_h(t, j) * s_h(j) * code_j[f] * W_O_h W_V_h W_mem[f]
 
-and nothing is left over. s_h(j) <= 1 is the factor that bounds the values of position j. The codes are those of the
+and nothing is left over. A transcoder's c is a part of what it predicts, so its parts are in the target's space. s_h(j) <= 1 is the factor that bounds the values of position j. The codes are those of the
 exact form.
 
 This is for one window at a time: it forms the attention weights [n_heads, T, T]. It makes two numbers for each part,
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from csae.contextual_sae import ContextualSAE
 from csae.look_back import LookBack
 from csae.ops import sparse_decode
-from csae.sae import Output
+from csae.outputs import Output
 
 Result = TypeVar("Result")
 
@@ -47,7 +47,7 @@ class Part(NamedTuple):
     """where it was active"""
     feature: int
     norm: float
-    """length of the part, in the units of the activations"""
+    """length of the part, in the units of c"""
     share: float
     """its projection on c, over the length of c: the shares at a position sum to one; negative where a part
     works against the others"""
@@ -56,7 +56,7 @@ class Part(NamedTuple):
 class Attribution:
     """The parts of c for one window of T positions, as `attribute` makes them; all in the dtype of the weights.
 
-    output: x_hat [T, d_in], code [T, k] and c [T, d_in] of the exact form.
+    output: x_hat [T, d_out], code [T, k] and c [T, d_out] of the exact form.
     weights: [n_heads, T, T], the attention of position t (row) to the earlier position j (column).
     norm, share: [T, T, k], of the part that slot i of the code at j carried to t; see `Part`. Zero for j >= t.
         Where c is zero, so are the shares.
@@ -68,8 +68,8 @@ class Attribution:
         values, indices = output.code
         values = nn.functional.pad(values[:, : sae.k_mem], (0, sae.k - sae.k_mem))
         # Each slot by head: what it adds to c at a position that gives it all attention.
-        self._written = look_back.slots(values, indices) * sae.scale  # [T, k, H, d_value]
-        self._W_O = look_back.by_head(look_back.W_O.detach())  # [d_in, H, d_value]
+        self._written = look_back.slots(values, indices) * sae.out_scale  # [T, k, H, d_value]
+        self._W_O = look_back.by_head(look_back.W_O.detach())  # [d_out, H, d_value]
         length = output.c.norm(dim=-1)  # [T]
         direction = output.c / torch.where(length > 0, length, 1)[:, None].square()
         self._onto_c = torch.einsum("td,dhv->thv", direction, self._W_O)
@@ -140,7 +140,7 @@ class Attribution:
 
     @_precisely
     def written(self) -> tuple[Tensor, Tensor]:
-        """The features of the window, [m] in order, and for each the sum of all of its parts, [m, d_in]."""
+        """The features of the window, [m] in order, and for each the sum of all of its parts, [m, d_out]."""
         features, row = self._by_feature
         received = self.weights.sum(dim=1)  # [H, T]
         slots = torch.einsum("hj,jihv->jihv", received, self._written).flatten(0, 1)  # [T * k, H, d_value]
@@ -149,7 +149,7 @@ class Attribution:
 
     @_precisely
     def parts(self, t: int) -> Tensor:
-        """All parts of c[t]: [T, k, d_in], for position j and slot i of its code; they sum to c[t]."""
+        """All parts of c[t]: [T, k, d_out], for position j and slot i of its code; they sum to c[t]."""
         return torch.einsum("hj,jihv,dhv->jid", self.weights[:, t], self._written, self._W_O)
 
     def top(self, t: int, n: int) -> list[Part]:
@@ -188,10 +188,11 @@ def attribute(
                 acts[None], *(None if of is None else of[None] for of in (mask, documents)), exact=True
             )
             output = Output(x_hat[0], type(code)(code.values[0], code.indices[0]), c[0])
-        if sae.query == "current":
-            query = acts / sae.scale - sae.b_dec
-        else:
-            query = nn.functional.pad((output.x_hat / sae.scale - sae.b_dec)[:-1], (0, 0, 1, 0))
         look_back, (values, indices) = LookBack.of(sae), output.code
+        if sae.query == "current":
+            query = acts / sae.scale - sae.centre
+        else:
+            past = sparse_decode(values, indices, sae.W_dec) + output.c / sae.out_scale
+            query = nn.functional.pad(past[:-1], (0, 0, 1, 0))
         memory = sparse_decode(values[:, : sae.k_mem], indices[:, : sae.k_mem], look_back.W_mem)
         return Attribution(sae, output, look_back.attention(query, memory, mask, documents))

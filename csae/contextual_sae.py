@@ -9,11 +9,11 @@ from csae.factors import Pass
 from csae.look_back import LookBack
 from csae.ops import sparse_decode
 from csae.ops.checks import check_tensor
-from csae.ops.linear import linear
 from csae.ops.lookback_attention import document_starts
 from csae.ops.topk_encode import encode_again, encode_and_keep, encoder
 from csae.recurrence import Recurrence, State
-from csae.sae import SAE, Bounds, Code, Output, Sweeps, check_bounds
+from csae.outputs import Bounds, Code, Output, Ran, Sweeps
+from csae.sae import SAE, check_bounds
 
 # The two queries, and the steepest slope that a head begins with. With query="past", the useful positions are recent:
 # an exact FVU of 0.151, against 0.154 with a steepest slope of 1. With "current" it was 0.136 with 1, 0.137 with 3.
@@ -37,6 +37,17 @@ class ContextualSAE(SAE):
     parallel by sweeps: sweep 0 does not look back, each further one looks at the codes of the one before. Evaluation
     runs it exactly.
 
+    A transcoder (`d_out`) predicts other activations than those it reads. Attention gives one a_t, and two maps read it
+    out, each into the space where it is used:
+
+        c_t    = W_O a_t                                                        in the target's space, for the decoder
+        code_t = relu(topk(W_enc (x_t - mean - W_I a_t) + b_enc, k))            in the input's, for the encoder
+        x_hat  = sum_i code_t.values_i * W_dec[code_t.indices_i] + c_t + b_dec + W_skip (x_t - mean)
+
+    An autoencoder is the case W_I = W_O. W_I starts at zero, and learns from the loss of the target what the encoder
+    should leave out because c has it already. With query="past", queries come from the reconstruction before, without
+    its skip connection: the codes alone give all that is not W_skip x.
+
     c has a bound whatever the codes are (`c_bound`), so the recurrence can't diverge, on windows of any length. Without
     the bound, training with query="past" diverged at a learning rate of 4e-3.
 
@@ -54,7 +65,7 @@ class ContextualSAE(SAE):
     """
 
     arch = "contextual"
-    look_back = LookBack._fields
+    look_back = tuple(name for name in LookBack._fields if name != "W_I")
 
     # As `LookBack` describes them.
     W_mem: nn.Parameter
@@ -65,6 +76,7 @@ class ContextualSAE(SAE):
     gain: nn.Parameter
     slope: nn.Parameter
     null: nn.Parameter
+    W_I: nn.Parameter | None
 
     def __init__(
         self,
@@ -81,8 +93,10 @@ class ContextualSAE(SAE):
         k_aux: int | None = None,
         aux_coef: float = 1 / 32,
         dead_after: int = 10_000_000,
+        d_out: int | None = None,
+        skip: bool = False,
     ) -> None:
-        super().__init__(d_in, d_sae, k, k_aux, aux_coef, dead_after)
+        super().__init__(d_in, d_sae, k, k_aux, aux_coef, dead_after, d_out, skip)
         if query not in QUERIES:
             raise ValueError(f"query: given {query!r}; needed one of {', '.join(map(repr, QUERIES))}")
         sizes = {"n_heads": n_heads, "d_head": d_head, "d_value": d_value, "d_memory": d_memory}
@@ -99,20 +113,24 @@ class ContextualSAE(SAE):
         self.n_heads, self.d_head, self.d_value, self.d_memory = n_heads, d_head, d_value, d_memory
         self.k_mem = k if k_mem is None else k_mem
         self.query, self.sweeps = query, sweeps
-        initial = LookBack.initial(d_in, d_sae, **sizes, steepest=QUERIES[query])
+        d_query = self.d_out if query == "past" else d_in
+        initial = LookBack.initial(d_in, d_sae, **sizes, steepest=QUERIES[query], d_out=d_out, d_query=d_query)
         for name, tensor in initial._asdict().items():
-            self.register_parameter(name, nn.Parameter(tensor))
+            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor))
+        if self.is_transcoder:
+            self.look_back = LookBack._fields
 
     @torch.no_grad()
     def c_bound(self) -> float:
-        """What the length of c, in the units of the activations, never exceeds."""
-        return LookBack.of(self).bound() * float(self.scale)
+        """What the length of c, in its units, never exceeds."""
+        return LookBack.of(self).bound() * float(self.out_scale)
 
     @property
     def recurrence(self) -> Recurrence:
         """The exact form, on the weights as they are now."""
-        weights = (self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.scale)
-        return Recurrence(*weights, LookBack.of(self), self.k, self.k_mem, self.query == "past")
+        weights = (self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.W_skip, self.centre)
+        scales = (self.scale, self.out_scale)
+        return Recurrence(*weights, scales, LookBack.of(self), self.k, self.k_mem, self.query == "past")
 
     def forward(
         self,
@@ -139,7 +157,7 @@ class ContextualSAE(SAE):
             found = self._recur(x, mask, documents)
         else:
             found = self._run(Pass(self), x, mask, documents, sweeps)
-        output = self._output(*found, acts.dtype)
+        output = self._output(found.x_hat, found.code, found.c, acts.dtype)
         return output._replace(code=Code.of_windows(*output.code, mask, documents))
 
     def encode(self, acts: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Code:
@@ -152,13 +170,14 @@ class ContextualSAE(SAE):
         c: Tensor | None = None,
         mask: Tensor | str | None = AS_ENCODED,
         documents: Tensor | str | None = AS_ENCODED,
+        acts: Tensor | None = None,
     ) -> Tensor:
-        """The code [B, T, k] -> the reconstruction [B, T, d_in], in the units of the activations.
+        """The code [B, T, k] -> the reconstruction [B, T, d_out], in the units of what is reconstructed.
 
         With query="past" the codes alone are enough: c is rebuilt from them, given the mask and documents [B, T] that
         they were encoded with. A code that `forward` or `encode` gave knows these (`Code.bounds`). With another code,
         from a file for example, give them, or None where there were none. With query="current" give the `c` of
-        `Output`.
+        `Output`. A skip connection also reads the activations, acts [B, T, d_in].
 
         Raises ValueError where what is needed is not known, or is not what the code was encoded with.
         """
@@ -169,17 +188,18 @@ class ContextualSAE(SAE):
             if self.query != "past":
                 raise ValueError('c: not given; needed with query="current": pass the c that forward() returned')
             bounds = self._bounds(values.shape[:-1], getattr(code, "bounds", None), mask, documents)
-            return self._in_units_of(self._recur(Code(values, indices), *bounds)[0], self.W_dec.dtype)
+            x_hat = self._recur(Code(values, indices), *bounds).x_hat
+            return self._in_units_of(self._skip_of(x_hat, acts), self.W_dec.dtype)
         check_tensor("c", c)
         if not c.is_floating_point():
             raise TypeError(f"c: given dtype {c.dtype}; needed a floating dtype, as forward() gives it")
-        if c.shape != (*values.shape[:-1], self.d_in):
+        if c.shape != (*values.shape[:-1], self.d_out):
             raise ValueError(
-                f"c: given shape {list(c.shape)}; needed {[*values.shape[:-1], self.d_in]}, as the code is"
+                f"c: given shape {list(c.shape)}; needed {[*values.shape[:-1], self.d_out]}, as the code is"
             )
         alone = sparse_decode(values.to(self.W_dec.dtype), indices, self.W_dec) + self.b_dec
         wide = torch.promote_types(self.W_dec.dtype, torch.float32)
-        return (self._in_units_of(alone, wide) + c).to(self.W_dec.dtype)
+        return (self._in_units_of(self._skip_of(alone, acts), wide) + c).to(self.W_dec.dtype)
 
     def _bounds(
         self, positions: torch.Size, known: Bounds | None, mask: Tensor | str | None, documents: Tensor | str | None
@@ -251,21 +271,23 @@ class ContextualSAE(SAE):
 
     def _run(
         self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None
-    ) -> tuple[Tensor, Code, Tensor]:
-        """x [B, T, d_in] in normalised units -> x_hat, code, c, by sweeps."""
+    ) -> Ran:
+        """x [B, T, d_in] in normalised units -> what becomes of it, by sweeps."""
         sweeps = Sweeps(self.sweeps) if sweeps is None else sweeps
         windows = self._windows_to_keep(x, sweeps)
         if windows == 0:
             return self._sweep(ops, x, mask, documents, sweeps, None)
-        W_a = self.W_enc.detach() @ self.W_O.detach()
+        W_a = self.W_enc.detach() @ (self.W_O if self.W_I is None else self.W_I).detach()
         parts = []
         for start in range(0, x.shape[0], windows):
             part = slice(start, start + windows)
             here, of = (None if tensor is None else tensor[part] for tensor in (mask, documents))
             parts.append(self._sweep(ops, x[part], here, of, sweeps, W_a))
-        x_hats, codes, cs = zip(*parts, strict=True)
+        x_hats, codes, cs, suppressed = zip(*parts, strict=True)
         values, indices = zip(*codes, strict=True)
-        return torch.cat(x_hats), Code(torch.cat(values), torch.cat(indices)), torch.cat(cs)
+        c = torch.cat(cs)
+        code = Code(torch.cat(values), torch.cat(indices))
+        return Ran(torch.cat(x_hats), code, c, c if self.W_I is None else torch.cat(suppressed))
 
     def _windows_to_keep(self, x: Tensor, sweeps: Sweeps) -> int:
         """How many windows at a time keep the pre-activations of sweep 0; none where that is no gain.
@@ -282,8 +304,8 @@ class ContextualSAE(SAE):
 
     def _sweep(
         self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps, W_a: Tensor | None
-    ) -> tuple[Tensor, Code, Tensor]:
-        """As `_run`; with W_a = W_enc W_O, [d_sae, n_heads * d_value], by narrow products after sweep 0."""
+    ) -> Ran:
+        """As `_run`; with W_a, W_enc times W_O or W_I, [d_sae, n_heads * d_value], by narrow products after sweep 0."""
         look_back = LookBack.of(self)
         start = self._recur(x, mask, documents) if sweeps.from_exact else None
         x = ops.centred(x)
@@ -293,10 +315,11 @@ class ContextualSAE(SAE):
         if self.query == "current":
             queries = look_back.queries(x, ops.shift())
         if start is not None:
-            _, found, c = start
-            code = self._encoded(ops, x - c, found, mask)
+            _, found, c, suppressed = start
+            code = self._encoded(ops, x - suppressed, found, mask)
         else:
-            c = a.expand_as(x)
+            suppressed = a.expand_as(x)
+            c = a.expand(*x.shape[:-1], self.d_out)
             if W_a is None:
                 found = encode(x)
             else:
@@ -308,11 +331,11 @@ class ContextualSAE(SAE):
                 queries = look_back.queries(self._shifted(ops.decode("W_dec", code) + c))
             memory = ops.decode("W_mem", code, most_active=self.k_mem if self.k_mem < self.k else None)
             before, a = a, look_back.read(queries, memory, mask, documents)
-            c = linear(a, look_back.W_O)
-            left = x - c
+            c, suppressed = look_back.written(a)
+            left = x - suppressed
             found = encode(left) if W_a is None else encode_again(kept, a - before, W_a, self.k)
             code = self._encoded(ops, left, found, mask)
-        return ops.decode("W_dec", code) + c + self.b_dec, code, c
+        return Ran(self._with_skip(ops.decode("W_dec", code) + c + self.b_dec, x), code, c, suppressed)
 
     def _encoded(self, ops: Pass, x: Tensor, found: tuple[Tensor, Tensor], mask: Tensor | None) -> Code:
         """The code of x [..., d_in], `found` without a gradient, with its gradient; empty where the mask is False."""
@@ -326,15 +349,13 @@ class ContextualSAE(SAE):
             return x
         return nn.functional.pad(x[:, :-1], (0, 0, 1, 0))
 
-    def _recur(
-        self, given: Tensor | Code, mask: Tensor | None, documents: Tensor | None
-    ) -> tuple[Tensor, Code, Tensor]:
-        """x_hat, code and c of whole windows, exactly, in normalised units: of x [B, T, d_in], or of its code.
+    def _recur(self, given: Tensor | Code, mask: Tensor | None, documents: Tensor | None) -> Ran:
+        """What becomes of whole windows, exactly, in normalised units: of x [B, T, d_in], or of its code.
 
-        In the precision of the parameters, and without a gradient.
+        In the precision of the parameters, and without a gradient. Of a code, without a skip connection.
         """
-        x_hat, code, c = self.recurrence.whole(given, mask, documents)
-        return x_hat, Code(*code), c
+        x_hat, code, c, suppressed = self.recurrence.whole(given, mask, documents)
+        return Ran(x_hat, Code(*code), c, suppressed)
 
     def _check_acts(self, acts: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> None:
         super()._check_acts(acts, mask, documents)

@@ -86,8 +86,8 @@ class Pass:
         self.sae = sae
 
     def centred(self, x: Tensor) -> Tensor:
-        """x - b_dec: what `encode` takes, before c is subtracted."""
-        return x - self.sae.b_dec
+        """x - b_dec, or a transcoder's x - mean: what `encode` takes, before what the look-back subtracts."""
+        return x - self.sae.centre
 
     def shift(self) -> Tensor | None:
         """What is to be added to a query made of `centred`, [d_in]; None for nothing."""
@@ -134,6 +134,8 @@ class Trace(Pass):
     def __init__(self, sae: Any, trained: Collection[str]) -> None:
         super().__init__(sae)
         self.trained = trained
+        # An autoencoder's encoder sees x - b_dec.
+        self.encodes_b_dec = "b_dec" in trained and sae.centre is sae.b_dec
         self.coded: list[_Coded] = []
         self.decoded: list[_Decoded] = []
 
@@ -143,7 +145,7 @@ class Trace(Pass):
     def shift(self) -> Tensor | None:
         # Numerically zero; carries b_dec's gradient without computing x's.
         b_dec = self.sae.b_dec
-        return b_dec.detach() - b_dec if b_dec.requires_grad else None
+        return b_dec.detach() - b_dec if self.encodes_b_dec else None
 
     def encode(self, x: Tensor, mask: Tensor | None, found: tuple[Tensor, Tensor] | None = None) -> _Code:
         (x,) = autocast_to(x)
@@ -175,7 +177,7 @@ class Trace(Pass):
         sae, trained = self.sae, set(self.trained)
         tables = {"W_enc", "b_enc", *(decoded.table for decoded in self.decoded)}
         dense = {name: parameter for name, parameter in sae.named_parameters() if name in trained - tables}
-        coded = self.coded if trained & {"W_enc", "b_enc", "b_dec"} else []
+        coded = self.coded if trained & {"W_enc", "b_enc"} or self.encodes_b_dec else []
         decoded = [of for of in self.decoded if of.table in trained]
         values, outs = [of.values for of in coded], [of.out for of in decoded]
         found = torch.autograd.grad(loss, [*values, *outs, *dense.values()], allow_unused=True)
@@ -200,7 +202,7 @@ class Trace(Pass):
                 encoder = factors["W_enc"]
                 ones = encoder.weights.new_ones(encoder.rows.shape[0], 1)
                 gradients["b_enc"] = encoder._replace(rows=ones)
-                if "b_dec" in trained:
+                if self.encodes_b_dec:
                     gradients["b_dec"] = self._of_b_dec(terms["W_enc"], encoder, ones, gradients["b_dec"])
         wanted = Gradients({name: gradient for name, gradient in gradients.items() if name in trained})
         wanted.of = sae

@@ -4,7 +4,11 @@
     q_t           = gain_h * unit(W_Q query_t),  k_j = unit(W_K m_j),  v_j = bounded(W_V m_j)      for each head h
     score_h(t, j) = <q_t, k_j>_h / sqrt(d_head) - slope_h * log(t - j)                            for j < t
     A_h(t, .)     = softmax over the scores of all j < t and the null score of the head
-    c_t           = W_O concat_h sum_{j<t} A_h(t, j) v_j
+    a_t           = concat_h sum_{j<t} A_h(t, j) v_j
+    c_t           = W_O a_t
+
+A transcoder reads and writes different spaces. So c_t, in the target's, is what the decoder adds, and the encoder
+subtracts W_I a_t, in the input's. The attention is the same for both.
 
 unit() is RMSNorm of a head: a mean square of one. bounded() keeps the mean square below VALUE_BOUND squared. So no
 score exceeds gain * sqrt(d_head), and c has a bound whatever the codes are.
@@ -30,19 +34,21 @@ class LookBack(NamedTuple):
     W_mem: Tensor
     """[d_sae, d_memory]: what a feature writes into the memory of its position"""
     W_Q: Tensor
-    """[n_heads * d_head, d_in]"""
+    """[n_heads * d_head, d_in], or d_out for a transcoder's query="past", which reads the reconstruction"""
     W_K: Tensor
     """[n_heads * d_head, d_memory]"""
     W_V: Tensor
     """[n_heads * d_value, d_memory]"""
     W_O: Tensor
-    """[d_in, n_heads * d_value]"""
+    """[d_out, n_heads * d_value]"""
     gain: Tensor
     """[n_heads]: how sharply a head tells positions apart"""
     slope: Tensor
     """[n_heads]: the price of log-distance"""
     null: Tensor
     """[n_heads]: the score of looking at nothing"""
+    W_I: Tensor | None = None
+    """[d_in, n_heads * d_value], of a transcoder; None where W_O does both"""
 
     @classmethod
     def of(cls, sae: nn.Module) -> Self:
@@ -51,23 +57,35 @@ class LookBack(NamedTuple):
 
     @classmethod
     def initial(
-        cls, d_in: int, d_sae: int, n_heads: int, d_head: int, d_value: int, d_memory: int, steepest: float
+        cls,
+        d_in: int,
+        d_sae: int,
+        n_heads: int,
+        d_head: int,
+        d_value: int,
+        d_memory: int,
+        steepest: float,
+        d_out: int | None = None,
+        d_query: int | None = None,
     ) -> Self:
-        """Random maps, and slopes from 0 to `steepest`."""
+        """Random maps, and slopes from 0 to `steepest`. d_out: of a transcoder. d_query: d_in if not given."""
+        d_query = d_in if d_query is None else d_query
         # A code of k features has a squared norm near d_in in normalised units. So the memory and the values start
         # near unit variance; c starts small against x.
         W_mem = torch.randn(d_sae, d_memory) / math.sqrt(d_in)
         return cls(
             W_mem=W_mem,
-            W_Q=torch.randn(n_heads * d_head, d_in) / math.sqrt(d_in),
+            W_Q=torch.randn(n_heads * d_head, d_query) / math.sqrt(d_query),
             W_K=torch.randn(n_heads * d_head, d_memory) / math.sqrt(d_memory),
             W_V=torch.randn(n_heads * d_value, d_memory) / math.sqrt(d_memory),
-            W_O=0.1 * torch.randn(d_in, n_heads * d_value) / math.sqrt(n_heads * d_value),
+            W_O=0.1 * torch.randn(d_in if d_out is None else d_out, n_heads * d_value) / math.sqrt(n_heads * d_value),
             gain=torch.ones(n_heads),
             # transformers replaces linspace while it loads a model. Then, and at times later, torch.device
             # does not reach it.
             slope=torch.linspace(0, steepest, n_heads, device=W_mem.device),
             null=torch.zeros(n_heads),
+            # It begins as a per-token encoder. What W_O carries has no place in the input's space yet.
+            W_I=None if d_out is None else torch.zeros(d_in, n_heads * d_value),
         )
 
     def by_head(self, x: Tensor) -> Tensor:
@@ -75,7 +93,7 @@ class LookBack(NamedTuple):
         return x.unflatten(-1, (self.slope.shape[0], -1))
 
     def queries(self, query: Tensor, shift: Tensor | None = None) -> Tensor:
-        """query [..., d_in] -> [..., n_heads, d_head]. shift [d_in] is added to the query."""
+        """query [..., d_query] -> [..., n_heads, d_head]. shift [d_query] is added to the query."""
         heads = linear(query, self.W_Q)
         if shift is not None:
             heads = heads + linear(shift, self.W_Q)
@@ -87,17 +105,22 @@ class LookBack(NamedTuple):
         return unit_heads(keys), bounded_heads(values)
 
     def read(self, queries: Tensor, memory: Tensor, mask: Tensor | None, documents: Tensor | None) -> Tensor:
-        """What each position reads: [B, T, n_heads * d_value], which W_O makes c.
+        """What each position reads: a [B, T, n_heads * d_value], which W_O makes c.
 
         queries: [B, T, n_heads, d_head]. memory: [B, T, d_memory]. mask, documents: as `lookback_attention`.
         """
         keys, values = self.keys_values(memory)
         return lookback_attention(queries, keys, values, self.slope, self.null, mask, documents).flatten(-2)
 
+    def written(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        """a [B, T, n_heads * d_value] -> c [B, T, d_out], and what the encoder subtracts, [B, T, d_in]."""
+        c = linear(a, self.W_O)
+        return c, c if self.W_I is None else linear(a, self.W_I)
+
     def attention(self, query: Tensor, memory: Tensor, mask: Tensor | None, documents: Tensor | None) -> Tensor:
         """The attention weights of one window, [n_heads, T, T]: of position t (row) to position j (column).
 
-        query: [T, d_in]. memory: [T, d_memory]. mask: [T] bool. documents: [T] integer.
+        query: [T, d_query]. memory: [T, d_memory]. mask: [T] bool. documents: [T] integer.
         """
         queries, (keys, _) = self.queries(query), self.keys_values(memory)
         position = torch.arange(len(query), device=query.device)
@@ -121,13 +144,13 @@ class LookBack(NamedTuple):
         return slots * value_scale(slots.sum(dim=-3, keepdim=True))
 
     def carried_by(self, features: Tensor) -> Tensor:
-        """What each head adds to c where it reads a feature at an activity of one: [m] -> [n_heads, m, d_in]."""
+        """What each head adds to c where it reads a feature at an activity of one: [m] -> [n_heads, m, d_out]."""
         with torch.autocast(features.device.type, enabled=False):
             values = self.by_head(linear(self.W_mem[features], self.W_V))  # [m, n_heads, d_value]
             return torch.einsum("mhv,dhv->hmd", values, self.by_head(self.W_O))
 
     def bound(self) -> float:
         """What the length of c, in normalised units, never exceeds."""
-        heads = self.by_head(self.W_O).unbind(1)  # [d_in, d_value] each
+        heads = self.by_head(self.W_O).unbind(1)  # [d_out, d_value] each
         written = sum(float(torch.linalg.matrix_norm(head.double(), 2)) for head in heads)
         return written * VALUE_BOUND * math.sqrt(heads[0].shape[1])

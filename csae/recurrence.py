@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from csae.look_back import LookBack
+from csae.ops.linear import linear
 from csae.ops.recurrence import Weights, recur
 from csae.ops.topk_encode import LEAST_ROWS, round_table
 
@@ -49,7 +50,7 @@ class State(NamedTuple):
     document: Tensor
     """[B] int64: the id of the present document"""
     past: Tensor
-    """[B, d_in]: the reconstruction of the last position less b_dec, in normalised units"""
+    """[B, d_out]: the reconstruction of the last position less b_dec and the skip connection, in normalised units"""
     bounded: bool
     """whether L is as far as it looks back; otherwise the memory grows"""
     followed: Tensor
@@ -73,7 +74,11 @@ class Recurrence(NamedTuple):
     b_enc: Tensor
     W_dec: Tensor
     b_dec: Tensor
-    scale: Tensor
+    W_skip: Tensor | None
+    centre: Tensor
+    """[d_in]: what is subtracted from x first"""
+    scales: tuple[Tensor, Tensor]
+    """of the activations and of the reconstruction"""
     look_back: LookBack
     k: int
     k_mem: int
@@ -94,23 +99,24 @@ class Recurrence(NamedTuple):
         """The next n positions of B sequences.
 
         given: x [B, n, d_in] in normalised units, to be encoded; or its code, values and indices [B, n, k], to be
-        decoded (query="past"). mask, documents: [B, n].
+        decoded (query="past"), without a skip connection, which reads x. mask, documents: [B, n].
 
-        Returns x_hat [B, n, d_in], the code, c [B, n, d_in], carried, and the state after them.
+        Returns x_hat [B, n, d_out], the code, c [B, n, d_out], carried, and the state after them.
         carried [B, n, n_heads, m]: how active each head reads the m features that the state follows;
         `LookBack.carried_by` makes it their part of c.
 
         Raises ValueError where the state is of another SAE, of another number of sequences, or older than the weights.
         """
         state = _continued(self, state, (given if isinstance(given, Tensor) else given[0]).shape[0])
-        return self._advance(given, state, mask, documents)
+        return self._advance(given, state, mask, documents)[:5]
 
     def whole(
         self, given: Tensor | tuple[Tensor, Tensor], mask: Tensor | None, documents: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-        """x_hat, the code and c of whole windows; arguments and units as those of `advance`."""
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor]:
+        """x_hat, the code, c and what the encoder subtracted, [B, T, d_in], of whole windows; else as `advance`."""
         B, T = (given if isinstance(given, Tensor) else given[0]).shape[:2]
-        return self._advance(given, self._blank(B, T, bounded=False), mask, documents)[:3]
+        x_hat, code, c, _, _, suppressed = self._advance(given, self._blank(B, T, bounded=False), mask, documents)
+        return x_hat, code, c, suppressed
 
     def _blank(self, B: int, room: int, bounded: bool, followed: Sequence[int] | Tensor = ()) -> State:
         like = self.look_back
@@ -132,7 +138,7 @@ class Recurrence(NamedTuple):
 
     def _advance(
         self, given: Tensor | tuple[Tensor, Tensor], state: State, mask: Tensor | None, documents: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor, State]:
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor, State, Tensor]:
         with torch.no_grad(), torch.autocast(state.memory.device.type, enabled=False):
             dtype = self.W_enc.dtype
             B, n = (given if isinstance(given, Tensor) else given[0]).shape[:2]
@@ -140,7 +146,7 @@ class Recurrence(NamedTuple):
             starts = _starts(documents, state)
             mask = torch.ones(B, n, dtype=torch.bool, device=state.memory.device) if mask is None else mask
             state = _with_room(state, n)
-            x = given.to(dtype) if isinstance(given, Tensor) else (given[0].to(dtype), given[1])
+            x = given.to(dtype) - self.centre if isinstance(given, Tensor) else (given[0].to(dtype), given[1])
             run = recur(
                 *(x, mask, starts, state.memory, state.takes_part, state.past, state.position, state.followed),
                 *(self.weights, self.k, self.k_mem, self.from_past, state.table or ()),
@@ -149,12 +155,18 @@ class Recurrence(NamedTuple):
             if n:
                 state = state._replace(start=starts[:, -1], document=documents[:, -1])
             state = state._replace(position=state.position + n, past=run.past, encoded=state.encoded + B * n)
-            return run.x_hat, code, run.c, run.carried, state
+            x_hat = run.x_hat
+            if self.W_skip is not None and isinstance(x, Tensor):
+                x_hat = x_hat + linear(x, self.W_skip)
+            return x_hat, code, run.c, run.carried, state, run.c if self.look_back.W_I is None else run.suppressed
 
     def _owner(self) -> Owner:
-        weights = (*self.weights, self.scale)
+        weights = self._all_weights()
         marks = tuple(map(_mark, weights))
         return Owner(tuple(tensor.detach() for tensor in weights), marks, (self.k, self.k_mem, self.from_past))
+
+    def _all_weights(self) -> list[Tensor]:
+        return [*self.weights.tensors(), *([] if self.W_skip is None else [self.W_skip]), self.centre, *self.scales]
 
 
 @torch.compiler.disable  # a graph knows nothing of addresses and versions
@@ -163,7 +175,7 @@ def _continued(of: Recurrence, state: State, B: int) -> State:
     if not isinstance(state, State):
         raise TypeError(f"state: given a {type(state).__name__}; needed what initial_state() or the last step gave")
     owner = state.owner
-    marks = tuple(map(_mark, (*of.weights, of.scale)))
+    marks = tuple(map(_mark, of._all_weights()))
     if owner is None or [mark[:-1] for mark in owner.marks] != [mark[:-1] for mark in marks]:
         raise ValueError(
             "state: given one of other weights; needed one that this SAE made where it lies now: initial_state()"

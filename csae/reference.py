@@ -4,8 +4,9 @@ Written to be read, in any floating dtype, float64 included. Everything fast in 
 against this file, forward and backward. It imports nothing of ours, and it is allowed to be slow: it
 forms [n, d_sae] pre-activations, [T, T] scores, and loops over positions.
 
-Shapes: B windows, T positions, d_in the width of the activations, d_sae features, k active features a
-token, H heads. A code is the pair (values [..., k], indices [..., k]).
+Shapes: B windows, T positions, d_in the width of the activations, d_out that of what is reconstructed (d_in
+but for a transcoder), d_sae features, k active features a token, H heads. A code is the pair (values [..., k],
+indices [..., k]).
 """
 
 from __future__ import annotations
@@ -111,34 +112,63 @@ def bounded_heads(values: Tensor) -> Tensor:
 class Encoded(NamedTuple):
     """What a model makes of x [..., d_in]."""
 
-    x_hat: Tensor  # [..., d_in] the reconstruction
+    x_hat: Tensor  # [..., d_out] the reconstruction
     values: Tensor  # [..., k] the code: how active
     indices: Tensor  # [..., k] the code: which feature
-    c: Tensor  # [..., d_in] what the look-back carried here
+    c: Tensor  # [..., d_out] what the look-back carried here, a part of x_hat
+    suppressed: Tensor  # [..., d_in] what the encoder subtracted for it: c, but for a transcoder
 
 
 def topk_sae(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int) -> Encoded:
     """The per-token TopK SAE (Gao et al. 2024, arXiv 2406.04093), on x [..., d_in]. Its `c` is zero."""
     values, indices = topk_encode(x - b_dec, W_enc, b_enc, k)
     x_hat = sparse_decode(values, indices, W_dec) + b_dec
-    return Encoded(x_hat, values, indices, torch.zeros_like(x))
+    return Encoded(x_hat, values, indices, torch.zeros_like(x), torch.zeros_like(x))
+
+
+def topk_transcoder(
+    x: Tensor,
+    mean: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    W_skip: Tensor | None,
+    k: int,
+) -> Encoded:
+    """The per-token TopK transcoder: it reads x [..., d_in], and x_hat [..., d_out] is its prediction of a target.
+
+    mean [d_in], W_dec [d_sae, d_out], b_dec [d_out]. W_skip [d_out, d_in]: the skip connection of Paulo et al. 2025
+    (arXiv 2501.18823), or None.
+    """
+    values, indices = topk_encode(x - mean, W_enc, b_enc, k)
+    x_hat = sparse_decode(values, indices, W_dec) + b_dec
+    if W_skip is not None:
+        x_hat = x_hat + (x - mean) @ W_skip.T
+    return Encoded(x_hat, values, indices, torch.zeros_like(x_hat), torch.zeros_like(x))
 
 
 class ContextualWeights(NamedTuple):
-    """The parameters of a contextual SAE."""
+    """The parameters of a contextual SAE, and for a transcoder three more."""
 
     W_enc: Tensor  # [d_sae, d_in]
     b_enc: Tensor  # [d_sae]
-    W_dec: Tensor  # [d_sae, d_in]
-    b_dec: Tensor  # [d_in]
+    W_dec: Tensor  # [d_sae, d_out]
+    b_dec: Tensor  # [d_out]
     W_mem: Tensor  # [d_sae, d_memory]
-    W_Q: Tensor  # [H * d_head, d_in]
+    W_Q: Tensor  # [H * d_head, d_in], or d_out with query="past"
     W_K: Tensor  # [H * d_head, d_memory]
     W_V: Tensor  # [H * d_value, d_memory]
-    W_O: Tensor  # [d_in, H * d_value]
+    W_O: Tensor  # [d_out, H * d_value]
     gain: Tensor  # [H]
     slope: Tensor  # [H]
     null: Tensor  # [H]
+    W_I: Tensor | None = None  # [d_in, H * d_value]: what the encoder subtracts; W_O if None
+    W_skip: Tensor | None = None  # [d_out, d_in]: the skip connection, if any
+    mean: Tensor | None = None  # [d_in]: what is subtracted from x first; b_dec if None
+
+    def centred(self, x: Tensor) -> Tensor:
+        return x - (self.b_dec if self.mean is None else self.mean)
 
 
 def contextual_sweeps(
@@ -150,20 +180,20 @@ def contextual_sweeps(
     mask: Tensor | None = None,
     documents: Tensor | None = None,
     k_mem: int | None = None,
-    c: Tensor | None = None,
+    start: Encoded | None = None,
 ) -> Encoded:
     """The contextual SAE in parallel: sweep 0 does not look back, sweep s looks at the codes of sweep s - 1.
 
     x [B, T, d_in], mask [B, T] bool, documents [B, T] integer. After s sweeps the first s positions (and
     position s) are exact, so T sweeps are the recurrence.
 
-    c [B, T, d_in]: what sweep 0 subtracts, instead of zero. With the c of the recurrence each sweep gives what the
-    recurrence gives.
+    start: whose c, and what it suppressed, sweep 0 takes instead of zero. With what the recurrence gave each sweep
+    gives that again.
     """
-    out = _encode(x, torch.zeros_like(x) if c is None else c, weights, k, mask)
+    nothing = x.new_zeros(*x.shape[:-1], weights.b_dec.shape[0]), torch.zeros_like(x)
+    out = _encode(x, *(nothing if start is None else (start.c, start.suppressed)), weights, k, mask)
     for _ in range(sweeps):
-        c = _look_back(x, out, weights, query, mask, documents, k_mem)
-        out = _encode(x, c, weights, k, mask)
+        out = _encode(x, *_look_back(x, out, weights, query, mask, documents, k_mem), weights, k, mask)
     return out
 
 
@@ -181,16 +211,17 @@ def contextual_exact(
     x [B, T, d_in], mask [B, T] bool, documents [B, T] integer.
     """
     B, T, d_in = x.shape
+    d_out = weights.b_dec.shape[0]
     out = Encoded(
-        x_hat=x.new_zeros(B, T, d_in),
+        x_hat=x.new_zeros(B, T, d_out),
         values=x.new_zeros(B, T, k),
         indices=torch.zeros(B, T, k, dtype=torch.int64, device=x.device),
-        c=x.new_zeros(B, T, d_in),
+        c=x.new_zeros(B, T, d_out),
+        suppressed=x.new_zeros(B, T, d_in),
     )
     for t in range(T):
         # Positions from t on hold zeros here; nothing at t looks at them.
-        c = _look_back(x, out, weights, query, mask, documents, k_mem)
-        here = _encode(x, c, weights, k, mask)
+        here = _encode(x, *_look_back(x, out, weights, query, mask, documents, k_mem), weights, k, mask)
         out = Encoded(*(_at_position(t, new, old) for old, new in zip(out, here, strict=True)))
     return out
 
@@ -200,13 +231,17 @@ def _at_position(t: int, new: Tensor, old: Tensor) -> Tensor:
     return torch.cat([old[:, :t], new[:, t : t + 1], old[:, t + 1 :]], dim=1)
 
 
-def _encode(x: Tensor, c: Tensor, weights: ContextualWeights, k: int, mask: Tensor | None) -> Encoded:
-    """Encode what c [B, T, d_in] does not account for; a position out of the mask gets an empty code."""
-    values, indices = topk_encode(x - weights.b_dec - c, weights.W_enc, weights.b_enc, k)
+def _encode(
+    x: Tensor, c: Tensor, suppressed: Tensor, weights: ContextualWeights, k: int, mask: Tensor | None
+) -> Encoded:
+    """Encode x less `suppressed` [B, T, d_in], and add c [B, T, d_out]; a position out of the mask has an empty code."""
+    values, indices = topk_encode(weights.centred(x) - suppressed, weights.W_enc, weights.b_enc, k)
     if mask is not None:
         values = torch.where(mask[..., None], values, 0)
     x_hat = sparse_decode(values, indices, weights.W_dec) + c + weights.b_dec
-    return Encoded(x_hat, values, indices, c)
+    if weights.W_skip is not None:
+        x_hat = x_hat + weights.centred(x) @ weights.W_skip.T
+    return Encoded(x_hat, values, indices, c, suppressed)
 
 
 def _look_back(
@@ -217,14 +252,17 @@ def _look_back(
     mask: Tensor | None,
     documents: Tensor | None,
     k_mem: int | None,
-) -> Tensor:
-    """c [B, T, d_in]: what the codes before each position, or their k_mem most active features, say about it."""
+) -> tuple[Tensor, Tensor]:
+    """What the codes before each position, or their k_mem most active features, say about it.
+
+    Two readings: c [B, T, d_out], which is added to the reconstruction, and what the encoder subtracts, [B, T, d_in].
+    """
     H = weights.slope.shape[0]
     if query == "current":
-        query_acts = x - weights.b_dec
+        query_acts = weights.centred(x)
     elif query == "past":
-        before = memory.x_hat - weights.b_dec
-        query_acts = torch.cat([torch.zeros_like(before[:, :1]), before[:, :-1]], dim=1)
+        here = sparse_decode(memory.values, memory.indices, weights.W_dec) + memory.c  # no b_dec, no skip connection
+        query_acts = torch.cat([torch.zeros_like(here[:, :1]), here[:, :-1]], dim=1)
     else:
         raise ValueError(f"query: given {query!r}; needed 'current' or 'past'")
     code = memory.values[..., :k_mem], memory.indices[..., :k_mem]
@@ -242,4 +280,6 @@ def _look_back(
         mask,
         documents,
     )
-    return a.flatten(-2) @ weights.W_O.T
+    a = a.flatten(-2)
+    c = a @ weights.W_O.T
+    return c, c if weights.W_I is None else a @ weights.W_I.T

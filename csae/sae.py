@@ -1,88 +1,20 @@
-"""What both SAEs share: parameters, initialisation, loss, unit-norm decoder, dead features."""
+"""What both SAEs share, as autoencoder and as transcoder: parameters, loss, unit-norm decoder, dead features."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from csae.factors import Gradients, Pass, Trace
 from csae.ops.checks import FLOATS, INTEGERS, check_device, check_k, check_tensor
+from csae.ops.linear import linear
+from csae.outputs import Bounds, Code, Losses, Output, Ran, Sweeps
 from csae.saving import Saved, shapes, without_tensors
-
-
-class Bounds(NamedTuple):
-    """The mask and the documents that windows were encoded with."""
-
-    mask: Tensor | None
-    """[B, T] bool: which positions took part; None: all"""
-    documents: Tensor | None
-    """[B, T] integer: a document is a run of equal ids; None: one in each window"""
-
-
-class _Pair(NamedTuple):
-    values: Tensor
-    """[..., k]: how active, in units of normalised activations; zero where fewer than k are active"""
-    indices: Tensor
-    """[..., k] int64: which features"""
-
-
-class Code(_Pair):
-    """The active features of each token: values [..., k] and indices [..., k] int64, as a tuple of two."""
-
-    bounds: Bounds | None = None
-    """what `ContextualSAE.decode` needs beside the values and indices of whole windows. None for a code that was put
-    together from its parts, or of a piece of a sequence"""
-
-    @classmethod
-    def of_windows(cls, values: Tensor, indices: Tensor, mask: Tensor | None, documents: Tensor | None) -> Self:
-        """A code that knows what it was encoded with."""
-        code = cls(values, indices)
-        code.bounds = Bounds(*(None if tensor is None else tensor.clone() for tensor in (mask, documents)))
-        return code
-
-    def _replace(self, /, **given: Any) -> Self:
-        code = super()._replace(**given)
-        code.bounds = self.bounds
-        return code
-
-
-class Output(NamedTuple):
-    """What an SAE makes of activations [..., d_in]."""
-
-    x_hat: Tensor
-    """[..., d_in]: the reconstruction, in the units and the dtype of the activations"""
-    code: Code
-    """the features that are active here: for a contextual SAE, what is new"""
-    c: Tensor
-    """[..., d_in]: what the look-back read here, in the same units and dtype; zero for a per-token SAE"""
-
-
-class Sweeps(NamedTuple):
-    """How a contextual SAE runs in parallel: a sweep looks back at the codes of the sweep before, and encodes again."""
-
-    times: int
-    """how many sweeps look back"""
-    from_exact: bool = False
-    """whether the first one looks at the exact codes, so that the sweeps give what running exactly does, with a
-    gradient. Gradients do not flow into the recurrence, only through the sweeps."""
-
-
-class Losses(NamedTuple):
-    """The training loss of a batch and its parts, each a scalar."""
-
-    loss: Tensor
-    """fvu + aux_coef * aux: what to call backward() on"""
-    fvu: Tensor
-    """fraction of the batch's variance that is unexplained, over positions in the mask"""
-    aux: Tensor
-    """what dead features leave unexplained of the residual (AuxK); zero where none is dead"""
-    code: Code
-    """the code of the batch"""
 
 
 class SAE(Saved, ABC):
@@ -98,6 +30,15 @@ class SAE(Saved, ABC):
     its dtype, and results as without it. The exact form of a contextual SAE, and what is made of it (`stream`,
     `csae.attribution`), ignore autocast: one rounding could lead the recurrence elsewhere.
 
+    A transcoder predicts other activations than those it reads, the target: with `d_out`, also where that equals d_in.
+    Its mean and its scale are the input's, and b_dec, W_dec and `target_scale` belong to the target:
+
+        code  = relu(topk(W_enc (x - mean) + b_enc, k))
+        x_hat = sum_i code.values_i * W_dec[code.indices_i] + b_dec + W_skip (x - mean)       W_skip if skip=True
+
+    The skip connection is that of Paulo et al. 2025 (arXiv 2501.18823), and starts at zero. The mean is a constant: what
+    could be learned of it, b_enc and b_dec learn. The loss is the target's, and takes it: `loss(..., target=)`.
+
     A parameter with requires_grad=False is frozen: it gets no gradient, and stays as it is.
 
     An argument may be changed later (`sae.k = 8`): it is checked again, and saved as changed. One that a parameter's
@@ -107,9 +48,12 @@ class SAE(Saved, ABC):
         d_in: width of the activations.
         d_sae: number of features.
         k: active features a token.
-        k_aux: how many dead features reconstruct the residual (AuxK); d_in // 2 if not given, as Gao et al. advise.
+        k_aux: how many dead features reconstruct the residual (AuxK); if not given, half the width of the
+            reconstruction, as Gao et al. advise.
         aux_coef: weight of that loss; 1/32 in Gao et al.
         dead_after: a feature is dead when it has not fired for this many tokens.
+        d_out: width of a transcoder's target; None for an autoencoder.
+        skip: whether a transcoder has a skip connection.
     """
 
     look_back: tuple[str, ...] = ()
@@ -120,11 +64,17 @@ class SAE(Saved, ABC):
     b_enc: nn.Parameter
     """[d_sae]"""
     W_dec: nn.Parameter
-    """[d_sae, d_in], a unit row a feature"""
+    """[d_sae, d_out], a unit row a feature"""
     b_dec: nn.Parameter
-    """[d_in]"""
+    """[d_out]"""
+    W_skip: nn.Parameter | None
+    """[d_out, d_in]: a transcoder's skip connection"""
     scale: Tensor
     """scalar: activations are divided by it"""
+    mean: Tensor | None
+    """[d_in], of a transcoder: what is subtracted from normalised activations"""
+    target_scale: Tensor | None
+    """scalar, of a transcoder: its results are multiplied by it, where an autoencoder's are by `scale`"""
     tokens_since_fired: Tensor
     """[d_sae] int64: how many training tokens ago each feature was last active"""
 
@@ -136,9 +86,12 @@ class SAE(Saved, ABC):
         k_aux: int | None = None,
         aux_coef: float = 1 / 32,
         dead_after: int = 10_000_000,
+        d_out: int | None = None,
+        skip: bool = False,
     ) -> None:
         super().__init__()
         counts = {"d_in": d_in, "d_sae": d_sae, "k_aux": 1 if k_aux is None else k_aux, "dead_after": dead_after}
+        counts["d_out"] = d_in if d_out is None else d_out
         for name, count in counts.items():
             if isinstance(count, bool) or not isinstance(count, int):
                 raise TypeError(f"{name}: given {count!r}; needed a whole number")
@@ -149,16 +102,23 @@ class SAE(Saved, ABC):
             raise TypeError(f"aux_coef: given {aux_coef!r}; needed a number")
         if not 0 <= aux_coef < math.inf:
             raise ValueError(f"aux_coef: given {aux_coef}; needed a number of zero or more")
+        if not isinstance(skip, bool):
+            raise TypeError(f"skip: given {skip!r}; needed True or False")
+        if skip and d_out is None:
+            raise ValueError("skip: given True without d_out; needed a transcoder: an autoencoder would copy its input")
         self.d_in, self.d_sae, self.k = d_in, d_sae, k
-        self.k_aux = max(1, d_in // 2) if k_aux is None else k_aux
+        self.d_out, self.skip = counts["d_out"], skip
+        self.k_aux = max(1, self.d_out // 2) if k_aux is None else k_aux
         self.aux_coef, self.dead_after = aux_coef, dead_after
-        directions = torch.randn(d_sae, d_in)
-        directions /= directions.norm(dim=1, keepdim=True)
+        directions = _unit_rows(d_sae, self.d_out)
         self.W_dec = nn.Parameter(directions)
-        self.W_enc = nn.Parameter(directions.clone())
+        self.W_enc = nn.Parameter(directions.clone() if d_out is None else _unit_rows(d_sae, d_in))
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
+        self.register_parameter("W_skip", nn.Parameter(torch.zeros(self.d_out, d_in)) if skip else None)
         self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("mean", None if d_out is None else torch.zeros(d_in))
+        self.register_buffer("target_scale", None if d_out is None else torch.ones(()))
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -170,7 +130,7 @@ class SAE(Saved, ABC):
         made = without_tensors(type(self), changed)
         if shapes(made) != shapes(self):
             raise ValueError(
-                f"{name}: given {value}; needed {getattr(self, name)}, as the parameters have: make another"
+                f"{name}: given {value}; needed {self._arguments[name]}, as the parameters have: make another"
             )
         vars(self).update({of: vars(made)[of] for of in changed if of in vars(made)})
         self._hub_mixin_config = changed
@@ -182,16 +142,17 @@ class SAE(Saved, ABC):
         documents: acts.shape[:-1] integer; a document is a run of equal ids.
         """
         self._check_acts(acts, mask, documents)
-        return self._output(*self._run(Pass(self), self._normalised(acts), mask, documents, None), acts.dtype)
+        x_hat, code, c, _ = self._run(Pass(self), self._normalised(acts), mask, documents, None)
+        return self._output(x_hat, code, c, acts.dtype)
 
     @abstractmethod
     def _run(
         self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None
-    ) -> tuple[Tensor, Code, Tensor]:
-        """Normalised x [..., d_in] -> x_hat, code and c, in normalised units, as training runs it, by these ops."""
+    ) -> Ran:
+        """Normalised x [..., d_in] -> what becomes of it, as training runs it, by these ops."""
 
     def _output(self, x_hat: Tensor, code: Code, c: Tensor, dtype: torch.dtype) -> Output:
-        """`Output` in the units and the dtype of the activations, from what is in normalised units."""
+        """`Output` in the units of what is reconstructed and in this dtype, from what is in normalised units."""
         code = Code(code.values.to(self.W_enc.dtype), code.indices)
         return Output(self._in_units_of(x_hat, dtype), code, self._in_units_of(c, dtype))
 
@@ -202,25 +163,62 @@ class SAE(Saved, ABC):
         return on is not None and bool(on.keep_first), on is not None and bool(on.bos)
 
     @property
+    def is_transcoder(self) -> bool:
+        """Whether it predicts other activations than those it reads."""
+        return self.target_scale is not None
+
+    @property
+    def centre(self) -> Tensor:
+        """[d_in]: what is subtracted from normalised activations first: b_dec, or a transcoder's mean."""
+        return self.b_dec if self.mean is None else self.mean
+
+    @property
+    def out_scale(self) -> Tensor:
+        """Scalar: what normalised reconstructions are multiplied by."""
+        return self.scale if self.target_scale is None else self.target_scale
+
+    @property
     def n_params(self) -> int:
         """Number of trained parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        scale = fn(self.scale)
-        if scale.dtype != self.scale.dtype and not scale.is_meta and not 0 < float(scale) < math.inf:
-            raise ValueError(f"scale: {float(self.scale):g} does not fit {scale.dtype}; needed a wider dtype: bfloat16")
+        for name in ("scale", "target_scale"):
+            old = getattr(self, name)
+            new = old if old is None else fn(old)
+            if new is not None and new.dtype != old.dtype and not new.is_meta and not 0 < float(new) < math.inf:
+                raise ValueError(f"{name}: {float(old):g} does not fit {new.dtype}; needed a wider dtype: bfloat16")
         return super()._apply(fn, recurse)
 
     @torch.no_grad()
-    def initialise(self, mean: Tensor, scale: float) -> None:
-        """Take the data's mean [d_in] and scale: activations minus mean, over scale, have mean square one."""
-        if tuple(mean.shape) != (self.d_in,):
-            raise ValueError(f"mean: given shape {list(mean.shape)}; needed [d_in] = [{self.d_in}]")
-        if not 0 < scale < float("inf"):
-            raise ValueError(f"scale: given {scale}; needed a positive finite number")
+    def initialise(
+        self, mean: Tensor, scale: float, target_mean: Tensor | None = None, target_scale: float | None = None
+    ) -> None:
+        """Take the data's mean [d_in] and scale: activations minus mean, over scale, have mean square one.
+
+        A transcoder needs those of its target too, [d_out] and a number.
+        """
+        if (target_mean is not None, target_scale is not None) != (self.is_transcoder,) * 2:
+            needed = "those of the target" if self.is_transcoder else "None: this is no transcoder (it has no d_out)"
+            raise ValueError(
+                f"target_mean, target_scale: {_given(target_mean)} and {_given(target_scale)}; needed {needed}"
+            )
+        for prefix, width, of, size in (("", "d_in", mean, scale), ("target_", "d_out", target_mean, target_scale)):
+            if of is None or size is None:
+                continue
+            if tuple(of.shape) != (getattr(self, width),):
+                raise ValueError(
+                    f"{prefix}mean: given shape {list(of.shape)}; needed [{width}] = [{getattr(self, width)}]"
+                )
+            if not 0 < size < math.inf:
+                raise ValueError(f"{prefix}scale: given {size}; needed a positive finite number")
         self.scale.fill_(scale)
-        self.b_dec.copy_(mean / scale)
+        if self.mean is None or self.target_scale is None or target_mean is None or target_scale is None:
+            self.b_dec.copy_(mean / scale)
+        else:
+            self.mean.copy_(mean / scale)
+            self.target_scale.fill_(target_scale)
+            self.b_dec.copy_(target_mean / target_scale)
 
     def loss(
         self,
@@ -229,6 +227,7 @@ class SAE(Saved, ABC):
         documents: Tensor | None = None,
         dead: Tensor | None = None,
         sweeps: Sweeps | None = None,
+        target: Tensor | None = None,
     ) -> Losses:
         """The training loss: fraction of variance unexplained, plus AuxK for dead features.
 
@@ -238,10 +237,12 @@ class SAE(Saved, ABC):
             documents: [B, T] integer, a document is a run of equal ids; used by a contextual SAE.
             dead: [n_dead] int64, the dead features (`dead_features()`), or None for no AuxK.
             sweeps: how a contextual SAE runs; by its own `sweeps` if not given.
+            target: [..., d_out], what a transcoder is to predict, and its loss is of; None for an autoencoder.
         """
         self._check_acts(acts, mask, documents)
+        self._check_target(acts, target)
         self._check_dead(dead)
-        return self._losses(Pass(self), acts, mask, documents, dead, sweeps)
+        return self._losses(Pass(self), acts, mask, documents, dead, sweeps, target)
 
     def gradients(
         self,
@@ -250,6 +251,7 @@ class SAE(Saved, ABC):
         documents: Tensor | None = None,
         dead: Tensor | None = None,
         sweeps: Sweeps | None = None,
+        target: Tensor | None = None,
     ) -> tuple[Losses, Gradients]:
         """The training loss and its gradient by every parameter, those of the tables in factors (`csae.factors`).
 
@@ -260,14 +262,15 @@ class SAE(Saved, ABC):
         """
         if torch.compiler.is_compiling():
             if not _traces_autograd():
-                return _out_of_graph(SAE.gradients, self, acts, mask, documents, dead, sweeps)
+                return _out_of_graph(SAE.gradients, self, acts, mask, documents, dead, sweeps, target)
         elif torch.is_inference_mode_enabled():
             raise RuntimeError("gradients: called under torch.inference_mode(); needed outside of it")
         self._check_acts(acts, mask, documents)
+        self._check_target(acts, target)
         self._check_dead(dead)
         trace = Trace(self, check_trained(self))
         with torch.enable_grad():
-            losses = self._losses(trace, acts, mask, documents, dead, sweeps)
+            losses = self._losses(trace, acts, mask, documents, dead, sweeps, target)
             with torch.autocast(acts.device.type, enabled=False):  # it is for the forward pass
                 gradients = trace.gradients(losses.loss)
         code = Code(losses.code.values.detach(), losses.code.indices)
@@ -281,24 +284,27 @@ class SAE(Saved, ABC):
         documents: Tensor | None,
         dead: Tensor | None,
         sweeps: Sweeps | None,
+        target: Tensor | None,
     ) -> Losses:
         x = self._normalised(acts)
+        y = x if target is None else self._over(target, self.out_scale)
         if mask is not None:  # what is left out may be NaN, or too large for its dtype
             x = x.masked_fill(~mask.unsqueeze(-1), 0)
-        x_hat, code, c = self._run(ops, x, mask, documents, sweeps)
+            y = x if target is None else y.masked_fill(~mask.unsqueeze(-1), 0)
+        x_hat, code, _, suppressed = self._run(ops, x, mask, documents, sweeps)
         ones = torch.promote_types(x.dtype, torch.float32)  # half precision can't count tokens
         weight = x.new_ones(x.shape[:-1], dtype=ones) if mask is None else mask.to(ones)
-        residual = x - x_hat
-        fvu = fraction_unexplained(x, residual, weight)
+        residual = y - x_hat
+        fvu = fraction_unexplained(y, residual, weight)
         aux = fvu.new_zeros(())
         if dead is not None and dead.numel() > 0:
-            aux = self._aux(ops, (x - c - self.b_dec).detach(), residual.detach(), mask, weight, dead)
+            aux = self._aux(ops, (x - suppressed - self.centre).detach(), residual.detach(), mask, weight, dead)
         return Losses(fvu + self.aux_coef * aux, fvu, aux, code)
 
     def _aux(self, ops: Pass, x: Tensor, residual: Tensor, mask: Tensor | None, weight: Tensor, dead: Tensor) -> Tensor:
         """AuxK (Gao et al. 2024, section A.2): the residual rebuilt by the most active dead features.
 
-        x [..., d_in] without b_dec and c. Only the dead rows are multiplied: the cost grows with their number,
+        x [..., d_in] is what the encoder saw. Only the dead rows are multiplied: the cost grows with their number,
         not with d_sae. Only they get a gradient: its graph shares nothing with that of the fvu.
         """
         k = min(self.k_aux, dead.numel())
@@ -306,16 +312,34 @@ class SAE(Saved, ABC):
         share = k / self.k_aux  # a few dead features can't be asked for as much as many
         return share * _energy(residual - residual_hat, weight) / _energy(residual, weight).clamp_min(1e-12)
 
+    def _with_skip(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        """x_hat [..., d_out] with what the skip connection makes of normalised x [..., d_in] less `centre`."""
+        return x_hat if self.W_skip is None else x_hat + linear(x, self.W_skip)
+
+    def _skip_of(self, x_hat: Tensor, acts: Tensor | None) -> Tensor:
+        """`_with_skip` for `decode`, which may be given the activations [..., d_in]."""
+        if self.W_skip is None:
+            return x_hat
+        if acts is None:
+            raise ValueError("acts: not given; needed the activations that were encoded: the skip connection reads them")
+        self._check_acts(acts)
+        if acts.shape[:-1] != x_hat.shape[:-1]:
+            raise ValueError(f"acts: given shape {list(acts.shape)}; needed {[*x_hat.shape[:-1], self.d_in]}")
+        return self._with_skip(x_hat, self._normalised(acts) - self.centre)
+
     def _normalised(self, acts: Tensor) -> Tensor:
         """Activations in normalised units: over the scale, in the dtype of the weights."""
+        return self._over(acts, self.scale)
+
+    def _over(self, acts: Tensor, scale: Tensor) -> Tensor:
         weights = self.W_enc.dtype
         wide = torch.promote_types(torch.promote_types(acts.dtype, weights), torch.float32)
-        return (acts.to(wide) / self.scale.to(wide)).to(weights)
+        return (acts.to(wide) / scale.to(wide)).to(weights)
 
     def _in_units_of(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Normalised x [..., d_in] -> the same in the units of the activations, in this dtype."""
+        """Normalised x [..., d_out] -> the same in the units of what is reconstructed, in this dtype."""
         wide = torch.promote_types(torch.promote_types(x.dtype, dtype), torch.float32)
-        return (x.to(wide) * self.scale.to(wide)).to(dtype)
+        return (x.to(wide) * self.out_scale.to(wide)).to(dtype)
 
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:
@@ -358,6 +382,23 @@ class SAE(Saved, ABC):
         for name, tensor in (("mask", mask), ("documents", documents)):
             if tensor is not None:
                 check_device(name, tensor, "acts", acts)
+
+    def _check_target(self, acts: Tensor, target: Tensor | None) -> None:
+        if not self.is_transcoder:
+            if target is not None:
+                raise ValueError("target: given one; needed None: this is no transcoder (it has no d_out)")
+            return
+        if target is None:
+            raise ValueError("target: not given; needed [..., d_out], the activations that the transcoder predicts")
+        check_tensor("target", target)
+        if target.shape != (*acts.shape[:-1], self.d_out):
+            raise ValueError(
+                f"target: given shape {list(target.shape)}; needed {[*acts.shape[:-1], self.d_out]}, as acts is, with "
+                f"d_out = {self.d_out}"
+            )
+        if target.dtype not in FLOATS:
+            raise TypeError(f"target: given dtype {target.dtype}; needed a floating dtype of 16 to 64 bits")
+        check_device("target", target, "acts", acts)
 
     def _check_dead(self, dead: Tensor | None) -> None:
         if dead is None:
@@ -414,7 +455,8 @@ def check_trained(sae: SAE) -> set[str]:
             f"sae: {', '.join(twice)} is another name of a parameter; needed one for each name: tied parameters train "
             "by loss(...).loss.backward()"
         )
-    foreign = sorted({"W_enc", "b_enc", "W_dec", "b_dec", *sae.look_back} - names)
+    own = {"W_enc", "b_enc", "W_dec", "b_dec", *sae.look_back} | ({"W_skip"} if sae.skip else set())
+    foreign = sorted(own - names)
     if foreign:
         raise ValueError(
             f"sae: {', '.join(foreign)} is computed from something else; needed a parameter: such an SAE trains by "
@@ -424,6 +466,16 @@ def check_trained(sae: SAE) -> set[str]:
     if not trained:
         raise ValueError("sae: all of its parameters are frozen; needed one with requires_grad=True to train")
     return trained
+
+
+def _unit_rows(n: int, d: int) -> Tensor:
+    """[n, d]: random directions."""
+    rows = torch.randn(n, d)
+    return rows.div_(rows.norm(dim=1, keepdim=True))
+
+
+def _given(value: object) -> str:
+    return "not given" if value is None else "given"
 
 
 def _energy(x: Tensor, weight: Tensor) -> Tensor:

@@ -34,7 +34,9 @@ class Saved(nn.Module, PyTorchModelHubMixin):
     @property
     def config(self) -> dict[str, Any]:
         """The content of config.json: arch, and the arguments that make an SAE like this one."""
-        return {"arch": self.arch, **self._arguments}
+        autoencoder = {"d_out": None, "skip": False}  # which config.json doesn't mention
+        given = self._arguments.items()
+        return {"arch": self.arch} | {name: of for name, of in given if name not in autoencoder or of != autoencoder[name]}
 
     @property
     def _arguments(self) -> dict[str, Any]:

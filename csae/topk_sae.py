@@ -6,11 +6,12 @@ from torch import Tensor
 
 from csae.factors import Pass
 from csae.ops import sparse_decode, topk_encode
-from csae.sae import SAE, Code, Sweeps
+from csae.outputs import Code, Ran, Sweeps
+from csae.sae import SAE
 
 
 class TopKSAE(SAE):
-    """The per-token TopK SAE (Gao et al. 2024, arXiv 2406.04093).
+    """The per-token TopK SAE (Gao et al. 2024, arXiv 2406.04093), or with `d_out` a transcoder (see `SAE`).
 
         code  = relu(topk(W_enc (x - b_dec) + b_enc, k))
         x_hat = sum_i code.values_i * W_dec[code.indices_i] + b_dec
@@ -23,17 +24,22 @@ class TopKSAE(SAE):
     def encode(self, acts: Tensor) -> Code:
         """acts [..., d_in] -> the code [..., k]."""
         self._check_acts(acts)
-        values, indices = topk_encode(self._normalised(acts) - self.b_dec, self.W_enc, self.b_enc, self.k)
+        values, indices = topk_encode(self._normalised(acts) - self.centre, self.W_enc, self.b_enc, self.k)
         return Code(values.to(self.W_enc.dtype), indices)
 
-    def decode(self, code: Code) -> Tensor:
-        """The code [..., k] -> the reconstruction [..., d_in], in the units of the activations."""
+    def decode(self, code: Code, acts: Tensor | None = None) -> Tensor:
+        """The code [..., k] -> the reconstruction [..., d_out], in the units of what is reconstructed.
+
+        acts: [..., d_in], which a skip connection reads.
+        """
         values, indices = code
         x_hat = sparse_decode(values.to(self.W_dec.dtype), indices, self.W_dec) + self.b_dec
-        return self._in_units_of(x_hat, self.W_dec.dtype)
+        return self._in_units_of(self._skip_of(x_hat, acts), self.W_dec.dtype)
 
     def _run(
         self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None
-    ) -> tuple[Tensor, Code, Tensor]:
-        code = Code(*ops.encode(ops.centred(x), mask))
-        return ops.decode("W_dec", code) + self.b_dec, code, x.new_zeros(()).expand_as(x)
+    ) -> Ran:
+        zero, x = x.new_zeros(()), ops.centred(x)
+        code = Code(*ops.encode(x, mask))
+        x_hat = self._with_skip(ops.decode("W_dec", code) + self.b_dec, x)
+        return Ran(x_hat, code, zero.expand_as(x_hat), zero.expand_as(x))

@@ -87,8 +87,10 @@ def test_sweeps_from_the_exact_codes_give_them_again_with_a_gradient(query, swee
     out = sae(acts, *where, exact=False, sweeps=Sweeps(sweeps, from_exact=True))
     for got, want in ((out.x_hat, exact.x_hat), (out.c, exact.c), (out.code.values, exact.code.values)):
         torch.testing.assert_close(got, want)
-    x, c = acts / sae.scale, exact.c / sae.scale
-    wanted = reference.contextual_sweeps(x, weights(sae), 3, query, sweeps, *where, c=c)
+    x = acts / sae.scale
+    start = reference.contextual_exact(x, weights(sae), 3, query, *where)
+    start = start._replace(c=start.c.detach(), suppressed=start.suppressed.detach())
+    wanted = reference.contextual_sweeps(x, weights(sae), 3, query, sweeps, *where, start=start)
     parameters = dict(sae.named_parameters())
     grad = torch.randn_like(acts)
     found = torch.autograd.grad(out.x_hat / sae.scale, parameters.values(), grad, allow_unused=True)

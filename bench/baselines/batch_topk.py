@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from csae.factors import Pass
 from csae.ops import sparse_decode
-from csae.sae import SAE, Code, Sweeps
+from csae.outputs import Code, Ran, Sweeps
+from csae.sae import SAE
 
 # The share of the running threshold that a batch replaces.
 THRESHOLD_RATE = 0.05
@@ -72,10 +73,11 @@ class BatchTopKSAE(SAE):
 
     def _run(
         self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None
-    ) -> tuple[Tensor, Code, Tensor]:
+    ) -> Ran:
         centred = ops.centred(x)
         code = Code(*ops.encode(centred, mask, self._select(centred.detach(), mask)))
-        return ops.decode("W_dec", code) + self.b_dec, code, x.new_zeros(()).expand_as(x)
+        zero = x.new_zeros(()).expand_as(x)
+        return Ran(ops.decode("W_dec", code) + self.b_dec, code, zero, zero)
 
     @torch.no_grad()
     def _select(self, centred: Tensor, mask: Tensor | None) -> Code:

@@ -16,9 +16,10 @@ def dense_gradients(
     documents: Tensor | None = None,
     dead: Tensor | None = None,
     sweeps: Sweeps | None = None,
+    target: Tensor | None = None,
 ) -> tuple[Losses, Gradients]:
     """What `SAE.gradients` returns, each gradient a dense tensor. Args: as `SAE.loss`."""
-    losses = sae.loss(acts, mask, documents, dead, sweeps)
+    losses = sae.loss(acts, mask, documents, dead, sweeps, target)
     parameters = dict(sae.named_parameters())
     with torch.autocast(acts.device.type, enabled=False):  # forward's business
         found = torch.autograd.grad(losses.loss, list(parameters.values()), allow_unused=True)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from csae.bench.baselines.dense import dense_gradients
 from csae.factors import Pass
 from csae.ops import lookback_attention, sparse_decode, topk_encode
-from csae.sae import SAE, Code, Sweeps
+from csae.outputs import Code, Ran, Sweeps
+from csae.sae import SAE
 
 
 class TemporalFeatureSAE(SAE):
@@ -96,13 +97,13 @@ class TemporalFeatureSAE(SAE):
 
     def _run(
         self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None
-    ) -> tuple[Tensor, Code, Tensor]:
+    ) -> Ran:
         centred = x - self.b_dec
         c = self._predict(centred, mask, documents)
         values, indices = topk_encode(centred - c, self.W_enc, self.b_enc, self.k)
         if mask is not None:
             c, values = (tensor.masked_fill(~mask.unsqueeze(-1), 0) for tensor in (c, values))
-        return sparse_decode(values, indices, self.W_dec) + c + self.b_dec, Code(values, indices), c
+        return Ran(sparse_decode(values, indices, self.W_dec) + c + self.b_dec, Code(values, indices), c, c)
 
     def _predict(self, centred: Tensor, mask: Tensor | None, documents: Tensor | None) -> Tensor:
         """x - b_dec [B, T, d_in] -> the predicted part of it [B, T, d_in]."""

@@ -75,8 +75,9 @@ class TemporalSAE(BatchTopKSAE):
         documents: Tensor | None,
         dead: Tensor | None,
         sweeps: Sweeps | None,
+        target: Tensor | None,
     ) -> Losses:
-        plain = super()._losses(ops, acts, mask, documents, dead, sweeps)
+        plain = super()._losses(ops, acts, mask, documents, dead, sweeps, target)
         high = plain.code.values * (plain.code.indices < self.n_high)
         x = acts / self.scale
         weight = x.new_ones(x.shape[:-1]) if mask is None else mask.to(x.dtype)

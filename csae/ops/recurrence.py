@@ -40,23 +40,30 @@ class Weights(NamedTuple):
     gain: Tensor
     slope: Tensor
     null: Tensor
+    W_I: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """Those that are there, in their order."""
+        return [tensor for tensor in self if tensor is not None]
 
 
 class Recurred(NamedTuple):
     """What n positions of B sequences give."""
 
     x_hat: Tensor
-    """[B, n, d_in]"""
+    """[B, n, d_out]"""
     values: Tensor
     """[B, n, k]; empty where a code was given"""
     indices: Tensor
     """[B, n, k] int64; likewise"""
     c: Tensor
-    """[B, n, d_in]"""
+    """[B, n, d_out]"""
     carried: Tensor
     """[B, n, n_heads, m]: how active each head finds the m followed features"""
     past: Tensor
-    """[B, d_in]: the last reconstruction less b_dec; as given where the queries don't need it"""
+    """[B, d_out]: the last reconstruction less b_dec; as given where the queries don't need it"""
+    suppressed: Tensor
+    """[B, n, d_in]: what the encoder subtracted, with W_I; else empty, for that is c"""
 
 
 def recur(
@@ -77,11 +84,11 @@ def recur(
     """The next n positions of B sequences. No gradient flows.
 
     Args:
-        given: x [B, n, d_in], to be encoded, or its code, values and indices [B, n, k], to be decoded.
+        given: x [B, n, d_in], centred, to be encoded, or its code, values and indices [B, n, k], to be decoded.
         mask: [B, n] bool. starts: [B, n] int64, where the document of each position began.
         memory: [B, L, n_heads * (d_head + d_value + m)], as `csae.recurrence.State` has it; written.
         takes_part: [B, L] bool; written.
-        past: [B, d_in], the reconstruction before, less b_dec.
+        past: [B, d_out], the reconstruction before, less b_dec.
         position: the number of the first.
         followed: [m] int64, features whose share in what is carried is to be known.
         k, k_mem: features of a code, and how many of them are remembered.
@@ -89,9 +96,9 @@ def recur(
         table: `round_table` of W_enc, if it was made already.
     """
     x, values, indices = (given, None, None) if isinstance(given, Tensor) else (None, *given)
-    refuse_tangents(x, values, past, *weights)
+    refuse_tangents(x, values, past, *weights.tensors())
     state = mask, starts, memory, takes_part, past, position, followed
-    return Recurred(*_recur(x, values, indices, *state, list(weights), k, k_mem, from_past, list(table)))
+    return Recurred(*_recur(x, values, indices, *state, weights.tensors(), k, k_mem, from_past, list(table)))
 
 
 @operator("recur", ("memory", "takes_part"))
@@ -111,10 +118,9 @@ def _recur(
     k_mem: int,
     from_past: bool,
     table: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     by = Weights(*weights)
     B, n = mask.shape
-    x = None if x is None else x - by.b_dec
     topk, reads, sums, heads = (
         kernels(op, memory.device, memory.dtype)
         for op in ("topk_encode", "read_memory", "sparse_decode", "scaled_heads")
@@ -140,6 +146,7 @@ def _recur(
         carried=memory.new_empty(B, n, len(by.slope), len(followed)),
         starts=starts,
         mask=mask,
+        suppressed=None if by.W_I is None or x is None else memory.new_empty(B, n, by.W_I.shape[0]),
     )
     captured = memory.device.type == "cuda" and n >= CAPTURED and not torch.cuda.is_current_stream_capturing()
     state = memory, takes_part, past, position
@@ -147,7 +154,8 @@ def _recur(
     code = chunk.values.flatten(0, 1), chunk.indices.flatten(0, 1)
     x_hat = run.gather_sum(*code, by.W_dec).view(chunk.c.shape) + chunk.c + by.b_dec
     found = (memory.new_empty(0), chunk.indices.new_empty(0)) if x is None else (chunk.values, chunk.indices)
-    return x_hat, *found, chunk.c, chunk.carried, past.clone(memory_format=torch.contiguous_format)
+    suppressed = memory.new_empty(0) if chunk.suppressed is None else chunk.suppressed
+    return x_hat, *found, chunk.c, chunk.carried, past.clone(memory_format=torch.contiguous_format), suppressed
 
 
 @fake("recur")
@@ -164,6 +172,7 @@ def _(
         memory.new_empty(B, n, by.W_O.shape[0]),
         memory.new_empty(B, n, H, m),
         past.new_empty(past.shape),
+        memory.new_empty((0,) if x is None or by.W_I is None else (B, n, by.W_I.shape[0])),
     )
 
 
@@ -179,7 +188,7 @@ class _Run(NamedTuple):
     scale_heads: Callable[..., tuple[Tensor, Tensor]]
 
     def queries(self, query: Tensor) -> Tensor:
-        """query [..., d_in] -> [..., n_heads, d_head]."""
+        """query [..., d_query] -> [..., n_heads, d_head]."""
         return self.scale_heads(self._heads(query, self.weights.W_Q), self.weights.gain, *UNIT)[0]
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,16 +201,17 @@ class _Run(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """n positions of B sequences. values, indices, c and carried are written, the first two only where x is given."""
+    """n positions of B sequences. values, indices and suppressed are written where x is given, c and carried always."""
 
-    x: Tensor | None  # [B, n, d_in], less b_dec
+    x: Tensor | None  # [B, n, d_in], centred
     queries: Tensor | None  # [B, n, n_heads, d_head], where they don't depend on the codes
     values: Tensor  # [B, n, k]
     indices: Tensor  # [B, n, k]
-    c: Tensor  # [B, n, d_in]
+    c: Tensor  # [B, n, d_out]
     carried: Tensor  # [B, n, n_heads, m]
     starts: Tensor  # [B, n] int64
     mask: Tensor  # [B, n] bool
+    suppressed: Tensor | None  # [B, n, d_in], where W_I makes it another than c
 
 
 def _loop(run: _Run, chunk: _Chunk, memory: Tensor, takes_part: Tensor, past: Tensor, position: int) -> Tensor:
@@ -230,7 +240,10 @@ def _position(
         read = heads[..., :d_value].flatten(-2)
     here.c.copy_(functional.linear(read, by.W_O))
     if here.x is not None:
-        values, indices = run.encode(here.x - here.c)
+        suppressed = here.c
+        if here.suppressed is not None:
+            suppressed = here.suppressed.copy_(functional.linear(read, by.W_I))
+        values, indices = run.encode(here.x - suppressed)
         here.values.copy_(values.masked_fill_(~here.mask[:, None], 0))
         here.indices.copy_(indices)
     values, indices = here.values[:, : run.k_mem], here.indices[:, : run.k_mem]
@@ -258,7 +271,8 @@ def replay(
     i = torch.zeros(1, dtype=torch.int64, device=memory.device)
     here = _Chunk(*(None if tensor is None else tensor[:, 0].clone() for tensor in chunk))  # type: ignore[arg-type]
     past = past.clone()
-    written = ("values", "indices", "c", "carried") if chunk.x is not None else ("c", "carried")
+    written = ["c", "carried", *(["values", "indices"] if chunk.x is not None else [])]
+    written += ["suppressed"] if chunk.suppressed is not None else []
     given = [name for name in _Chunk._fields if name not in written and getattr(chunk, name) is not None]
 
     def position(rows: int) -> None:

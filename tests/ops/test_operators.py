@@ -40,9 +40,11 @@ def transposed(tensor: Tensor) -> Tensor:
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {"contiguous": lambda t: t, "apart": apart, "transposed": transposed}
 
 
-def weights(dtype: torch.dtype = torch.float32) -> Weights:
-    """Of width 6, 11 features, 2 heads of width 3 and values of width 4, a memory of width 5."""
-    shapes = [(11, 6), (11,), (11, 6), (6,), (11, 5), (6, 6), (6, 5), (8, 5), (6, 8), (2,), (2,), (2,)]
+def weights(dtype: torch.dtype = torch.float32, d_out: int | None = None, d_query: int = 6) -> Weights:
+    """Of width 6, 11 features, 2 heads of width 3 and values of width 4, a memory of width 5; d_out: a transcoder's."""
+    out = d_out or 6
+    shapes = [(11, 6), (11,), (11, out), (out,), (11, 5), (6, d_query), (6, 5), (8, 5), (out, 8), (2,), (2,), (2,)]
+    shapes += [(6, 8)] if d_out else []
     return Weights(*(normal(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes)))
 
 
@@ -51,17 +53,19 @@ def encoded(B: int, T: int) -> tuple[Tensor, Tensor]:
 
 
 def of_the_recurrence(B: int, T: int, form: Callable[[Tensor], Tensor]) -> Iterator[tuple[object, ...]]:
-    for decoding, m in ((False, 2), (True, 0)):
+    for decoding, m, d_out in ((False, 2, None), (True, 0, None), (False, 2, 7), (True, 0, 7)):
         given = (None, *encoded(B, T)) if decoding else (form(normal(B, T, 6)), None, None)
         mask, starts = normal(B, T) > -1, torch.zeros(B, T, dtype=torch.int64)
         memory, takes_part = torch.zeros(B, 4, 2 * (3 + 4 + m)), torch.zeros(B, 4, dtype=torch.bool)
-        state = mask, form(starts), memory, takes_part, form(normal(B, 6)), 2, torch.arange(m)
-        yield *given, *state, list(map(form, weights())), K, 2, decoding, []
+        past = form(normal(B, d_out or 6))
+        state = mask, form(starts), memory, takes_part, past, 2, torch.arange(m)
+        by = weights(d_out=d_out, d_query=past.shape[1] if decoding else 6)
+        yield *given, *state, list(map(form, by.tensors())), K, 2, decoding, []
 
 
 def calls(name: str, B: int, T: int, form: Callable[[Tensor], Tensor]) -> Iterator[tuple[object, ...]]:
     """Arguments of an operator, for B windows of T positions that lie as `form` has them."""
-    by, x, (values, indices) = Weights(*map(form, weights())), form(normal(B, T, 6)), encoded(B, T)
+    by, x, (values, indices) = Weights(*map(form, weights().tensors())), form(normal(B, T, 6)), encoded(B, T)
     n = B * T
     if name == "topk_encode":
         yield x, by.W_enc, by.b_enc, K
