@@ -37,15 +37,22 @@ class SAEConfig:
     query: str = option("current", choices=("current", "past"))
     sweeps: int = option(3, "How often training looks back at its end.")
     dead_after: int = option(10_000_000, "Tokens without firing.")
+    skip: bool = option(False, "Give a transcoder a linear skip connection (Paulo et al. 2025).")
 
-    def make(self, d_in: int) -> SAE:
-        """The SAE for activations of this width, untrained. Raises UserError where the sizes don't fit."""
+    def make(self, d_in: int, d_out: int | None = None) -> SAE:
+        """The SAE for activations of this width, untrained; with d_out a transcoder, for a target of that width.
+
+        Raises UserError where the sizes don't fit.
+        """
         from csae.contextual_sae import ContextualSAE
         from csae.topk_sae import TopKSAE
 
         given = dataclasses.asdict(self)
-        sizes = {name: given.pop(name) for name in ("d_sae", "k", "dead_after")}
+        sizes = {name: given.pop(name) for name in ("d_sae", "k", "dead_after", "skip")}
+        sizes["d_out"] = d_out
         sizes["d_sae"] = 8 * d_in if self.d_sae is None else self.d_sae
+        if self.skip and d_out is None:
+            raise UserError("skip: given for an SAE that rebuilds what it reads; needed a transcoder, with a target")
         try:
             if given.pop("arch") == "topk":
                 return TopKSAE(d_in, **sizes)

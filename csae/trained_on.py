@@ -267,8 +267,10 @@ def card(sae: Any) -> str:
     on: TrainedOn = sae.trained_on or TrainedOn()
     hub_id = on.model is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", on.model, re.ASCII)
     head = ["---", "library_name: csae", "tags:", "- sparse-autoencoder", f"- {sae.arch}"]
+    head += ["- transcoder"] if sae.is_transcoder else []
     head += [f"base_model: {on.model}", "---"] if hub_id else ["---"]
-    kind = "Contextual SAE" if sae.arch == "contextual" else "TopK SAE"
+    kind = "Contextual" if sae.arch == "contextual" else "TopK"
+    kind += " transcoder" if sae.is_transcoder else " SAE"
     of = f" of {on.place()}" if on.model is not None or on.layer is not None else ""
     facts = {
         "model": on.model,
@@ -280,6 +282,8 @@ def card(sae: Any) -> str:
         "position 0 takes part": on.keep_first,
         "k": sae.k,
         "d_in": sae.d_in,
+        "d_out": sae.d_out if sae.is_transcoder else None,
+        "skip connection": sae.skip if sae.is_transcoder else None,
         "d_sae": sae.d_sae,
         "FVU, held-out": None if on.held_out_fvu is None else f"{on.held_out_fvu:.4f}",
         "FVU, last training batch": None if on.train_fvu is None else f"{on.train_fvu:.4f}",

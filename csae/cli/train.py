@@ -44,7 +44,7 @@ from csae.logs import LOGS, check_logs
 @click.option("--max-tokens", type=int, help="Use at most so many tokens of the text.")
 @options_of(SAEConfig, "d_sae", "k", "heads", "d_head", "d_value", "d_memory", "k_mem", "query", "sweeps")
 @options_of(TrainConfig, "early_sweeps", "exact_from", "gap_every")
-@options_of(SAEConfig, "dead_after")
+@options_of(SAEConfig, "dead_after", "skip")
 @click.option("--tokens", type=click.IntRange(min=1), help="Tokens to train on; all of the data once if not given.")
 @options_of(TrainConfig, "batch_windows", "lr", "look_back_lr", "warmup", "decay")
 @options_of(TrainConfig, "lazy", "moments", "precision", "checkpoint_every", "log_every")
