@@ -4,8 +4,8 @@ c is a sum with one part for each earlier position j and each feature f that is 
 
     part(t, j, f) = sum_h A_h(t, j) * s_h(j) * code_j[f] * W_O_h W_V_h W_mem[f]
 
-and nothing is left over. A transcoder's c is a part of what it predicts, so its parts are in the target's space. s_h(j) <= 1 is the factor that bounds the values of position j. The codes are those of the
-exact form.
+and nothing is left over. s_h(j) <= 1 is the factor that bounds the values of position j. The codes are those of the
+exact form. A transcoder's c is a part of what it predicts: its parts are in the target's space.
 
 This is for one window at a time: it forms the attention weights [n_heads, T, T]. It makes two numbers for each part,
 for one position at a time, or [T, T, k] where all are asked for.

@@ -11,8 +11,8 @@ from csae.ops import sparse_decode
 from csae.ops.checks import check_tensor
 from csae.ops.lookback_attention import document_starts
 from csae.ops.topk_encode import encode_again, encode_and_keep, encoder
-from csae.recurrence import Recurrence, State
 from csae.outputs import Bounds, Code, Output, Ran, Sweeps
+from csae.recurrence import Recurrence, State
 from csae.sae import SAE, check_bounds
 
 # The two queries, and the steepest slope that a head begins with. With query="past", the useful positions are recent:
@@ -269,9 +269,7 @@ class ContextualSAE(SAE):
         x_hat, found, c, _, state = self.recurrence.advance(self._normalised(acts), state, mask, documents)
         return self._output(x_hat, Code(*found), c, acts.dtype), state
 
-    def _run(
-        self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None
-    ) -> Ran:
+    def _run(self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None) -> Ran:
         """x [B, T, d_in] in normalised units -> what becomes of it, by sweeps."""
         sweeps = Sweeps(self.sweeps) if sweeps is None else sweeps
         windows = self._windows_to_keep(x, sweeps)

@@ -234,7 +234,7 @@ def _at_position(t: int, new: Tensor, old: Tensor) -> Tensor:
 def _encode(
     x: Tensor, c: Tensor, suppressed: Tensor, weights: ContextualWeights, k: int, mask: Tensor | None
 ) -> Encoded:
-    """Encode x less `suppressed` [B, T, d_in], and add c [B, T, d_out]; a position out of the mask has an empty code."""
+    """Encode x less `suppressed` [B, T, d_in], and add c [B, T, d_out]; out of the mask the code is empty."""
     values, indices = topk_encode(weights.centred(x) - suppressed, weights.W_enc, weights.b_enc, k)
     if mask is not None:
         values = torch.where(mask[..., None], values, 0)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from csae.factors import Gradients, Pass, Trace
 from csae.ops.checks import FLOATS, INTEGERS, check_device, check_k, check_tensor
 from csae.ops.linear import linear
-from csae.outputs import Bounds, Code, Losses, Output, Ran, Sweeps
+from csae.outputs import Code, Losses, Output, Ran, Sweeps
 from csae.saving import Saved, shapes, without_tensors
 
 
@@ -36,8 +36,8 @@ class SAE(Saved, ABC):
         code  = relu(topk(W_enc (x - mean) + b_enc, k))
         x_hat = sum_i code.values_i * W_dec[code.indices_i] + b_dec + W_skip (x - mean)       W_skip if skip=True
 
-    The skip connection is that of Paulo et al. 2025 (arXiv 2501.18823), and starts at zero. The mean is a constant: what
-    could be learned of it, b_enc and b_dec learn. The loss is the target's, and takes it: `loss(..., target=)`.
+    The skip connection is that of Paulo et al. 2025 (arXiv 2501.18823), and starts at zero. The mean is a constant:
+    b_enc and b_dec can make up for any other. `loss` and `gradients` take the target, and the FVU is of it.
 
     A parameter with requires_grad=False is frozen: it gets no gradient, and stays as it is.
 
@@ -146,9 +146,7 @@ class SAE(Saved, ABC):
         return self._output(x_hat, code, c, acts.dtype)
 
     @abstractmethod
-    def _run(
-        self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None
-    ) -> Ran:
+    def _run(self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None) -> Ran:
         """Normalised x [..., d_in] -> what becomes of it, as training runs it, by these ops."""
 
     def _output(self, x_hat: Tensor, code: Code, c: Tensor, dtype: torch.dtype) -> Output:
@@ -321,7 +319,9 @@ class SAE(Saved, ABC):
         if self.W_skip is None:
             return x_hat
         if acts is None:
-            raise ValueError("acts: not given; needed the activations that were encoded: the skip connection reads them")
+            raise ValueError(
+                "acts: not given; needed the activations that were encoded: the skip connection reads them"
+            )
         self._check_acts(acts)
         if acts.shape[:-1] != x_hat.shape[:-1]:
             raise ValueError(f"acts: given shape {list(acts.shape)}; needed {[*x_hat.shape[:-1], self.d_in]}")

@@ -36,7 +36,9 @@ class Saved(nn.Module, PyTorchModelHubMixin):
         """The content of config.json: arch, and the arguments that make an SAE like this one."""
         autoencoder = {"d_out": None, "skip": False}  # which config.json doesn't mention
         given = self._arguments.items()
-        return {"arch": self.arch} | {name: of for name, of in given if name not in autoencoder or of != autoencoder[name]}
+        return {"arch": self.arch} | {
+            name: of for name, of in given if name not in autoencoder or of != autoencoder[name]
+        }
 
     @property
     def _arguments(self) -> dict[str, Any]:

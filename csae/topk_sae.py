@@ -36,9 +36,7 @@ class TopKSAE(SAE):
         x_hat = sparse_decode(values.to(self.W_dec.dtype), indices, self.W_dec) + self.b_dec
         return self._in_units_of(self._skip_of(x_hat, acts), self.W_dec.dtype)
 
-    def _run(
-        self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None
-    ) -> Ran:
+    def _run(self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None) -> Ran:
         zero, x = x.new_zeros(()), ops.centred(x)
         code = Code(*ops.encode(x, mask))
         x_hat = self._with_skip(ops.decode("W_dec", code) + self.b_dec, x)

@@ -299,7 +299,7 @@ def test_in_half_precision(kind: str, dtype: torch.dtype) -> None:
     assert losses.fvu.isfinite()
     assert gradients["W_skip"].dtype == dtype
     sae.target_scale.fill_(1e-9)
-    with pytest.raises(ValueError, match="target_scale: 1e-09 does not fit torch.float16"):
+    with pytest.raises(ValueError, match=r"target_scale: 1e-09 does not fit torch\.float16"):
         sae.half()
 
 

@@ -71,9 +71,7 @@ class BatchTopKSAE(SAE):
             self.threshold.copy_((before * self.threshold + THRESHOLD_RATE * active.min()) / after)
             self.threshold_weight.copy_(after)
 
-    def _run(
-        self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None
-    ) -> Ran:
+    def _run(self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None) -> Ran:
         centred = ops.centred(x)
         code = Code(*ops.encode(centred, mask, self._select(centred.detach(), mask)))
         zero = x.new_zeros(()).expand_as(x)

@@ -95,9 +95,7 @@ class TemporalFeatureSAE(SAE):
 
     gradients = dense_gradients
 
-    def _run(
-        self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None
-    ) -> Ran:
+    def _run(self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None) -> Ran:
         centred = x - self.b_dec
         c = self._predict(centred, mask, documents)
         values, indices = topk_encode(centred - c, self.W_enc, self.b_enc, self.k)

@@ -145,7 +145,7 @@ def activations(
 
 def make(cell: Cell, d_in: int, d_sae: int) -> SAE:
     """The SAE of a cell, untrained. A seed gives the same weights each time."""
-    sizes = {"d_in": d_in, "d_sae": d_sae, "k": cell.k, "dead_after": DEAD_AFTER}
+    sizes: dict[str, Any] = {"d_in": d_in, "d_sae": d_sae, "k": cell.k, "dead_after": DEAD_AFTER}
     torch.manual_seed(cell.seed)
     if cell.arch in (CURRENT, PAST):
         return ContextualSAE(**sizes, k_mem=cell.k_mem, query="past" if cell.arch == PAST else "current")

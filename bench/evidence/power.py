@@ -21,7 +21,7 @@ from csae.attribution import Attribution, attribute
 from csae.contextual_sae import ContextualSAE
 from csae.data.activations import ActivationSource, Batch
 from csae.errors import UserError
-from csae.sae import Code
+from csae.outputs import Code
 
 EXPLAINED = 0.9
 # Positions of a window at which all parts are computed: [T, k, d_in] each.

@@ -9,7 +9,7 @@ from csae.contextual_sae import ContextualSAE
 from csae.data.activations import sink_mask
 from csae.interop.feature_acts import FeatureActs, carried_of
 from csae.ops import topk_encode
-from csae.sae import Code
+from csae.outputs import Code
 from csae.topk_sae import TopKSAE
 
 

@@ -241,7 +241,7 @@ def _position(
     here.c.copy_(functional.linear(read, by.W_O))
     if here.x is not None:
         suppressed = here.c
-        if here.suppressed is not None:
+        if by.W_I is not None and here.suppressed is not None:
             suppressed = here.suppressed.copy_(functional.linear(read, by.W_I))
         values, indices = run.encode(here.x - suppressed)
         here.values.copy_(values.masked_fill_(~here.mask[:, None], 0))
