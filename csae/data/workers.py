@@ -78,9 +78,10 @@ def in_order(work: Callable[[T], R], items: Iterable[T], processes: int) -> Iter
             yield result.result()
     finally:
         stop.set()
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in started:
-            process.close()
+        if not sys.is_finalizing():  # else they end by themselves
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in started:
+                process.close()
 
 
 class _Process:
