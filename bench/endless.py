@@ -98,7 +98,8 @@ def train(run: Path, tokens: int, checkpoint_every: int) -> None:
     held_out = ModelActivations(lm, 1, stream.first(HELD_OUT), batch_size=WINDOWS)
     torch.manual_seed(0)
     sae = TopKSAE(16, 64, 4)
-    sae.initialise(*estimate_normalisation(held_out))
+    mean, scale, *_ = estimate_normalisation(held_out)
+    sae.initialise(mean, scale)
     config = TrainConfig(
         steps=max(1, tokens // (N_CTX * WINDOWS)), batch_windows=WINDOWS, checkpoint_every=checkpoint_every
     )
@@ -195,9 +196,8 @@ def run(
     seconds = time.perf_counter() - began
     memory = along_the_way(looks, tokens)
     for look in memory:
-        say(
-            f"{look.tokens / 1e6:6.2f} million tokens: {_mb(look.resident)}, and {_mb(look.resident_workers)} to tokenize"
-        )
+        sizes = f"{_mb(look.resident)}, and {_mb(look.resident_workers)} to tokenize"
+        say(f"{look.tokens / 1e6:6.2f} million tokens: {sizes}")
     say(f"{tokens / seconds:,.0f} tokens/s")
     generator = random.Random(seed)
     moments = sorted(generator.randrange(tokens // 50, tokens - tokens // 50) for _ in range(kills))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,9 @@ from torch import Tensor
 from csae.data.packing import Packing, Text, TokenWindows
 from csae.data.retrying import read_on
 from csae.data.row_tokens import RowTokens, Tokenized, tell_left_out
-from csae.data.rows import Rows
+from csae.data.rows import Chunk, Rows
 from csae.data.shuffling import WindowBuffer
-from csae.data.workers import in_order
+from csae.data.workers import InOrder, Waiting
 from csae.errors import UserError
 
 SHUFFLED = 1024
@@ -67,13 +67,17 @@ class TokenStream:
         self._position: dict[str, Any] = {}
         self._to_leave = held_out
         self.counts = {"round": 0, "rows": 0, "bad_rows": 0, "tokens": 0, "useless": 0, "windows": 0}
-        self._work: Iterator[Tokenized] | None = None
+        self._work: InOrder[Chunk, Tokenized] | None = None
 
-    def take(self, n: int) -> TokenWindows:
-        """The next n windows. Raises UserError where the data set can't be read, or does not fill a window."""
-        self._fill_buffer()
+    def take(self, n: int, patience: float | None = None) -> TokenWindows:
+        """The next n windows.
+
+        patience: seconds. Raises Waiting where the next rows take longer; then nothing is lost, and the next call goes
+        on. Raises UserError where the data set can't be read, or does not fill a window.
+        """
+        self._fill_buffer(patience)
         while len(self._ready.tokens) < n:
-            self._read()
+            self._read(patience)
         # From here on nothing fails, so that no window is lost.
         out = Text.empty(n, self.n_ctx)
         for row in range(n):
@@ -146,7 +150,7 @@ class TokenStream:
     def close(self) -> None:
         """Stop reading ahead; the processes end. The stream can go on nevertheless."""
         if self._work is not None:
-            self._work.close()  # type: ignore[attr-defined]
+            self._work.close()
             self._work = None
 
     def describe(self) -> dict[str, Any]:
@@ -160,22 +164,24 @@ class TokenStream:
             **self.rows.describe(),
         }
 
-    def _fill_buffer(self) -> None:
+    def _fill_buffer(self, patience: float | None) -> None:
         """Fill the buffer. Of a data set with fewer windows it holds each once."""
         while not self._buffer.is_full:
-            ended = not len(self._ready.tokens) and self._read()
+            ended = not len(self._ready.tokens) and self._read(patience)
             n = self._buffer.fill(self._ready)
             self._ready = Text(*(part[n:] for part in self._ready))
             if ended and not self._buffer.is_full:
                 self._buffer.stop_filling()
 
-    def _read(self) -> bool:
+    def _read(self, patience: float | None) -> bool:
         """Pack one more chunk of rows; True where there was none, and the data set begins again."""
         if self._work is None:
             chunks = read_on(self.rows, self._position, self.to_tokens.columns, self.say)
-            self._work = in_order(self.to_tokens, chunks, self.workers)
+            self._work = InOrder(self.to_tokens, chunks, self.workers)
         try:
-            found = next(self._work, None)
+            found = self._work.get(patience)
+        except Waiting:
+            raise
         except BaseException:
             self.close()
             raise

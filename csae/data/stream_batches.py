@@ -12,6 +12,9 @@ from csae.data.activations import ModelActivations
 from csae.data.batches import Step
 from csae.data.places import Place
 from csae.data.stream import TokenStream
+from csae.data.workers import Waiting
+
+PATIENCE = 5.0  # seconds
 
 
 class StreamBatches:
@@ -28,13 +31,18 @@ class StreamBatches:
         self.n_ctx, self.places = stream.n_ctx, held_out.places
 
     def start(self, step: int, state: dict[str, Tensor] | None) -> Iterator[Step]:
-        """The steps after `step` of them, see `Batches`."""
+        """The steps after `step` of them, see `Batches`. Each time that text is waited for, a step without batches."""
         with closing(self.stream.again(state)) as stream:
             while True:
-                tokens, documents, special, _ = stream.take(self.batch_windows)
+                where = f"step {step} of {stream.rows.name}"
+                try:
+                    tokens, documents, special, _ = stream.take(self.batch_windows, PATIENCE)
+                except Waiting:
+                    yield Step({}, stream.state(), where)
+                    continue
                 self.held_out.lm.check_tokens(tokens)
                 batches = self.held_out.batches(tokens, documents, special)
-                yield Step(batches, stream.state(), f"step {step} of {stream.rows.name}")
+                yield Step(batches, stream.state(), where)
                 step += 1
 
     def describe(self, place: Place) -> dict[str, Any]:

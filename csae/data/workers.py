@@ -13,10 +13,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
 from csae.errors import UserError, first_line
 
@@ -27,61 +27,84 @@ AHEAD = 2  # items a process that are read before they are needed
 PROGRAM = "from csae.data.workers import serve; serve()"
 
 
-def in_order(work: Callable[[T], R], items: Iterable[T], processes: int) -> Iterator[R]:
+class Waiting(Exception):
+    """A result is not there yet."""
+
+
+class InOrder(Generic[T, R]):
     """work(item) of each item, in their order, done in so many processes; 0 for a thread of this one.
 
     Items are taken in a thread of their own, so waiting for one does not keep back results that are there. At most
-    three items a process are on the way. Closing the iterator stops all of it. An error of the items, or of work, is
-    raised where its result would be. Raises UserError where work can't be sent to a process, or one dies.
+    three items a process are on the way.
     """
-    n = max(1, processes)
-    results: queue.Queue[Future[R] | None] = queue.Queue(maxsize=AHEAD * n)
-    stop = threading.Event()
-    local = threading.local()
-    started: list[_Process] = []
-    program = _pickled(work) if processes else b""
 
-    def do(item: T) -> R:
-        if not processes:
-            return work(item)
-        if not hasattr(local, "process"):
-            local.process = _Process(program)
-            started.append(local.process)
-            if stop.is_set():
-                local.process.close()
-        return local.process(item)
+    def __init__(self, work: Callable[[T], R], items: Iterable[T], processes: int) -> None:
+        """Raises UserError where work can't be sent to a process."""
+        n = max(1, processes)
+        self._work, self._items = work, items
+        self._program = _pickled(work) if processes else None
+        self._results: queue.Queue[Future[R] | None] = queue.Queue(maxsize=AHEAD * n)
+        self._next: Future[R] | None = None
+        self._stop = threading.Event()
+        self._local = threading.local()
+        self._processes: list[_Process] = []
+        self._pool = ThreadPoolExecutor(n, thread_name_prefix="csae-worker")
+        # A daemon: it may be waiting for a network when the program ends.
+        threading.Thread(target=self._take, name="csae-reader", daemon=True).start()
 
-    def put(result: Future[R] | None) -> None:
-        while not stop.is_set():
-            try:
-                return results.put(result, timeout=0.1)
-            except queue.Full:
-                continue
+    def get(self, patience: float | None = None) -> R | None:
+        """The next result; None after the last. An error of the items or of work is raised where its result would be.
 
-    def take(pool: ThreadPoolExecutor) -> None:
+        patience: seconds. Raises Waiting where it takes longer; UserError where a process died.
+        """
         try:
-            for item in items:
-                if stop.is_set():
+            if self._next is None:
+                self._next = self._results.get(timeout=patience)
+        except queue.Empty as empty:
+            raise Waiting from empty
+        if self._next is None:
+            return None
+        wait([self._next], patience)
+        if not self._next.done():
+            raise Waiting
+        found, self._next = self._next, None
+        return found.result()
+
+    def close(self) -> None:
+        """Stop all of it; the processes end."""
+        self._stop.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in self._processes:
+            process.close()
+
+    def _do(self, item: T) -> R:
+        if self._program is None:
+            return self._work(item)
+        if not hasattr(self._local, "process"):
+            self._local.process = _Process(self._program)
+            self._processes.append(self._local.process)
+            if self._stop.is_set():
+                self._local.process.close()
+        return self._local.process(item)
+
+    def _take(self) -> None:
+        try:
+            for item in self._items:
+                if self._stop.is_set():
                     return
-                put(pool.submit(do, item))
-            put(None)
+                self._put(self._pool.submit(self._do, item))
+            self._put(None)
         except BaseException as error:
             failed: Future[R] = Future()
             failed.set_exception(error)
-            put(failed)
+            self._put(failed)
 
-    pool = ThreadPoolExecutor(n, thread_name_prefix="csae-worker")
-    # A daemon: it may be waiting for a network when the program ends.
-    threading.Thread(target=take, args=(pool,), name="csae-reader", daemon=True).start()
-    try:
-        while (result := results.get()) is not None:
-            yield result.result()
-    finally:
-        stop.set()
-        if not sys.is_finalizing():  # else they end by themselves
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in started:
-                process.close()
+    def _put(self, result: Future[R] | None) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._results.put(result, timeout=0.1)
+            except queue.Full:
+                continue
 
 
 class _Process:

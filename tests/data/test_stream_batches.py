@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -152,3 +153,30 @@ def test_tokenized_data_sets_are_read_as_before(tiny_lm: LanguageModel, tmp_path
     n = sum(map(len, ids)) // 16
     assert len(whole(tiny_lm, tmp_path / "saved").tokens) == n
     assert len(whole(tiny_lm, tmp_path / "saved", text_column="text").tokens) == n
+
+
+def test_while_text_is_waited_for_there_are_steps_without_batches(
+    tiny_lm: LanguageModel, lines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches, _ = batches_of(tiny_lm, origin_of(lines))
+    expected = [step.batches[PLACES[0]].tokens for step in islice(batches.start(0, None), 200)]
+    monkeypatch.setattr("csae.data.stream_batches.PATIENCE", 0.05)
+    read, go = batches.stream.rows.read, threading.Event()
+
+    def slow(position: dict[str, Any], columns: tuple[str, ...]) -> Any:
+        for number, chunk in enumerate(read(position, columns)):
+            if number:
+                go.wait()
+            yield chunk
+
+    monkeypatch.setattr(batches.stream.rows, "read", slow)
+    steps = batches.start(0, None)
+    found = []
+    while (step := next(steps)).batches:
+        found.append(step.batches[PLACES[0]].tokens)
+    other, _ = batches_of(tiny_lm, origin_of(lines))
+    after = next(other.start(len(found), step.state))
+    assert torch.equal(after.batches[PLACES[0]].tokens, expected[len(found)])
+    go.set()
+    found += [step.batches[PLACES[0]].tokens for step in islice(steps, 300) if step.batches]
+    assert all(map(torch.equal, found, expected))

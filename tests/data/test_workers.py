@@ -3,15 +3,27 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from one_line import one_line
 
-from csae.data.workers import in_order
+from csae.data.workers import InOrder, Waiting
 from csae.errors import UserError
+
+
+def in_order(work: Callable[[int], Any], items: Iterable[int], processes: int) -> Iterator[Any]:
+    """The results, with None for the end left out."""
+    results = InOrder(work, items, processes)
+    try:
+        while (result := results.get()) is not None:
+            yield result
+    finally:
+        results.close()
 
 
 def late(item: int) -> tuple[int, int]:
@@ -24,7 +36,7 @@ def fail(item: int) -> int:
     print("a library says something")
     if item == 3:
         raise UserError("three is too many")
-    return item
+    return item + 1
 
 
 def die(item: int) -> int:
@@ -63,9 +75,31 @@ def test_no_more_items_are_taken_than_a_few() -> None:
 @pytest.mark.parametrize("processes", [0, 1])
 def test_errors_come_where_the_result_would_be(processes: int) -> None:
     results = in_order(fail, range(5), processes)
-    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    assert [next(results) for _ in range(3)] == [1, 2, 3]
     with pytest.raises(UserError, match="three is too many"):
         next(results)
+
+
+def test_patience() -> None:
+    go, finished = threading.Event(), threading.Event()
+
+    def items() -> Iterator[int]:
+        yield 0
+        go.wait()
+        yield 1
+
+    def work(item: int) -> int:
+        return item if not item else (finished.wait(), item)[1]
+
+    results = InOrder(work, items(), 0)
+    assert results.get(60) == 0
+    for event in (go, finished):  # first the item is late, then the work
+        with pytest.raises(Waiting):
+            results.get(0.05)
+        event.set()
+    assert results.get(60) == 1
+    assert results.get() is None
+    results.close()
 
 
 def test_errors_of_the_items() -> None:
@@ -74,7 +108,7 @@ def test_errors_of_the_items() -> None:
         raise ConnectionError("gone")
 
     results = in_order(fail, items(), 0)
-    assert next(results) == 1
+    assert next(results) == 2
     with pytest.raises(ConnectionError, match="gone"):
         next(results)
 
@@ -98,8 +132,7 @@ def test_processes_end_with_a_program_that_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "script.py"  # without a main guard
     script.write_text(
         "import os, signal\n"
-        "from csae.data.workers import in_order\n"
-        "from test_workers import late\n"
+        "from test_workers import in_order, late\n"
         "results = in_order(late, iter(int, 1), 2)\n"
         "print(*{next(results)[1] for _ in range(8)}, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
