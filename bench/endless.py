@@ -35,6 +35,7 @@ from csae.data.stream import TokenStream
 from csae.data.stream_batches import StreamBatches
 from csae.run import METRICS
 from csae.saving import WEIGHTS
+from csae.tensors import checksum, load_tensors
 
 TOKENS, KILLS = 50_000_000, 3
 N_CTX, WINDOWS = 128, 64
@@ -173,12 +174,9 @@ def result_of(run: Path) -> dict[str, str]:
         {name: value for name, value in json.loads(line).items() if not name.endswith("tokens_per_s")}
         for line in (run / METRICS).read_text().splitlines()
     ]
-    contents = {
-        WEIGHTS: (run / WEIGHTS).read_bytes(),
-        "windows.bin": (run / "windows.bin").read_bytes(),
-        METRICS: json.dumps(metrics).encode(),
-    }
-    return {name: hashlib.sha256(content).hexdigest()[:16] for name, content in contents.items()}
+    contents = {"windows.bin": (run / "windows.bin").read_bytes(), METRICS: json.dumps(metrics).encode()}
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    return {WEIGHTS: checksum(load_tensors(run / WEIGHTS)), **hashes}
 
 
 def run(

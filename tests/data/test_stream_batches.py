@@ -159,7 +159,7 @@ def test_while_text_is_waited_for_there_are_steps_without_batches(
     tiny_lm: LanguageModel, lines: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches, _ = batches_of(tiny_lm, origin_of(lines))
-    expected = [step.batches[PLACES[0]].tokens for step in islice(batches.start(0, None), 200)]
+    expected = [step.batches[PLACES[0]].tokens for step in islice(batches.start(0, None), 300)]
     monkeypatch.setattr("csae.data.stream_batches.PATIENCE", 0.05)
     read, go = batches.stream.rows.read, threading.Event()
 
@@ -178,5 +178,5 @@ def test_while_text_is_waited_for_there_are_steps_without_batches(
     after = next(other.start(len(found), step.state))
     assert torch.equal(after.batches[PLACES[0]].tokens, expected[len(found)])
     go.set()
-    found += [step.batches[PLACES[0]].tokens for step in islice(steps, 300) if step.batches]
+    found += [step.batches[PLACES[0]].tokens for step in islice(steps, 100) if step.batches]
     assert all(map(torch.equal, found, expected))
