@@ -159,7 +159,7 @@ def test_while_text_is_waited_for_there_are_steps_without_batches(
     tiny_lm: LanguageModel, lines: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches, _ = batches_of(tiny_lm, origin_of(lines))
-    expected = [step.batches[PLACES[0]].tokens for step in islice(batches.start(0, None), 300)]
+    expected = [step.batches[PLACES[0]].tokens for step in islice(batches.start(0, None), 500)]
     monkeypatch.setattr("csae.data.stream_batches.PATIENCE", 0.05)
     read, go = batches.stream.rows.read, threading.Event()
 
