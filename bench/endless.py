@@ -48,7 +48,8 @@ EVERY = 1.0  # seconds between two looks
 class MadeRows:
     """Rows without end, each made of its number: words drawn so that some are far more frequent than others."""
 
-    name, columns = "text made by a generator", ("text",)
+    name = "text made by a generator"
+    columns: tuple[str, ...] = ("text",)
 
     def __init__(self) -> None:
         self._words = np.array([f"w{number}" for number in range(WORDS)])

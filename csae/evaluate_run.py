@@ -83,8 +83,9 @@ def evaluate_run(
         check_said({**(given or {}), "activations": origin.get("activations")}, source)
     same_data = not is_other and _same_data(job.get("data"), source.describe())
     held = None if is_other else job["origin"].get("held_out")
+    of_stream = not is_other and job["origin"].get("stream") is True  # then all of the source was held out
     train_windows, candidates = (
-        (range(0), range(source.n_windows)) if held is None else held_out(source.n_windows, held)
+        (range(0), range(source.n_windows)) if held is None or of_stream else held_out(source.n_windows, held)
     )
     name = data_name({**source.describe(), **origin})
     # A share that leaves fewer than it trained on is not the one that it was trained with.
@@ -221,6 +222,10 @@ def _open(
 
 
 def _same_data(trained_on: dict[str, Any] | None, described: dict[str, Any]) -> bool:
-    """Whether a source is what a run was trained on, by what both say; texts are compared by a hash of all windows."""
+    """Whether a source is what a run was trained on, by what both say; texts are compared by a hash of all windows.
+
+    A run on a stream says what it held out, and beside that more of the stream.
+    """
     one, other = trained_on or {}, json.loads(json.dumps(described))
-    return all(one.get(name) == other.get(name) for name in (one.keys() | other.keys()) - set(NOT_DATA))
+    names = other.keys() if one.get("stream") else one.keys() | other.keys()
+    return all(one.get(name) == other.get(name) for name in names - set(NOT_DATA))

@@ -30,9 +30,9 @@ JOB: dict[str, tuple[type, ...]] = {
     "origin": (dict, type(None)),
 }
 ORIGIN: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("activations", "model", "hook", "hook_to", "text", "dataset"), (str,)),
-    **dict.fromkeys(("layer", "n_ctx", "max_tokens"), (int,)),
-    **dict.fromkeys(("bos", "keep_first"), (bool,)),
+    **dict.fromkeys(("activations", "model", "hook", "hook_to", "text", "dataset", "text_column"), (str,)),
+    **dict.fromkeys(("layer", "n_ctx", "max_tokens", "held_out_windows", "shuffle", "shuffle_seed"), (int,)),
+    **dict.fromkeys(("bos", "keep_first", "chat", "stream"), (bool,)),
     "held_out": (int, float),
 }
 # What is in run.json and no option of `csae train`.

@@ -87,7 +87,8 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 def _checksum(tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    if tensor.numel():  # some without elements can't be seen as bytes
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

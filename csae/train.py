@@ -137,17 +137,24 @@ def _steps(runs: Sequence[Training], batches: Batches, stop: threading.Event) ->
         for run in runs:
             run.restart_clock(max(first, run.first))
         for step in range(first, last):
+            done = step
             try:
-                ready = next(steps, None)
-                if ready is None:
+                for ready in steps:
+                    if ready.step.batches:
+                        break
+                    _checkpoints(runs, step, state, batches, problems)  # it may wait for long
+                    if problems or stop.is_set():
+                        break
+                else:
                     raise UserError(f"the data end before step {step} of {last}: give more, or fewer --tokens")
             except UserError:
                 _checkpoints(runs, step, state, batches, problems)
                 raise
-            state, done = ready.step.state, step + 1
-            for run in runs:
-                if run.first <= step:
-                    _attempt(problems, run, run.step, step, ready, batches)
+            if ready.step.batches:
+                state, done = ready.step.state, step + 1
+                for run in runs:
+                    if run.first <= step:
+                        _attempt(problems, run, run.step, step, ready, batches)
             _show(bar, runs, done)
             if problems or stop.is_set():
                 _checkpoints(runs, done, state, batches, problems)

@@ -207,7 +207,8 @@ class Training:
         """Raises UserError where a loss is not finite, or its batch can't be reconstructed: why, and what to do."""
         # The batch is gone: it is made again, from the last place that is known.
         start, state = self.before_line
-        again = next(itertools.islice(batches.start(start, state), step - start, None))
+        steps = (again for again in batches.start(start, state) if again.batches)
+        again = next(itertools.islice(steps, step - start, None))
         batch, where = again.batches[self.place], again.where
         x = batch.acts[batch.mask].double()  # [tokens, d_in]
         scale = float(self.sae.scale)

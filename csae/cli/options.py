@@ -18,9 +18,6 @@ MODEL = click.option("--model", help="Language model: a Hugging Face id, a folde
 LAYER = click.option("--layer", type=int, help="Read the residual stream after this many blocks.")
 AT = "a hook point of the model: resid.out:11 (--layer 12), mlp.in:11, mlp.out:11, attn.out:11, or a module by its path"
 TEXT = click.option("--text", type=click.Path(), help="A text file, or a folder of *.txt, *.md, *.rst.")
-DATASET = click.option(
-    "--dataset", help="A tokenized Hugging Face dataset with a column input_ids: a folder, or a hub id."
-)
 N_CTX = click.option("--n-ctx", type=int, help="Positions a window; 256 if not given, or those of --activations.")
 BOS = click.option(
     "--bos/--no-bos",
@@ -35,6 +32,24 @@ KEEP_FIRST = click.option(
 ACTIVATIONS = click.option("--activations", type=click.Path(), help="A folder of activation shards instead of a model.")
 ELSEWHERE = click.option("--elsewhere", is_flag=True, help="Even where the SAE was trained on another model or layer.")
 DEVICE = click.option("--device", help="cuda or cpu; cuda where there is one, if not given.")
+
+
+def DATASET(command: Any) -> Any:
+    """--dataset, and how it is read."""
+    options = [
+        click.option(
+            "--dataset",
+            help="Text or token ids (input_ids): a file or folder of JSON Lines, Parquet or plain text, a folder of "
+            "`datasets`, or a hub id, with :CONFIG behind it where it has several.",
+        ),
+        click.option("--text-column", help="The column of a data set's text; text if not given, or messages (--chat)."),
+        click.option(
+            "--chat", is_flag=True, default=None, help="Apply the model's chat template to a column messages."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def options_of(config: type, *names: str) -> Callable[[Any], Any]:
@@ -119,10 +134,14 @@ def origin_of(options: dict[str, Any], trained_on: dict[str, Any] | None = None)
 
 def given_of(options: dict[str, Any]) -> dict[str, Any]:
     """The options that were given, of those that `open_source` takes, with absolute paths."""
-    names = ("activations", "model", "text", "dataset", "n_ctx", "max_tokens", "bos", "keep_first")
+    of_text = ("text", "dataset", "text_column", "chat", "n_ctx", "max_tokens", "bos")
+    names = ("activations", "model", *of_text, "keep_first")
     given = {name: options[name] for name in names if options.get(name) is not None} | place_of(options)
     if "activations" in given and "bos" in given:
         raise UserError("--bos, --no-bos: given with --activations, which are as they were made; needed with a text")
+    for name in ("text_column", "chat"):
+        if name in given and "dataset" not in given:
+            raise UserError(f"--{name.replace('_', '-')}: given without --dataset; needed with one")
     for name in ("text", "dataset", "max_tokens"):
         if "activations" in given and name in given:
             raise UserError(f"--activations, --{name.replace('_', '-')}: both given; needed one of them")

@@ -53,25 +53,50 @@ from csae.logs import LOGS, check_logs
 )
 @options_of(TrainConfig, "seed")
 @click.option("--log", "logs", type=click.Choice(LOGS), multiple=True, help="Metrics also go there; may be repeated.")
+@click.option(
+    "--stream/--no-stream",
+    default=None,
+    help="Read --dataset as it is trained on, whatever its length; text is if not given, token ids are not.",
+)
+@click.option(
+    "--shuffle-buffer", type=int, default=1024, show_default=True, help="Windows of a stream that are shuffled."
+)
+@click.option("--workers", type=int, default=1, show_default=True, help="Processes that tokenize a stream.")
 @DEVICE
 def train(**options: Any) -> None:
     """Train an SAE on activations: of a language model on the fly, or saved ones."""
-    from csae.data.activations import check_share, estimate_normalisation, held_out
+    from csae.data.activations import ModelActivations, check_share, estimate_normalisation, held_out
+    from csae.data.batches import Batches, IndexedBatches
+    from csae.data.raw_text import as_stream, open_stream_batches
     from csae.data.sources import check_said, open_source, remembered
     from csae.progress import track
     from csae.run import read_origin
-    from csae.train import check_one_process
-    from csae.train import train as run_training
+    from csae.train import Job, check_one_process, train_together
 
     check_logs(options["logs"])
     check_share(options["held_out"])
     check_one_process()
     device = device_of(options["device"])
-    origin = origin_of(options, read_origin(options["out"]))
+    earlier = read_origin(options["out"])
+    origin = as_stream(
+        origin_of(options, earlier),
+        options["stream"],
+        options["tokens"],
+        options["held_out"],
+        options["shuffle_buffer"],
+        options["seed"],
+        earlier.get("held_out_windows"),
+    )
     source, _ = open_source(origin, device, track)
     check_said(origin, source)
     origin = remembered(origin, source)
-    train_windows, _ = held_out(source.n_windows, options["held_out"])
+    batches: Batches | None = None
+    if origin.get("stream"):
+        assert isinstance(source, ModelActivations)
+        batches, source = open_stream_batches(origin, source, options["batch_windows"], options["workers"])
+        train_windows = range(source.n_windows)
+    else:
+        train_windows, _ = held_out(source.n_windows, options["held_out"])
     per_step = options["batch_windows"] * source.n_ctx
     tokens = len(train_windows) * source.n_ctx if options["tokens"] is None else options["tokens"]
     which, how = (
@@ -83,6 +108,6 @@ def train(**options: Any) -> None:
     sae = SAEConfig(**which).make(source.d_in)
     mean, scale = estimate_normalisation(source, train_windows)[:2]
     sae.to(device).initialise(mean.to(device), scale)
-    origin |= {"held_out": options["held_out"]}
-    run_training(sae, source, train_windows, options["out"], config, origin, options["logs"])
+    job = Job(sae, options["out"], config, origin | {"held_out": options["held_out"]}, logs=options["logs"])
+    train_together([job], batches or IndexedBatches(source, train_windows, config))
     print(f"trained: {shown(options['out'])} (look at it: csae eval {shown(options['out'])})")

@@ -8,7 +8,6 @@ layer 12 and a TopK SAE: see docs/architecture.md.)
 from __future__ import annotations
 
 import contextlib
-import itertools
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -46,7 +45,7 @@ def ready_steps(
     places: set[Place],
     in_background: bool | None = None,
 ) -> Iterator[Iterator[Ready]]:
-    """The steps from `first` to before `last`, in order, at these places, on this device.
+    """The steps from `first` to before `last`, in order, at these places, on this device; and those without batches.
 
     state: as `Batches.start` takes it. in_background: AHEAD steps are made in a thread while the caller works; by
     default where the device is CUDA. An error of the source is raised where its step would have come. On leaving,
@@ -55,9 +54,15 @@ def ready_steps(
     threaded = device.type == "cuda" if in_background is None else in_background
 
     def steps() -> Iterator[Ready]:
-        for step in itertools.islice(batches.start(first, state), last - first):
+        left = last - first
+        made = batches.start(first, state)
+        while left:
+            step = next(made, None)
+            if step is None:
+                return
             wanted = {place: batch for place, batch in step.batches.items() if place in places}
             yield _ready(step._replace(batches=wanted), device)
+            left -= bool(step.batches)
 
     if not threaded:
         yield steps()

@@ -21,7 +21,7 @@ class Step(NamedTuple):
     """What a step of training gets, of one forward pass."""
 
     batches: dict[Place, Batch]
-    """the same windows at each place"""
+    """the same windows at each place; none where the source waits for data: then it is no step, and the next may be"""
     state: dict[str, Tensor] | None
     """of the source after this batch, for the checkpoint; None where the step's number says it all. What is no tensor
     goes in as JSON in uint8 bytes"""

@@ -36,9 +36,34 @@ def is_text(origin: dict[str, Any]) -> bool:
     return choose_columns(rows.name, rows.columns, origin.get("text_column"), bool(origin.get("chat")))[0] != IDS
 
 
-def held_out_of_stream(share: float, tokens: int, n_ctx: int) -> int:
-    """How many windows a stream holds out: a share of those to train on, at most 512."""
-    return min(MOST_HELD_OUT, max(1, round(share * tokens / n_ctx)))
+def as_stream(
+    origin: dict[str, Any],
+    stream: bool | None,
+    tokens: int | None,
+    share: float,
+    shuffle: int,
+    seed: int,
+    held_out: int | None = None,
+) -> dict[str, Any]:
+    """`origin` for training on so many tokens: with what says that the data set is streamed, where it is.
+
+    stream: None for a stream of text, and of token ids none. share: of the windows, to hold out; held_out: how many, as
+    a run did that goes on. Raises UserError where it can't be streamed.
+    """
+    if origin.get("dataset") is None:
+        if stream:
+            raise UserError("--stream: given without --dataset; needed with one")
+        return origin
+    if origin.get("text") is not None or origin.get("model") is None:
+        return origin  # `open_source` says what is wrong
+    if stream is False or (stream is None and not is_text(origin)):
+        return origin
+    if tokens is None:
+        raise UserError("--tokens: not given; needed with a data set that is streamed (--no-stream reads it whole)")
+    if origin.get("max_tokens") is not None:
+        raise UserError("--max-tokens: given with a data set that is streamed; needed with --no-stream, else --tokens")
+    held_out = held_out or min(MOST_HELD_OUT, max(1, round(share * tokens / origin["n_ctx"])))
+    return origin | {"stream": True, "held_out_windows": held_out, "shuffle": shuffle, "shuffle_seed": seed}
 
 
 def open_stream(

@@ -8,9 +8,10 @@ from typing import Any
 from csae.data.activations import ActivationSource, ModelActivations
 from csae.data.language_model import LanguageModel
 from csae.data.places import PLACE_KEYS, Place, in_words, matching, places_in
+from csae.data.raw_text import READING, windows_of_dataset
 from csae.data.shard_activations import ShardActivations
 from csae.data.shards import read_places
-from csae.data.text import TokenWindows, beginning, load_token_dataset, read_documents, tokenize
+from csae.data.text import TokenWindows, beginning, read_documents, tokenize
 from csae.errors import UserError, shown
 from csae.progress import Progress, quiet
 from csae.trained_on import same_model
@@ -30,8 +31,9 @@ def open_source(
     in it. A source of several places is one of `csae.data.activations.ActivationSources`. Beside those "keep_first",
     true where position 0 and outliers take part (`csae.data.activations.sink_mask`), and with a model "bos", whether
     windows begin with a beginning of sequence: false if it is not there, null for the tokenizer's own convention
-    (`csae.data.text.beginning`). opened: models and windows that are open already, by their names; shared with the
-    next call. Raises UserError where a part is missing or does not fit.
+    (`csae.data.text.beginning`). How a data set of text is read is in `csae.data.raw_text`; of one that is streamed,
+    these are the windows that it holds out. opened: models and windows that are open already, by their names; shared
+    with the next call. Raises UserError where a part is missing or does not fit.
     """
     opened = {} if opened is None else opened
     keep_first = bool(origin.get("keep_first"))
@@ -48,7 +50,8 @@ def open_source(
     lm = open_model(origin["model"], device, opened)
     for place in places:
         lm.hook_points.places(*(place if isinstance(place, Place) else (place,)))
-    of_windows = {name: origin.get(name) for name in ("model", "text", "dataset", "n_ctx", "max_tokens", "bos")}
+    names = ("model", "text", "dataset", "n_ctx", "max_tokens", "bos", *READING)
+    of_windows = {name: origin.get(name) for name in names}
     key = f"windows {json.dumps(of_windows, sort_keys=True)} {'bos' in origin}"
     if key not in opened:
         opened[key] = _windows(origin, lm, progress)
@@ -123,6 +126,6 @@ def _windows(origin: dict[str, Any], lm: LanguageModel, progress: Progress) -> T
         raise UserError(f"--n-ctx: given {n_ctx}; the context of {lm.name} is {lm.max_ctx} tokens at most")
     begin = beginning(lm.tokenizer, origin.get("bos", False), lm.n_vocab)
     if origin.get("dataset") is not None:
-        return load_token_dataset(origin["dataset"], n_ctx, max_tokens, begin=begin, n_vocab=lm.n_vocab)
+        return windows_of_dataset(origin, lm, begin, progress)
     documents = read_documents(origin["text"])
     return tokenize(documents, lm.tokenizer, n_ctx, max_tokens, progress=progress, begin=begin)

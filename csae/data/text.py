@@ -26,6 +26,7 @@ DATASET_FILES = ("state.json", "dataset_info.json", "dataset_dict.json")  # of s
 DOCUMENTS_AT_ONCE = 64
 ROWS_AT_ONCE = 256
 PROBES = ("a", "The end.")
+AS_DATASET = "give it as --dataset, as JSON Lines (.jsonl) or Parquet"
 SAVE_IT = "tokenize it with the package datasets, save_to_disk(FOLDER), and give --dataset FOLDER"
 
 
@@ -54,7 +55,7 @@ def read_documents(path: str | Path) -> list[str]:
 
 def _read_text(file: Path) -> str:
     if file.suffix.lower() in NO_PROSE:
-        raise UserError(f"text {str(file)!r} is {file.suffix}, data and no prose: {SAVE_IT}")
+        raise UserError(f"text {str(file)!r} is {file.suffix}, data and no prose: {AS_DATASET}")
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -64,7 +65,7 @@ def _read_text(file: Path) -> str:
     if "\0" in text:
         raise UserError(f"text {str(file)!r} holds zero bytes, as UTF-16 does; convert it to UTF-8, or leave it out")
     if _is_json_lines(text):
-        raise UserError(f"text {str(file)!r} holds lines of JSON, data and no prose: {SAVE_IT}")
+        raise UserError(f"text {str(file)!r} holds lines of JSON, data and no prose: {AS_DATASET}")
     return text
 
 

@@ -14,7 +14,7 @@ from csae.data.activations import ModelActivations, estimate_normalisation
 from csae.data.language_model import LanguageModel
 from csae.data.packing import TokenWindows
 from csae.data.places import Place
-from csae.data.raw_text import held_out_of_stream, is_text, open_stream, open_stream_batches, windows_of_dataset
+from csae.data.raw_text import as_stream, is_text, open_stream, open_stream_batches, windows_of_dataset
 from csae.data.stream_batches import StreamBatches
 from csae.data.text import tokenize
 from csae.errors import UserError
@@ -98,8 +98,29 @@ def test_too_short_a_data_set(tiny_lm: LanguageModel, lines: Path) -> None:
 @pytest.mark.parametrize(
     ("share", "tokens", "expected"), [(0.02, 1000 * 16, 20), (0.02, 16, 1), (0.02, 10**9, 512), (0.5, 64, 2)]
 )
-def test_how_many_windows_a_stream_holds_out(share: float, tokens: int, expected: int) -> None:
-    assert held_out_of_stream(share, tokens, 16) == expected
+def test_how_many_windows_a_stream_holds_out(lines: Path, share: float, tokens: int, expected: int) -> None:
+    origin = {"model": "m", "dataset": str(lines), "n_ctx": 16}
+    added = {"stream": True, "held_out_windows": expected, "shuffle": 9, "shuffle_seed": 3}
+    for stream in (None, True):
+        assert as_stream(origin, stream, tokens, share, 9, 3) == origin | added
+    assert as_stream(origin, False, tokens, share, 9, 3) == origin
+
+
+def test_what_is_no_stream(tmp_path: Path, lines: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"input_ids": [[1, 2]]}).save_to_disk(tmp_path / "saved")
+    for origin in ({"text": "x"}, {"activations": "x"}, {"dataset": str(tmp_path / "saved")}):
+        assert as_stream(origin, None, 100, 0.1, 9, 0) == origin
+    assert as_stream({"model": "m", "dataset": str(tmp_path / "saved"), "n_ctx": 2}, True, 100, 0.1, 9, 0)["stream"]
+    text = {"model": "m", "dataset": str(lines), "n_ctx": 16}
+    for origin, stream, tokens, message in (
+        ({"text": "x"}, True, 100, "--stream: given without --dataset"),
+        (text, None, None, "--tokens: not given; needed with a data set that is streamed"),
+        (text | {"max_tokens": 50}, None, 100, "--max-tokens: given with a data set that is streamed"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            as_stream(origin, stream, tokens, 0.1, 9, 0)
+        one_line(error)
 
 
 # --- read whole --------------------------------------------------------------------------------------
@@ -175,7 +196,7 @@ def test_while_text_is_waited_for_there_are_steps_without_batches(
     while (step := next(steps)).batches:
         found.append(step.batches[PLACES[0]].tokens)
     other, _ = batches_of(tiny_lm, origin_of(lines))
-    after = next(other.start(len(found), step.state))
+    after = next(after for after in other.start(len(found), step.state) if after.batches)
     assert torch.equal(after.batches[PLACES[0]].tokens, expected[len(found)])
     go.set()
     found += [step.batches[PLACES[0]].tokens for step in islice(steps, 100) if step.batches]
