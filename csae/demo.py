@@ -39,9 +39,14 @@ from csae.data.text import beginning, python_prose, read_documents, tokenize
 from csae.errors import UserError, shown
 from csae.evaluate import EVAL, evaluate, table
 from csae.evaluate_run import HELD_OUT, keep_held_out_fvu
+from csae.features.build import build_index
+from csae.features.effects import effects_of
+from csae.features.index import FEATURES, FeatureIndex
+from csae.features.labels import read_labels
 from csae.files import write_json
 from csae.pages.comparison import comparison
-from csae.pages.held_out import examples, passages
+from csae.pages.from_index import from_index
+from csae.pages.held_out import passages
 from csae.pages.view import view
 from csae.pages.view_page import write_view
 from csae.progress import Progress, track
@@ -174,12 +179,18 @@ def _write_report(
     """The page: the SAEs compared, and passages of held-out text under the contextual one, the TopK one beside it."""
     contextual, n_ctx = saes["contextual"], results["n_ctx"]
     chosen = passages(source, windows, lm.tokenizer, PASSAGES)
-    facts = view(contextual, chosen, lm, n_ctx, saes["topk"], progress)
-    features = [int(feature) for feature in facts["features"]]
-    shown = examples(contextual, source, windows, lm.tokenizer, features, progress)
+    effects = effects_of(lm)
+    facts = view(contextual, chosen, lm, n_ctx, saes["topk"], progress, effects=effects)
+    index_file = runs["contextual"] / FEATURES
+    build_index(
+        index_file, contextual, source, windows, lm, "contextual", "all held-out text", progress, effects=effects
+    )
+    with FeatureIndex(index_file) as index:
+        indexed = from_index(index, [int(feature) for feature in facts["features"]])
     about = {name: results[name] for name in ("text", "model", "layer", "n_ctx")}
     about |= {"run": "contextual", "beside": "topk", "trained_on": n_ctx, "whole": True}
-    write_view(path, about, facts, comparison(results, runs), shown)
+    labels = read_labels(runs["contextual"], contextual.d_sae)
+    write_view(path, about, facts, comparison(results, runs), indexed, labels)
 
 
 def _make_saes(d_in: int, d_sae: int, k: int, seed: int) -> dict[str, SAE]:

@@ -25,17 +25,31 @@ from csae.errors import UserError, shown
 @click.option("--n-ctx", type=int, help="Positions a window at most; 8 times as trained on if not given.")
 @BOS
 @KEEP_FIRST
+@click.option("--index", type=click.Path(path_type=Path), help="An index of features; RUN/features.db, if it is there.")
 @click.option("--max-tokens", type=int, default=4000, show_default=True, help="Use at most so many tokens of the text.")
 @ELSEWHERE
 @DEVICE
 def view(
-    run: Path, text: Path, out: Path, beside: Path | None, max_tokens: int, elsewhere: bool, **options: Any
+    run: Path,
+    text: Path,
+    out: Path,
+    beside: Path | None,
+    index: Path | None,
+    max_tokens: int,
+    elsewhere: bool,
+    **options: Any,
 ) -> None:
-    """Show a text as an SAE sees it: a page with what is new at each token, and what is carried from where."""
+    """Show a text as an SAE sees it: a page with what is new at each token, and what is carried from where.
+
+    The labels in RUN/labels.json, {"123": "dates"}, and what the index says of each feature are on the page.
+    """
     from csae.checkpoint import load_sae
     from csae.data.language_model import LanguageModel
     from csae.data.text import beginning, read_documents
+    from csae.features.index import FEATURES, FeatureIndex
+    from csae.features.labels import read_labels
     from csae.files import check_writable
+    from csae.pages.from_index import from_index
     from csae.pages.view import LONGER, read_windows
     from csae.pages.view import view as view_text
     from csae.pages.view_page import write_view
@@ -68,6 +82,12 @@ def view(
         if trained_on and trained_beside and bool(trained_beside.get(name)) != bool(trained_on.get(name)):
             with_it, without = (beside, run) if trained_beside.get(name) else (run, beside)
             raise UserError(f"--beside: {with_it} was trained with {what}, {without} without; needed two that agree")
+    labels = read_labels(run, sae.d_sae)
+    if index is None and (run / FEATURES).is_file():
+        index = run / FEATURES
+    if index is not None:
+        with FeatureIndex(index) as opened:
+            opened.check(sae, model_name(str(origin["model"])))
     other_sae = None if beside is None else load_sae(beside, device)
     for loaded in (sae, other_sae):
         if loaded is not None:
@@ -89,5 +109,10 @@ def view(
         "trained_on": trained_on.get("n_ctx"),
         "whole": whole,
     }
-    write_view(out, about, view_text(sae, windows, lm, trained_on.get("n_ctx"), other_sae, track, elsewhere))
+    facts = view_text(sae, windows, lm, trained_on.get("n_ctx"), other_sae, track, elsewhere)
+    indexed = None
+    if index is not None:
+        with FeatureIndex(index) as opened:
+            indexed = from_index(opened, [int(feature) for feature in facts["features"]])
+    write_view(out, about, facts, index=indexed, labels=labels)
     print(f"written: {shown(out)}")

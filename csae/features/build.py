@@ -27,6 +27,7 @@ from csae.data.language_model import LanguageModel
 from csae.data.pieces import token_pieces
 from csae.errors import UserError, shown
 from csae.evaluate import run_form
+from csae.features.effects import Effects, effects_of, writes_to_stream
 from csae.features.index import (
     ABOUT,
     CARRIED_KIND,
@@ -62,6 +63,7 @@ def build_index(
     data: str | None = None,
     progress: Progress = quiet,
     elsewhere: bool = False,
+    effects: Effects | None = None,
     block_tokens: int = BLOCK_TOKENS,
 ) -> None:
     """Builds an index (`csae.features.index`) at `path`; goes on where one of the same was begun.
@@ -71,6 +73,7 @@ def build_index(
         lm: the language model that the activations are from, for the text of tokens and the effects on logits.
         run, data: what the SAE and the text are called.
         elsewhere: also where the SAE was trained on another model, layer or hook point.
+        effects: of the model (`csae.features.effects`), where they are known already.
 
     Raises UserError where the file is something else or of something else, the source does not know its tokens, it does
     not fit the SAE, or the disk is full.
@@ -110,7 +113,8 @@ def build_index(
             blocks = [(b, start) for b, start in enumerate(range(0, len(windows), at_once)) if b >= done]
             for block, start in progress(blocks, "features, blocks of text"):
                 _add_block(rows, block, start, sae, source, windows[start : start + at_once], lm.tokenizer)
-            summarise(rows, sae, lm, source.n_ctx, progress)
+            effects = (effects or effects_of(lm)) if writes_to_stream(sae, lm) else None
+            summarise(rows, sae, lm, effects, source.n_ctx, progress)
         finally:
             sae.train(was_training)
 

@@ -5,14 +5,14 @@ norm, projections, the unembedding, scales. What the norm divides by, the length
 positive factor, and scores are relative. A score is in standard deviations from the mean of all tokens.
 
 Any direction has tokens that it raises most. So the tokens are told only where they are raised more than those of a
-random direction: where their mean score is above that of QUANTILE of NULL random directions (`noise_level`). In the
+random direction: where their mean score is above that of QUANTILE of NULL random directions (`Effects.noise`). In the
 middle of a model few features pass (of the demo's, at layer 12 of 30 of SmolLM2-135M, 1 to 3 in 100; 1 in 100 would
 pass by chance): what they do goes through the blocks above. Near the last layer most do.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,87 +28,97 @@ AT_ONCE = 256  # directions: AT_ONCE scores for each token of the vocabulary are
 STREAM = ("resid_", "resid.", "mlp.out", "attn.out")
 
 
-def writes_to_stream(sae: SAE) -> bool:
+def writes_to_stream(sae: SAE, lm: LanguageModel) -> bool:
     """Whether the directions of an SAE are directions of the residual stream, as far as it is known what it is of."""
+    if sae.W_dec.shape[1] != lm.d_in:
+        return False
     on = sae.trained_on
     place = None if on is None else getattr(on, "hook_to", None) or on.hook
     return place is None or place.startswith(STREAM)
 
 
-def effect_map(lm: LanguageModel) -> Tensor:
-    """[d_in, vocabulary] float32, on the model's device: what each dimension of the stream does to the logits.
+class Effects(NamedTuple):
+    """What directions of a model's residual stream do to its logits."""
 
-    The mean over the vocabulary is taken out. It is as large as the unembedding in float32.
-    """
+    by_dimension: Tensor
+    """[d_in, vocabulary] float32, on the model's device: what each dimension does; the mean over the vocabulary is
+    taken out. As large as the unembedding in float32"""
+    spread: Tensor
+    """[d_in, d_in]: the variance over the vocabulary of what a direction does is direction @ spread @ direction"""
+    noise: float
+    """the mean of the LISTED strongest scores that QUANTILE of random directions stay below"""
+
+
+def effects_of(lm: LanguageModel) -> Effects:
+    """See `Effects`. Raises UserError where the model's logits can't be followed."""
     unit = torch.eye(lm.d_in, device=lm.device)
     found = torch.cat([lm.logit_effects(some) for some in unit.split(AT_ONCE)])
-    return found - found.mean(dim=1, keepdim=True)
+    found -= found.mean(dim=1, keepdim=True)
+    effects = Effects(found, found @ found.T / max(1, found.shape[1] - 1), 0.0)
+    return effects._replace(noise=noise_level(effects))
 
 
-def scores(effects: Tensor, directions: Tensor) -> Tensor:
-    """directions [m, d_in] -> [m, vocabulary]: their effect on each token, in standard deviations. `effect_map`'s."""
-    found = nn.functional.normalize(directions.to(effects), dim=1) @ effects
-    return found / found.std(dim=1, keepdim=True).clamp_min(1e-12)
+def scores(effects: Effects, directions: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """directions [m, d_in] -> [m, vocabulary]: their effect on each token, in standard deviations.
+
+    tokens: [v], the score of these only: [m, v].
+    """
+    unit = nn.functional.normalize(directions.to(effects.spread), dim=1)
+    deviation = ((unit @ effects.spread) * unit).sum(dim=1, keepdim=True).clamp_min(1e-24).sqrt()
+    return (unit / deviation) @ (effects.by_dimension if tokens is None else effects.by_dimension[:, tokens])
 
 
-def noise_level(effects: Tensor) -> float:
-    """The mean of the LISTED strongest scores that QUANTILE of random directions stay below."""
+def noise_level(effects: Effects) -> float:
+    """See `Effects.noise`."""
     generator = torch.Generator().manual_seed(0)
-    random = torch.randn(NULL, effects.shape[0], generator=generator)
-    strongest = [_strength(scores(effects, some)) for some in random.split(AT_ONCE)]
+    random = torch.randn(NULL, len(effects.spread), generator=generator)
+    strongest = [_strongest(scores(effects, some)).values.mean(dim=1) for some in random.split(AT_ONCE)]
     return float(torch.cat(strongest).quantile(QUANTILE))
 
 
-def _strength(found: Tensor) -> Tensor:
-    return found.topk(min(LISTED, found.shape[1])).values.mean(dim=1)
+def _strongest(found: Tensor) -> Any:
+    return found.topk(min(LISTED, found.shape[1]))
 
 
-def strongest_tokens(effects: Tensor, tokenizer: Any, directions: Tensor, noise: float) -> list[dict[str, list[Any]]]:
+def strongest_tokens(effects: Effects, tokenizer: Any, directions: Tensor) -> list[dict[str, list[Any]]]:
     """The tokens that directions [m, d_in] raise and lower most: m times {"up", "down"}.
 
     Each is a list [token, score, token, score, ...] of LISTED tokens, the strongest first; empty where it is noise.
     """
-    pieces: dict[int, str] = {}
+    some = directions.split(AT_ONCE) if len(directions) else ()
+    return [row for part in some for row in tokens_of(scores(effects, part), tokenizer, effects.noise)]
 
-    def listed(tokens: Tensor, found: Tensor, sign: int) -> list[Any]:
-        if float(found.mean()) <= noise:
-            return []
-        both: list[Any] = []
-        for token, score in zip(tokens.tolist(), found.tolist(), strict=True):
-            if token not in pieces:
-                pieces[token] = token_piece(tokenizer, token)
-            both += [pieces[token], round(sign * score, 1)]
-        return both
 
-    rows: list[dict[str, list[Any]]] = []
-    for some in directions.split(AT_ONCE) if len(directions) else ():
-        found = scores(effects, some)
-        n = min(LISTED, found.shape[1])
-        up, down = found.topk(n), (-found).topk(n)
-        for row in range(len(some)):
-            rows.append(
-                {
-                    "up": listed(up.indices[row], up.values[row], 1),
-                    "down": listed(down.indices[row], down.values[row], -1),
-                }
-            )
+def tokens_of(found: Tensor, tokenizer: Any, noise: float) -> list[dict[str, list[Any]]]:
+    """`strongest_tokens` of directions whose scores [m, vocabulary] are known."""
+    rows: list[dict[str, list[Any]]] = [{} for _ in found]
+    for end, sign in (("up", 1), ("down", -1)):
+        best = _strongest(sign * found)
+        for row, tokens, values in zip(rows, best.indices.tolist(), best.values.tolist(), strict=True):
+            row[end] = []
+            if sum(values) > noise * len(values):
+                for token, score in zip(tokens, values, strict=True):
+                    row[end] += [token_piece(tokenizer, token), round(sign * score, 1)]
     return rows
 
 
-def raised_by(effects: Tensor, directions: Tensor, tokens: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The n directions [m, d_in] that raise each of these tokens [v] most: scores [v, n] and rows [v, n], descending.
+class Best(NamedTuple):
+    """The directions that raise each of v tokens most, n at most, the strongest first."""
 
-    Fewer where there are fewer directions.
-    """
-    best = effects.new_zeros(len(tokens), 0)
-    rows = tokens.new_zeros(len(tokens), 0)
-    for start in range(0, len(directions), AT_ONCE):
-        found = scores(effects, directions[start : start + AT_ONCE])[:, tokens].T  # [v, at most AT_ONCE]
-        number = torch.arange(start, start + found.shape[1], device=rows.device).expand(len(tokens), -1)
-        both = torch.cat([best, found], dim=1)
-        best, at = both.topk(min(n, both.shape[1]), dim=1)
-        rows = torch.cat([rows, number], dim=1).gather(1, at)
-    return best, rows
+    scores: Tensor
+    """[v, n]"""
+    rows: Tensor
+    """[v, n] int64: which directions"""
+
+    def joined(self, found: Tensor, start: int, n: int) -> Best:
+        """With the directions start, start + 1, ..., whose scores [m, v] are found."""
+        number = torch.arange(start, start + len(found), device=found.device).expand(found.shape[1], -1)
+        best = torch.cat([self.scores, found.T], dim=1).topk(min(n, self.scores.shape[1] + len(found)), dim=1)
+        return Best(best.values, torch.cat([self.rows, number], dim=1).gather(1, best.indices))
+
+    @classmethod
+    def of_none(cls, v: int, device: torch.device) -> Best:
+        return cls(torch.zeros(v, 0, device=device), torch.zeros(v, 0, dtype=torch.int64, device=device))
 
 
 def similar(directions: Tensor, chosen: Tensor, n: int) -> tuple[Tensor, Tensor]:

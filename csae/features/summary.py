@@ -13,7 +13,7 @@ import torch
 
 from csae.data.language_model import LanguageModel
 from csae.data.pieces import token_piece
-from csae.features.effects import effect_map, noise_level, raised_by, similar, strongest_tokens, writes_to_stream
+from csae.features.effects import AT_ONCE, Best, Effects, scores, similar, tokens_of
 from csae.features.filler import is_filler
 from csae.features.index import read_places
 from csae.features.places import LARGEST, Places, spans
@@ -25,11 +25,15 @@ PASSAGES = 20  # where it is new; as many where it is carried
 WORDS = 10
 SIMILAR = 6
 RAISING = 8  # features for a token of the vocabulary
-AT_ONCE = 1024
 
 
-def summarise(rows: sqlite3.Connection, sae: SAE, lm: LanguageModel, n_ctx: int, progress: Progress) -> None:
-    """Fills the tables that are made of `places`, and marks the index finished: in one transaction."""
+def summarise(
+    rows: sqlite3.Connection, sae: SAE, lm: LanguageModel, effects: Effects | None, n_ctx: int, progress: Progress
+) -> None:
+    """Fills the tables that are made of `places`, and marks the index finished: in one transaction.
+
+    effects: of the model; None where features do not write to its residual stream.
+    """
     fillers: dict[int, tuple[str, bool]] = {}
 
     def text_of(token: int) -> tuple[str, bool]:
@@ -38,22 +42,24 @@ def summarise(rows: sqlite3.Connection, sae: SAE, lm: LanguageModel, n_ctx: int,
             fillers[token] = piece, is_filler(piece)
         return fillers[token]
 
-    effects = effect_map(lm) if writes_to_stream(sae) and lm.d_in == sae.W_dec.shape[1] else None
-    noise = 0.0 if effects is None else noise_level(effects)
     # The features that are new somewhere.
     numbers = [
         number for (number,) in rows.execute("SELECT DISTINCT feature FROM places WHERE kind = 0 ORDER BY feature")
     ]
+    directions = sae.W_dec.detach()
+    n_tokens = 0 if effects is None else effects.by_dimension.shape[1]
+    raising = Best.of_none(n_tokens, lm.device)
     rows.execute("BEGIN IMMEDIATE")
     try:
         for table in ("features", "words", "raised"):
             rows.execute(f"DELETE FROM {table}")
         for start in progress(range(0, len(numbers), AT_ONCE), "features, one by one"):
-            some = torch.tensor(numbers[start : start + AT_ONCE], device=sae.W_dec.device)
-            directions = sae.W_dec.detach()
+            some = torch.tensor(numbers[start : start + AT_ONCE], device=directions.device)
             logits: list[dict[str, list[Any]]] = [{"up": [], "down": []}] * len(some)
             if effects is not None:
-                logits = strongest_tokens(effects, lm.tokenizer, directions[some], noise)
+                found = scores(effects, directions[some])  # [at most AT_ONCE, vocabulary]
+                logits = tokens_of(found, lm.tokenizer, effects.noise)
+                raising = raising.joined(found, start, RAISING)
             near = [part.tolist() for part in similar(directions, some, SIMILAR)]
             for number, effect, cosines, others in zip(some.tolist(), logits, *near, strict=True):
                 row, words = _summed_up(read_places(rows, number, n_ctx), n_ctx, text_of)
@@ -65,8 +71,8 @@ def summarise(rows: sqlite3.Connection, sae: SAE, lm: LanguageModel, n_ctx: int,
                 rows.executemany(
                     "INSERT INTO words VALUES (?, ?, ?)", [(word, number, share) for word, share in words.items()]
                 )
-        if effects is not None:
-            _add_raised(rows, effects, sae, lm, numbers)
+        _add_raised(rows, raising, lm, numbers)
+        noise = None if effects is None else effects.noise
         rows.execute("INSERT OR REPLACE INTO about VALUES ('noise', ?)", (json.dumps(noise),))
         rows.execute("INSERT OR REPLACE INTO about VALUES ('finished', 'true')")
         rows.execute("COMMIT")
@@ -130,20 +136,14 @@ def _best(before: list[tuple[bool, int, int]], places: Places, n_ctx: int, text_
     return sorted(kept)[:PASSAGES]
 
 
-def _add_raised(
-    rows: sqlite3.Connection, effects: torch.Tensor, sae: SAE, lm: LanguageModel, numbers: list[int]
-) -> None:
+def _add_raised(rows: sqlite3.Connection, raising: Best, lm: LanguageModel, numbers: list[int]) -> None:
     """For each token of the vocabulary the features that raise it most."""
     if not numbers:
         return
-    tokens = torch.arange(min(effects.shape[1], lm.n_vocab), device=effects.device)
-    scores, places = raised_by(effects, sae.W_dec.detach()[numbers], tokens, RAISING)
-    best = [
-        _json([number for of, at in zip(score, place, strict=True) for number in (numbers[at], round(of, 2))])
-        for score, place in zip(scores.tolist(), places.tolist(), strict=True)
-    ]
-    pieces = [token_piece(lm.tokenizer, token) for token in tokens.tolist()]
-    rows.executemany("INSERT OR IGNORE INTO raised VALUES (?, ?)", zip(pieces, best, strict=True))
+    for token, (score, row) in enumerate(zip(raising.scores.tolist(), raising.rows.tolist(), strict=True)):
+        best = [number for of, at in zip(score, row, strict=True) for number in (numbers[at], round(of, 2))]
+        piece = token_piece(lm.tokenizer, token)
+        rows.execute("INSERT OR IGNORE INTO raised VALUES (?, ?)", (piece, _json(best)))
 
 
 def _json(content: Any) -> str:

@@ -23,23 +23,33 @@ from csae.attribution import attribute
 from csae.contextual_sae import ContextualSAE
 from csae.data.activations import sink_mask
 from csae.data.language_model import LanguageModel
-from csae.data.pieces import text_pieces, token_piece, token_pieces
+from csae.data.pieces import text_pieces, token_pieces
 from csae.errors import UserError
+from csae.features.effects import (
+    AT_ONCE,
+    Best,
+    Effects,
+    effects_of,
+    scores,
+    similar,
+    strongest_tokens,
+    writes_to_stream,
+)
+from csae.features.places import ACTIVITY, CARRIED, FRACTION
 from csae.progress import Progress, quiet
 from csae.sae import SAE
 from csae.trained_on import check_place
 
 LONGER = 8  # times the windows that were trained on
 MAX_TOKENS = 4000
-CARRIED = 0.01  # of c: a feature with a smaller share counts as not carried
 PARTS_SHOWN = 12  # of c, at a token
 ROWS = 40  # of a timeline
-LOGITS_SHOWN = 6  # tokens at either end
+SIMILAR = 6
+RAISING = 5  # features that raise a token of the text
 EFFECTS_SHOWN = 4000  # features, those that add most
 VARIES = 1e-10  # variance over mean square: where it is less, activations differ by rounding, and FVU says nothing
-LISTS = ("new", "carried", "parts", "others", "remainder", "c", "missed")  # with an entry for each token
-# Fractions are written as whole numbers of ten thousandths, and activities of hundredths: half the size of decimals.
-FRACTION, ACTIVITY = 10_000, 100
+# With an entry for each token.
+LISTS = ("new", "carried", "gathered", "rest", "parts", "others", "remainder", "c", "missed")
 
 
 class Window(NamedTuple):
@@ -97,6 +107,7 @@ def view(
     beside: SAE | None = None,
     progress: Progress = quiet,
     elsewhere: bool = False,
+    effects: Effects | None = None,
 ) -> dict[str, Any]:
     """A text under an SAE, in its exact form; JSON as it is.
 
@@ -107,6 +118,7 @@ def view(
         trained_on: positions of a window in training, for `fvu_beyond`.
         beside: a per-token SAE of the same activations, to compare with.
         elsewhere: also where an SAE was trained on another model (`sae.trained_on`).
+        effects: of the model (`csae.features.effects`), where they are known already.
 
     Returns a dictionary, in which `T` entries are one for each token of the text, and a position counts from 0 through
     all windows:
@@ -116,6 +128,8 @@ def view(
             normalised activations.
         carried: T lists [feature, share, ...]: the features with a share of CARRIED or more of c, all their parts
             together, largest first, in 1/FRACTION. threshold: CARRIED in the same unit.
+        gathered: T lists: of how many parts each entry of `carried` is the sum. rest: T pairs [how many features there
+            are beside those, their share in 1/FRACTION].
         parts: T lists [position, feature, share, ...]: the PARTS_SHOWN single parts of c that are largest in share,
             whatever its sign, in 1/FRACTION.
         others: T pairs [how many parts there are beside those, their share in 1/FRACTION].
@@ -123,14 +137,18 @@ def view(
         c: T numbers, the share of c in the reconstruction: its projection on x_hat - b_dec, over the length of that.
             missed: squared error over the squared length of x - b_dec. Both in 1/FRACTION.
         rows: the features that add most to the text, newly and carried, by where in the text they do it.
-        features: feature -> {"new", "carried", "cosine"}, for the EFFECTS_SHOWN that add most. new: what it does to
-            the next token where it is new, carried: what all that it carried in this text does (`logits`); cosine: of
-            the two directions. Only "new" where it carried nothing.
+        features: feature -> {"new", "carried", "cosine", "similar"}, for the EFFECTS_SHOWN that add most. new: what it
+            does to the next token where it is new, carried: what all that it carried in this text does, nothing where
+            that is noise (`csae.features.effects`); cosine: of the two directions. Without "carried" and "cosine" where
+            it carried nothing, without "new" too where it does not write to the residual stream. similar: [feature,
+            cosine of the two decoder rows in hundredths, ...].
+        noise: the score above which logits are told; None where none are. raises: piece of the text -> [feature, score,
+            ...], those that raise the logit of its token most, as far as they are above noise.
         figures: arch, k, d_sae; fvu: squared error over variance, both on this text, None where nothing varies;
             fvu_beyond: the same where a window goes on beyond the positions that were trained on, None where none
             does; mean_run: for how many positions in a row a feature is present, that is new or carried; new_in_run:
             at how many of them it is new.
-        beside: None, or {"new", "rows", "missed", "figures"} as above, `new` with the features in `rows` only.
+        beside: None, or {"new", "rows", "missed", "figures", "features"} as above, for the features in `rows` only.
 
     Raises UserError where an SAE does not fit the activations, was trained on another model, or gives NaN or Inf;
     ValueError where there are no windows.
@@ -149,16 +167,20 @@ def view(
     if isinstance(beside, ContextualSAE):
         raise UserError("the SAE beside it is a contextual one; needed one per token, that carries nothing")
     read = _read(sae, windows, progress)
+    pieces = [
+        piece for window in windows for piece in window.pieces or token_pieces(lm.tokenizer, window.tokens.tolist())
+    ]
+    effects = (effects or effects_of(lm)) if writes_to_stream(sae, lm) else None
     found = {
-        "tokens": [
-            piece for window in windows for piece in window.pieces or token_pieces(lm.tokenizer, window.tokens.tolist())
-        ],
+        "tokens": pieces,
         "cuts": _starts(windows)[1:],
         "left_out": (~torch.cat([window.mask for window in windows])).nonzero().squeeze(1).tolist(),
         "threshold": _fraction(CARRIED),
         **read.lists,
         "rows": _rows(read),
-        "features": _effects(sae, lm, read),
+        "features": _effects(sae, effects, lm.tokenizer, read, sorted(_largest(_added(read), EFFECTS_SHOWN))),
+        "noise": None if effects is None else round(effects.noise, 1),
+        "raises": _raises(sae, effects, windows, pieces),
         "figures": _figures(sae, read, windows, trained_on),
     }
     if beside is None:
@@ -166,7 +188,9 @@ def view(
     read = _read(beside, windows, progress)
     rows, figures = _rows(read), _figures(beside, read, windows, trained_on)
     new, missed = _only(rows, read.lists["new"]), read.lists["missed"]
-    return found | {"beside": {"new": new, "rows": rows, "missed": missed, "figures": figures}}
+    features = _effects(beside, effects, lm.tokenizer, read, sorted(rows))
+    other = {"new": new, "rows": rows, "missed": missed, "figures": figures, "features": features}
+    return found | {"beside": other}
 
 
 class _Reading(NamedTuple):
@@ -201,15 +225,23 @@ def _read(sae: SAE, windows: Sequence[Window], progress: Progress) -> _Reading:
             lists["c"].append(_fraction(of_c[t]) if counted else 0)
             lists["missed"].append(_fraction(missed[t]) if counted else 0)
         if found is None:
-            for name, nothing in (("carried", []), ("parts", []), ("others", [0, 0]), ("remainder", 0)):
-                lists[name] += [nothing] * len(acts)
+            for name in ("carried", "gathered", "parts"):
+                lists[name] += [[]] * len(acts)
+            for name in ("rest", "others"):
+                lists[name] += [[0, 0]] * len(acts)
+            lists["remainder"] += [0] * len(acts)
             continue
         features, row = code.indices.unique(return_inverse=True)
         for t in progress(range(len(acts)), "attributing"):
             share = found.share_at(t)
             carried = share.new_zeros(len(features)).index_add_(0, row.flatten(), share.flatten())
+            counts = row[share != 0].bincount(minlength=len(features))  # parts of each feature
             listed, others = _parts(share, code.indices, start)
             lists["carried"].append(_pairs(features, carried, CARRIED, FRACTION))
+            gathered = counts[torch.searchsorted(features, torch.tensor(lists["carried"][-1][::2]).to(features))]
+            lists["gathered"].append(gathered.tolist())
+            left = carried.double().sum() - carried[carried >= CARRIED].double().sum()
+            lists["rest"].append([int((counts > 0).sum()) - len(gathered), _fraction(left)])
             lists["parts"].append(listed)
             lists["others"].append(others)
         lists["remainder"] += [float(f"{missing:.0e}") for missing in found.remainder().tolist()]
@@ -315,48 +347,43 @@ def _fraction(value: Tensor | float) -> int:
     return round(FRACTION * float(value))
 
 
-def _effects(sae: SAE, lm: LanguageModel, read: _Reading) -> dict[str, dict[str, Any]]:
-    """What features do to the next token; see `view`."""
-    features = sorted(_largest(_added(read), EFFECTS_SHOWN))
-    found = {str(feature): {"new": new} for feature, new in zip(features, logits(lm, sae.W_dec[features]), strict=True)}
+def _effects(
+    sae: SAE, effects: Effects | None, tokenizer: Any, read: _Reading, features: list[int]
+) -> dict[str, dict[str, Any]]:
+    """What features do to the next token, and which are like them; see `view`."""
+    found: dict[str, dict[str, Any]] = {str(feature): {} for feature in features}
+    cosines, others = similar(sae.W_dec, torch.tensor(features, dtype=torch.int64, device=sae.W_dec.device), SIMILAR)
+    for feature, of, rows in zip(features, cosines.tolist(), others.tolist(), strict=True):
+        alike = zip(rows, of, strict=True)
+        found[str(feature)]["similar"] = [number for row, value in alike for number in (row, round(100 * value))]
+    if effects is None:
+        return found
+    for feature, new in zip(features, strongest_tokens(effects, tokenizer, sae.W_dec[features]), strict=True):
+        found[str(feature)]["new"] = new
     wrote = [feature for feature in features if feature in read.written and read.written[feature].any()]
     if wrote:
         written = torch.stack([read.written[feature] for feature in wrote])
         cosine = nn.functional.cosine_similarity(written, sae.W_dec[wrote], dim=-1).tolist()
-        for feature, carried, own in zip(wrote, logits(lm, written), cosine, strict=True):
+        told = strongest_tokens(effects, tokenizer, written)
+        for feature, carried, own in zip(wrote, told, cosine, strict=True):
             found[str(feature)] |= {"carried": carried, "cosine": round(own, 2)}
     return found
 
 
-def logits(lm: LanguageModel, directions: Tensor, at_once: int = 256) -> list[dict[str, list[Any]]]:
-    """The tokens that directions in the residual stream raise and lower most, by the direct path to the logits.
-
-    The direct path skips the blocks above, and is the model's own from there on (`LanguageModel.logit_effects`): the
-    final norm, projections, the unembedding, scales. What the norm divides by, the length of the stream, is left out:
-    it is a positive factor, and scores are relative. directions [m, d_in] -> m times {"up", "down"}, each a list
-    [token, score, ...] of LOGITS_SHOWN tokens, the strongest first; a score is in standard deviations from the mean of
-    all tokens.
-    """
-    pieces: dict[int, str] = {}
-
-    def listed(tokens: Tensor, scores: Tensor) -> list[Any]:
-        both: list[Any] = []
-        for token, score in zip(tokens.tolist(), scores.tolist(), strict=True):
-            if token not in pieces:
-                pieces[token] = token_piece(lm.tokenizer, token)
-            both += [pieces[token], round(score, 1)]
-        return both
-
-    found = []
-    for some in directions.split(at_once) if len(directions) else ():
-        # Of one length, so that half precision neither overflows nor vanishes.
-        scores = lm.logit_effects(nn.functional.normalize(some.float(), dim=1))  # [at most at_once, vocabulary]
-        scores -= scores.mean(dim=1, keepdim=True)
-        scores /= scores.std(dim=1, keepdim=True).clamp_min(1e-12)
-        n = min(LOGITS_SHOWN, scores.shape[1])
-        up, down = scores.topk(n), scores.topk(n, largest=False)
-        for row in range(len(some)):
-            found.append(
-                {"up": listed(up.indices[row], up.values[row]), "down": listed(down.indices[row], down.values[row])}
-            )
+def _raises(
+    sae: SAE, effects: Effects | None, windows: Sequence[Window], pieces: Sequence[str]
+) -> dict[str, list[Any]]:
+    """For each piece of the text the RAISING features that raise its token most, where that is above noise."""
+    if effects is None:
+        return {}
+    text = dict(zip(torch.cat([window.tokens for window in windows]).tolist(), pieces, strict=True))
+    tokens = torch.tensor([token for token in text if token < effects.by_dimension.shape[1]])
+    best = Best.of_none(len(tokens), effects.spread.device)
+    for start in range(0, sae.d_sae, AT_ONCE):
+        best = best.joined(scores(effects, sae.W_dec[start : start + AT_ONCE], tokens), start, RAISING)
+    found: dict[str, list[Any]] = {}
+    for token, of, rows in zip(tokens.tolist(), best.scores.tolist(), best.rows.tolist(), strict=True):
+        strong = [(row, score) for row, score in zip(rows, of, strict=True) if score > effects.noise]
+        if strong and text[token]:
+            found[text[token]] = [number for row, score in strong for number in (row, round(score, 1))]
     return found

@@ -23,7 +23,8 @@ def write_view(
     about: dict[str, Any],
     facts: dict[str, Any],
     comparison: dict[str, Any] | None = None,
-    examples: dict[str, Any] | None = None,
+    index: dict[str, Any] | None = None,
+    labels: dict[int, str] | None = None,
 ) -> None:
     """Writes the page to `path`, whole or not at all.
 
@@ -33,14 +34,15 @@ def write_view(
             is all of the text.
         facts: what `csae.pages.view.view` gives.
         comparison: what `csae.pages.comparison.comparison` gives, to stand above the text.
-        examples: what `csae.pages.held_out.examples` gives, where the text is a part of the held-out text.
+        index: what `csae.pages.from_index.from_index` gives.
+        labels: of features, by number (`csae.features.labels`).
     """
     write_html(
         path,
         "view.html",
         about=about,
         comparison=comparison,
-        examples=examples,
+        index=index,
         figures=facts["figures"],
         beside=facts["beside"] and facts["beside"]["figures"],
         n_tokens=len(facts["tokens"]),
@@ -48,7 +50,7 @@ def write_view(
         n_windows=len(facts["cuts"]) + 1,
         carried=CARRIED,
         along=_along(facts),
-        data=script_json(facts if examples is None else facts | {"examples": examples}),
+        data=script_json(facts | {"about": about, "index": index, "labels": labels or {}}),
     )
 
 

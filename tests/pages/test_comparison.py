@@ -51,10 +51,10 @@ class Page(HTMLParser):
 FIGURES = {"arch": "contextual", "k": 16, "d_sae": 2304, "fvu": 0.2, "fvu_beyond": None, "mean_run": 1, "new_in_run": 1}
 FACTS = {
     "tokens": [NASTY, NASTY], "cuts": [], "left_out": [0], "threshold": 100, "new": [[], [7, 150]],
-    "carried": [[], []], "parts": [[], []], "others": [[0, 0]] * 2, "remainder": [0, 0], "c": [0, 0], "missed": [0, 9],
+    "carried": [[], []], "gathered": [[], []], "rest": [[0, 0]] * 2, "parts": [[], []], "others": [[0, 0]] * 2, "remainder": [0, 0], "c": [0, 0], "missed": [0, 9],
     "rows": [7], "features": {}, "figures": FIGURES, "beside": None,
 }  # fmt: skip
-EXAMPLES = {"7": {"rate": 0.01, "examples": [[NASTY, NASTY, NASTY, 1.5]]}}
+INDEX = {"data": NASTY, "tokens": 10, "names": {"7": [NASTY]}, "features": {}}
 ABOUT = {"text": "a <b>text</b>", "run": "contextual", "beside": None, "model": "some/<model>", "layer": 12}
 ABOUT |= {"n_ctx": 256, "trained_on": 256, "whole": True}
 
@@ -92,7 +92,7 @@ def inputs(tmp_path: Path) -> dict[str, Any]:
 
 
 def written(inputs: dict[str, Any]) -> str:
-    write_view(inputs["path"], ABOUT, FACTS, comparison(inputs["results"], inputs["runs"]), EXAMPLES)
+    write_view(inputs["path"], ABOUT, FACTS, comparison(inputs["results"], inputs["runs"]), INDEX, {7: NASTY})
     return inputs["path"].read_text(encoding="utf-8")
 
 
@@ -128,7 +128,7 @@ def test_loss_recovered(inputs: dict[str, Any]) -> None:
 
 def test_text_never_becomes_markup(inputs: dict[str, Any]) -> None:
     page = Page(written(inputs))
-    assert json.loads(page.text["data"]) == FACTS | {"examples": EXAMPLES}
+    assert json.loads(page.text["data"]) == FACTS | {"about": ABOUT, "index": INDEX, "labels": {"7": NASTY}}
     tags = [tag for tag, _ in page.tags]
     assert tags.count("script") == 2
     assert "img" not in tags

@@ -24,9 +24,11 @@ from csae.attribution import attribute
 from csae.cli import main
 from csae.data.language_model import LanguageModel
 from csae.errors import UserError
+from csae.features.effects import Effects, effects_of
 from csae.pages.view import ACTIVITY, CARRIED, FRACTION, PARTS_SHOWN, ROWS, Window, read_windows, view
 from csae.pages.view_page import running_mean, write_view
 from csae.sae import SAE
+from csae.trained_on import TrainedOn
 
 LAYER, N_CTX, D_SAE, K = 2, 40, 90, 5
 TEXT = PROSE + "Quelqu'un ouvrit la vanne — « enfin » !\n\n日本語も。\n" + PROSE[:60]
@@ -64,8 +66,14 @@ def per_token(windows: list[Window]) -> SAE:
 
 
 @pytest.fixture(scope="module")
-def facts(contextual: SAE, per_token: SAE, windows: list[Window], tiny_lm: LanguageModel) -> dict[str, Any]:
-    found = view(contextual, windows, tiny_lm, trained_on=10, beside=per_token)
+def effects(tiny_lm: LanguageModel) -> Effects:
+    """Of the model, with nothing taken for noise: what directions of 16 dimensions do is never clear."""
+    return effects_of(tiny_lm)._replace(noise=0)
+
+
+@pytest.fixture(scope="module")
+def facts(contextual: SAE, per_token: SAE, windows: list[Window], tiny_lm: LanguageModel, effects) -> dict[str, Any]:
+    found = view(contextual, windows, tiny_lm, trained_on=10, beside=per_token, effects=effects)
     return json.loads(json.dumps(found, allow_nan=False))
 
 
@@ -117,6 +125,11 @@ def test_what_is_said_of_each_token(contextual: ContextualSAE, windows: list[Win
             assert listed == pytest.approx(wanted, abs=0.51)
             assert list(listed.values()) == sorted(listed.values(), reverse=True)
             assert {f for f in range(D_SAE) if by_feature[f] > CARRIED + 1e-6} <= set(listed)
+            n_parts = torch.zeros(D_SAE).index_add_(0, code.indices.flatten(), (share != 0).float().flatten())
+            assert facts["gathered"][at] == n_parts[list(listed)].int().tolist()
+            n_rest, rest = facts["rest"][at]
+            assert n_rest == int((n_parts > 0).sum()) - len(listed)
+            assert rest == pytest.approx(FRACTION * (float(by_feature.sum()) - sum(wanted.values()) / FRACTION), abs=1)
             triples = [facts["parts"][at][i : i + 3] for i in range(0, len(facts["parts"][at]), 3)]
             count, others = facts["others"][at]
             assert len(triples) == min(PARTS_SHOWN, len(triples) + count)
@@ -193,7 +206,7 @@ def test_a_per_token_sae_carries_nothing(per_token: SAE, windows: list[Window], 
     assert found["figures"]["mean_run"] == found["figures"]["new_in_run"]
     assert not any(found["carried"] + found["parts"])
     assert set(map(tuple, found["others"])) == {(0, 0)}
-    assert all(set(effect) == {"new"} for effect in found["features"].values())
+    assert all(set(effect) == {"new", "similar"} for effect in found["features"].values())
 
 
 def test_what_does_not_fit(tiny_lm: LanguageModel, contextual: SAE, windows: list[Window]) -> None:
@@ -258,7 +271,7 @@ def test_effects_of_any_model(name: str) -> None:
     windows, _ = read_windows(lm, LAYER, PROSE, 100, max_tokens=24)
     torch.manual_seed(0)
     sae = fitted(ContextualSAE(32, D_SAE, K, n_heads=2, d_head=4, d_value=6), windows)
-    found = view(sae, windows, lm)
+    found = view(sae, windows, lm, effects=effects_of(lm)._replace(noise=0))
     json.dumps(found, allow_nan=False)
     scores = lm.logit_effects(sae.W_dec)
     for feature, effect in list(found["features"].items())[:5]:
@@ -291,6 +304,28 @@ def test_effects(contextual: ContextualSAE, windows: list[Window], tiny_lm: Lang
             cosine = torch.cosine_similarity(directions["new"].detach(), directions["carried"], dim=0)
             assert effect["cosine"] == pytest.approx(float(cosine), abs=0.006)
     assert any("carried" in effect for effect in facts["features"].values())
+    unit = torch.nn.functional.normalize(contextual.W_dec.detach(), dim=1)
+    cosines = unit @ unit.T - 3 * torch.eye(D_SAE)
+    for feature, effect in facts["features"].items():
+        assert effect["similar"][1::2] == pytest.approx((100 * cosines[int(feature)].topk(6).values).tolist(), abs=0.51)
+    assert set(facts["raises"]) <= set(facts["tokens"])
+    scores = tiny_lm.logit_effects(unit)
+    scores = (scores - scores.mean(dim=1, keepdim=True)) / scores.std(dim=1, keepdim=True)
+    token = tiny_lm.tokenizer.encode("mill", add_special_tokens=False)[0]
+    assert facts["raises"][tiny_lm.tokenizer.decode([token])][0] == int(scores[:, token].argmax())
+
+
+def test_effects_that_are_noise(
+    per_token: SAE, windows: list[Window], tiny_lm: LanguageModel, effects, tmp_path
+) -> None:
+    found = view(per_token, windows, tiny_lm, effects=effects._replace(noise=99))
+    assert found["raises"] == {}
+    assert all(effect["new"] == {"up": [], "down": []} for effect in found["features"].values())
+    elsewhere = copy.deepcopy(per_token)
+    elsewhere.trained_on = TrainedOn(model=tiny_lm.name, hook="mlp.in:1")
+    found = view(elsewhere, windows, tiny_lm)
+    assert found["noise"] is None
+    assert all(set(effect) == {"similar"} for effect in found["features"].values())
 
 
 # ---- the page ----
@@ -322,7 +357,7 @@ def test_text_never_becomes_markup(tmp_path: Path, facts: dict[str, Any]) -> Non
     assert "<h1>mill &amp; &lt;b&gt;.txt</h1>" in text
     data = re.search(r'id="data">(.*?)</script>', text, re.DOTALL)
     assert data is not None
-    assert json.loads(data[1]) == nasty
+    assert json.loads(data[1]) == nasty | {"about": ABOUT, "index": None, "labels": {}}
 
 
 def test_what_the_page_says(tmp_path: Path, facts: dict[str, Any], per_token: SAE, windows, tiny_lm) -> None:
@@ -349,7 +384,7 @@ def test_size(tmp_path: Path, tiny_lm: LanguageModel) -> None:
     parts = [
         [number + at * n * (i % 3 == 0) for i, number in enumerate(p)] for at in range(times) for p in facts["parts"]
     ]
-    for name in ("tokens", "new", "carried", "others", "remainder", "c", "missed"):
+    for name in ("tokens", "new", "carried", "gathered", "rest", "others", "remainder", "c", "missed"):
         facts[name] = facts[name] * times
     facts["parts"], facts["cuts"] = parts, list(range(n, n * times, n))
     for name in ("new", "missed"):
@@ -392,8 +427,10 @@ addEventListener("load", async () => {
     note("left out", $("#detail").textContent);
     for (let i = 0; i < TOKEN; i++) press("ArrowRight");
     note("at", document.activeElement.dataset.at);
-    note("parts", [...document.querySelectorAll("#detail .source-list")[0].querySelectorAll(".amount")]
-      .map((amount) => amount.textContent));
+    const amounts = (selector) => [...document.querySelectorAll(`${selector} .amount`)].map((of) => of.textContent);
+    note("parts", amounts("#parts"));
+    note("by feature", amounts("#by-feature"));
+    note("sum by feature", [...document.querySelectorAll("#sum-by-feature > *")].map((line) => line.textContent));
     note("sum", [...document.querySelectorAll("#sum > *")].map((line) => line.textContent));
     note("sources", [...document.querySelectorAll("#text .source")].map((span) => span.dataset.at));
     press("Enter");
@@ -406,6 +443,16 @@ addEventListener("load", async () => {
     note("feature", [$("#reading").hidden, $("#feature").hidden, $("#feature h1").textContent]);
     note("passages", [...document.querySelectorAll("#feature .passages.new a")].map((a) => a.textContent));
     note("held out", $("#feature").textContent);
+    note("bars", [...document.querySelectorAll("#feature .bars i")].map((bar) => bar.title));
+    $("#feature details.more").open = true;
+    await settled();
+    note("all passages", document.querySelectorAll("#feature .passages.new a").length);
+    note("similar", [...document.querySelectorAll("#feature .similar a")].map((a) => a.hash));
+    const field = $("#label");
+    note("label", field.value);
+    field.value = "  of <b>mills ";
+    field.dispatchEvent(new InputEvent("input", { bubbles: true }));
+    note("download", [$("a.save").hidden, $("a.save").download, decodeURIComponent($("a.save").href)]);
     note("wide feature", document.documentElement.scrollWidth - innerWidth);
     press("Escape");
     await settled();
@@ -417,6 +464,29 @@ addEventListener("load", async () => {
     press("Enter");
     await settled();
     note("row", $("#feature h1").textContent);
+    location.hash = $("#beside .names a").hash;
+    await settled();
+    note("beside", $("#feature").textContent);
+    document.dispatchEvent(new KeyboardEvent("keydown", { key: "/", bubbles: true }));
+    note("searching", document.activeElement.id);
+    const find = (words) => {
+      $("#query").value = words;
+      $("#query").dispatchEvent(new FocusEvent("focus"));
+      return [...document.querySelectorAll("#results > li")].map((of) => [of.className, of.querySelector("a")?.hash,
+        of.textContent]);
+    };
+    for (const words of ["#7", "mills", "the lower", "promotes mill", "lowers mill", "no such words"]) {
+      note(`find ${words}`, find(words));
+    }
+    note("wide results", document.documentElement.scrollWidth - innerWidth);
+    find("mill");
+    press("ArrowDown");
+    note("first result", document.activeElement.hash);
+    press("Escape");
+    note("results", $("#results").hidden);
+    location.hash = "find-mill";
+    await settled();
+    note("found", [$("#query").value, $("#results").hidden]);
     location.hash = "token-3";
     await settled();
     note("token", document.activeElement.dataset.at);
@@ -442,8 +512,12 @@ FRAME = """<body><pre id="seen"></pre>
 @pytest.mark.parametrize("width", [1280, 400])
 def test_in_a_browser(tmp_path: Path, facts: dict[str, Any], width: int) -> None:
     t = facts["cuts"][0] - 1
-    known = {"rate": 0.012, "examples": [["before", " mill", " after", 2.5], ["", "\n", "", 1.0]]}
-    write_view(tmp_path / "view.html", ABOUT, facts, examples={str(facts["new"][t][0]): known})
+    number = facts["new"][t][0]
+    held = {"new": 12, "carried": 3, "spans": 10, "largest": 250, "histogram": [9, 0, 0, 3], "words": [" mill", "\n"]}
+    held |= {"passages": [["before", " mill", " after", 250], ["", "\n", "", 100]], "similar": [1, 50]}
+    held |= {"logits": {"up": [], "down": []}}
+    index = {"data": "all mills", "tokens": 1000, "names": {"3": [" mill"]}, "features": {str(number): held}}
+    write_view(tmp_path / "view.html", ABOUT, facts, index=index, labels={number: "mills", 4: "dams"})
     text = (tmp_path / "view.html").read_text(encoding="utf-8")
     (tmp_path / "view.html").write_text(text.replace("</body>", STEPS.replace("TOKEN", str(t)) + "</body>"))
     (tmp_path / "frame.html").write_text(FRAME.replace("WIDTH", str(width)))
@@ -479,21 +553,69 @@ def test_in_a_browser(tmp_path: Path, facts: dict[str, Any], width: int) -> None
     assert float(remainder.replace("−", "-")) == facts["remainder"][t]
     assert {int(j) for j in seen["sources"]} <= set(facts["parts"][t][0::3])
 
+    by_feature = [float(part.removesuffix(" %")) for part in seen["by feature"]]
+    assert by_feature == [round(part / 100, 1) for part in facts["carried"][t][1::2]]
+    rest, n_rest, total, _ = seen["sum by feature"]
+    assert n_rest.startswith(f"{facts['rest'][t][0]} other feature")
+    assert total == "100.0 %"
+    assert sum(facts["carried"][t][1::2]) / 100 + float(rest.replace("−", "-").removesuffix(" %")) == pytest.approx(
+        100, abs=0.2
+    )
+
     feature = facts["new"][t][0]
     assert seen["link"] == f"#feature-{feature}"
     assert seen["feature"][:2] == [True, False]
-    assert seen["feature"][2].startswith(f"Feature #{feature} mill ↵ ")
-    assert "New at 1.2 % of the held-out tokens, most strongly at:2.5…before mill after…1.0…↵…" in seen["held out"]
+    assert seen["feature"][2].startswith(f"Feature #{feature} mill ")
+    assert "↵" not in seen["feature"][2], "blanks are no name where there is another"
+    about = "In all mills New at 1.20 % of 1,000 tokens (12 times), carried at 0.30 % more, for 1.5 tokens in a row"
+    assert about in seen["held out"].replace("In all millsNew", "In all mills New")
+    assert "2.5…before mill after…1.0…↵…" in seen["held out"]
+    assert seen["bars"] == [
+        "0.0 to 0.6: 9 tokens",
+        "0.6 to 1.3: 0 tokens",
+        "1.3 to 1.9: 0 tokens",
+        "1.9 to 2.5: 3 tokens",
+    ]
     where = [i for i, new in enumerate(facts["new"]) if feature in new[::2]]
-    strongest = max(where, key=lambda i: pairs(facts["new"][i])[feature])
+    plain = [i for i in where if facts["tokens"][i].strip()]
+    strongest = max(plain, key=lambda i: pairs(facts["new"][i])[feature])
     assert facts["tokens"][strongest].strip() in seen["passages"][0]
     assert len(seen["passages"]) == min(8, len(where))
+    assert seen["all passages"] == len(where)
+    assert seen["similar"] == [f"#feature-{other}" for other in facts["features"][str(feature)]["similar"][::2]]
+    assert seen["label"] == "mills"
+    labels = {"4": "dams", str(feature): "of <b>mills"}
+    hidden, name, url = seen["download"]
+    assert (hidden, name) == (False, "labels.json")
+    assert json.loads(url.partition(",")[2]) == labels
     assert seen["back"] == [False, True, str(t)]
     assert f"token {t + 2}" in seen["readout"]
     assert seen["row"].startswith(f"Feature #{facts['rows'][0]} ")
     assert seen["token"] == "2"
     assert f"token 10 of {len(facts['tokens'])}" in seen["hover"]
     assert seen["focusable"]
+
+    assert f"Feature #{facts['beside']['rows'][0]} " in seen["beside"]
+    assert "of topk, the per-token SAE" in seen["beside"]
+    assert seen["searching"] == "query"
+    assert seen["find #7"][:2] == [["title", None, "Feature"], ["", "#feature-7", seen["find #7"][1][2]]]
+    assert ["title", None, "Labels"] in seen["find mills"]
+    assert f"#feature-{feature}" in [link for _, link, _ in seen["find mills"]]
+    titles = [title for kind, _, title in seen["find the lower"] if kind == "title"]
+    assert titles[0].startswith("New here at “the lower”")
+    assert titles[-1].startswith("In the text")
+    shown = [link for _, link, _ in seen["find the lower"] if link]
+    begins = TEXT.lower().index("the lower")
+    ends = [sum(map(len, facts["tokens"][: i + 1])) for i in range(len(facts["tokens"]))]
+    assert f"#token-{next(i for i, end in enumerate(ends) if end > begins) + 1}" in shown
+    raising = [link for _, link, _ in seen["find promotes mill"][1:]]
+    assert f"#feature-{facts['raises'][' mill'][0]}" in raising if " mill" in facts["raises"] else raising is not None
+    assert seen["find lowers mill"]
+    assert seen["find no such words"] == [["small", None, "nothing found"]]
+    assert seen["wide results"] <= 0
+    assert seen["first result"].startswith("#")
+    assert seen["results"] is True
+    assert seen["found"] == ["mill", False]
 
 
 # ---- the command ----
