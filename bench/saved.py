@@ -1,0 +1,139 @@
+"""What saved activations cost: writing them beside the model's bare pass, reading them beside the disk.
+
+    python -m csae.bench.saved --out FOLDER [--model NAME] [--layer 12] [--windows 96]
+
+Writing: `csae.data.cache.write_cache` and the model's pass alone, in turns, the best of each. Reading: windows in an
+order of training, out of the page cache and from the disk, against the same files read from beginning to end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from csae.config import TrainConfig
+from csae.data.activations import ModelActivations
+from csae.data.batches import IndexedBatches
+from csae.data.cache import write_cache
+from csae.data.language_model import LanguageModel
+from csae.data.loading import smollm2
+from csae.data.shard_activations import ShardActivations
+from csae.data.shards import listed
+from csae.data.text import python_prose, tokenize
+
+BATCH_WINDOWS = 8
+READ_BYTES = 8 * 2**20
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def writing(source: ModelActivations, folder: Path, repeats: int) -> None:
+    """Prints the time a token of the bare pass and of the cache, one hook point and four."""
+    lm, tokens = source.lm, source.token_windows.tokens
+    layers = [source.places[0].hook, "mlp.out:11", "attn.out:11", "mlp.in:11"]
+    several = ModelActivations(lm, layers, source.token_windows)
+    point = lm.hook(layers[0])
+    n_tokens = tokens.numel()
+
+    def bare() -> None:
+        for start in range(0, len(tokens), BATCH_WINDOWS):
+            lm.read(tokens[start : start + BATCH_WINDOWS].long(), [point])
+
+    def cache(what: ModelActivations) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_cache(what, folder)
+
+    taken: dict[str, list[float]] = {"bare pass": [], "cache": [], "cache of 4 hook points": []}
+    for _ in range(repeats):
+        taken["bare pass"].append(seconds(bare))
+        taken["cache"].append(seconds(lambda: cache(source)))
+        taken["cache of 4 hook points"].append(seconds(lambda: cache(several)))
+    for name, times in taken.items():
+        ratio = min(times) / min(taken["bare pass"])
+        print(f"{name}: {min(times) / n_tokens * 1e6:.1f} us a token, {ratio:.3f} of the bare pass")
+
+
+def drop(folder: Path) -> None:
+    """Takes the files out of the page cache."""
+    for file in listed(folder):
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def in_order(folder: Path) -> None:
+    into = bytearray(READ_BYTES)
+    for file in listed(folder):
+        with open(file, "rb", buffering=0) as opened:
+            while opened.readinto(into):
+                pass
+
+
+def as_in_training(folder: Path) -> None:
+    source = ShardActivations(folder)
+    n_steps = source.n_windows // BATCH_WINDOWS
+    steps = IndexedBatches(source, range(source.n_windows), TrainConfig(steps=n_steps, batch_windows=BATCH_WINDOWS))
+    for _, _ in zip(range(n_steps), steps.start(0), strict=False):
+        pass
+
+
+def reading(folder: Path, repeats: int) -> None:
+    """Prints how fast the files are read."""
+    size = sum(file.stat().st_size for file in listed(folder))
+    best: dict[str, float] = {}
+    for _ in range(repeats):
+        for how, work in (("from beginning to end", in_order), ("windows as in training", as_in_training)):
+            drop(folder)
+            for where in ("from the disk", "from memory"):
+                name = f"{how}, {where}"
+                best[name] = min(best.get(name, float("inf")), seconds(lambda: work(folder)))  # noqa: B023
+    for name, taken in best.items():
+        print(f"{name}: {size / taken / 1e9:.2f} GB/s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="a folder for the shards; removed at the end")
+    parser.add_argument("--model", default=None)
+    parser.add_argument("--layer", type=int, default=12)
+    parser.add_argument("--windows", type=int, default=96)
+    parser.add_argument("--read-gb", type=float, default=1.5)
+    parser.add_argument("--repeats", type=int, default=3)
+    given = parser.parse_args()
+    lm = LanguageModel.load(smollm2() if given.model is None else given.model, device="cpu")
+    windows = tokenize(python_prose(), lm.tokenizer, 256, given.windows * 256)
+    source = ModelActivations(lm, given.layer, windows)
+    print(f"{lm.name}, layer {given.layer}, {len(windows.tokens)} windows of 256, {torch.get_num_threads()} threads")
+    writing(source, given.out, given.repeats)
+    shutil.rmtree(given.out, ignore_errors=True)
+    write_cache(Copies(source, int(given.read_gb * 1e9 / (256 * source.d_in * 2))), given.out)
+    reading(given.out, given.repeats)
+    shutil.rmtree(given.out)
+
+
+class Copies:
+    """The same batch of windows again and again, to fill a disk with."""
+
+    def __init__(self, source: ModelActivations, n_windows: int) -> None:
+        self.n_windows, self.n_ctx, self.d_in = n_windows, source.n_ctx, source.d_in
+        self._batch = source.read(range(16))
+
+    def read(self, window_indices: range) -> object:
+        return type(self._batch)(*(part if part is None else part[: len(window_indices)] for part in self._batch))
+
+    def describe(self) -> dict[str, str]:
+        return {"data": "copies"}
+
+
+if __name__ == "__main__":
+    main()
