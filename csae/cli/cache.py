@@ -74,6 +74,7 @@ def bytes_of(size: str) -> int:
     """The number of bytes that a text such as "20GB", "1.5 GiB" or "4096" names."""
     units = {unit.lower(): factor for unit, factor in UNITS.items()}
     found = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d{1,2})?)\s*([a-z]*)", size.strip().lower())
-    if not found or found[2] not in units or float(found[1]) <= 0:
+    n_bytes = int(float(found[1]) * units.get(found[2], 0)) if found else 0
+    if not n_bytes:
         raise UserError(f"--max-bytes: given {shown(size)}; needed a number of bytes, such as 20GB or 500MiB")
-    return int(float(found[1]) * units[found[2]])
+    return n_bytes

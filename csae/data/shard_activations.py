@@ -150,10 +150,9 @@ class _OneHook:
         return name_of_layer(layer) if isinstance(layer, int) and layer >= 1 else ANYWHERE
 
     def read(self, indices: Sequence[int]) -> Batch:
-        windows = [self._reader.read(window) for window in indices]  # nothing is read from the disk yet
-        acts = torch.empty(len(windows), self.n_ctx, self.d_in)
-        for row in sorted(range(len(indices)), key=indices.__getitem__):
-            acts[row] = windows[row].activations
+        windows = [self._reader.read(window) for window in indices]
+        # One operation for the batch: per window, starting threads costs more than the work.
+        acts = torch.stack([window.activations for window in windows]).float()
         largest = acts.abs().amax(dim=-1)  # NaN where there is one
         finite = largest.isfinite().all(dim=1)
         if not finite.all():

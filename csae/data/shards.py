@@ -29,7 +29,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -166,6 +166,7 @@ class Shard:
                 needed = "bool or uint8" if name == "mask" else "an integer type"
                 raise UserError(f"{file}: {name} is {tensor.get_dtype()}; needed {needed}")
         self.tensors = {name: opened.get_tensor(name) for name in self.names}
+        self._starts_at: int | None = None
 
     def read(self, row: int) -> Window:
         return Window(**{name: tensor[row] for name, tensor in self.tensors.items()})
@@ -174,11 +175,17 @@ class Shard:
         if not hasattr(os, "posix_fadvise"):  # only some systems have it
             return
         window = self.tensors["activations"][0].nbytes
-        with suppress(OSError), open(self.file, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            start = 8 + length + json.loads(file.read(length))["activations"]["data_offsets"][0]
+        with suppress(OSError), open(self.file, "rb", buffering=0) as file:
             for row in rows:
-                os.posix_fadvise(file.fileno(), start + row * window, window, os.POSIX_FADV_WILLNEED)
+                at = self._start(file) + row * window
+                os.posix_fadvise(file.fileno(), at, window, os.POSIX_FADV_WILLNEED)
+
+    def _start(self, file: IO[bytes]) -> int:
+        """The position of the activations in the opened file."""
+        if self._starts_at is None:
+            length = int.from_bytes(file.read(8), "little")
+            self._starts_at = 8 + length + json.loads(file.read(length))["activations"]["data_offsets"][0]
+        return self._starts_at
 
 
 class Checked(NamedTuple):

@@ -1,0 +1,104 @@
+"""`csae cache` on a tiny language model."""
+
+import json
+
+import pytest
+import torch
+from test_cli import csae
+
+from csae.cli.cache import bytes_of
+from csae.data.activations import Place
+from csae.data.language_model import LanguageModel
+from csae.data.shard_activations import ShardActivations
+from csae.errors import UserError
+
+TEXT = " ".join(f"{number} quick brown foxes jump over {number * 7} lazy dogs." for number in range(60))
+
+
+@pytest.fixture
+def of_model(tiny_model_path, tmp_path):
+    (tmp_path / "fox.txt").write_text(TEXT)
+    return ["--model", tiny_model_path, "--text", tmp_path / "fox.txt", "--n-ctx", "16", "--device", "cpu"]
+
+
+def test_more_text_is_added_and_checked(of_model, tmp_path, capsys):
+    acts = tmp_path / "acts"
+    cache = ["cache", "-o", acts, *of_model, "--layer", "2"]
+    code, out, err = csae(*cache, "--max-tokens", "320", capsys=capsys)
+    assert code == 0, err
+    assert out.startswith("cached: 20 windows of 16 positions, 320 tokens, in ")
+    code, _, err = csae(*cache, "--max-tokens", "640", capsys=capsys)
+    assert code == 2
+    assert "--append adds to a folder that is whole" in err
+    code, out, err = csae(*cache, "--max-tokens", "640", "--append", capsys=capsys)
+    assert code == 0, err
+    added, cached = out.splitlines()
+    number = int(added.removeprefix("added: ").removesuffix(" windows"))
+    assert 0 < number <= 20
+    assert cached.startswith(f"cached: {20 + number} windows")
+    code, out, err = csae("cache", "--check", acts, capsys=capsys)
+    assert code == 0, err
+    assert out.startswith(f"checked: {20 + number} windows in 2 files")
+    assert ShardActivations(acts).places == (Place("resid.out:1"),)
+
+
+def test_a_bound_and_a_drawn_order(of_model, tmp_path, capsys):
+    cache = ["cache", *of_model, "--layer", "2"]
+    code, out, err = csae(*cache, "-o", tmp_path / "a", "--max-bytes", "20kB", "--shuffle", "1", capsys=capsys)
+    assert code == 0, err
+    left, cached = out.splitlines()
+    assert left.startswith("--max-bytes 20kB: no room for ")
+    n_windows = int(cached.removeprefix("cached: ").split()[0])
+    assert csae(*cache, "-o", tmp_path / "b", capsys=capsys)[0] == 0
+    drawn, all_of_them = ShardActivations(tmp_path / "a"), ShardActivations(tmp_path / "b")
+    assert drawn.n_windows == n_windows < all_of_them.n_windows
+    assert not torch.equal(drawn.tokens(range(n_windows)), all_of_them.tokens(range(n_windows)))
+
+
+def test_several_hook_points_are_those_of_the_model(of_model, tiny_model_path, tmp_path, capsys):
+    acts, names = tmp_path / "acts", ("resid.out:1", "mlp.out:1", "attn.out:0")
+    hooks = [part for name in names for part in ("--hook", name)]
+    code, _, err = csae("cache", "-o", acts, *of_model, *hooks, capsys=capsys)
+    assert code == 0, err
+    source = ShardActivations(acts)
+    assert source.places == tuple(map(Place, names))
+    lm = LanguageModel.load(tiny_model_path, device="cpu")
+    for place, batch in source.read_all([3, 0]).items():
+        (expected,) = lm.read(batch.tokens, [lm.hook(place.hook)])
+        torch.testing.assert_close(batch.acts, expected.half().float(), rtol=2e-3, atol=1e-6)
+        assert json.loads((acts / place.hook.replace(":", "-") / "activations.json").read_text())["model"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--out, --check: needed one of them"),
+        (["-o", "x", "--check", "x"], "--out, --check: needed one of them"),
+        (["--check", "nothing"], "activations 'nothing': no such folder"),
+    ],
+)
+def test_options_that_do_not_go_together(options, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = csae("cache", *options, capsys=capsys)
+    assert code == 2
+    assert not out
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "n_bytes"),
+    [("20GB", 20 * 10**9), ("500 MiB", 500 * 2**20), ("1.5kb", 1500), ("4096", 4096), ("1e9", 10**9), ("2T", None)],
+)
+def test_sizes(given, n_bytes):
+    if n_bytes is None:
+        with pytest.raises(UserError, match="--max-bytes: given 2T; needed a number of bytes"):
+            bytes_of(given)
+    else:
+        assert bytes_of(given) == n_bytes
+
+
+@pytest.mark.parametrize("given", ["", "GB", "-1GB", "0", "nan", "inf", "1 GBB", "0.5"])
+def test_no_sizes(given):
+    with pytest.raises(UserError, match="needed a number of bytes"):
+        bytes_of(given)
