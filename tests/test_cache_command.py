@@ -69,6 +69,14 @@ def test_several_hook_points_are_those_of_the_model(of_model, tiny_model_path, t
         assert json.loads((acts / place.hook.replace(":", "-") / "activations.json").read_text())["model"]
 
 
+def test_what_a_transcoder_needs(of_model, tmp_path, capsys):
+    acts = tmp_path / "acts"
+    code, _, err = csae("cache", "-o", acts, *of_model, "--from", "mlp.in:1", "--to", "mlp.out:1", capsys=capsys)
+    assert code == 0, err
+    pair = ShardActivations(acts).at(Place("mlp.in:1", "mlp.out:1"))
+    assert pair.read([0]).target.shape == (1, 16, 16)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

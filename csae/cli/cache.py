@@ -9,7 +9,7 @@ from typing import Any
 import click
 import torch
 
-from csae.cli.options import BOS, DATASET, DEVICE, KEEP_FIRST, LAYER, MODEL, N_CTX, TEXT, device_of, origin_of
+from csae.cli.options import BOS, DATASET, DEVICE, KEEP_FIRST, MODEL, N_CTX, TEXT, device_of, origin_of, place_options
 from csae.errors import UserError, shown
 
 UNITS = {"": 1, "B": 1} | {
@@ -22,7 +22,7 @@ UNITS = {"": 1, "B": 1} | {
 @click.command()
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="A new folder, or one where this was cut short.")
 @MODEL
-@LAYER
+@place_options(several=True)
 @TEXT
 @DATASET
 @N_CTX
@@ -51,6 +51,8 @@ def cache(**options: Any) -> None:
         if found.unknown:
             print(f"{len(found.unknown)} of them have no checksum, such as {shown(found.unknown[0])}: they can be read")
         return
+    if options["hook_from"] and options["hook_to"] and not (options["hook"] or options["layer"]):
+        options |= {"hook": (options.pop("hook_from"), options.pop("hook_to"))}  # both are stored
     max_bytes = None if options["max_bytes"] is None else bytes_of(options["max_bytes"])
     source, _ = open_source(origin_of(options), device_of(options["device"]), track)
     did = write_cache(
