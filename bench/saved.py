@@ -12,13 +12,14 @@ import argparse
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from csae.config import TrainConfig
-from csae.data.activations import ModelActivations
+from csae.data.activations import Batch, ModelActivations
 from csae.data.batches import IndexedBatches
 from csae.data.cache import write_cache
 from csae.data.language_model import LanguageModel
@@ -28,6 +29,7 @@ from csae.data.shards import listed
 from csae.data.text import python_prose, tokenize
 
 BATCH_WINDOWS = 8
+BESIDE = ("mlp.in", "mlp.out", "attn.out")
 READ_BYTES = 8 * 2**20
 
 
@@ -40,9 +42,9 @@ def seconds(work: Callable[[], object]) -> float:
 def writing(source: ModelActivations, folder: Path, repeats: int) -> None:
     """Prints the time a token of the bare pass and of the cache, one hook point and four."""
     lm, tokens = source.lm, source.token_windows.tokens
-    layers = [source.places[0].hook, "mlp.out:11", "attn.out:11", "mlp.in:11"]
-    several = ModelActivations(lm, layers, source.token_windows)
-    point = lm.hook(layers[0])
+    first, block = source.places[0].hook, source.places[0].hook.rpartition(":")[2]
+    several = ModelActivations(lm, [first, *(f"{name}:{block}" for name in BESIDE)], source.token_windows)
+    point = lm.hook(first)
     n_tokens = tokens.numel()
 
     def bare() -> None:
@@ -101,37 +103,44 @@ def reading(folder: Path, repeats: int) -> None:
         print(f"{name}: {size / taken / 1e9:.2f} GB/s")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="a folder for the shards; removed at the end")
     parser.add_argument("--model", default=None)
     parser.add_argument("--layer", type=int, default=12)
     parser.add_argument("--windows", type=int, default=96)
     parser.add_argument("--read-gb", type=float, default=1.5)
+    parser.add_argument("--n-ctx", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     lm = LanguageModel.load(smollm2() if given.model is None else given.model, device="cpu")
-    windows = tokenize(python_prose(), lm.tokenizer, 256, given.windows * 256)
+    windows = tokenize(python_prose(), lm.tokenizer, given.n_ctx, given.windows * given.n_ctx)
     source = ModelActivations(lm, given.layer, windows)
-    print(f"{lm.name}, layer {given.layer}, {len(windows.tokens)} windows of 256, {torch.get_num_threads()} threads")
+    print(
+        f"{lm.name}, layer {given.layer}, {len(windows.tokens)} windows of {given.n_ctx}, {torch.get_num_threads()} threads"
+    )
     writing(source, given.out, given.repeats)
     shutil.rmtree(given.out, ignore_errors=True)
-    write_cache(Copies(source, int(given.read_gb * 1e9 / (256 * source.d_in * 2))), given.out)
+    write_cache(
+        Copies(source, max(BATCH_WINDOWS, int(given.read_gb * 1e9 / (given.n_ctx * source.d_in * 2)))), given.out
+    )
     reading(given.out, given.repeats)
     shutil.rmtree(given.out)
 
 
 class Copies:
-    """The same batch of windows again and again, to fill a disk with."""
+    """The same windows again and again, to fill a disk with."""
 
     def __init__(self, source: ModelActivations, n_windows: int) -> None:
         self.n_windows, self.n_ctx, self.d_in = n_windows, source.n_ctx, source.d_in
-        self._batch = source.read(range(16))
+        self._batch = source.read(range(min(16, source.n_windows)))
 
-    def read(self, window_indices: range) -> object:
-        return type(self._batch)(*(part if part is None else part[: len(window_indices)] for part in self._batch))
+    def read(self, window_indices: Sequence[int]) -> Batch:
+        acts, mask, documents, _, _ = self._batch
+        rows = [window % len(acts) for window in window_indices]
+        return Batch(acts[rows], mask[rows], documents[rows], None)
 
-    def describe(self) -> dict[str, str]:
+    def describe(self) -> dict[str, Any]:
         return {"data": "copies"}
 
 
