@@ -116,9 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lm = LanguageModel.load(smollm2() if given.model is None else given.model, device="cpu")
     windows = tokenize(python_prose(), lm.tokenizer, given.n_ctx, given.windows * given.n_ctx)
     source = ModelActivations(lm, given.layer, windows)
-    print(
-        f"{lm.name}, layer {given.layer}, {len(windows.tokens)} windows of {given.n_ctx}, {torch.get_num_threads()} threads"
-    )
+    n_windows, threads = len(windows.tokens), torch.get_num_threads()
+    print(f"{lm.name}, layer {given.layer}, {n_windows} windows of {given.n_ctx}, {threads} threads")
     writing(source, given.out, given.repeats)
     shutil.rmtree(given.out, ignore_errors=True)
     write_cache(
