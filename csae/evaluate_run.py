@@ -26,7 +26,7 @@ from csae.trained_on import KEY, data_name
 HELD_OUT, NOT_TRAINED_ON, ASKED_FOR, UNKNOWN = "held out", "not trained on", "asked for", "unknown"
 HASHED_AT_ONCE = 64
 DATA = ("activations", "text", "dataset")
-KINDS: dict[str, Any] = dict.fromkeys((*DATA, "model", "hook", "hook_to"), str)
+KINDS: dict[str, Any] = dict.fromkeys((*DATA, "model", "lm_dtype", "hook", "hook_to"), str)
 KINDS |= dict.fromkeys(("layer", "n_ctx", "max_tokens"), int)
 KINDS |= {"held_out": int | float}
 # Two descriptions of the same windows may differ in these: how they are read, and where they lie.
@@ -176,7 +176,9 @@ def _origin(run: Path | str, sae: SAE, job: dict[str, Any], given: dict[str, Any
     on = {} if sae.trained_on is None else sae.trained_on.to_config()
     known = {**on, **job.get("data", {}), **job["origin"]}
     is_other = any(name in given for name in DATA)
-    kept = {name: known[name] for name in ("model", "n_ctx", "bos", "keep_first") if known.get(name) is not None}
+    kept = {
+        name: known[name] for name in ("model", "lm_dtype", "n_ctx", "bos", "keep_first") if known.get(name) is not None
+    }
     origin = (kept if is_other else kept | job["origin"]) | given
     if not any(name in given for name in PLACE_KEYS):
         origin |= _place(sae, job)
@@ -216,7 +218,7 @@ def _open(
         if (places := getattr(source, "places", ())) and len(places) > 1:
             raise UserError(f"--hook: {len(places)} places, {places[0]} to {places[-1]}; needed one: name it")
         if lm is None and "model" in origin:  # saved activations, and a model to splice into
-            lm = open_model(origin["model"], device, opened)
+            lm = open_model(origin["model"], device, opened, origin.get("lm_dtype"))
         opened[key] = source, lm
     return opened[key]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from csae.errors import UserError, shown
-from csae.files import check_utf8, lock, parse_json, read_json, reading, write_json, writing
+from csae.files import check_utf8, lock, parse_json, read_json, reading, write_file, write_json, writing
 from csae.tensors import WORKING
 
 RUN, METRICS = "run.json", "metrics.jsonl"
@@ -30,7 +30,7 @@ JOB: dict[str, tuple[type, ...]] = {
     "origin": (dict, type(None)),
 }
 ORIGIN: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("activations", "model", "hook", "hook_to", "text", "dataset", "text_column"), (str,)),
+    **dict.fromkeys(("activations", "model", "lm_dtype", "hook", "hook_to", "text", "dataset", "text_column"), (str,)),
     **dict.fromkeys(("layer", "n_ctx", "max_tokens", "held_out_windows", "shuffle", "shuffle_seed"), (int,)),
     **dict.fromkeys(("bos", "keep_first", "chat", "stream"), (bool,)),
     "held_out": (int, float),
@@ -38,7 +38,8 @@ ORIGIN: dict[str, tuple[type, ...]] = {
 # What is in run.json and no option of `csae train`.
 NO_OPTION = ("d_in", "d_out", "k_aux", "aux_coef", "start", "data", "stream")
 SOURCE_STATE = "source.safetensors"  # of a stream, after the last step
-FILES = (RUN, "windows.bin", "config.json", "model.safetensors", "README.md", "logs.json", SOURCE_STATE)
+OPTIONS = "config.yaml"  # of `csae train --config`
+FILES = (RUN, OPTIONS, "windows.bin", "config.json", "model.safetensors", "README.md", "logs.json", SOURCE_STATE)
 
 
 def read_run(run: Path) -> dict[str, Any]:
@@ -163,6 +164,14 @@ def locked(run: Path, job: dict[str, Any]) -> Iterator[FileIO]:
         if not (run / RUN).is_file():
             write_json(run / RUN, job)
         yield metrics
+
+
+def write_options(run: Path, options: dict[str, Any]) -> None:
+    """Write the options of `csae train` that give this run, as YAML."""
+    import yaml  # the command line's: the library does without
+
+    text = yaml.safe_dump(as_json(options), sort_keys=False, allow_unicode=True)
+    write_file(run / OPTIONS, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def append_line(metrics: FileIO, line: dict[str, Any]) -> None:

@@ -40,6 +40,7 @@ from csae.run import (
     locked,
     remove_unfinished,
     sync,
+    write_options,
 )
 from csae.sae import SAE
 from csae.saving import CONFIG, check_config
@@ -65,6 +66,8 @@ class Job:
     """where else its metrics go (`csae.logs`)"""
     init: dict[str, Any] | None = None
     """JSON for run.json: which SAE it begins from, where it was not `initialise`d; None otherwise"""
+    asked: dict[str, Any] | None = None
+    """options of `csae train` for config.yaml"""
 
 
 class Training:
@@ -73,7 +76,7 @@ class Training:
     def __init__(self, job: Job, batches: Batches) -> None:
         """Looks at the folder, and writes nothing. Raises UserError where it holds another job, or something else."""
         check_logs(job.logs)
-        self.sae, self.run, self.logs = job.sae, Path(job.run), job.logs
+        self.sae, self.run, self.logs, self.asked = job.sae, Path(job.run), job.logs, job.asked
         self.place = _place(job, batches)
         frozen = sorted(name for name, parameter in self.sae.named_parameters() if not parameter.requires_grad)
         if len(frozen) == len(list(self.sae.parameters())):
@@ -114,6 +117,8 @@ class Training:
             if self.trained:
                 yield
                 return
+            if self.asked is not None:
+                write_options(self.run, self.asked)
             self._prepare(metrics)
             hashes = self.earlier.seen_by(self.first, self.config)
             with open_log(self.run, hashes) as self.seen, open_logs(self.logs, self.run, self.about) as self.log_to:

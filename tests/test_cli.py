@@ -152,7 +152,8 @@ def test_the_options_of_train_are_the_fields_of_what_they_fill():
     for field in fields:
         if field.name not in ("steps", "start"):
             option = options[field.name]
-            assert field.default in (None, option.get_default(click.Context(cli.commands["train"])))
+            default = option.get_default(click.Context(cli.commands["train"]))
+            assert field.default is None or default in (field.default, (field.default,), [field.default])
             assert option.help == field.metadata["help"]
     # The SAE's own arguments have the same defaults.
     own = inspect.signature(ContextualSAE).parameters
@@ -217,7 +218,7 @@ def bad(name, tmp_path, model, text):
     ("name", "message"),
     [
         ("missing model", "no such file or folder; give a Hugging Face id, a folder or a .gguf file"),
-        ("missing layer", "layer: given 4; "),
+        ("missing layer", "after the last is resid.out:2, which is layer 3"),
         ("layer zero", "layer: given 0; "),
         ("k above d_sae", "k: given 41; needed 1 <= k <= d_sae = 40"),
         ("empty text", "is empty; give a file or folder with text in it"),

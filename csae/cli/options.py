@@ -52,8 +52,8 @@ def DATASET(command: Any) -> Any:
     return command
 
 
-def options_of(config: type, *names: str) -> Callable[[Any], Any]:
-    """The options that fill these fields of a dataclass of `csae.config`, in this order."""
+def options_of(config: type, *names: str, several: bool = False) -> Callable[[Any], Any]:
+    """The options that fill these fields of a dataclass of `csae.config`, in this order; several: with many values."""
     fields = {field.name: field for field in dataclasses.fields(config)}
     kinds = typing.get_type_hints(config)
 
@@ -65,7 +65,9 @@ def options_of(config: type, *names: str) -> Callable[[Any], Any]:
             if kind is bool:
                 how = {"is_flag": True}
             elif field.default is not None:
-                how |= {"default": field.default, "show_default": True}
+                how |= {"default": [field.default] if several else field.default, "show_default": True}
+            if several:
+                how |= {"multiple": True}
             command = click.option(f"--{name.replace('_', '-')}", help=field.metadata["help"], **how)(command)
         return command
 
@@ -151,11 +153,11 @@ def given_of(options: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def device_of(name: str | None) -> str:
+def device_of(name: str | None, option: str = "--device") -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device: given {name!r}; it can't be used here: give cpu") from error
+        raise UserError(f"{option}: given {name!r}; it can't be used here: give cpu") from error
     return name

@@ -2,56 +2,70 @@
 
 from __future__ import annotations
 
-import dataclasses
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
+from csae.cli.config_file import CONFIG_FILE
 from csae.cli.options import (
     ACTIVATIONS,
     BOS,
     DATASET,
     DEVICE,
     KEEP_FIRST,
-    LAYER,
     MODEL,
     N_CTX,
     TEXT,
     device_of,
     options_of,
     origin_of,
+    place_options,
 )
 from csae.config import SAEConfig, TrainConfig
-from csae.errors import shown
+from csae.data.dtypes import LM_DTYPES
+from csae.errors import UserError, shown
 from csae.logs import LOGS, check_logs
 
 
 @click.command()
 @click.option(
-    "--out", "-o", type=click.Path(path_type=Path), required=True, help="Folder of the run; goes on if it is there."
+    "--out",
+    "-o",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder of the run; goes on if it is there. Of several SAEs, a folder for their runs.",
 )
-@options_of(SAEConfig, "arch")
+@CONFIG_FILE
+@options_of(SAEConfig, "arch", several=True)
 @ACTIVATIONS
 @MODEL
-@LAYER
+@place_options(several=True)
 @TEXT
 @DATASET
 @N_CTX
 @BOS
 @KEEP_FIRST
 @click.option("--max-tokens", type=int, help="Use at most so many tokens of the text.")
-@options_of(SAEConfig, "d_sae", "k", "heads", "d_head", "d_value", "d_memory", "k_mem", "query", "sweeps")
+@options_of(SAEConfig, "d_sae", "k", several=True)
+@options_of(SAEConfig, "heads", "d_head", "d_value", "d_memory", "k_mem")
+@options_of(SAEConfig, "query", several=True)
+@options_of(SAEConfig, "sweeps")
 @options_of(TrainConfig, "early_sweeps", "exact_from", "gap_every")
 @options_of(SAEConfig, "dead_after", "skip")
 @click.option("--tokens", type=click.IntRange(min=1), help="Tokens to train on; all of the data once if not given.")
-@options_of(TrainConfig, "batch_windows", "lr", "look_back_lr", "warmup", "decay")
+@options_of(TrainConfig, "batch_windows")
+@options_of(TrainConfig, "lr", several=True)
+@options_of(TrainConfig, "look_back_lr", "warmup", "decay")
 @options_of(TrainConfig, "lazy", "moments", "precision", "checkpoint_every", "log_every")
 @click.option(
     "--held-out", type=float, default=0.02, show_default=True, help="Share of the windows kept for `csae eval`."
 )
 @options_of(TrainConfig, "seed")
+@click.option("--init", help="Begin with the weights of another run, a saved SAE or a hub id.")
 @click.option("--log", "logs", type=click.Choice(LOGS), multiple=True, help="Metrics also go there; may be repeated.")
 @click.option(
     "--stream/--no-stream",
@@ -62,24 +76,44 @@ from csae.logs import LOGS, check_logs
     "--shuffle-buffer", type=int, default=1024, show_default=True, help="Windows of a stream that are shuffled."
 )
 @click.option("--workers", type=int, default=1, show_default=True, help="Processes that tokenize a stream.")
+@click.option(
+    "--lm-dtype",
+    type=click.Choice(LM_DTYPES),
+    help="Of the language model; auto, the default: bfloat16 where the hardware multiplies it, else float32.",
+)
+@click.option("--lm-device", help="Of the language model; that of --device if not given.")
 @DEVICE
-def train(**options: Any) -> None:
-    """Train an SAE on activations: of a language model on the fly, or saved ones."""
-    from csae.data.activations import ModelActivations, check_share, estimate_normalisation, held_out
+@click.pass_context
+def train(context: click.Context, **options: Any) -> None:
+    """Train an SAE on activations: of a language model on the fly, or saved ones.
+
+    Several hook points, and several of --arch, --d-sae, --k, --query and --lr, give an SAE for each combination, all
+    trained on the same batches.
+    """
+    from csae.cli.several import check_folders, jobs_of, settings_of
+    from csae.data.activations import ModelActivations, check_share, held_out
     from csae.data.batches import Batches, IndexedBatches
+    from csae.data.dtypes import resolved_dtype
     from csae.data.raw_text import as_stream, open_stream_batches
-    from csae.data.sources import check_said, open_source, remembered
+    from csae.data.sources import check_said, open_source
     from csae.progress import track
-    from csae.run import read_origin
-    from csae.train import Job, check_one_process, train_together
+    from csae.train import check_one_process, train_together
 
     check_logs(options["logs"])
     check_share(options["held_out"])
     check_one_process()
     device = device_of(options["device"])
-    earlier = read_origin(options["out"])
+    lm_device = device_of(options["lm_device"] or device, "--lm-device")
+    earlier = check_folders(options["out"])
+    origin = origin_of(options, earlier)
+    if "activations" in origin and options["lm_dtype"]:
+        raise UserError("--lm-dtype: given with --activations, which are as they were made; needed with a model")
+    if "model" in origin:
+        given = options["lm_dtype"] or (earlier.get("lm_dtype") if earlier else "auto")
+        origin |= {} if given is None else {"lm_dtype": resolved_dtype(given, torch.device(lm_device))}
+        _say(f"loading {shown(Path(origin['model']).name)} and its text")
     origin = as_stream(
-        origin_of(options, earlier),
+        origin,
         options["stream"],
         options["tokens"],
         options["held_out"],
@@ -87,9 +121,8 @@ def train(**options: Any) -> None:
         options["seed"],
         earlier.get("held_out_windows"),
     )
-    source, _ = open_source(origin, device, track)
+    source, _ = open_source(origin, lm_device, track)
     check_said(origin, source)
-    origin = remembered(origin, source)
     batches: Batches | None = None
     if origin.get("stream"):
         assert isinstance(source, ModelActivations)
@@ -97,17 +130,29 @@ def train(**options: Any) -> None:
         train_windows = range(source.n_windows)
     else:
         train_windows, _ = held_out(source.n_windows, options["held_out"])
+    settings = settings_of(options)
     per_step = options["batch_windows"] * source.n_ctx
     tokens = len(train_windows) * source.n_ctx if options["tokens"] is None else options["tokens"]
-    which, how = (
-        {field.name: options[field.name] for field in dataclasses.fields(config) if field.name in options}
-        for config in (SAEConfig, TrainConfig)
+    steps = max(1, tokens // max(1, per_step))
+    began = time.perf_counter()
+    jobs = jobs_of(context, settings, source, train_windows, origin, options, steps, device)
+    read = min(64, len(train_windows)) * source.n_ctx
+    seconds = steps * per_step * (time.perf_counter() - began) / read
+    of = f"{len(jobs)} SAEs" if len(jobs) > 1 else "one SAE"
+    _say(
+        f"training {of} on {steps * per_step:,} tokens: {steps:,} steps of {options['batch_windows']} windows of "
+        f"{source.n_ctx}; to read the activations takes about {_time(seconds)} of it"
     )
-    config = TrainConfig(steps=max(1, tokens // max(1, per_step)), **how)
-    torch.manual_seed(options["seed"])
-    sae = SAEConfig(**which).make(source.d_in)
-    mean, scale = estimate_normalisation(source, train_windows)[:2]
-    sae.to(device).initialise(mean.to(device), scale)
-    job = Job(sae, options["out"], config, origin | {"held_out": options["held_out"]}, logs=options["logs"])
-    train_together([job], batches or IndexedBatches(source, train_windows, config))
-    print(f"trained: {shown(options['out'])} (look at it: csae eval {shown(options['out'])})")
+    train_together(jobs, batches or IndexedBatches(source, train_windows, jobs[0].config))
+    runs = " ".join(shown(job.run) for job in jobs)
+    print(f"trained: {runs} (look at {'them' if len(jobs) > 1 else 'it'}: csae eval {runs})")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

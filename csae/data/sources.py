@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import torch
+
 from csae.data.activations import ActivationSource, ModelActivations
 from csae.data.language_model import LanguageModel
 from csae.data.places import PLACE_KEYS, Place, in_words, matching, places_in
@@ -31,9 +33,10 @@ def open_source(
     in it. A source of several places is one of `csae.data.activations.ActivationSources`. Beside those "keep_first",
     true where position 0 and outliers take part (`csae.data.activations.sink_mask`), and with a model "bos", whether
     windows begin with a beginning of sequence: false if it is not there, null for the tokenizer's own convention
-    (`csae.data.text.beginning`). How a data set of text is read is in `csae.data.raw_text`; of one that is streamed,
-    these are the windows that it holds out. opened: models and windows that are open already, by their names; shared
-    with the next call. Raises UserError where a part is missing or does not fit.
+    (`csae.data.text.beginning`), and "lm_dtype", that of the model, such as "bfloat16"; that of `LanguageModel.load` if
+    it is not there. How a data set of text is read is in `csae.data.raw_text`; of one that is streamed, these are the
+    windows that it holds out. opened: models and windows that are open already, by their names; shared with the next
+    call. Raises UserError where a part is missing or does not fit.
     """
     opened = {} if opened is None else opened
     keep_first = bool(origin.get("keep_first"))
@@ -47,7 +50,7 @@ def open_source(
     places: list[int | Place] = [*places_in(origin)] if named else [origin["layer"]]
     if (origin.get("text") is None) == (origin.get("dataset") is None):
         raise UserError("--text, --dataset: needed one of them (or --activations DIR)")
-    lm = open_model(origin["model"], device, opened)
+    lm = open_model(origin["model"], device, opened, origin.get("lm_dtype"))
     for place in places:
         lm.hook_points.places(*(place if isinstance(place, Place) else (place,)))
     names = ("model", "text", "dataset", "n_ctx", "max_tokens", "bos", *READING)
@@ -58,12 +61,14 @@ def open_source(
     return ModelActivations(lm, places, opened[key], keep_first=keep_first), lm
 
 
-def open_model(name: str, device: str | None = None, opened: dict[str, Any] | None = None) -> LanguageModel:
+def open_model(
+    name: str, device: str | None = None, opened: dict[str, Any] | None = None, dtype: str | None = None
+) -> LanguageModel:
     """The language model of a name; from `opened` where it is there, see `open_source`."""
     opened = {} if opened is None else opened
-    key = f"model {name} {device}"
+    key = f"model {name} {device} {dtype}"
     if key not in opened:
-        opened[key] = LanguageModel.load(name, device=device)
+        opened[key] = LanguageModel.load(name, device, None if dtype is None else getattr(torch, dtype))
     return opened[key]
 
 

@@ -1,0 +1,164 @@
+"""`csae train`: several SAEs, config files, runs that begin with another's weights, the dtype of the model."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from test_cli import SMALL, csae, from_model, text  # noqa: F401
+
+from csae.checkpoint import load_sae
+from csae.data import dtypes
+from csae.data.dtypes import multiplies_bfloat16, resolved_dtype
+from csae.evaluate_run import evaluate_run
+
+LITTLE = [*SMALL, "--tokens", "640", "--log-every", "4", "--lm-dtype", "float32"]
+
+
+def weights(run):
+    return load_sae(run).state_dict()
+
+
+def test_several_saes_from_one_pass_are_those_that_are_trained_alone(from_model, tmp_path, capsys):  # noqa: F811
+    command = ["train", *from_model, *LITTLE, "--hook", "mlp.out:1"]
+    code, _, err = csae(*command, "-o", tmp_path / "all", "--k", "2", "--arch", "topk", "--arch", "contextual",
+                          capsys=capsys)  # fmt: skip
+    assert code == 0, err
+    assert "training 8 SAEs on 640 tokens: 10 steps of 4 windows of 16; to read the activations takes about" in err
+    names = {path.name for path in (tmp_path / "all").iterdir()}
+    assert names == {
+        f"{place}-{arch}-k{k}" for place in ("resid.out-1", "mlp.out-1") for arch in ("topk", "contextual")
+        for k in (4, 2)
+    }  # fmt: skip
+    alone = ["train", *from_model[:2], *from_model[4:], *LITTLE, "--hook", "mlp.out:1", "--arch", "contextual"]
+    assert csae(*alone, "-o", tmp_path / "alone", capsys=capsys)[0] == 0
+    run = tmp_path / "all" / "mlp.out-1-contextual-k4"
+    for name, tensor in weights(tmp_path / "alone").items():
+        assert torch.equal(tensor, weights(run)[name]), name
+    for file in ("run.json", "config.json", "windows.bin"):
+        assert (run / file).read_bytes() == (tmp_path / "alone" / file).read_bytes(), file
+
+    # A run is repeated by its config.yaml.
+    assert csae("train", "--config", run / "config.yaml", "-o", tmp_path / "again", capsys=capsys)[0] == 0
+    for name, tensor in weights(tmp_path / "again").items():
+        assert torch.equal(tensor, weights(run)[name]), name
+    assert (tmp_path / "again" / "config.yaml").read_bytes() == (run / "config.yaml").read_bytes()
+    assert (tmp_path / "again" / "run.json").read_bytes() == (run / "run.json").read_bytes()
+
+    code, _, err = csae("eval", run, tmp_path / "again", "--device", "cpu", "--ce-windows", "1", capsys=capsys)
+    assert code == 0, err
+
+    code, _, err = csae(*command, "-o", tmp_path / "alone", "--k", "2", capsys=capsys)
+    assert code == 2
+    assert "holds one run; needed a folder for the runs of 4 SAEs" in err
+
+
+def test_several_learning_rates_and_a_toml_file(from_model, tmp_path, capsys):  # noqa: F811
+    file = tmp_path / "many.toml"
+    file.write_text('arch = "topk"\nlr = [0.001, 0.002]\nd-sae = 24\nk = 3\n')
+    code, _, err = csae(
+        "train", *from_model, "--config", file, "-o", tmp_path / "all", "--tokens", "320", "--batch-windows", "4",
+        capsys=capsys,
+    )  # fmt: skip
+    assert code == 0, err
+    runs = sorted((tmp_path / "all").iterdir())
+    assert [run.name for run in runs] == ["resid.out-1-topk-k3-lr0.001", "resid.out-1-topk-k3-lr0.002"]
+    assert [json.loads((run / "run.json").read_text())["train"]["lr"] for run in runs] == [0.001, 0.002]
+    assert yaml.safe_load((runs[1] / "config.yaml").read_text())["lr"] == 0.002
+    assert load_sae(runs[0]).d_sae == 24
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("kk: 3\n", "kk: no option of csae train; needed some of"),
+        ("- 1\n", "needed options and their values"),
+        ("k: [\n", "not YAML"),
+        ("k: many\n", "'many' is not a valid integer"),
+        ("seed: [1, 2]\n", "seed: given [1, 2]; needed one value"),
+        ("out: here\n", "out: no option of csae train"),
+    ],
+)
+def test_a_config_file_that_cannot_be_followed_is_one_line(content, message, tmp_path, capsys):
+    file = tmp_path / "config.yaml"
+    file.write_text(content)
+    code, _, err = csae("train", "--config", file, "-o", tmp_path / "run", capsys=capsys)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_begins_with_the_weights_of_another(from_model, tmp_path, capsys):  # noqa: F811
+    first = ["train", *from_model, *LITTLE, "--arch", "topk", "-o", tmp_path / "first"]
+    assert csae(*first, capsys=capsys)[0] == 0
+    more = ["train", *from_model, "--batch-windows", "4", "--tokens", "64", "--init", tmp_path / "first"]
+    code, _, err = csae(*more, "--lr", "1e-9", "-o", tmp_path / "second", capsys=capsys)
+    assert code == 0, err
+    one, other = weights(tmp_path / "first"), weights(tmp_path / "second")
+    torch.testing.assert_close(one["W_enc"], other["W_enc"], rtol=1e-4, atol=1e-6)
+    assert json.loads((tmp_path / "second" / "run.json").read_text())["init"]["name"] == "first"
+    assert load_sae(tmp_path / "second").k == 4
+    code, _, err = csae(*more, "--k", "8", "-o", tmp_path / "third", capsys=capsys)
+    assert code == 2
+    assert "--k: given 8; the SAE of --init has 4" in err
+    code, _, err = csae(*more, "--arch", "contextual", "-o", tmp_path / "third", capsys=capsys)
+    assert "--arch: given contextual; the SAE of --init has topk" in err
+    assert not (tmp_path / "third").exists()
+
+
+def test_what_differs_is_named_by_its_option_and_more_tokens_extend(from_model, tmp_path, capsys):  # noqa: F811
+    command = ["train", *from_model, *LITTLE, "-o", tmp_path / "run"]
+    assert csae(*command, capsys=capsys)[0] == 0
+    for changed, message in (
+        (["--k", "2"], "--k: given 2, the run has 4"),
+        (["--heads", "1"], "--heads: given 1, the run has 2"),
+        (["--layer", "1"], None),
+        (["--tokens", "320"], "--tokens: given 5 steps (320 tokens), the run has 10 steps (640 tokens)"),
+        (["--held-out", "0.3"], "--held-out: given 0.3, the run has 0.02"),
+    ):
+        if message:
+            code, _, err = (
+                csae(*command, *changed, capsys=capsys)
+                if changed[0] != "--k"
+                else csae(
+                    *[arg if arg != "4" or command[at - 1] != "--k" else "2" for at, arg in enumerate(command)],
+                    capsys=capsys,
+                )
+            )
+            assert code == 2
+            assert message in err
+    code, _, err = csae(*command, "--tokens", "960", capsys=capsys)
+    assert code == 0, err
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["train"]["start"] == 10
+
+
+def test_the_dtype_of_the_model_is_kept_and_evaluated_with(from_model, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(dtypes, "cpu_flags", lambda: {"avx512_bf16"})
+    command = ["train", *from_model, *SMALL, "--tokens", "320", "--arch", "topk", "-o", tmp_path / "run"]
+    assert csae(*command, capsys=capsys)[0] == 0
+    job = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (job["origin"]["lm_dtype"], job["data"]["dtype"]) == ("bfloat16", "bfloat16")
+    opened = {}
+    evaluate_run(tmp_path / "run", load_sae(tmp_path / "run"), ce_windows=1, device="cpu", opened=opened)
+    assert any(key.startswith("model ") and key.endswith("bfloat16") for key in opened)
+    # On another machine the run goes on as it was.
+    monkeypatch.setattr(dtypes, "cpu_flags", lambda: set())
+    assert csae(*command, capsys=capsys)[0] == 0
+    code, _, err = csae(*command, "--lm-dtype", "float32", capsys=capsys)
+    assert code == 2
+    assert "--lm-dtype: given float32, the run has bfloat16" in err
+
+
+def test_auto_is_bfloat16_where_the_hardware_multiplies_it(monkeypatch):
+    cpu = torch.device("cpu")
+    for flags, expected in (
+        ({"avx512_bf16"}, True),
+        ({"amx_bf16", "avx2"}, True),
+        ({"avx512f"}, False),
+        (set(), False),
+    ):
+        monkeypatch.setattr(dtypes, "cpu_flags", lambda flags=flags: flags)
+        assert multiplies_bfloat16(cpu) == expected
+        assert resolved_dtype("auto", cpu) == ("bfloat16" if expected else "float32")
+    assert resolved_dtype("float16", cpu) == "float16"
