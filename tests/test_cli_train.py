@@ -162,3 +162,18 @@ def test_auto_is_bfloat16_where_the_hardware_multiplies_it(monkeypatch):
         assert multiplies_bfloat16(cpu) == expected
         assert resolved_dtype("auto", cpu) == ("bfloat16" if expected else "float32")
     assert resolved_dtype("float16", cpu) == "float16"
+
+
+@pytest.mark.parametrize("arch", ["topk", "contextual"])
+def test_a_transcoder_is_trained_and_repeated(arch, from_model, tmp_path, capsys):  # noqa: F811
+    data = [*from_model[:2], *from_model[4:], *LITTLE, "--arch", arch, "--skip"]
+    command = ["train", *data, "--from", "mlp.in:1", "--to", "mlp.out:1", "-o", tmp_path / "run"]
+    code, _, err = csae(*command, capsys=capsys)
+    assert code == 0, err
+    job = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (job["origin"]["hook"], job["origin"]["hook_to"]) == ("mlp.in:1", "mlp.out:1")
+    code, _, err = csae("train", "--config", tmp_path / "run" / "config.yaml", "-o", tmp_path / "again", capsys=capsys)
+    assert code == 0, err
+    assert all(torch.equal(one, weights(tmp_path / "again")[name]) for name, one in weights(tmp_path / "run").items())
+    code, _, err = csae("eval", tmp_path / "run", "--device", "cpu", "--ce-windows", "1", capsys=capsys)
+    assert code == 0, err
