@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from csae.contextual_sae import ContextualSAE
 from csae.data.activations import sink_mask
+from csae.errors import UserError
 from csae.interop.feature_acts import FeatureActs, carried_of
 from csae.ops import topk_encode
 from csae.outputs import Code
@@ -28,6 +29,8 @@ class DenseSAE(nn.Module):
 
     def __init__(self, sae: TopKSAE | ContextualSAE) -> None:
         super().__init__()
+        if sae.is_transcoder:
+            raise UserError("sae: given a transcoder; needed an SAE without d_out: others read what they rebuild")
         self.sae: TopKSAE | ContextualSAE = sae
 
     @property

@@ -76,6 +76,8 @@ def load(name: str | Path) -> TopKSAE | ContextualSAE:
 
 def save(sae: SAE, folder: Path, metadata: dict[str, Any]) -> None:
     """What `SAE.load_from_disk` loads. See `csae.interop.save`."""
+    if sae.is_transcoder:
+        raise UserError("sae: given a transcoder; needed an SAE without d_out: SAELens has no TopK transcoder")
     if isinstance(sae, ContextualSAE):
         tensors = contextual_tensors(unscaled(sae))
         config = {**sae.config, "architecture": CONTEXTUAL}
