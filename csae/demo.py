@@ -30,7 +30,9 @@ from csae.data.activations import (
     estimate_normalisation,
     held_out,
 )
+from csae.data.batches import IndexedBatches
 from csae.data.cache import write_cache
+from csae.data.dtypes import resolved_dtype
 from csae.data.language_model import LanguageModel
 from csae.data.loading import smollm2
 from csae.data.shard_activations import ShardActivations
@@ -53,7 +55,7 @@ from csae.progress import Progress, track
 from csae.run import METRICS
 from csae.sae import SAE
 from csae.topk_sae import TopKSAE
-from csae.train import check_one_process, train
+from csae.train import Job, check_one_process, train_together
 from csae.trained_on import model_name
 
 TOKENS = 420_000
@@ -85,6 +87,7 @@ def run_demo(
     eval_windows: int = EVAL_WINDOWS,
     seed: int = 0,
     device: str | None = None,
+    lm_dtype: str = "auto",
     progress: Progress = track,
 ) -> dict[str, Any]:
     """Trains a TopK SAE, a wider one and a contextual one on the same tokens; gives what is in results.json.
@@ -99,6 +102,7 @@ def run_demo(
         tokens: to train on; each is seen `epochs` times. Less where the text is shorter.
         eval_windows: windows held out for the figures; no more than a fifth of all.
         device: of the language model and of training; CUDA where there is one, otherwise the CPU.
+        lm_dtype: of the language model, one of `csae.data.dtypes.LM_DTYPES`.
 
     Raises UserError where the model or the text is missing or does not fit, or `out` holds another demo.
     """
@@ -111,7 +115,8 @@ def run_demo(
     out = Path(out)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _say("language model: loading")
-    lm = LanguageModel.load(smollm2() if model is None else model, device=device)
+    dtype = getattr(torch, resolved_dtype(lm_dtype, torch.device(device)))
+    lm = LanguageModel.load(smollm2() if model is None else model, device=device, dtype=dtype)
     documents = python_prose() if text is None else read_documents(text)
     wanted = tokens + eval_windows * n_ctx
     begin = beginning(lm.tokenizer)
@@ -131,10 +136,12 @@ def run_demo(
     mean, scale = estimate_normalisation(source, train_windows, seed=seed)[:2]
     prose = "the prose that comes with Python" if text is None else shown(Path(text).name)
     origin = {"activations": str(cached.resolve()), "held_out": len(test_windows), "data": prose}
-    for name, sae in saes.items():
-        _say(f"{name}: training {sae.n_params / 1e6:.2f}M parameters on {config.steps * batch_windows} windows")
-        sae.initialise(mean, scale)
-        train(sae.to(device), source, train_windows, runs[name], config, origin)
+    for sae in saes.values():
+        sae.to(device).initialise(mean.to(device), scale)
+    sizes = ", ".join(f"{name} {sae.n_params / 1e6:.2f}M parameters" for name, sae in saes.items())
+    _say(f"training on {config.steps * batch_windows} windows: {sizes}")
+    jobs = [Job(sae, runs[name], config, origin) for name, sae in saes.items()]
+    train_together(jobs, IndexedBatches(source, train_windows, config))
     rows: list[dict[str, Any]] = []
     figures: list[dict[str, Any]] = []
     for name, sae in saes.items():
@@ -144,12 +151,13 @@ def run_demo(
         keep_held_out_fvu(runs[name], sae, found)
         write_json(runs[name] / EVAL, found)
         rows.append(found | {"name": name})
-        # In results.json tokens_per_s is the speed of training.
+        # In results.json tokens_per_s is the speed of training, of this SAE's steps alone.
         speeds = {"tokens_per_s": _training_speed(runs[name]), "eval_tokens_per_s": found["tokens_per_s"]}
         figures.append(found | {"arch": name} | speeds)
 
     results = {
         "model": model_name(lm.name),
+        "lm_dtype": str(lm.model.dtype).removeprefix("torch."),
         "layer": layer,
         "tokens": config.steps * batch_windows * n_ctx,
         "distinct_tokens": len(train_windows) * n_ctx,
@@ -235,9 +243,11 @@ def _cached(source: ModelActivations, folder: Path, progress: Progress) -> Activ
 
 
 def _training_speed(run: Path) -> float:
-    """Tokens a second in training, the median over the steps."""
+    """Tokens a second of this SAE's steps, the median over the lines of metrics."""
     with open(run / METRICS, encoding="utf-8") as lines:
-        return statistics.median(json.loads(line)["tokens_per_s"] for line in lines)
+        found = [json.loads(line) for line in lines]
+    # Runs of earlier versions were trained one by one, and say only that.
+    return statistics.median(line.get("sae_tokens_per_s", line["tokens_per_s"]) for line in found)
 
 
 def _say(line: str) -> None:

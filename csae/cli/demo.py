@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from csae.cli.options import DEVICE, TEXT
+from csae.data.dtypes import LM_DTYPES
 
 
 @click.command()
@@ -21,6 +22,7 @@ from csae.cli.options import DEVICE, TEXT
 @click.option("--epochs", type=int, help="How often each is seen.")
 @click.option("--n-ctx", type=int, help="Positions a window.")
 @click.option("--seed", type=int, help="Of initialisation and order.")
+@click.option("--lm-dtype", type=click.Choice(LM_DTYPES), help="Of the language model; auto if not given.")
 @DEVICE
 def demo(**options: Any) -> None:
     """Train a per-token and a contextual SAE on a real language model, compare them, write a report."""
