@@ -1,6 +1,9 @@
-"""An SAE inside a language model: its reconstruction, or an edit of its features, in place of the residual stream.
+"""An SAE inside a language model: its reconstruction, or an edit of its features, in place of what is at a hook point.
 
     with csae.splice(model, layer, sae, [Edit(1207, scale=0)]) as spliced:
+        model.generate(...)
+
+    with csae.splice(model, "mlp.in:11", transcoder, to="mlp.out:11"):
         model.generate(...)
 
 In generation the model sees one token at a time; a contextual SAE follows it on a streaming state, with the same
@@ -13,9 +16,8 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +25,9 @@ from torch import Tensor, nn
 
 from csae.contextual_sae import ContextualSAE
 from csae.data.activations import Begun, follow_mask
-from csae.data.blocks import find_blocks, replacing_hook
-from csae.data.language_model import LanguageModel
+from csae.data.blocks import hidden, with_hidden
+from csae.data.hook_points import HookPoint
+from csae.data.probe import input_of, with_input
 from csae.look_back import LookBack
 from csae.recurrence import State
 from csae.sae import SAE, Code, Output
@@ -32,10 +35,7 @@ from csae.splicing.edit import Edit
 from csae.splicing.following import Content, caches_in, content_of, is_known, named
 from csae.splicing.remembered import Remembered, part_of, restore, to_overwrite
 from csae.splicing.visible import first_position, visible
-from csae.splicing.wrapping import by_name, wrapped
-from csae.trained_on import check_place
-
-COMPILED = "splice: inside a compiled function; needed outside of one, around its call"
+from csae.splicing.wrapping import by_name
 
 
 @dataclass
@@ -49,10 +49,12 @@ class _Pass:
     """all caches seen; after the pass, the last is asked first"""
     arguments: dict[str, Any] = field(default_factory=dict)
     """of the innermost module around the block, by name"""
+    given: Tensor | None = None
+    """[B, T, d_in]: what a transcoder reads, once the model has reached it"""
     text: Remembered | None = None
     """the text that it continues"""
     new: dict[str, Tensor] | None = None
-    """what went through the block, tables [B, T, ...]"""
+    """what went through the hook point, tables [B, T, ...]"""
     state: State | None = None
     """of the SAE, after it"""
     overwritten: tuple[int, Tensor, Tensor] | None = None
@@ -66,11 +68,14 @@ class Spliced:
     mask: Tensor | None = None
     """[B, T] bool: the positions of the last pass where the SAE's output was put in"""
 
-    def __init__(self, sae: SAE, edits: Sequence[Edit], keep_error: bool, look_back: int | None) -> None:
+    def __init__(
+        self, sae: SAE, edits: Sequence[Edit], keep_error: bool, look_back: int | None, source: HookPoint, to: HookPoint
+    ) -> None:
         self.sae, self.edits, self.keep_error, self.look_back = sae, edits, keep_error, look_back
+        self._source, self._to = source, to
         features = torch.tensor([edit.feature for edit in edits], dtype=torch.int64, device=sae.W_dec.device)
         self._features = features
-        self._directions = sae.W_dec.detach()[features]  # [m, d_in]
+        self._directions = sae.W_dec.detach()[features]  # [m, d_out]
         self._carried_directions = LookBack.of(sae).carried_by(features) if isinstance(sae, ContextualSAE) else None
         self._texts: list[Remembered] = []  # the last one first
         self._pass: _Pass | None = None
@@ -98,7 +103,7 @@ class Spliced:
         return output
 
     def at_block(self, signature: inspect.Signature, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """The block runs, and its output is replaced."""
+        """The block of the hook point runs: it shows the caches that only blocks are given."""
         with self._running() as (running, outermost):
             caches = list(
                 caches_in(value for value in (*args, *kwargs.values()) if not isinstance(value, list | tuple))
@@ -110,7 +115,25 @@ class Spliced:
                         "the block was called by itself with a cache; needed a call of the model around it"
                     )
             running.caches += caches
-            return replacing_hook(self.replace)(None, args, forward(*args, **kwargs))
+            return forward(*args, **kwargs)
+
+    def at_source(self, signature: inspect.Signature, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The module whose input or output a transcoder reads runs."""
+        with self._running() as (running, _):
+
+            def read(given: Any) -> Any:
+                if running.given is not None:
+                    raise ValueError(f"{self._source.path} ran twice in one pass through the model; needed once")
+                self._check(given, self._source, self.sae.d_in)
+                running.given = given.clone()  # some models go on to add to it in place
+                return given
+
+            return _at(self._source, read, forward, args, kwargs)
+
+    def at_hook(self, signature: inspect.Signature, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The module whose input or output is replaced runs."""
+        with self._running():
+            return _at(self._to, self.replace, forward, args, kwargs)
 
     @contextmanager
     def _running(self) -> Iterator[tuple[_Pass, bool]]:
@@ -134,14 +157,22 @@ class Spliced:
 
     @torch.no_grad()
     @torch.inference_mode(False)
-    def replace(self, given: Tensor) -> Tensor:
-        """The residual stream [B, T, d_in] -> what is put in its place."""
+    def replace(self, there: Tensor) -> Tensor:
+        """What is at the hook point, [B, T, d_out] -> what is put in its place."""
         sae, running = self.sae, self._pass
-        if not isinstance(given, Tensor) or given.dim() != 3 or given.shape[-1] != sae.d_in:
-            raise ValueError(f"the block gave {_described(given)}; needed a stream [B, T, d_in] with d_in = {sae.d_in}")
+        self._check(there, self._to, sae.d_out)
         if running is None or running.new is not None:
             raise ValueError(
-                "the block ran twice in one pass through the model; needed once, as a run adds positions to the text"
+                f"{self._to.path} ran twice in one pass through the model; needed once, as a run adds positions to the "
+                "text"
+            )
+        given = running.given if self._source is not self._to else there
+        if given is None:
+            raise ValueError(f"{self._to.path} ran before {self._source.path}, which the SAE reads; needed it after it")
+        if given.shape[:2] != there.shape[:2]:
+            raise ValueError(
+                f"{self._source.name} is {list(given.shape[:2])} positions, {self._to.name} {list(there.shape[:2])}; "
+                "needed the same"
             )
         B, T = given.shape[:2]
         text = running.text = self._continued(running, B)
@@ -152,7 +183,7 @@ class Spliced:
                 f"a pass begins at position {first_position(running.arguments)}, and no cache shows what went before; "
                 "needed whole texts: use_cache=False"
             )
-        begun = None
+        begun = begun_there = None
         if text.length:
             said = text.table("said")
             if earlier is not None and not torch.equal(earlier.to(said.device), said):
@@ -160,12 +191,19 @@ class Spliced:
                     "attention_mask: differs from earlier passes at their positions; needed the same there"
                 )
             begun = Begun(text.table("seen").any(dim=1), text.table("usual")[:, -1])
-        self.mask, begun = follow_mask(given, begun, seen, *sae.masking)
+        self.mask, after = follow_mask(given, begun, seen, *sae.masking)
         new = {
             "said": seen,
             "seen": seen & (given != 0).any(dim=-1),
-            "usual": begun.usual_norm.unsqueeze(1).expand(B, T),
+            "usual": after.usual_norm.unsqueeze(1).expand(B, T),
         }
+        if self._source is not self._to:
+            if text.length:
+                begun_there = Begun(text.table("seen there").any(dim=1), text.table("usual there")[:, -1])
+            mask, after = follow_mask(there, begun_there, seen.to(there.device), *sae.masking)
+            self.mask = self.mask & mask.to(self.mask.device)
+            new["seen there"] = seen.to(there.device) & (there != 0).any(dim=-1)
+            new["usual there"] = after.usual_norm.unsqueeze(1).expand(B, T)
         acts = given.to(sae.W_dec)
         carried = None
         if isinstance(sae, ContextualSAE):
@@ -184,22 +222,30 @@ class Spliced:
                 running.state = made[-1]
                 parts.append((made[0], *made[1], *made[2:-1]))
             x_hat, values, indices, c, carried = (torch.cat(same, dim=1) for same in zip(*parts, strict=True))
-            self.output = Output(x_hat * sae.scale, Code(values, indices), c * sae.scale)
+            self.output = Output(x_hat * sae.out_scale, Code(values, indices), c * sae.out_scale)
             if sae.query == "past":
-                new["past"] = x_hat - sae.b_dec
+                past = x_hat - sae.b_dec
+                if sae.W_skip is not None:
+                    past = past - nn.functional.linear(acts / sae.scale - sae.centre, sae.W_skip)
+                new["past"] = past
         else:
             self.output = sae(acts, self.mask)
-        # `given` itself, not `acts`: the weights may have a narrower dtype.
-        base = given if self.keep_error else self.output.x_hat
-        change = self._edited(self.output.code, carried) * sae.scale
-        replaced = (base + change.to(base.device)).to(given)
+        # `there` itself, not what the SAE was given: its weights may have a narrower dtype.
+        base = there if self.keep_error else self.output.x_hat
+        change = self._edited(self.output.code, carried) * sae.out_scale
+        replaced = (base + change.to(base.device)).to(there)
         running.new = new
         self._passes += 1
         replaced_any = self.mask.any()
         self._replaced = (
             replaced_any if self._replaced is None else self._replaced | replaced_any.to(self._replaced.device)
         )
-        return torch.where(self.mask.unsqueeze(-1), replaced, given)
+        return torch.where(self.mask.to(there.device).unsqueeze(-1), replaced, there)
+
+    @staticmethod
+    def _check(acts: Any, point: HookPoint, width: int) -> None:
+        if not isinstance(acts, Tensor) or acts.dim() != 3 or acts.shape[-1] != width:
+            raise ValueError(f"{point.path} has {_described(acts)} at {point.name}; needed [B, T, {width}]")
 
     def _continued(self, running: _Pass, B: int) -> Remembered:
         """The text that a pass continues, by the caches that it was given; an empty one if they hold nothing."""
@@ -230,7 +276,7 @@ class Spliced:
         """After a pass: which cache holds it, and the marks that it is known by."""
         text, new = running.text, running.new
         if text is None or new is None:
-            return  # the pass ended before the block
+            return  # the pass ended before the hook point
         B, T = next(iter(new.values())).shape[:2]
         known = [cache for cache in running.caches if is_known(cache)] or running.caches
         grown = []
@@ -272,8 +318,8 @@ class Spliced:
             if self._failure is not None:
                 raise RuntimeError(f"splice: left without having replaced anything: {self._failure}") from self._failure
             raise RuntimeError(
-                "splice: left without having replaced anything: the block never ran; needed a call of the model that "
-                "was given, not of a copy, nor of an exported form of it"
+                f"splice: left without having replaced anything: {self._to.path} never ran; needed a call of the model "
+                "that was given, not of a copy, nor of an exported form of it"
             )
         if self._replaced is not None and not bool(self._replaced):
             warnings.warn(
@@ -281,8 +327,8 @@ class Spliced:
             )
 
     def _edited(self, code: Code, carried: Tensor | None) -> Tensor:
-        """What the edits add to the reconstruction, [B, T, d_in], in normalised units."""
-        added = torch.zeros(*code.values.shape[:-1], self.sae.d_in).to(code.values)
+        """What the edits add to the reconstruction, [B, T, d_out], in normalised units."""
+        added = torch.zeros(*code.values.shape[:-1], self.sae.d_out).to(code.values)
         for number, edit in enumerate(self.edits):
             if edit.part != "carried":
                 active = torch.where(code.indices == edit.feature, code.values, 0).sum(dim=-1)  # [B, T]
@@ -293,88 +339,19 @@ class Spliced:
         return added
 
 
+def _at(
+    point: HookPoint, change: Callable[[Tensor], Tensor], forward: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
+    """Runs a module with what is at a hook point of it changed."""
+    if point.side == "out":
+        output = forward(*args, **kwargs)
+        return with_hidden(output, change(hidden(output)))
+    found = input_of(args, kwargs)
+    if found is None:
+        raise ValueError(f"{point.path} was given no tensor [B, T, {point.width}], which is {point.name}")
+    args, kwargs = with_input(args, kwargs, found[0], change(found[1]))
+    return forward(*args, **kwargs)
+
+
 def _described(value: Any) -> str:
     return f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
-def _name(model: Any) -> str | None:
-    """What a model of transformers was loaded from; None where that does not name one model."""
-    name = getattr(model, "name_or_path", None)
-    if not isinstance(name, str) or not name:
-        return None
-    folder_of_gguf_files = Path(name).is_dir() and not (Path(name) / "config.json").is_file()
-    return None if folder_of_gguf_files else name
-
-
-@contextmanager
-def splice(
-    model: Any,
-    layer: int,
-    sae: SAE,
-    edits: Sequence[Edit] = (),
-    keep_error: bool = False,
-    look_back: int | None = None,
-    elsewhere: bool = False,
-) -> Iterator[Spliced]:
-    """Put an SAE's reconstruction in the place of a language model's residual stream, while the context lasts.
-
-    Forward passes over whole texts and `generate` work, of the model and of its base model, with caches of any kind,
-    beams, rejected tokens, and copies of a prompt's cache; a contextual SAE runs in its exact form. Position 0,
-    attention sinks and padding stay as they are, as in training (`csae.data.activations.sink_mask`; with a cache,
-    norms are compared with those of the first pass). A cache must have been filled inside the splice, from the first
-    token on. What is compiled runs uncompiled in it, and a copy of the model is one without it. No gradient goes
-    through the SAE. The first splice of a model runs it once on a few tokens, to see what its blocks are
-    (`csae.data.blocks.find_blocks`).
-
-    Args:
-        model: a causal language model of transformers, or a `LanguageModel`.
-        layer: the residual stream after this many blocks, from 1.
-        sae: of the width of that stream.
-        edits: what to do to features.
-        keep_error: add what the SAE misses, so that without edits the model's output stays what it was.
-        look_back: how many positions a contextual SAE remembers; all if not given.
-        elsewhere: put it in also at another model or layer than it was trained on (`sae.trained_on`).
-
-    Yields a `Spliced`, whose `output` is what the SAE made of the last pass.
-
-    Raises ValueError or TypeError where the model, the layer, the width or an edit does not fit, where the SAE was
-    trained on another model or layer, and where what a pass goes on with, or what is text in it, can't be followed.
-    Leaving it raises RuntimeError where the block never ran, and warns where nothing was replaced.
-    """
-    if torch.compiler.is_compiling():
-        raise RuntimeError(COMPILED)
-    name = model.name if isinstance(model, LanguageModel) else _name(model)
-    model = model.model if isinstance(model, LanguageModel) else model
-    with ExitStack() as stack:
-        # Code compiled before would skip the splice, and code compiled inside would keep it.
-        try:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        except RuntimeError as error:
-            raise RuntimeError(COMPILED) from error
-        blocks, d_in = find_blocks(model, type(model).__name__)
-        if not 1 <= layer <= len(blocks):
-            raise ValueError(f"layer: given {layer}; needed 1 to {len(blocks)}")
-        if d_in != sae.d_in:
-            raise ValueError(f"sae: {sae.d_in} wide; needed {d_in}, as wide as the model")
-        check_place(sae.trained_on, name, layer, elsewhere=elsewhere)
-        if look_back is not None and look_back < 1:
-            raise ValueError(f"look_back: given {look_back}; needed at least 1")
-        for edit in edits:
-            if not 0 <= edit.feature < sae.d_sae:
-                raise ValueError(f"edits: feature {edit.feature}; needed 0 to {sae.d_sae - 1}")
-            if edit.part == "carried" and not isinstance(sae, ContextualSAE):
-                raise ValueError(
-                    "edits: part 'carried' with a per-token SAE; it carries nothing: needed 'new' or 'both'"
-                )
-        spliced = Spliced(sae, edits, keep_error, look_back)
-        block = blocks[layer - 1]
-        block = getattr(block, "_orig_mod", block)  # of torch.compile
-        for module in model.modules():
-            inside = module is not block and any(part is block for part in module.modules())
-            if inside and not isinstance(module, nn.ModuleList) and not hasattr(module, "_orig_mod"):
-                stack.enter_context(wrapped(module, spliced.around))
-        stack.enter_context(wrapped(block, spliced.at_block))
-        stack.callback(sae.train, sae.training)
-        sae.eval()
-        yield spliced
-    spliced.check_used()
