@@ -49,10 +49,10 @@ def splice(
     Forward passes over whole texts and `generate` work, of the model and of its base model, with caches of any kind,
     beams, rejected tokens, and copies of a prompt's cache; a contextual SAE runs in its exact form. Position 0,
     attention sinks and padding stay as they are, as in training (`csae.data.activations.sink_mask`; with a cache,
-    norms are compared with those of the first pass; of a transcoder, by what it reads and by what it predicts). A cache must have been filled inside the splice, from the first
-    token on. What is compiled runs uncompiled in it, and a copy of the model is one without it. No gradient goes
-    through the SAE. The first splice of a model runs it once on a few tokens, to see what its blocks are
-    (`csae.data.blocks.find_blocks`).
+    norms are compared with those of the first pass). So do positions where what a transcoder predicts is a sink. A
+    cache must have been filled inside the splice, from the first token on. What is compiled runs uncompiled in it, and
+    a copy of the model is one without it. No gradient goes through the SAE. The first splice of a model runs it once on
+    a few tokens, to see what its blocks are, and at hook points other than streams once more (`csae.data.probe`).
 
     Args:
         model: a causal language model of transformers, or a `LanguageModel`.
@@ -67,9 +67,9 @@ def splice(
 
     Yields a `Spliced`, whose `output` is what the SAE made of the last pass.
 
-    Raises ValueError or TypeError where the model, the layer, the width or an edit does not fit, where the SAE was
-    trained on another model or layer, and where what a pass goes on with, or what is text in it, can't be followed.
-    Leaving it raises RuntimeError where the block never ran, and warns where nothing was replaced.
+    Raises ValueError or TypeError where the model, the hook point, the width or an edit does not fit, where the SAE
+    was trained on another model or place, and where what a pass goes on with, or what is text in it, can't be followed.
+    Leaving it raises RuntimeError where the hook point was never reached, and warns where nothing was replaced.
     """
     if torch.compiler.is_compiling():
         raise RuntimeError(COMPILED)
@@ -107,10 +107,11 @@ def splice(
         read, replaced = (getattr(point.module, "_orig_mod", point.module) for point in (source, target))
         in_blocks = {module for block in blocks for module in block.modules()}
         for module in model.modules():
-            around = module not in in_blocks and any(part in (read, replaced) for part in module.modules())
-            if around and not isinstance(module, nn.ModuleList) and not hasattr(module, "_orig_mod"):
-                if module is not read and module is not replaced:
-                    stack.enter_context(wrapped(module, spliced.around))
+            if module in in_blocks or isinstance(module, nn.ModuleList) or hasattr(module, "_orig_mod"):
+                continue
+            parts = set(module.modules()) - {module}
+            if read in parts or replaced in parts:
+                stack.enter_context(wrapped(module, spliced.around))
         if to is not None:
             stack.enter_context(wrapped(read, spliced.at_source))
         stack.enter_context(wrapped(replaced, spliced.at_hook))

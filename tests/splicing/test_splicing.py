@@ -204,8 +204,8 @@ def test_a_bounded_look_back(lm: LanguageModel) -> None:
         (lambda lm: Edit(1, scale=1.0, set=2.0), "scale, set: given 1.0 and 2.0; needed one of them"),
         (lambda lm: Edit(1, scale=float("nan")), "given nan; needed a finite number"),
         (lambda lm: Edit(1, part="old", scale=0), "part: given 'old'; needed one of 'new', 'carried', 'both'"),
-        (lambda lm: splice(lm, 4, make("topk", lm)).__enter__(), "layer: given 4; needed 1 to 3"),
-        (lambda lm: splice(lm, 1, TopKSAE(9, 9, 1)).__enter__(), "sae: 9 wide; needed 16, as wide as the model"),
+        (lambda lm: splice(lm, 4, make("topk", lm)).__enter__(), "layer: given 4; .* has layers 1 to 3"),
+        (lambda lm: splice(lm, 1, TopKSAE(9, 9, 1)).__enter__(), "sae: 9 wide; needed 16, as wide as layer 1 "),
         (lambda lm: splice(lm, 1, make("topk", lm), look_back=0).__enter__(), "look_back: given 0; needed at least 1"),
         (lambda lm: splice(lm, 1, make("topk", lm), [Edit(30, scale=0)]).__enter__(), "feature 30; needed 0 to 29"),
         (
