@@ -87,8 +87,8 @@ def evaluate(
     check_place(sae.trained_on, here.model, here.layer, here.hook, elsewhere, here.hook_to, names)
     if source.d_in != sae.d_in:
         raise UserError(f"the activations are {source.d_in} wide, the SAE {sae.d_in}: they don't belong together")
-    if d_out_of(source) != _d_out(sae):
-        raise UserError(f"the targets are {d_out_of(source)} wide, the SAE's {_d_out(sae)}: they don't belong together")
+    if d_out_of(source) != sae.d_out:
+        raise UserError(f"the targets are {d_out_of(source)} wide, the SAE's {sae.d_out}: they don't belong together")
     place = None if lm is None else _place_of(lm, source, sae, layer)
     if lm is not None and place is not None:
         check_place(sae.trained_on, lm.name, None, place.hook, elsewhere, place.to, names)
@@ -148,7 +148,7 @@ def _reconstruction(
     forms = [_Form(sae, exact=True)] + ([_Form(sae, exact=False)] if contextual else [])
     device = sae.W_dec.device
     b: Tensor | None = None
-    total, squares, tokens = torch.zeros(_d_out(sae), dtype=torch.float64, device=device), 0.0, 0
+    total, squares, tokens = torch.zeros(sae.d_out, dtype=torch.float64, device=device), 0.0, 0
     for start in progress(range(0, len(windows), batch_windows), "evaluating"):
         batch = _read(source, windows[start : start + batch_windows], device)
         centred = (batch.acts if batch.target is None else batch.target)[batch.mask].double()
@@ -226,7 +226,7 @@ def _spliced_losses(sae: SAE, batch: Batch, lm: LanguageModel, place: Place, nam
 
     def reconstruct(acts: Tensor) -> Tensor:
         if name == "ce_zero":
-            return acts.new_zeros(*acts.shape[:-1], _d_out(sae))
+            return acts.new_zeros(*acts.shape[:-1], sae.d_out)
         acts_here = acts.to(sae.W_dec)
         return run_form(sae, acts_here, batch.mask, batch.documents, exact=name == "ce_sae").x_hat.to(acts)
 
@@ -251,7 +251,7 @@ def _place_of(lm: LanguageModel, source: ActivationSource, sae: SAE, given: int 
     if len(found) > 1:
         raise UserError(f"layer: given {given}, {len(found)} places of {lm.name}; needed one: name it")
     place = found[0]
-    for name, width in ((place.hook, sae.d_in), (place.to or place.hook, _d_out(sae))):
+    for name, width in ((place.hook, sae.d_in), (place.to or place.hook, sae.d_out)):
         if lm.hook(name).width != width:
             raise UserError(
                 f"{in_words(name, lm.name)} is {lm.hook(name).width} wide, the SAE {width}: give the model the "
@@ -341,7 +341,3 @@ def data_in_words(result: dict[str, Any]) -> str:
     if result.get("which") == "unknown":
         said += "; which it trained on can't be told"
     return said
-
-
-def _d_out(sae: SAE) -> int:
-    return getattr(sae, "d_out", sae.d_in)

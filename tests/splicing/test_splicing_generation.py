@@ -374,7 +374,7 @@ def test_a_block_that_runs_twice_is_refused(llama: Any) -> None:
     find_blocks(llama, "llama")  # it looks once, before the block runs twice
     first, second = llama.model.layers[LAYER - 1], llama.model.layers[LAYER]
     handle = second.register_forward_pre_hook(lambda _, args, kwargs: first(*args, **kwargs) and None, with_kwargs=True)
-    with pytest.raises(ValueError, match="layers.1 ran twice in one pass"), splice(llama, LAYER, make("topk")):
+    with pytest.raises(ValueError, match=r"layers.1 ran twice in one pass"), splice(llama, LAYER, make("topk")):
         logits(llama, tokens(), use_cache=False)
     handle.remove()
 

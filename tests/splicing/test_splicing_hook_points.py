@@ -1,4 +1,4 @@
-"""An SAE at any hook point of a language model, and a transcoder in the place of an MLP: whole passes and generation."""
+"""An SAE at any hook point of a language model, a transcoder in the place of an MLP: whole passes and generation."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_what_does_not_fit_is_refused(llama: LanguageModel) -> None:
     inner = TopKSAE(32, 40, 3, d_out=48)
     for args, to, message in (
         (("mlp.in:1", transcoder), None, "to: not given; needed with a transcoder"),
-        (("mlp.in:1", sae), "mlp.out:1", "to: given; only for a transcoder"),
+        (("mlp.in:1", sae), "mlp.out:1", "to: given; needed only with a transcoder"),
         (("mlp.out:*", sae), None, "3 places; needed one"),
         (("mlp.uot:1", sae), None, "has no such place"),
         (("mlp.out:1", transcoder), "mlp.in:1", "reaches mlp.in:1 before mlp.out:1"),
@@ -153,7 +153,7 @@ def test_at_another_place_than_it_was_trained_on(llama: LanguageModel) -> None:
         llama.cross_entropy(tokens())
     with (
         pytest.raises(
-            ValueError, match=r"trained on mlp.in:1 to mlp.out:1, and this is mlp.in:2 to mlp.out:2 of llama"
+            ValueError, match=r"trained on mlp.in:1 to mlp.out:1, and this is mlp.in:2 to mlp.out:2"
         ),
         splice(llama, "mlp.in:2", transcoder, to="mlp.out:2"),
     ):
