@@ -84,8 +84,8 @@ def splice(
         blocks, d_in = find_blocks(model, type(model).__name__)
         points = HookPoints(model, name or type(model).__name__, Blocks(blocks, d_in))
         if sae.is_transcoder != (to is not None):
-            said = "to: not given; needed with a transcoder" if to is None else "to: given; needed only with a transcoder"
-            raise ValueError(f"{said}, which predicts another place than it reads")
+            needed = "not given; needed with" if to is None else "given; needed only with"
+            raise ValueError(f"to: {needed} a transcoder, which predicts another place than it reads")
         places = points.places(layer, to)
         if len(places) > 1:
             raise ValueError(f"layer: given {layer!r}, {len(places)} places; needed one")

@@ -152,9 +152,7 @@ def test_at_another_place_than_it_was_trained_on(llama: LanguageModel) -> None:
     with splice(llama, "layers.1.mlp.in", transcoder, to="blocks.1.hook_mlp_out", keep_error=True):
         llama.cross_entropy(tokens())
     with (
-        pytest.raises(
-            ValueError, match=r"trained on mlp.in:1 to mlp.out:1, and this is mlp.in:2 to mlp.out:2"
-        ),
+        pytest.raises(ValueError, match=r"trained on mlp.in:1 to mlp.out:1, and this is mlp.in:2 to mlp.out:2"),
         splice(llama, "mlp.in:2", transcoder, to="mlp.out:2"),
     ):
         pass
