@@ -20,6 +20,9 @@ from csae.files import write_json
 
 OF_THE_WINDOWS = ("n_windows", "windows_sha256", "shuffle")  # what differs from one part to the next
 HASHED_AT_ONCE = 1024
+PHRASE = 16  # tokens; of all phrases in a text, one in SAMPLED is looked at, the same ones wherever windows are cut
+SAMPLED = 64
+ENOUGH_PHRASES = 16
 RUN_AGAIN = 2  # windows, to see whether the model is the same
 
 
@@ -63,6 +66,25 @@ class Stored:
                     f"activations {str(file.parent)!r}: other windows were being added when it was cut short "
                     f"({file.name}): go on with that command first, or delete the files of that part"
                 )
+
+    def check_text(self, source: ActivationSource, windows: Sequence[int]) -> None:
+        """Raises UserError where much of the text in these windows of the source is there, cut into other windows.
+
+        A text to which something was added, or of which more is read, may be shuffled and packed anew.
+        """
+        starts = range(0, len(windows), HASHED_AT_ONCE)
+        new = [_phrases(self._tokens(source, windows[start : start + HASHED_AT_ONCE])) for start in starts]
+        there = [_phrases(Shard(file).tensors["tokens"]) for file in self.files]
+        one, other = (np.unique(np.concatenate([np.empty(0, np.uint64), *found])) for found in (new, there))
+        shorter = min(len(one), len(other))
+        if shorter < ENOUGH_PHRASES:
+            return
+        share = len(np.intersect1d(one, other, assume_unique=True)) / shorter
+        if share > 0.5:
+            raise UserError(
+                f"--append: {share:.0%} of the shorter text, of this and what is there, is in both, cut into other "
+                "windows: give only what is new, or write all of it to another folder"
+            )
 
     @staticmethod
     def _tokens(source: ActivationSource, windows: Sequence[int]) -> Tensor:
@@ -120,6 +142,19 @@ def update_about(paths: Mapping[str, Path]) -> None:
         now = said | {"n_windows": len(hashes), "windows_sha256": hashlib.sha256(hashes.tobytes()).hexdigest()}
         if now != said:
             write_json(path / ABOUT_FILE, now)
+
+
+def _phrases(tokens: Tensor) -> np.ndarray:
+    """Hashes of some phrases in windows of tokens [n, T]; which ones follows from the phrases alone: [m] uint64."""
+    ids = tokens.cpu().numpy().astype(np.uint64)
+    length = ids.shape[1] - PHRASE + 1
+    if length < 1:
+        return np.empty(0, np.uint64)
+    factors = np.random.default_rng(0).integers(2**63, size=PHRASE, dtype=np.uint64) | np.uint64(1)
+    hashes = np.zeros((len(ids), length), np.uint64)
+    for at, factor in enumerate(factors):
+        hashes += ids[:, at : at + length] * factor
+    return hashes[(hashes >> np.uint64(32)) % np.uint64(SAMPLED) == 0]
 
 
 def _hashes_of(shards: Sequence[Shard]) -> np.ndarray:

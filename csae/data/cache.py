@@ -98,6 +98,7 @@ def write_cache(
             write_folders(folder, read, part, about, progress)
         else:
             stored.check_begun(source, part, order)
+            stored.check_text(source, order)
             check_weights(source, paths, stored)
             write_part(paths, read, part, progress)
             update_about(paths)

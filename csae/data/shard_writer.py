@@ -144,6 +144,8 @@ def write_part(folders: Mapping[str, Path], read: Read, part: Part, progress: Pr
     files = [part.files(folder) for folder in folders.values()]
     missing = [number for number, shard in enumerate(zip(*files, strict=True)) if not _all_there(shard)]
     _check_whole(folders, read, part)
+    if not missing:
+        return
     try:
         # The next shard is made while one is written. A lone thread: two shards and a copy are what memory holds.
         with ThreadPoolExecutor(1) as writer:

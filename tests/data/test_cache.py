@@ -380,6 +380,28 @@ def test_a_part_that_is_gone(tmp_path: Path) -> None:
         small(Source([50]), tmp_path, append=True)
 
 
+def words_cut(words: torch.Tensor, n_ctx: int = 64) -> Source:
+    """A text of words in windows of n_ctx."""
+    windows = words[: len(words) // n_ctx * n_ctx].reshape(-1, n_ctx)
+    source = Source([0] * len(windows))
+    source.n_ctx = n_ctx
+    source.tokens = lambda chosen: windows[torch.as_tensor(chosen)]
+    return source
+
+
+def test_the_same_text_cut_otherwise_is_not_added(tmp_path: Path) -> None:
+    words = torch.randint(1000, (64 * 300,), generator=torch.Generator().manual_seed(0))
+    small(words_cut(words[: 64 * 200]), tmp_path)
+    before = contents(tmp_path)
+    for anew in (words[5:], words[64 * 90 + 3 :][: 64 * 60], words.reshape(3, -1).flip(0).flatten()[7:]):
+        with pytest.raises(UserError, match=r"--append: [0-9]+% of the shorter text, .*, is in both") as error:
+            small(words_cut(anew), tmp_path, append=True)
+        assert 55 < int(one_line(error).split("append: ")[1].split("%")[0]) < 95  # phrases are cut as well
+    assert contents(tmp_path) == before
+    assert small(words_cut(words), tmp_path, append=True) == (300, 100, 0)
+    assert small(words_cut(words.flip(0)), tmp_path, append=True) == (600, 300, 0)
+
+
 # --- a bound and an order ----------------------------------------------------------------------------
 
 
