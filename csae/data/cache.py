@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from csae.data.activations import ActivationSource, Batch, Place, sink_mask, window_order
-from csae.data.append import Stored, check_weights, stored_in, update_about
-from csae.data.shard_writer import Part, claimed, write_folders, write_part
+from csae.data.append import OF_THE_WINDOWS, Stored, check_weights, stored_in, update_about
+from csae.data.shard_writer import Part, check_about, claimed, write_folders, write_part
 from csae.errors import UserError
 from csae.progress import Progress, quiet
 
@@ -66,6 +66,7 @@ def write_cache(
     if shuffle is not None:
         said["shuffle"] = shuffle
     about = {name: one.describe() | said for name, one in sources.items()}
+    top = {"": {"places": {place.hook: name for name, place in places.items()}}} if places else {}
     window_bytes = [one.n_ctx * (one.d_in * dtype.itemsize + 9) for one in sources.values()]
     windows_per_shard = max(1, shard_bytes // sum(window_bytes))
     order = list(range(source.n_windows)) if shuffle is None else window_order(source.n_windows, shuffle, 0)
@@ -93,10 +94,10 @@ def write_cache(
         _warn_if_full(paths, part, sum(window_bytes))
         if not stored.n_parts:
             about = {name: one | {"n_windows": len(order)} for name, one in about.items()}
-            if places:
-                about[""] = {"places": {place.hook: name for name, place in places.items()}}
-            write_folders(folder, read, part, about, progress)
+            write_folders(folder, read, part, about | top, progress)
         else:
+            for said_there in top.values():
+                check_about(folder, said_there, but=OF_THE_WINDOWS)
             stored.check_begun(source, part, order)
             stored.check_text(source, order)
             check_weights(source, paths, stored)

@@ -380,6 +380,16 @@ def test_a_part_that_is_gone(tmp_path: Path) -> None:
         small(Source([50]), tmp_path, append=True)
 
 
+def test_appending_to_some_of_the_hook_points_is_refused(tmp_path: Path) -> None:
+    small(Source([10, 20], places=PLACES), tmp_path)
+    before = contents(tmp_path)
+    for places in (PLACES[:1], PLACES[:2], (*PLACES, Place("attn.out:1"))):
+        with pytest.raises(UserError, match="it holds others") as error:
+            small(Source([30], places=places), tmp_path, append=True)
+        one_line(error)
+    assert contents(tmp_path) == before
+
+
 def words_cut(words: torch.Tensor, n_ctx: int = 64) -> Source:
     """A text of words in windows of n_ctx."""
     windows = words[: len(words) // n_ctx * n_ctx].reshape(-1, n_ctx)
