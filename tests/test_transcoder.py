@@ -420,3 +420,14 @@ def test_a_code_of_a_transcoder_is_a_code() -> None:
     assert isinstance(code, Code)
     sae.track(code, mask)
     assert (sae.tokens_since_fired > 0).any()
+
+
+def test_the_page_of_a_text_refuses_a_transcoder() -> None:
+    from types import SimpleNamespace
+
+    from csae.errors import UserError
+    from csae.pages.view import Window, view
+
+    windows_of_text = [Window(torch.arange(5), torch.randn(5, D_IN), torch.ones(5, dtype=torch.bool))]
+    with pytest.raises(UserError, match="the SAE is a transcoder; needed an SAE without d_out"):
+        view(make("topk", D_IN), windows_of_text, SimpleNamespace(name="a model"))  # type: ignore[arg-type]

@@ -57,6 +57,6 @@ def read_codes(sae: SAE, source: ActivationSource, windows: Sequence[int], progr
             raise UserError("the activations come without token ids, so there is no text to show: cache them anew")
         mask = batch.mask.to(device)
         code = run_form(sae, batch.acts.to(device), mask, batch.documents.to(device), exact=True).code
-        values = (code.values.float() * sae.scale).masked_fill(~mask.unsqueeze(-1), 0)
+        values = (code.values.float() * sae.out_scale).masked_fill(~mask.unsqueeze(-1), 0)
         parts.append((values.cpu(), code.indices.int().cpu(), batch.mask.cpu(), batch.tokens.cpu()))
     return Codes(*(torch.cat(part) for part in zip(*parts, strict=True)))

@@ -159,6 +159,10 @@ def view(
         if one is not None:
             check_place(one.trained_on, lm.name, None, elsewhere=elsewhere)
     for name, one in (("the SAE", sae), ("the SAE beside it", beside)):
+        if one is not None and one.is_transcoder:
+            raise UserError(
+                f"{name} is a transcoder; needed an SAE without d_out: the page shows what rebuilds its input"
+            )
         if one is not None and one.d_in != windows[0].acts.shape[1]:
             raise UserError(
                 f"{name} is {one.d_in} wide; needed {windows[0].acts.shape[1]}, as wide as the activations: it is of "
