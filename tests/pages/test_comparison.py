@@ -51,7 +51,8 @@ class Page(HTMLParser):
 FIGURES = {"arch": "contextual", "k": 16, "d_sae": 2304, "fvu": 0.2, "fvu_beyond": None, "mean_run": 1, "new_in_run": 1}
 FACTS = {
     "tokens": [NASTY, NASTY], "cuts": [], "left_out": [0], "threshold": 100, "new": [[], [7, 150]],
-    "carried": [[], []], "gathered": [[], []], "rest": [[0, 0]] * 2, "parts": [[], []], "others": [[0, 0]] * 2, "remainder": [0, 0], "c": [0, 0], "missed": [0, 9],
+    "carried": [[], []], "gathered": [[], []], "rest": [[0, 0]] * 2, "parts": [[], []],
+    "others": [[0, 0]] * 2, "remainder": [0, 0], "c": [0, 0], "missed": [0, 9],
     "rows": [7], "features": {}, "figures": FIGURES, "beside": None,
 }  # fmt: skip
 INDEX = {"data": NASTY, "tokens": 10, "names": {"7": [NASTY]}, "features": {}}
