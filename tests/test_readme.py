@@ -97,11 +97,14 @@ def test_commands_run_in_their_order(tiny_model_path, tmp_path):
     (tmp_path / "books").mkdir()
     (tmp_path / "books" / "one.txt").write_text("It was the best of times, it was the worst of times. " * 300)
     (tmp_path / "letter.txt").write_text("It was the age of wisdom, it was the age of foolishness. " * 5)
+    (tmp_path / "corpus.jsonl").write_text('{"text": "It was the season of Light, the season of Darkness."}\n' * 60)
     for command in dict.fromkeys(commands("csae ")):
         args = shlex.split(command.replace("HuggingFaceTB/SmolLM2-135M", str(tiny_model_path)))[1:]
         if "--layer" in args:
             args[args.index("--layer") + 1] = "2"
             args += ["--n-ctx", "32"]
+        if "--dataset" in args:
+            args[args.index("--tokens") + 1] = "2048"
         if args[0] == "train":
             args += ["--heads", "2", "--d-head", "4", "--d-value", "4"]
         if args[0] == "bench":
