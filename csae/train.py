@@ -37,9 +37,10 @@ from csae.data.batches import Batches, IndexedBatches
 from csae.errors import Stopped, UserError, shown
 from csae.progress import bar as progress_bar
 from csae.sae import SAE
+from csae.step import train_step
 from csae.training import Job, Training
 
-__all__ = ["Job", "check_one_process", "train", "train_together"]
+__all__ = ["Job", "check_one_process", "train", "train_step", "train_together"]
 
 
 def train(

@@ -2,7 +2,7 @@
 
 On CUDA the language model runs in a thread and a stream of its own, and the training loop waits for neither. On a CPU
 both would share the same cores: there a batch is made when it is asked for. (Measured on 2 cores, SmolLM2-135M up to
-layer 12 and a TopK SAE: see docs/architecture.md.)
+layer 12 and a TopK SAE: see docs/training.md.)
 """
 
 from __future__ import annotations
