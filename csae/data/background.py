@@ -1,8 +1,7 @@
 """The next batches of training, made ready before they are needed: beside the SAE's steps on a GPU, else in turn.
 
 On CUDA the language model runs in a thread and a stream of its own, and the training loop waits for neither. On a CPU
-both would share the same cores: there a batch is made when it is asked for. (Measured on 2 cores, SmolLM2-135M up to
-layer 12 and a TopK SAE: see docs/training.md.)
+the products of both use all cores by themselves: there a batch is made when it is asked for.
 """
 
 from __future__ import annotations
