@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from csae.data.places import layer_of
 from csae.sae import SAE
 from csae.trained_on import TrainedOn, card, data_name, table_cell
 from csae.versions import pip_install
@@ -55,7 +56,8 @@ def model_card(sae: SAE, repo_id: str, job: dict[str, Any], figures: dict[str, A
 def snippet(sae: SAE, name: str) -> str:
     """A program that loads the SAE from `name`, a hub id or a folder, and shows its features on a text."""
     on = sae.trained_on or TrainedOn()
-    if on.model is None or on.layer is None:
+    place = on.at()
+    if on.model is None or place is None:
         return "\n".join(
             [
                 "import torch",
@@ -77,7 +79,7 @@ def snippet(sae: SAE, name: str) -> str:
             f"lm = LanguageModel.load({on.model!r})",
             f"sae = load_sae({name!r}, lm.device)",
             f"tokens = lm.tokenizer({TEXT!r}, return_tensors='pt').input_ids",
-            f"acts = lm.activations(tokens, {on.layer}).float()  # [1, T, {sae.d_in}]",
+            f"acts = lm.activations(tokens, {layer_of(place.hook) or repr(place.hook)}).float()  # [1, T, {sae.d_in}]",
             "mask = sink_mask(acts, None, *sae.masking)  # what takes part, as in training",
             "out = sae(acts, mask)  # x_hat: the reconstruction; code: values and indices of the active features",
             "for t in mask[0].nonzero().flatten().tolist():",

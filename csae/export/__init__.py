@@ -15,6 +15,7 @@ from typing import Any
 
 from csae.checkpoint import load_sae
 from csae.data.language_model import LanguageModel
+from csae.data.places import PLACE_KEYS, described_place, places_in
 from csae.data.sources import open_source
 from csae.errors import UserError
 from csae.export import delphi, neuronpedia
@@ -63,7 +64,8 @@ def export(
     source, lm = open_source(origin, device, progress)
     lm = lm or _model(run, sae, given, device)
     about = source.describe()
-    check_place(sae.trained_on, lm.name, about.get("layer"), about.get("hook"))
+    hook, to = about.get("hook"), about.get("hook_to")
+    check_place(sae.trained_on, lm.name, about.get("layer"), hook, hook_to=to, names=lm.hook_points.one_name)
     codes = read_codes(sae, source, range(min(n_windows, source.n_windows)), progress)
     name = Path(run).resolve().name
     return OF_ACTIVATIONS[to](folder, sae, lm, codes, About(name, data_name({**about, **origin}) or ""), progress)
@@ -80,8 +82,11 @@ def _model(run: Path | str, sae: SAE, given: dict[str, Any], device: str | None)
 def _origin(run: Path | str, sae: SAE, given: dict[str, Any]) -> dict[str, Any]:
     """What to open for feature activations: the run's own text, or what is given in its place."""
     known = _known(run, sae)
-    kept = {name: known[name] for name in ("model", "layer", "n_ctx", "bos", "keep_first") if name in known}
+    kept = {name: known[name] for name in ("model", "n_ctx", "bos", "keep_first") if name in known}
     own = {} if any(name in given for name in DATA) else read_origin(Path(run))
+    place = next(iter(places_in(known)), None)
+    if place is not None:  # the run's one, of those that it may have been trained with
+        own = {name: value for name, value in own.items() if name not in PLACE_KEYS} | described_place(place)
     origin = kept | own | given
     if not any(origin.get(name) is not None for name in DATA):
         raise UserError(f"{run}: it does not say what text it was trained on: give --text FILE")

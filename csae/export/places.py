@@ -14,20 +14,15 @@ from typing import Any
 
 from csae.data.hook_points import HookPoint
 from csae.data.language_model import LanguageModel
-from csae.data.places import SHORT_FORM, layer_of, name_of_layer
+from csae.data.places import SHORT_FORM, layer_of
 from csae.errors import UserError
 from csae.sae import SAE
-from csae.trained_on import RESIDUAL
 
 
 def hook_of(sae: SAE) -> str | None:
-    """The hook point that an SAE was trained on; None where it is not known."""
-    on = sae.trained_on
-    if on is None:
-        return None
-    if on.hook in (None, RESIDUAL):
-        return None if on.layer is None else name_of_layer(on.layer)
-    return on.hook
+    """The hook point that an SAE reads, as it was trained; None where it is not known."""
+    place = None if sae.trained_on is None else sae.trained_on.at()
+    return None if place is None else place.hook
 
 
 def needed_hook(sae: SAE) -> str:
