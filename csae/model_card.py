@@ -33,6 +33,8 @@ KINDS = {
     ),
 }
 
+TRANSCODER = " It is a transcoder: it reads activations at one place, and predicts those at another."
+
 
 def model_card(sae: SAE, repo_id: str, job: dict[str, Any], figures: dict[str, Any]) -> str:
     """README.md for the hub, in Markdown.
@@ -42,7 +44,7 @@ def model_card(sae: SAE, repo_id: str, job: dict[str, Any], figures: dict[str, A
         job: the content of run.json; empty where there is none.
         figures: the content of eval.json; empty where there is none.
     """
-    parts = [card(sae).rstrip("\n"), KINDS[sae.arch]]
+    parts = [card(sae).rstrip("\n"), KINDS[sae.arch] + (TRANSCODER if sae.is_transcoder else "")]
     if figures:
         parts += ["## Figures", _figures(figures)]
     parts += ["## Data", _data(sae.trained_on or TrainedOn(), job)]
@@ -57,6 +59,8 @@ def snippet(sae: SAE, name: str) -> str:
     """A program that loads the SAE from `name`, a hub id or a folder, and shows its features on a text."""
     on = sae.trained_on or TrainedOn()
     place = on.at()
+    x_hat = "the prediction" if sae.is_transcoder else "the reconstruction"
+    shown = f"# x_hat: {x_hat}; code: values and indices of the active features"
     if on.model is None or place is None:
         return "\n".join(
             [
@@ -65,7 +69,7 @@ def snippet(sae: SAE, name: str) -> str:
                 "",
                 f"sae = load_sae({name!r})",
                 f"acts = torch.randn(1, {on.n_ctx or 64}, {sae.d_in})  # in their place: activations, whole windows",
-                "out = sae(acts)  # x_hat: the reconstruction; code: values and indices of the active features",
+                f"out = sae(acts)  {shown}",
                 "print(out.code.indices[0])",
                 "",
             ]
@@ -81,7 +85,7 @@ def snippet(sae: SAE, name: str) -> str:
             f"tokens = lm.tokenizer({TEXT!r}, return_tensors='pt').input_ids",
             f"acts = lm.activations(tokens, {layer_of(place.hook) or repr(place.hook)}).float()  # [1, T, {sae.d_in}]",
             "mask = sink_mask(acts, None, *sae.masking)  # what takes part, as in training",
-            "out = sae(acts, mask)  # x_hat: the reconstruction; code: values and indices of the active features",
+            f"out = sae(acts, mask)  {shown}",
             "for t in mask[0].nonzero().flatten().tolist():",
             "    active = out.code.indices[0, t][out.code.values[0, t] > 0]",
             "    print(repr(lm.tokenizer.decode(tokens[0, t])), active.tolist())",

@@ -24,7 +24,7 @@ from csae.export.weights import LIBRARIES, export_weights
 from csae.progress import Progress, quiet
 from csae.run import read_origin, read_trained_on
 from csae.sae import SAE
-from csae.trained_on import check_place, data_name
+from csae.trained_on import TrainedOn, check_place, data_name
 
 OF_ACTIVATIONS: dict[str, Callable[..., list[Path]]] = {"neuronpedia": neuronpedia.write, "delphi": delphi.write}
 TARGETS = (*LIBRARIES, *OF_ACTIVATIONS)
@@ -64,8 +64,9 @@ def export(
     source, lm = open_source(origin, device, progress)
     lm = lm or _model(run, sae, given, device)
     about = source.describe()
-    hook, to = about.get("hook"), about.get("hook_to")
-    check_place(sae.trained_on, lm.name, about.get("layer"), hook, hook_to=to, names=lm.hook_points.one_name)
+    here = TrainedOn.of(about)
+    names = lm.hook_points.one_name
+    check_place(sae.trained_on, lm.name, here.layer, here.hook, hook_to=here.hook_to, names=names)
     codes = read_codes(sae, source, range(min(n_windows, source.n_windows)), progress)
     name = Path(run).resolve().name
     return OF_ACTIVATIONS[to](folder, sae, lm, codes, About(name, data_name({**about, **origin}) or ""), progress)

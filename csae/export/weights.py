@@ -22,16 +22,18 @@ def export_weights(sae: SAE, to: str, folder: Path, model: Callable[[], Language
 
     Raises UserError where the library can't express the SAE.
     """
+    if sae.is_transcoder and to != "sparsify":
+        raise UserError(
+            f"--to {to}: it has no class for this kind of transcoder; export its feature activations to neuronpedia or "
+            "delphi, or one without look-back to sparsify"
+        )
     if isinstance(sae, ContextualSAE) and to != "sae_lens":
         raise UserError(
             f"--to {to}: it runs each token by itself, and this SAE looks back: what it carries would be lost; "
             "export it to sae_lens, or its feature activations to neuronpedia or delphi"
         )
     if to == "sparsify":
-        point = model().hook(needed_hook(sae))
-        if point.side == "in":
-            raise UserError(f"--to sparsify: it reads what a module gives, and {point.name} is what one is given")
-        folder = folder / module_path(model(), point)
+        folder = folder / _sparsify_name(sae, model())
         check_new(folder)
         interop.save(to, sae, folder)
         return folder
@@ -43,3 +45,19 @@ def export_weights(sae: SAE, to: str, folder: Path, model: Callable[[], Language
         metadata = for_sae_lens(model(), hook)
     interop.save(to, sae, folder, metadata, elsewhere=True)  # the place is the run's own, in other words
     return folder
+
+
+def _sparsify_name(sae: SAE, lm: LanguageModel) -> str:
+    """The hook point in sparsify's words: the module whose output an SAE reads, or that a transcoder stands for."""
+    point = lm.hook(needed_hook(sae))
+    to = None if sae.trained_on is None else sae.trained_on.hook_to
+    if to is None and point.side == "in":
+        raise UserError(f"--to sparsify: it reads what a module gives, and {point.name} is what one is given")
+    if to is not None:
+        target = lm.hook(to)
+        if (point.side, target.side, point.path) != ("in", "out", target.path):
+            raise UserError(
+                f"--to sparsify: its transcoders read what a module is given and predict what it gives; this one reads "
+                f"{point.name} and predicts {target.name}"
+            )
+    return module_path(lm, point)

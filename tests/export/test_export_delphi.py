@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 from exported import CLOSE, dense_codes, needs, read
-from runs_of_a_model import ARCHS, D_SAE, LAYER, N_CTX
+from runs_of_a_model import ARCHS, D_SAE, LAYER, N_CTX, TEXT
 from safetensors.numpy import load_file
 
+from csae import TopKSAE
+from csae.data.sources import open_source
 from csae.export import export
+from csae.trained_on import TrainedOn
 
 
 @pytest.fixture(scope="module", params=ARCHS)
@@ -68,6 +71,35 @@ def test_delphis_loader_reads_it(exported, tiny_model_path):
         density = float((feature_acts[..., feature] > 0).float().mean())
         assert record.per_token_frequency == pytest.approx(density)
     assert any(record.train for record in records.values())
+
+
+def test_a_transcoders_activations_are_in_units_of_its_target(tmp_path, tiny_model_path):
+    torch.manual_seed(0)
+    sae = TopKSAE(16, 40, 4, d_out=16)
+    sae.initialise(torch.zeros(16), 0.5, torch.zeros(16), 3.0)
+    sae.trained_on = TrainedOn(model=str(tiny_model_path), hook="mlp.in:1", hook_to="mlp.out:1", n_ctx=N_CTX)
+    sae.save_pretrained(tmp_path / "sae")
+    (tmp_path / "text.txt").write_text(TEXT)
+    given = {"model": str(tiny_model_path), "text": str(tmp_path / "text.txt")}
+    (folder,) = export(tmp_path / "sae", "delphi", tmp_path / "out", given, 4)
+    source, _ = open_source(given | {"hook": "mlp.in:1", "hook_to": "mlp.out:1", "n_ctx": N_CTX, "bos": None}, "cpu")
+    batch = source.read(range(4))
+    code = sae(batch.acts).code
+    found = {tuple(at): value for at, value in everything(folder / "layers.1.mlp").items()}
+    for at in batch.mask.nonzero().tolist():
+        for value, feature in zip(code.values[tuple(at)].tolist(), code.indices[tuple(at)].tolist(), strict=True):
+            assert found.pop((*at, feature)) == pytest.approx(3 * value, rel=1e-4)
+    assert not found
+
+
+def everything(folder):
+    """Window, position and feature of each activation, and the activation."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        part, first = load_file(file), int(file.stem.split("_")[0])
+        for (window, position, feature), value in zip(part["locations"], part["activations"], strict=True):
+            found[int(window), int(position), int(feature) + first] = float(value)
+    return found
 
 
 @needs("delphi")

@@ -10,12 +10,13 @@ import torch
 from exported import CLOSE, activations, needs, read
 from runs_of_a_model import csae as command
 
-from csae import interop
+from csae import ContextualSAE, TopKSAE, interop
 from csae.checkpoint import load_sae
 from csae.errors import UserError
 from csae.export import TARGETS, export
 from csae.interop.dense import DenseSAE
 from csae.interop.weights import unscaled
+from csae.trained_on import TrainedOn
 
 
 def agree(run, feature_acts, x_hat, acts):
@@ -127,6 +128,28 @@ def test_places_that_have_no_name(runs, tmp_path, tiny_model_path):
     with pytest.raises(UserError, match=r"mlp\.in:1: SAELens has no name"):
         export(run, "sae_lens", tmp_path / "out", given)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", [TopKSAE, ContextualSAE])
+@pytest.mark.parametrize("to", ["sae_lens", "dictionary_learning"])
+def test_a_transcoder_has_no_place_there(tmp_path, tiny_model_path, to, kind):
+    sae = kind(16, 40, 4, d_out=16)
+    sae.trained_on = TrainedOn(model="lm", hook="mlp.in:1", hook_to="mlp.out:1")
+    sae.save_pretrained(tmp_path / "sae")
+    with pytest.raises(UserError, match=rf"--to {to}: it has no class for this kind of transcoder") as refused:
+        export(tmp_path / "sae", to, tmp_path / "out", {"model": str(tiny_model_path)})
+    assert "\n" not in str(refused.value)
+    with pytest.raises(UserError, match="given a transcoder"):
+        interop.save(to, sae, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_transcoder_of_two_places_is_none_of_sparsifys(tmp_path, tiny_model_path):
+    sae = TopKSAE(16, 40, 4, d_out=16)
+    sae.trained_on = TrainedOn(model="lm", hook="mlp.in:1", hook_to="mlp.out:2")
+    sae.save_pretrained(tmp_path / "sae")
+    with pytest.raises(UserError, match=r"this one reads mlp\.in:1 and predicts mlp\.out:2"):
+        export(tmp_path / "sae", "sparsify", tmp_path / "out", {"model": str(tiny_model_path)})
 
 
 @pytest.mark.parametrize("to", ["sparsify", "dictionary_learning"])
