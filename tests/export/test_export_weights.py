@@ -139,7 +139,7 @@ def test_a_transcoder_has_no_place_there(tmp_path, tiny_model_path, to, kind):
     with pytest.raises(UserError, match=rf"--to {to}: it has no class for this kind of transcoder") as refused:
         export(tmp_path / "sae", to, tmp_path / "out", {"model": str(tiny_model_path)})
     assert "\n" not in str(refused.value)
-    with pytest.raises(UserError, match="given a transcoder"):
+    with pytest.raises(UserError, match="sae: given a "):
         interop.save(to, sae, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
