@@ -19,7 +19,7 @@ def make_runs(folder: Path, model: Path) -> dict[str, Path]:
     source = ["--model", model, "--layer", LAYER, "--text", text, "--n-ctx", N_CTX, "--device", "cpu"]
     for arch in ARCHS:
         train = ["train", "-o", folder / arch, "--arch", arch, *source, *small, "--batch-windows", 4, "--tokens", 1280]
-        csae(*train, "--held-out", 0.2)
+        csae(*train, "--held-out", 0.2, "--lm-dtype", "float32")
         csae("eval", folder / arch, "--windows", 4, "--ce-windows", 2, "--device", "cpu")
     return {arch: folder / arch for arch in ARCHS}
 
