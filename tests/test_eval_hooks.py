@@ -68,6 +68,10 @@ def test_runs_are_evaluated_where_each_reads(
     capsys.readouterr()
     csae("eval", *(tmp_path / name for name in places), "--device", "cpu", "--ce-windows", "2")
     assert len(loads) == 1, "the model is loaded once for all"
+    csae(
+        "view", tmp_path / "mlp", "--text", text, "--max-tokens", "40", "-o", tmp_path / "view.html", "--device", "cpu"
+    )
+    assert "mlp.out:1" in (tmp_path / "view.html").read_text()
     shown = " ".join(capsys.readouterr().out.split())
     assert re.search(r"stream: on .* layer 2 of \S+ \(resid.out:1\)", shown)
     assert re.search(r"transcoder: on .* mlp.in:1 to mlp.out:1 of", shown)
@@ -110,7 +114,7 @@ def test_hooks_are_listed(tiny_model_path: Path, capsys: pytest.CaptureFixture[s
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["mlp.out:*", "0", "to", "2", "16", "model.layers.*.mlp", "blocks.*.hook_mlp_out"] in rows
     assert ["model.layers.*.mlp.down_proj", "32", "16"] in rows
-    assert "resid.out:2 is --layer 3." in " ".join(sum(rows, []))
+    assert "resid.out:2 is --layer 3." in " ".join(word for row in rows for word in row)
     csae("hooks", tiny_model_path, "resid.out:*", "--device", "cpu")
     out = capsys.readouterr().out
     assert out.count("resid.out:1 ") == out.count("blocks.1.hook_resid_post") == 1
@@ -134,11 +138,12 @@ def test_a_bad_place_is_one_line(
     tiny_model_path: Path,
     text: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     args = ["train", "-o", tmp_path / "run", "--model", tiny_model_path, "--text", text, "--n-ctx", "16", *options]
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr("sys.argv", ["csae", *map(str, [*args, *SMALL])])
+    monkeypatch.setattr("sys.argv", ["csae", *map(str, [*args, *SMALL])])
+    with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
     err = capsys.readouterr().err

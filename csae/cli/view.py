@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from csae.cli.options import BOS, DEVICE, ELSEWHERE, KEEP_FIRST, device_of
+from csae.cli.options import BOS, DEVICE, ELSEWHERE, KEEP_FIRST, device_of, place_of
 from csae.errors import UserError, shown
 
 
@@ -21,7 +21,8 @@ from csae.errors import UserError, shown
 )
 @click.option("--beside", type=click.Path(path_type=Path), help="A run of a per-token SAE, to compare with.")
 @click.option("--model", help="As the run was trained on, if not given.")
-@click.option("--layer", type=int, help="As the run was trained on, if not given.")
+@click.option("--layer", type=int, help="As the run was trained on, if not given; 12 is --hook resid.out:11.")
+@click.option("--hook", help="A hook point (`csae hooks MODEL`); as the run was trained on, if not given.")
 @click.option("--n-ctx", type=int, help="Positions a window at most; 8 times as trained on if not given.")
 @BOS
 @KEEP_FIRST
@@ -45,6 +46,7 @@ def view(
     """
     from csae.checkpoint import load_sae
     from csae.data.language_model import LanguageModel
+    from csae.data.places import layer_of, places_in
     from csae.data.text import beginning, read_documents
     from csae.features.index import FEATURES, FeatureIndex
     from csae.features.labels import read_labels
@@ -61,15 +63,18 @@ def view(
     device = device_of(options["device"])
     sae = load_sae(run, device)
     of_config = {} if sae.trained_on is None else sae.trained_on.to_config()
-    kept = ("model", "layer", "n_ctx", "bos", "keep_first")
+    kept = ("model", "layer", "hook", "n_ctx", "bos", "keep_first")
     trained_on: dict[str, Any] = {name: of_config[name] for name in kept if name in of_config}
     of_run = read_trained_on(run)
     trained_on |= of_run
-    given = {name: options[name] for name in ("model", "layer", "bos", "keep_first") if options[name] is not None}
+    given = {name: options[name] for name in ("model", "bos", "keep_first") if options[name] is not None}
     origin = trained_on | given
-    for name in ("model", "layer"):
-        if name not in origin:
+    at = place_of(options) or {name: trained_on[name] for name in ("layer", "hook") if name in trained_on}
+    place = next(iter(places_in(at)), None)
+    for name, there in (("model", origin.get("model")), ("layer", at.get("layer") if place is None else place)):
+        if there is None:
             raise UserError(f"--{name}: not given, and {run} does not say what it was trained on")
+    where: int | str = at["layer"] if place is None else place.hook
     trained_beside = {} if beside is None else read_trained_on(beside)
     for name in ("model", "layer"):
         one, other = trained_on.get(name), trained_beside.get(name)
@@ -89,22 +94,24 @@ def view(
         with FeatureIndex(index) as opened:
             opened.check(sae, model_name(str(origin["model"])))
     other_sae = None if beside is None else load_sae(beside, device)
+    lm = LanguageModel.load(origin["model"], device=device)
+    hook = lm.hook(where).name
     for loaded in (sae, other_sae):
         if loaded is not None:
-            check_place(loaded.trained_on, origin["model"], origin["layer"], elsewhere=elsewhere)
-    lm = LanguageModel.load(origin["model"], device=device)
+            check_place(loaded.trained_on, origin["model"], None, hook, elsewhere, names=lm.hook_points.one_name)
     longest = LONGER * trained_on.get("n_ctx", 256)
     n_ctx = min(longest, lm.max_ctx or longest) if options["n_ctx"] is None else options["n_ctx"]
     known = ({} if sae.trained_on is None else sae.trained_on.to_config()) | origin
     begin = beginning(lm.tokenizer, known.get("bos", False if of_run else None), lm.n_vocab)
     keep_first = bool(known.get("keep_first"))
-    windows, whole = read_windows(lm, origin["layer"], read_documents(text)[0], n_ctx, max_tokens, begin, keep_first)
+    windows, whole = read_windows(lm, hook, read_documents(text)[0], n_ctx, max_tokens, begin, keep_first)
     about = {
         "text": shown(text.name),
         "run": shown(run.resolve().name),
         "beside": None if beside is None else shown(beside.resolve().name),
         "model": model_name(lm.name),
-        "layer": origin["layer"],
+        "layer": layer_of(hook),
+        "hook": hook,
         "n_ctx": n_ctx,
         "trained_on": trained_on.get("n_ctx"),
         "whole": whole,

@@ -24,6 +24,7 @@ from csae.contextual_sae import ContextualSAE
 from csae.data.activations import sink_mask
 from csae.data.language_model import LanguageModel
 from csae.data.pieces import text_pieces, token_pieces
+from csae.data.places import in_words
 from csae.errors import UserError
 from csae.features.effects import (
     AT_ONCE,
@@ -63,7 +64,7 @@ class Window(NamedTuple):
 
 def read_windows(
     lm: LanguageModel,
-    layer: int,
+    layer: int | str,
     text: str,
     n_ctx: int,
     max_tokens: int = MAX_TOKENS,
@@ -90,7 +91,9 @@ def read_windows(
         lm.check_tokens(tokens[None])
         acts = lm.activations(tokens[None], layer).float()
         if not acts.isfinite().all():
-            raise UserError(f"layer {layer} of {lm.name} gives NaN or Inf on this text: load it in float32")
+            raise UserError(
+                f"{in_words(lm.hook(layer).name, lm.name)} gives NaN or Inf on this text: load it in float32"
+            )
         special = torch.arange(len(tokens)) < len(begin)
         mask = sink_mask(acts, None, keep_first, special=special[None])[0]
         windows.append(Window(tokens, acts[0], mask, [""] * len(begin) + pieces[at : at + len(part)]))
@@ -158,6 +161,8 @@ def view(
     for one in (sae, beside):
         if one is not None:
             check_place(one.trained_on, lm.name, None, elsewhere=elsewhere)
+            if one.is_transcoder:
+                raise UserError("the SAE is a transcoder; the page shows SAEs, which reconstruct what they read")
     for name, one in (("the SAE", sae), ("the SAE beside it", beside)):
         if one is not None and one.is_transcoder:
             raise UserError(
