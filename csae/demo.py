@@ -195,7 +195,7 @@ def _write_report(
     )
     with FeatureIndex(index_file) as index:
         indexed = from_index(index, [int(feature) for feature in facts["features"]])
-    about = {name: results[name] for name in ("text", "model", "layer", "n_ctx")}
+    about = {name: results[name] for name in ("text", "model", "n_ctx")} | {"place": f"layer {results['layer']}"}
     about |= {"run": "contextual", "beside": "topk", "trained_on": n_ctx, "whole": True}
     labels = read_labels(runs["contextual"], contextual.d_sae)
     write_view(path, about, facts, comparison(results, runs), indexed, labels)

@@ -14,12 +14,12 @@ from csae.cli.options import (
     DEVICE,
     ELSEWHERE,
     KEEP_FIRST,
-    LAYER,
     MODEL,
     N_CTX,
     TEXT,
     device_of,
     given_of,
+    place_options,
 )
 from csae.errors import UserError, shown
 
@@ -37,7 +37,7 @@ SEARCHES = ("find", "raises", "feature", "passage")
 @DATASET
 @ACTIVATIONS
 @MODEL
-@LAYER
+@place_options()
 @N_CTX
 @click.option("--max-tokens", type=click.IntRange(1), help="Use at most so many tokens.")
 @BOS
@@ -80,6 +80,7 @@ def features(run: Path, out: Path | None, n: int, elsewhere: bool, **options: An
 
 def _build(run: Path, path: Path, sae: SAE, options: dict[str, Any], elsewhere: bool, device: str) -> None:
     from csae.data.language_model import LanguageModel
+    from csae.data.places import PLACE_KEYS
     from csae.data.sources import check_said, open_source
     from csae.features.build import build_index
     from csae.features.index import FeatureIndex
@@ -91,8 +92,10 @@ def _build(run: Path, path: Path, sae: SAE, options: dict[str, Any], elsewhere: 
     check_writable(path)
     given, of_run = given_of(options), read_trained_on(run)
     on = {} if sae.trained_on is None else sae.trained_on.to_config()
-    known = {name: on[name] for name in ("model", "layer", "n_ctx", "bos", "keep_first") if name in on} | of_run
-    origin = known | ({} if any(name in given for name in DATA) else read_origin(run)) | given
+    known = {name: on[name] for name in ("model", *PLACE_KEYS, "n_ctx", "bos", "keep_first") if name in on} | of_run
+    known |= {} if any(name in given for name in DATA) else read_origin(run)
+    place_given = any(name in given for name in PLACE_KEYS)
+    origin = {name: value for name, value in known.items() if not (place_given and name in PLACE_KEYS)} | given
     if not any(origin.get(name) is not None for name in DATA):
         raise UserError(f"{run}: it does not say what data it was trained on: give --text, --dataset or --activations")
     origin.setdefault("n_ctx", 256)

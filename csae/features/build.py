@@ -79,7 +79,8 @@ def build_index(
     not fit the SAE, or the disk is full.
     """
     here = TrainedOn.of(source.describe())
-    check_place(sae.trained_on, here.model or lm.name, here.layer, here.hook, elsewhere)
+    names = lm.hook_points.one_name
+    check_place(sae.trained_on, here.model or lm.name, here.layer, here.hook, elsewhere, here.hook_to, names)
     if source.d_in != sae.d_in:
         raise UserError(f"the activations are {source.d_in} wide, the SAE {sae.d_in}: they don't belong together")
     if not len(windows):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,10 +20,13 @@ from torch import Tensor, nn
 
 from csae.attribution import attribute
 from csae.contextual_sae import ContextualSAE
-from csae.data.activations import sink_mask
 from csae.data.language_model import LanguageModel
+<<<<<<< HEAD
 from csae.data.pieces import text_pieces, token_pieces
 from csae.data.places import in_words
+=======
+from csae.data.pieces import token_pieces
+>>>>>>> 0d9ee3a (csae view and csae features take any hook point, and transcoders; docs of the page, labels and the index)
 from csae.errors import UserError
 from csae.features.effects import (
     AT_ONCE,
@@ -37,12 +39,14 @@ from csae.features.effects import (
     writes_to_stream,
 )
 from csae.features.places import ACTIVITY, CARRIED, FRACTION
+from csae.pages.windows import Window, read_windows
 from csae.progress import Progress, quiet
 from csae.sae import SAE
 from csae.trained_on import check_place
 
+__all__ = ["Window", "read_windows", "view"]
+
 LONGER = 8  # times the windows that were trained on
-MAX_TOKENS = 4000
 PARTS_SHOWN = 12  # of c, at a token
 ROWS = 40  # of a timeline
 SIMILAR = 6
@@ -53,6 +57,7 @@ VARIES = 1e-10  # variance over mean square: where it is less, activations diffe
 LISTS = ("new", "carried", "gathered", "rest", "parts", "others", "remainder", "c", "missed")
 
 
+<<<<<<< HEAD
 class Window(NamedTuple):
     """T consecutive tokens. Nothing is carried in from before or out to after."""
 
@@ -101,6 +106,8 @@ def read_windows(
     return windows, whole
 
 
+=======
+>>>>>>> 0d9ee3a (csae view and csae features take any hook point, and transcoders; docs of the page, labels and the index)
 @torch.no_grad()
 def view(
     sae: SAE,
@@ -164,15 +171,18 @@ def view(
             if one.is_transcoder:
                 raise UserError("the SAE is a transcoder; the page shows SAEs, which reconstruct what they read")
     for name, one in (("the SAE", sae), ("the SAE beside it", beside)):
-        if one is not None and one.is_transcoder:
-            raise UserError(
-                f"{name} is a transcoder; needed an SAE without d_out: the page shows what rebuilds its input"
-            )
-        if one is not None and one.d_in != windows[0].acts.shape[1]:
+        if one is None:
+            continue
+        if one.d_in != windows[0].acts.shape[1]:
             raise UserError(
                 f"{name} is {one.d_in} wide; needed {windows[0].acts.shape[1]}, as wide as the activations: it is of "
                 "another model"
             )
+        if one.is_transcoder != (windows[0].target is not None) or one.d_out != windows[0].wanted.shape[1]:
+            width = f"{windows[0].wanted.shape[1]} numbers a position"
+            what = f"{width}, its input" if windows[0].target is None else f"a transcoder that gives {width}"
+            kind = "a transcoder to" if one.is_transcoder else "an SAE of"
+            raise UserError(f"{name} is {kind} {one.d_out} numbers; needed {what}: read it where it was trained")
     if isinstance(beside, ContextualSAE):
         raise UserError("the SAE beside it is a contextual one; needed one per token, that carries nothing")
     read = _read(sae, windows, progress)
@@ -208,7 +218,7 @@ class _Reading(NamedTuple):
     lists: dict[str, list[Any]]  # those of `view` that are named in LISTS, [N] each
     lengths: list[float]  # [N]: of c, in normalised units
     errors: Tensor  # [N] float64, squared
-    written: dict[int, Tensor]  # feature -> [d_in], the sum of all that it carried
+    written: dict[int, Tensor]  # feature -> [d_out], the sum of all that it carried
 
 
 def _read(sae: SAE, windows: Sequence[Window], progress: Progress) -> _Reading:
@@ -216,18 +226,18 @@ def _read(sae: SAE, windows: Sequence[Window], progress: Progress) -> _Reading:
     lengths: list[float] = []
     errors: list[Tensor] = []
     written: dict[int, Tensor] = {}
-    b = sae.b_dec * sae.scale
+    b = sae.b_dec * sae.out_scale
     for start, window in zip(_starts(windows), windows, strict=True):
-        acts, mask = window.acts.to(b), window.mask.to(b.device)
+        acts, wanted, mask = window.acts.to(b), window.wanted.to(b), window.mask.to(b.device)
         found = attribute(sae, acts, mask) if isinstance(sae, ContextualSAE) else None
         x_hat, code, c = found.output if found else sae(acts, mask)
         if not x_hat.isfinite().all():
             raise UserError(f"the {sae.arch} SAE gives NaN or Inf on this text: its weights are broken")
         values = code.values.masked_fill(~mask[:, None], 0)
-        error = (acts - x_hat).square().sum(dim=-1)
+        error = (wanted - x_hat).square().sum(dim=-1)
         of_c = (c * (x_hat - b)).sum(dim=-1) / (x_hat - b).square().sum(dim=-1).clamp_min(1e-12)
-        missed = error / (acts - b).square().sum(dim=-1).clamp_min(1e-12)
-        lengths += (c.norm(dim=-1) / sae.scale).tolist()
+        missed = error / (wanted - b).square().sum(dim=-1).clamp_min(1e-12)
+        lengths += (c.norm(dim=-1) / sae.out_scale).tolist()
         errors.append(error.double().cpu())
         for t, counted in enumerate(mask.tolist()):
             lists["new"].append(_pairs(code.indices[t], values[t], 0, ACTIVITY))
@@ -318,10 +328,10 @@ def _figures(sae: SAE, read: _Reading, windows: Sequence[Window], trained_on: in
     """See `view`."""
     mask = torch.cat([window.mask for window in windows]).cpu()
     place = torch.cat([torch.arange(len(window.tokens)) for window in windows])
-    acts = torch.cat([window.acts for window in windows]).double().cpu()
+    wanted = torch.cat([window.wanted for window in windows]).double().cpu()
 
     def fvu(chosen: Tensor) -> float | None:
-        there = acts[chosen]
+        there = wanted[chosen]
         variance = (there - there.mean(dim=0)).square().sum()
         return float(read.errors[chosen].sum() / variance) if variance > VARIES * there.square().sum() else None
 

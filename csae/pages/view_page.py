@@ -29,9 +29,9 @@ def write_view(
     """Writes the page to `path`, whole or not at all.
 
     Args:
-        about: the names of the "text", the "run", the one "beside" it (or None) and the "model"; "layer", "n_ctx",
-            "trained_on": the positions of a window here and in training (None where not known); "whole": whether that
-            is all of the text.
+        about: the names of the "text", the "run", the one "beside" it (or None) and the "model"; "place": which hook
+            point; "n_ctx", "trained_on": the positions of a window here and in training (None where not known);
+            "whole": whether that is all of the text.
         facts: what `csae.pages.view.view` gives.
         comparison: what `csae.pages.comparison.comparison` gives, to stand above the text.
         index: what `csae.pages.from_index.from_index` gives.

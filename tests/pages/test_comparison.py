@@ -56,7 +56,7 @@ FACTS = {
     "rows": [7], "features": {}, "figures": FIGURES, "beside": None,
 }  # fmt: skip
 INDEX = {"data": NASTY, "tokens": 10, "names": {"7": [NASTY]}, "features": {}}
-ABOUT = {"text": "a <b>text</b>", "run": "contextual", "beside": None, "model": "some/<model>", "layer": 12}
+ABOUT = {"text": "a <b>text</b>", "run": "contextual", "beside": None, "model": "some/<model>", "place": "layer 12"}
 ABOUT |= {"n_ctx": 256, "trained_on": 256, "whole": True}
 
 

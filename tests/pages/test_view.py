@@ -23,6 +23,7 @@ from csae import ContextualSAE, TopKSAE
 from csae.attribution import attribute
 from csae.cli import main
 from csae.data.language_model import LanguageModel
+from csae.data.places import Place
 from csae.errors import UserError
 from csae.features.effects import Effects, effects_of
 from csae.pages.view import ACTIVITY, CARRIED, FRACTION, PARTS_SHOWN, ROWS, Window, read_windows, view
@@ -209,6 +210,28 @@ def test_a_per_token_sae_carries_nothing(per_token: SAE, windows: list[Window], 
     assert all(set(effect) == {"new", "similar"} for effect in found["features"].values())
 
 
+@pytest.mark.parametrize("kind", [TopKSAE, ContextualSAE])
+def test_a_transcoder(kind: Any, per_token: SAE, tiny_lm: LanguageModel) -> None:
+    windows, _ = read_windows(tiny_lm, Place("mlp.in:1", "mlp.out:1"), TEXT, N_CTX)
+    torch.manual_seed(0)
+    sae = kind(D_IN, D_SAE, K, d_out=D_IN)
+    acts, targets = (torch.cat([of[window.mask] for of, window in zip(some, windows, strict=True)]) for some in (
+        [window.acts for window in windows], [window.wanted for window in windows]))  # fmt: skip
+    sae.initialise(acts.mean(dim=0), float(acts.std()), targets.mean(dim=0), float(targets.std()))
+    found = view(sae.eval(), windows, tiny_lm)
+    errors = 0.0
+    for window in windows:
+        x_hat = sae(window.acts[None], window.mask[None]).x_hat[0]
+        errors += float((window.target - x_hat)[window.mask].square().sum())
+    assert found["figures"]["fvu"] == pytest.approx(errors / float((targets - targets.mean(dim=0)).square().sum()))
+    assert any(found["parts"]) == (kind is ContextualSAE)
+    with pytest.raises(UserError, match="is an SAE of 16 numbers; needed a transcoder"):
+        view(per_token, windows, tiny_lm)
+    plain, _ = read_windows(tiny_lm, "mlp.in:1", TEXT, N_CTX)
+    with pytest.raises(UserError, match="is a transcoder to 16 numbers; needed 16 numbers a position, its input"):
+        view(sae, plain, tiny_lm)
+
+
 def test_what_does_not_fit(tiny_lm: LanguageModel, contextual: SAE, windows: list[Window]) -> None:
     with pytest.raises(UserError, match="17 wide; needed 16, as wide as the activations"):
         view(TopKSAE(17, 40, 3), windows, tiny_lm)
@@ -330,7 +353,7 @@ def test_effects_that_are_noise(
 
 # ---- the page ----
 
-ABOUT = {"text": "mill & <b>.txt", "run": "strict", "beside": "topk", "model": "tiny", "layer": LAYER}
+ABOUT = {"text": "mill & <b>.txt", "run": "strict", "beside": "topk", "model": "tiny", "place": f"layer {LAYER}"}
 ABOUT |= {"n_ctx": N_CTX, "trained_on": 10, "whole": True}
 
 
@@ -664,7 +687,7 @@ def test_command(runs: tuple[Path, Path], tmp_path: Path, monkeypatch, capsys) -
     (runs[1] / "run.json").write_text(json.dumps({"sae": {}, "train": {}, "data": {"layer": 1}, "origin": None}))
     code, printed = command(runs[0], "--beside", runs[1], *args, **options)
     assert code == 2
-    assert f"topk is of layer 1; needed {LAYER}" in printed
+    assert f"topk is of layer 1 (resid.out:0); needed layer {LAYER} (resid.out:1)" in printed
     code, printed = command(runs[1], *args, **options)
     assert code == 2
     assert "--model: not given, and" in printed
