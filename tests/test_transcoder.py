@@ -422,12 +422,12 @@ def test_a_code_of_a_transcoder_is_a_code() -> None:
     assert (sae.tokens_since_fired > 0).any()
 
 
-def test_the_page_of_a_text_refuses_a_transcoder() -> None:
+def test_the_page_of_a_text_refuses_a_transcoder_without_its_target() -> None:
     from types import SimpleNamespace
 
     from csae.errors import UserError
     from csae.pages.view import Window, view
 
     windows_of_text = [Window(torch.arange(5), torch.randn(5, D_IN), torch.ones(5, dtype=torch.bool))]
-    with pytest.raises(UserError, match="the SAE is a transcoder; needed an SAE without d_out"):
+    with pytest.raises(UserError, match="the SAE is a transcoder to 6 numbers; needed 6 numbers a position, its input"):
         view(make("topk", D_IN), windows_of_text, SimpleNamespace(name="a model"))  # type: ignore[arg-type]
