@@ -144,6 +144,17 @@ def test_a_transcoder_has_no_place_there(tmp_path, tiny_model_path, to, kind):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_transcoder_to_sparsify(tmp_path, tiny_model_path):
+    sae = TopKSAE(16, 40, 4, d_out=16, skip=True)
+    sae.initialise(torch.ones(16), 0.5, torch.ones(16), 3.0)
+    sae.trained_on = TrainedOn(model="lm", hook="mlp.in:1", hook_to="mlp.out:1")
+    sae.save_pretrained(tmp_path / "sae")
+    (folder,) = export(tmp_path / "sae", "sparsify", tmp_path / "out", {"model": str(tiny_model_path)})
+    assert folder == tmp_path / "out" / "layers.1.mlp"
+    acts = activations()
+    torch.testing.assert_close(interop.load("sparsify", folder)(acts).x_hat, sae(acts).x_hat, **CLOSE)
+
+
 def test_a_transcoder_of_two_places_is_none_of_sparsifys(tmp_path, tiny_model_path):
     sae = TopKSAE(16, 40, 4, d_out=16)
     sae.trained_on = TrainedOn(model="lm", hook="mlp.in:1", hook_to="mlp.out:2")
