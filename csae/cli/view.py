@@ -7,11 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-<<<<<<< HEAD
-from csae.cli.options import BOS, DEVICE, ELSEWHERE, KEEP_FIRST, device_of, place_of
-=======
 from csae.cli.options import BOS, DEVICE, ELSEWHERE, KEEP_FIRST, device_of, place_of, place_options
->>>>>>> 0d9ee3a (csae view and csae features take any hook point, and transcoders; docs of the page, labels and the index)
 from csae.errors import UserError, shown
 
 if TYPE_CHECKING:
@@ -28,12 +24,7 @@ if TYPE_CHECKING:
 )
 @click.option("--beside", type=click.Path(path_type=Path), help="A run of a per-token SAE, to compare with.")
 @click.option("--model", help="As the run was trained on, if not given.")
-<<<<<<< HEAD
-@click.option("--layer", type=int, help="As the run was trained on, if not given; 12 is --hook resid.out:11.")
-@click.option("--hook", help="A hook point (`csae hooks MODEL`); as the run was trained on, if not given.")
-=======
 @place_options()
->>>>>>> 0d9ee3a (csae view and csae features take any hook point, and transcoders; docs of the page, labels and the index)
 @click.option("--n-ctx", type=int, help="Positions a window at most; 8 times as trained on if not given.")
 @BOS
 @KEEP_FIRST
@@ -57,11 +48,7 @@ def view(
     """
     from csae.checkpoint import load_sae
     from csae.data.language_model import LanguageModel
-<<<<<<< HEAD
-    from csae.data.places import layer_of, places_in
-=======
     from csae.data.places import PLACE_KEYS, places_in
->>>>>>> 0d9ee3a (csae view and csae features take any hook point, and transcoders; docs of the page, labels and the index)
     from csae.data.text import beginning, read_documents
     from csae.features.index import FEATURES, FeatureIndex
     from csae.features.labels import read_labels
@@ -78,24 +65,11 @@ def view(
     device = device_of(options["device"])
     sae = load_sae(run, device)
     of_config = {} if sae.trained_on is None else sae.trained_on.to_config()
-<<<<<<< HEAD
-    kept = ("model", "layer", "hook", "n_ctx", "bos", "keep_first")
-=======
     kept = ("model", *PLACE_KEYS, "n_ctx", "bos", "keep_first")
->>>>>>> 0d9ee3a (csae view and csae features take any hook point, and transcoders; docs of the page, labels and the index)
     trained_on: dict[str, Any] = {name: of_config[name] for name in kept if name in of_config}
     of_run = read_trained_on(run)
     trained_on |= of_run
     given = {name: options[name] for name in ("model", "bos", "keep_first") if options[name] is not None}
-<<<<<<< HEAD
-    origin = trained_on | given
-    at = place_of(options) or {name: trained_on[name] for name in ("layer", "hook") if name in trained_on}
-    place = next(iter(places_in(at)), None)
-    for name, there in (("model", origin.get("model")), ("layer", at.get("layer") if place is None else place)):
-        if there is None:
-            raise UserError(f"--{name}: not given, and {run} does not say what it was trained on")
-    where: int | str = at["layer"] if place is None else place.hook
-=======
     place_given = place_of(options)
     origin = {name: value for name, value in trained_on.items() if not (place_given and name in PLACE_KEYS)}
     origin |= given | place_given
@@ -104,7 +78,6 @@ def view(
     place = next(iter(places_in(origin)), None)
     if place is None:
         raise UserError(f"--layer, --hook: not given, and {run} does not say where it was trained")
->>>>>>> 0d9ee3a (csae view and csae features take any hook point, and transcoders; docs of the page, labels and the index)
     trained_beside = {} if beside is None else read_trained_on(beside)
     one, other = trained_on.get("model"), trained_beside.get("model")
     if one is not None and other is not None and not same_model(str(one), str(other)):
@@ -124,36 +97,23 @@ def view(
             opened.check(sae, model_name(str(origin["model"])))
     other_sae = None if beside is None else load_sae(beside, device)
     lm = LanguageModel.load(origin["model"], device=device)
-    hook = lm.hook(where).name
+    (place,) = lm.hook_points.places(*place)
     for loaded in (sae, other_sae):
         if loaded is not None:
-<<<<<<< HEAD
-            check_place(loaded.trained_on, origin["model"], None, hook, elsewhere, names=lm.hook_points.one_name)
-=======
-            check_place(loaded.trained_on, origin["model"], None, place.hook, elsewhere, place.to)
-    lm = LanguageModel.load(origin["model"], device=device)
->>>>>>> 0d9ee3a (csae view and csae features take any hook point, and transcoders; docs of the page, labels and the index)
+            names = lm.hook_points.one_name
+            check_place(loaded.trained_on, origin["model"], None, place.hook, elsewhere, place.to, names)
     longest = LONGER * trained_on.get("n_ctx", 256)
     n_ctx = min(longest, lm.max_ctx or longest) if options["n_ctx"] is None else options["n_ctx"]
     known = ({} if sae.trained_on is None else sae.trained_on.to_config()) | origin
     begin = beginning(lm.tokenizer, known.get("bos", False if of_run else None), lm.n_vocab)
     keep_first = bool(known.get("keep_first"))
-<<<<<<< HEAD
-    windows, whole = read_windows(lm, hook, read_documents(text)[0], n_ctx, max_tokens, begin, keep_first)
-=======
     windows, whole = read_windows(lm, place, read_documents(text)[0], n_ctx, max_tokens, begin, keep_first)
->>>>>>> 0d9ee3a (csae view and csae features take any hook point, and transcoders; docs of the page, labels and the index)
     about = {
         "text": shown(text.name),
         "run": shown(run.resolve().name),
         "beside": None if beside is None else shown(beside.resolve().name),
         "model": model_name(lm.name),
-<<<<<<< HEAD
-        "layer": layer_of(hook),
-        "hook": hook,
-=======
         "place": _at(place),
->>>>>>> 0d9ee3a (csae view and csae features take any hook point, and transcoders; docs of the page, labels and the index)
         "n_ctx": n_ctx,
         "trained_on": trained_on.get("n_ctx"),
         "whole": whole,

@@ -21,12 +21,7 @@ from torch import Tensor, nn
 from csae.attribution import attribute
 from csae.contextual_sae import ContextualSAE
 from csae.data.language_model import LanguageModel
-<<<<<<< HEAD
-from csae.data.pieces import text_pieces, token_pieces
-from csae.data.places import in_words
-=======
 from csae.data.pieces import token_pieces
->>>>>>> 0d9ee3a (csae view and csae features take any hook point, and transcoders; docs of the page, labels and the index)
 from csae.errors import UserError
 from csae.features.effects import (
     AT_ONCE,
@@ -57,57 +52,6 @@ VARIES = 1e-10  # variance over mean square: where it is less, activations diffe
 LISTS = ("new", "carried", "gathered", "rest", "parts", "others", "remainder", "c", "missed")
 
 
-<<<<<<< HEAD
-class Window(NamedTuple):
-    """T consecutive tokens. Nothing is carried in from before or out to after."""
-
-    tokens: Tensor  # [T] int64
-    acts: Tensor  # [T, d_in]
-    mask: Tensor  # [T] bool, True where a position takes part
-    pieces: list[str] | None = None  # [T] of the text; those of the tokens by themselves if not given
-
-
-def read_windows(
-    lm: LanguageModel,
-    layer: int | str,
-    text: str,
-    n_ctx: int,
-    max_tokens: int = MAX_TOKENS,
-    begin: Sequence[int] = (),
-    keep_first: bool = False,
-) -> tuple[list[Window], bool]:
-    """The first max_tokens tokens of a text with their activations, in as few windows of up to n_ctx as will do.
-
-    begin: tokens that each window begins with beside those of the text (`csae.data.text.beginning`). keep_first:
-    position 0 and outliers take part (`csae.data.activations.sink_mask`). Also whether that is all of the text.
-    """
-    for name, given, least in (("n_ctx", n_ctx, len(begin) + 2), ("max_tokens", max_tokens, 2)):
-        if given < least:
-            raise UserError(f"{name}: given {given}; needed {least} or more")
-    ids = lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    whole, ids = len(ids) <= max_tokens, ids[:max_tokens]
-    if len(ids) < 2:
-        raise UserError(f"the text is {len(ids)} tokens long; needed 2 or more: the first one is left out")
-    pieces = text_pieces(lm.tokenizer, text, ids)
-    windows = []
-    at = 0
-    for part in torch.tensor(ids).tensor_split(math.ceil(len(ids) / (n_ctx - len(begin)))):
-        tokens = torch.cat([torch.tensor(begin, dtype=part.dtype), part])
-        lm.check_tokens(tokens[None])
-        acts = lm.activations(tokens[None], layer).float()
-        if not acts.isfinite().all():
-            raise UserError(
-                f"{in_words(lm.hook(layer).name, lm.name)} gives NaN or Inf on this text: load it in float32"
-            )
-        special = torch.arange(len(tokens)) < len(begin)
-        mask = sink_mask(acts, None, keep_first, special=special[None])[0]
-        windows.append(Window(tokens, acts[0], mask, [""] * len(begin) + pieces[at : at + len(part)]))
-        at += len(part)
-    return windows, whole
-
-
-=======
->>>>>>> 0d9ee3a (csae view and csae features take any hook point, and transcoders; docs of the page, labels and the index)
 @torch.no_grad()
 def view(
     sae: SAE,
