@@ -112,8 +112,6 @@ def view(
     for one in (sae, beside):
         if one is not None:
             check_place(one.trained_on, lm.name, None, elsewhere=elsewhere)
-            if one.is_transcoder:
-                raise UserError("the SAE is a transcoder; the page shows SAEs, which reconstruct what they read")
     for name, one in (("the SAE", sae), ("the SAE beside it", beside)):
         if one is None:
             continue
