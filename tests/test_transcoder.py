@@ -431,3 +431,24 @@ def test_the_page_of_a_text_refuses_a_transcoder_without_its_target() -> None:
     windows_of_text = [Window(torch.arange(5), torch.randn(5, D_IN), torch.ones(5, dtype=torch.bool))]
     with pytest.raises(UserError, match="the SAE is a transcoder to 6 numbers; needed 6 numbers a position, its input"):
         view(make("topk", D_IN), windows_of_text, SimpleNamespace(name="a model"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_and_exported_it_computes_the_same(kind: str) -> None:
+    sae, (acts, target, mask, documents) = make(kind, dtype=torch.float32, skip=True), windows()
+    acts, target = acts.float(), target.float()
+    compiled = torch.compile(sae, backend="aot_eager", fullgraph=True)
+    for training in (False, True):
+        sae.train(training)
+        torch.testing.assert_close(compiled(acts, mask, documents).x_hat, sae(acts, mask, documents).x_hat)
+
+    def loss() -> Tensor:
+        return sae.loss(acts, mask, documents, DEAD, target=target).loss
+
+    found, wanted = torch.compile(loss, backend="aot_eager", fullgraph=True)(), loss()
+    parameters = list(sae.parameters())
+    for got, want in zip(torch.autograd.grad(found, parameters), torch.autograd.grad(wanted, parameters), strict=True):
+        torch.testing.assert_close(got.to_dense(), want.to_dense(), rtol=1e-4, atol=1e-6)
+    sae.eval()
+    program = torch.export.export(sae, (acts, mask, documents))
+    torch.testing.assert_close(program.module()(acts, mask, documents).x_hat, sae(acts, mask, documents).x_hat)
