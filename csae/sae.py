@@ -117,9 +117,10 @@ class SAE(Saved, ABC):
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
         self.register_parameter("W_skip", nn.Parameter(torch.zeros(self.d_out, d_in)) if skip else None)
         self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
+        # Those that may be None come last: torch.export counts them with the others.
         self.register_buffer("mean", None if d_out is None else torch.zeros(d_in))
         self.register_buffer("target_scale", None if d_out is None else torch.ones(()))
-        self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self._arguments or name not in vars(self):

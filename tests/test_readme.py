@@ -13,6 +13,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
+
+from csae.cli import cli
 
 OTHERS = ("sae_lens", "sparsify", "dictionary_learning", "sae_bench")
 ROOT = Path(__file__).parent.parent
@@ -24,7 +27,13 @@ STARTS = ("make ", "csae ", "pip install ")
 
 
 def blocks(page, language):
-    return re.findall(rf"```{language}\n(.*?)```", PAGES[page], flags=re.DOTALL)
+    found = re.findall(rf"```{language}\n(.*?)```", PAGES[page], flags=re.DOTALL)
+    return [re.sub(r"\\\n\s*", "", block) for block in found] if language == "sh" else found
+
+
+def small(text, model):
+    """What a page says of block 11 of a real model, said of block 1 of the tiny one."""
+    return text.replace("HuggingFaceTB/SmolLM2-135M", str(model)).replace(":11", ":1")
 
 
 def commands(start):
@@ -39,19 +48,26 @@ SNIPPETS = {f"{page}-{place}": code for page in PAGES for place, code in enumera
 
 def test_every_block_is_run_by_a_test_here():
     for page, text in PAGES.items():
-        assert set(re.findall(r"^```(\w*)$", text, re.MULTILINE)) <= {"sh", "python", ""}, page
-        assert len(re.findall(r"^```$", text, re.MULTILINE)) == len(blocks(page, "(?:sh|python)")), page
+        assert set(re.findall(r"^```(\w*)$", text, re.MULTILINE)) <= {"sh", "python", "yaml", ""}, page
+        assert len(re.findall(r"^```$", text, re.MULTILINE)) == len(blocks(page, "(?:sh|python|yaml)")), page
     lines = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines() if line.strip()]
     assert [line for line in lines if not line.startswith(STARTS)] == []
 
 
 @pytest.mark.parametrize("name", SNIPPETS)
-def test_snippets_run(name, tmp_path, monkeypatch):
+def test_snippets_run(name, tiny_model_path, tmp_path, monkeypatch):
     for library in OTHERS:
         if re.search(rf"^\s*(import|from) {library}\b", SNIPPETS[name], flags=re.MULTILINE):
             pytest.importorskip(library, reason=f"{library} is not installed: `make test-peers` runs this")
     monkeypatch.chdir(tmp_path)
-    exec(compile(SNIPPETS[name], name, "exec"), {})
+    exec(compile(small(SNIPPETS[name], tiny_model_path), name, "exec"), {})
+
+
+def test_files_of_options_hold_options():
+    options = {parameter.name for parameter in cli.commands["train"].params}
+    for page in PAGES:
+        for block in blocks(page, "yaml"):
+            assert yaml.safe_load(block).keys() <= options
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -99,9 +115,10 @@ def test_commands_run_in_their_order(tiny_model_path, tmp_path):
     (tmp_path / "letter.txt").write_text("It was the age of wisdom, it was the age of foolishness. " * 5)
     (tmp_path / "corpus.jsonl").write_text('{"text": "It was the season of Light, the season of Darkness."}\n' * 60)
     for command in dict.fromkeys(commands("csae ")):
-        args = shlex.split(command.replace("HuggingFaceTB/SmolLM2-135M", str(tiny_model_path)))[1:]
+        args = shlex.split(small(command, tiny_model_path))[1:]
         if "--layer" in args:
             args[args.index("--layer") + 1] = "2"
+        if args[0] in ("train", "cache") and "--model" in args:
             args += ["--n-ctx", "32"]
         if "--dataset" in args:
             args[args.index("--tokens") + 1] = "2048"
