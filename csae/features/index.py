@@ -287,11 +287,13 @@ def unpack_pieces(packed: bytes) -> list[str]:
 
 
 def weights_sha256(sae: SAE) -> str:
-    """A hash of the parameters of an SAE and of how it uses them: of what decides which features are where."""
+    """A hash of the tensors of an SAE and of how it uses them: of what decides which features are where."""
     digest = hashlib.sha256(f"{sae.arch} {sae.k} {getattr(sae, 'k_mem', '')}".encode())
-    for name, parameter in sorted([*sae.named_parameters(), ("scale", sae.scale)]):
+    for name, tensor in sorted(sae.state_dict().items()):
+        if name == "tokens_since_fired":
+            continue
         digest.update(name.encode())
-        digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
