@@ -35,7 +35,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the checkout as a developer may have it: with left-overs of a build."""
     copy = tmp_path_factory.mktemp("packaging") / "checkout"
     ignored = shutil.ignore_patterns(
-        ".git", ".venv", "build", "dist", "demo", "runs", "*.egg-info", "*.so", "*cache*", ".hypothesis"
+        ".git", ".venv", "build", "dist", "demo", "runs", "*.egg-info", "*.so", "__pycache__", ".*_cache", ".hypothesis"
     )
     shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
     for left in ("lib", f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"):
