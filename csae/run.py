@@ -61,10 +61,10 @@ def read_origin(run: Path) -> dict[str, Any]:
 
 
 def read_trained_on(run: Path) -> dict[str, Any]:
-    """The model, place, n_ctx, bos and keep_first of what a run was trained on (`csae.data.sources`); what it knows."""
+    """What a run was trained on, as far as it says: model, lm_dtype, place, n_ctx, bos, keep_first."""
     job = read_run(run)
     data, origin = job.get("data") or {}, job.get("origin") or {}
-    names = ("model", "layer", "hook", "hook_to", "n_ctx", "keep_first")
+    names = ("model", "lm_dtype", "layer", "hook", "hook_to", "n_ctx", "keep_first")
     kinds = {name: ORIGIN[name] for name in names} | {"bos": (bool, list)}
     # `data` comes from the source, which may be of a user's own class: its types are not known.
     known = {name: data[name] for name, types in kinds.items() if _is_a(data.get(name), types)}

@@ -79,9 +79,8 @@ def features(run: Path, out: Path | None, n: int, elsewhere: bool, **options: An
 
 
 def _build(run: Path, path: Path, sae: SAE, options: dict[str, Any], elsewhere: bool, device: str) -> None:
-    from csae.data.language_model import LanguageModel
     from csae.data.places import PLACE_KEYS
-    from csae.data.sources import check_said, open_source
+    from csae.data.sources import check_said, open_model, open_source
     from csae.features.build import build_index
     from csae.features.index import FeatureIndex
     from csae.files import check_writable
@@ -106,7 +105,7 @@ def _build(run: Path, path: Path, sae: SAE, options: dict[str, Any], elsewhere: 
     if lm is None:
         if "model" not in origin:
             raise UserError(f"--model: not given, and {run} does not say which one; needed for the text of tokens")
-        lm = LanguageModel.load(origin["model"], device=device)
+        lm = open_model(origin["model"], device, dtype=origin.get("lm_dtype"))
     windows = range(source.n_windows)
     if origin.get("activations") is not None and options["max_tokens"] is not None:
         windows = windows[: max(1, options["max_tokens"] // source.n_ctx)]

@@ -138,10 +138,11 @@ def train(context: click.Context, **options: Any) -> None:
     jobs = jobs_of(context, settings, source, train_windows, origin, options, steps, device)
     read = min(64, len(train_windows)) * source.n_ctx
     seconds = steps * per_step * (time.perf_counter() - began) / read
+    takes = "" if options["init"] else f"; to read the activations takes about {_time(seconds)} of it"
     of = f"{len(jobs)} SAEs" if len(jobs) > 1 else "one SAE"
     _say(
         f"training {of} on {steps * per_step:,} tokens: {steps:,} steps of {options['batch_windows']} windows of "
-        f"{source.n_ctx}; to read the activations takes about {_time(seconds)} of it"
+        f"{source.n_ctx}{takes}"
     )
     train_together(jobs, batches or IndexedBatches(source, train_windows, jobs[0].config))
     runs = " ".join(shown(job.run) for job in jobs)

@@ -47,8 +47,8 @@ def view(
     The labels in RUN/labels.json, {"123": "dates"}, and what the index says of each feature are on the page.
     """
     from csae.checkpoint import load_sae
-    from csae.data.language_model import LanguageModel
     from csae.data.places import PLACE_KEYS, places_in
+    from csae.data.sources import open_model
     from csae.data.text import beginning, read_documents
     from csae.features.index import FEATURES, FeatureIndex
     from csae.features.labels import read_labels
@@ -96,7 +96,7 @@ def view(
         with FeatureIndex(index) as opened:
             opened.check(sae, model_name(str(origin["model"])))
     other_sae = None if beside is None else load_sae(beside, device)
-    lm = LanguageModel.load(origin["model"], device=device)
+    lm = open_model(origin["model"], device, dtype=origin.get("lm_dtype"))
     (place,) = lm.hook_points.places(*place)
     for loaded in (sae, other_sae):
         if loaded is not None:

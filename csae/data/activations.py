@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from copy import copy
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from csae.data.language_model import LanguageModel
 from csae.data.places import Place as Place
 from csae.data.places import described_place, in_words
 from csae.data.text import TokenWindows
-from csae.errors import UserError
+from csae.errors import UserError, shown
 
 SINK_NORM = 10.0  # in medians of the window's norms; sinks are 30 and more, the rest stays below 3
 WINDOWS_AT_ONCE = 16
@@ -81,7 +82,55 @@ class ActivationSources(Protocol):
         ...
 
 
-class ModelActivations:
+class OfPlaces(ABC):
+    """What sources of one or several places have in common: the one place is read, or one of several is taken."""
+
+    places: tuple[Place, ...]
+
+    @property
+    def d_in(self) -> int:
+        """The width of the activations. Raises UserError where there are several places."""
+        return self._width(self._place().hook)
+
+    @property
+    def d_out(self) -> int:
+        """The width of a transcoder's target; else d_in. Raises UserError where there are several places."""
+        place = self._place()
+        return self._width(place.to or place.hook)
+
+    def at(self, place: Place) -> Self:
+        """One of the places. Raises UserError where there is no such one."""
+        self._check(place)
+        one = copy(self)
+        one.places = (place,)
+        return one
+
+    def read(self, window_indices: Sequence[int]) -> Batch:
+        """Windows of the only place, see `ActivationSource`. Raises UserError where there are several places."""
+        return self.read_all(window_indices)[self._place()]
+
+    @abstractmethod
+    def read_all(self, window_indices: Sequence[int]) -> dict[Place, Batch]:
+        """The same windows at each place."""
+
+    @abstractmethod
+    def _width(self, hook: str) -> int:
+        """Of the activations at a hook point."""
+
+    @abstractmethod
+    def _check(self, place: Place) -> None:
+        """Raises UserError where a place can't be read."""
+
+    def _place(self) -> Place:
+        if len(self.places) != 1:
+            there = ", ".join(shown(place) for place in self.places)
+            raise UserError(
+                f"there are {len(self.places)} places; needed one: name it, or take source.at(place) of {there}"
+            )
+        return self.places[0]
+
+
+class ModelActivations(OfPlaces):
     """What is at one or several places of a language model, computed when it is read, from one pass for all of them.
 
     batch_size: how many windows go through the model at once. What is read lies on the model's device. keep_first:
@@ -120,29 +169,6 @@ class ModelActivations:
         names = dict.fromkeys(name for place in self.places for name in place if name is not None)
         self._points = {name: lm.hook(name) for name in names}
         self._sha256: list[str] = []
-
-    @property
-    def d_in(self) -> int:
-        """The width of the activations. Raises ValueError where there are several places."""
-        return self._points[self._place().hook].width
-
-    @property
-    def d_out(self) -> int:
-        """The width of a transcoder's target; else d_in. Raises ValueError where there are several places."""
-        place = self._place()
-        return self._points[place.to or place.hook].width
-
-    def at(self, place: Place) -> ModelActivations:
-        """One of the places. Raises ValueError where there is no such one."""
-        if place not in self.places:
-            raise ValueError(f"place: given {place}; needed one of {', '.join(map(str, self.places))}")
-        one = copy(self)
-        one.places = (place,)
-        return one
-
-    def read(self, window_indices: Sequence[int]) -> Batch:
-        """Windows of the only place, see `ActivationSource`. Raises ValueError where there are several places."""
-        return self.read_all(window_indices)[self._place()]
 
     def read_all(self, window_indices: Sequence[int]) -> dict[Place, Batch]:
         """Windows of all places, see `ActivationSource`, from one pass of the model."""
@@ -225,10 +251,12 @@ class ModelActivations:
             about["keep_first"] = True
         return about
 
-    def _place(self) -> Place:
-        if len(self.places) != 1:
-            raise ValueError(f"there are {len(self.places)} places; needed one: take source.at(place), or read_all")
-        return self.places[0]
+    def _width(self, hook: str) -> int:
+        return self._points[hook].width
+
+    def _check(self, place: Place) -> None:
+        if place not in self.places:
+            raise UserError(f"place: given {place}; needed one of {', '.join(map(str, self.places))}")
 
 
 class Begun(NamedTuple):

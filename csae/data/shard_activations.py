@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from csae.data.activations import Batch, Place, sink_mask
+from csae.data.activations import Batch, OfPlaces, Place, sink_mask
 from csae.data.places import described_place, name_of_layer
 from csae.data.shards import ShardReader, read_places
 from csae.errors import UserError, shown
@@ -20,7 +19,7 @@ ANYWHERE = "activations"
 """the hook point of shards that don't say of which they are"""
 
 
-class ShardActivations:
+class ShardActivations(OfPlaces):
     """Activations in a folder of shards, of one hook point or of several.
 
     A file without `documents` has one document a window. A file without `mask` gets that of sink_mask, with keep_first
@@ -53,28 +52,6 @@ class ShardActivations:
                     f"activations {str(folder)!r}: {one.folder.name} and {first.folder.name} hold other windows; the "
                     "command that wrote them goes on where it was cut short, or copy the folder again"
                 )
-
-    @property
-    def d_in(self) -> int:
-        """The width of the activations. Raises UserError where there are several places."""
-        return self._hooks[self._place().hook].d_in
-
-    @property
-    def d_out(self) -> int:
-        """The width of a transcoder's target; else d_in. Raises UserError where there are several places."""
-        place = self._place()
-        return self._hooks[place.to or place.hook].d_in
-
-    def at(self, place: Place) -> ShardActivations:
-        """One place: a hook point that is read, or two of them for a transcoder. Raises UserError for others."""
-        self._check(place, self._hooks)
-        one = copy(self)
-        one.places = (place,)
-        return one
-
-    def read(self, window_indices: Sequence[int]) -> Batch:
-        """Windows of the only place, see `ActivationSource`. Raises UserError where there are several places."""
-        return self.read_all(window_indices)[self._place()]
 
     def read_all(self, window_indices: Sequence[int]) -> dict[Place, Batch]:
         """The same windows at each place."""
@@ -113,13 +90,11 @@ class ShardActivations:
     def _read_hooks(self) -> list[str]:
         return list(dict.fromkeys(hook for place in self.places for hook in place if hook is not None))
 
-    def _place(self) -> Place:
-        if len(self.places) > 1:
-            there = ", ".join(shown(place) for place in self.places)
-            raise UserError(f"activations {str(self.folder)!r} hold {there}; needed one: name it, or give its folder")
-        return self.places[0]
+    def _width(self, hook: str) -> int:
+        return self._hooks[hook].d_in
 
-    def _check(self, place: Place, there: Iterable[str]) -> None:
+    def _check(self, place: Place, there: Iterable[str] | None = None) -> None:
+        there = self._hooks if there is None else there
         for hook in place:
             if hook is not None and hook not in there:
                 hold = ", ".join(map(shown, there))

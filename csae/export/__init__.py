@@ -16,7 +16,7 @@ from typing import Any
 from csae.checkpoint import load_sae
 from csae.data.language_model import LanguageModel
 from csae.data.places import PLACE_KEYS, described_place, places_in
-from csae.data.sources import open_source
+from csae.data.sources import open_model, open_source
 from csae.errors import UserError
 from csae.export import delphi, neuronpedia
 from csae.export.codes import About, read_codes
@@ -74,16 +74,17 @@ def export(
 
 def _model(run: Path | str, sae: SAE, given: dict[str, Any], device: str | None) -> LanguageModel:
     """The language model that the SAE is of: as given, or as the run says."""
-    name = given.get("model") or _known(run, sae).get("model")
+    known = _known(run, sae)
+    name = given.get("model") or known.get("model")
     if name is None:
         raise UserError(f"--model: not given, and {run} does not say what it was trained on")
-    return LanguageModel.load(name, device=device)
+    return open_model(name, device, dtype=known.get("lm_dtype"))
 
 
 def _origin(run: Path | str, sae: SAE, given: dict[str, Any]) -> dict[str, Any]:
     """What to open for feature activations: the run's own text, or what is given in its place."""
     known = _known(run, sae)
-    kept = {name: known[name] for name in ("model", "n_ctx", "bos", "keep_first") if name in known}
+    kept = {name: known[name] for name in ("model", "lm_dtype", "n_ctx", "bos", "keep_first") if name in known}
     own = {} if any(name in given for name in DATA) else read_origin(Path(run))
     place = next(iter(places_in(known)), None)
     if place is not None:  # the run's one, of those that it may have been trained with

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command import command
 from tiny_model import D_IN, PROSE
 
 from csae import TopKSAE
-from csae.cli import main
 from csae.data.language_model import LanguageModel
 from csae.features.index import FeatureIndex
 
@@ -37,14 +36,9 @@ def run(tmp_path: Path, tiny_model_path: Path, tiny_lm: LanguageModel) -> Path:
 @pytest.fixture
 def csae(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     def call(*args: Any) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["csae", "features", *map(str, args), "--device", "cpu"])
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        printed = capsys.readouterr()
-        return code, printed.out + (printed.err if code else "")
+        given = ("features", *args, "--device", "cpu")
+        code, out, errors = command(*given, monkeypatch=monkeypatch, capsys=capsys)
+        return code, out + (errors if code else "")
 
     return call
 
