@@ -84,7 +84,7 @@ def _told(error: BaseException, stopped_by: int | None) -> int | None:
     """Says in one line what happened; gives the exit code, or None for an error of our own."""
     import click
 
-    from csae.errors import Stopped, UserError, shown
+    from csae.errors import Stopped, UserError, memory_problem, shown
     from csae.files import disk_problem
 
     if isinstance(error, Stopped):
@@ -104,6 +104,12 @@ def _told(error: BaseException, stopped_by: int | None) -> int | None:
         if context is not None:
             _say(f"{context.get_usage()}\nTry '{context.command_path} {context.help_option_names[0]}' for help.\n")
         _say(f"Error: {shown(error.format_message())}")
+        return 2
+    memory = memory_problem(error)
+    if memory is not None:
+        _say(
+            f"csae: {memory}: needed a smaller --d-sae, --batch-windows or --n-ctx, a smaller model, or another device"
+        )
         return 2
     reason = disk_problem(error, "use")
     if reason is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 # Marks and spaces that are not printable, but text needs them: joiners, no-break space, ideographic space.
@@ -30,6 +31,20 @@ def first_line(error: Exception) -> str:
     if lines[0].endswith(":"):
         lines[:2] = [" ".join(lines[:2])]
     return lines[0].rstrip(".:")
+
+
+def memory_problem(error: BaseException) -> str | None:
+    """What to say of an error for want of memory, of Python or of torch on any device; None of another error."""
+    text = str(error)
+    said = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory")
+    if not isinstance(error, MemoryError) and not any(words in text.lower() for words in said):
+        return None
+    tried = re.search(r"tried to allocate (\d[\d.]* ?(?:[KMGT]i?B|bytes))", text, re.IGNORECASE)
+    return "not enough memory" + (f" (tried to allocate {_in_gb(tried[1])})" if tried else "")
+
+
+def _in_gb(size: str) -> str:
+    return f"{int(size.removesuffix('bytes')) / 1e9:.1f} GB" if size.endswith("bytes") else size.strip()
 
 
 def _is_plain(character: str) -> bool:

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 import csae.cli
 from csae.__main__ import main
@@ -99,6 +100,17 @@ def ended(error, monkeypatch, capsys):
         (OSError(errno.ENOSPC, "No space left on device", "/x/a"), 2, "csae: /x/a: the disk is full"),
         (PermissionError(errno.EACCES, "Permission denied", "/x/a"), 2, "csae: /x/a: no permission"),
         (OSError(errno.EIO, "Input/output error"), 2, "csae: the disk or the network behind it"),
+        (MemoryError(), 2, "csae: not enough memory: needed a smaller --d-sae"),
+        (
+            RuntimeError("CPUAllocator: can't allocate memory: you tried to allocate 77309411328 bytes. Error 12"),
+            2,
+            "csae: not enough memory (tried to allocate 77.3 GB): needed",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity"),
+            2,
+            "csae: not enough memory (tried to allocate 20.00 GiB): needed",
+        ),
         (RuntimeError("I/O error: Too many open files (os error 24)"), 2, "csae: too many open files"),
     ],
 )

