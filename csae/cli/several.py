@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from functools import partial
+
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from csae.data.batches import SOMEWHERE
 from csae.data.places import Place
 from csae.data.sources import remembered
 from csae.errors import UserError, shown
+from csae.memory import Need, check_memory
 from csae.run import RUN, read_origin
 from csae.sae import SAE
 from csae.training import Job
@@ -86,6 +88,15 @@ def jobs_of(
     if options["init"] and several:
         raise UserError(f"--init: given for {len(places) * len(settings)} SAEs; needed with one")
     of_places = {place: source if len(places) == 1 else source.at(place) for place in places}  # type: ignore[attr-defined]
+    if not options["init"]:
+        check_memory(
+            [
+                Need.of(partial(_made, setting.sae, of_places[place], place), TrainConfig(steps, **setting.train), source.n_ctx)
+                for place, setting in itertools.product(places, settings)
+            ],
+            device,
+            options["moments"],
+        )
     measured: dict[Place, Normalisation] | None = None
     if not options["init"] and len(places) == 1:
         measured = {places[0]: estimate_normalisation(source, windows)}
