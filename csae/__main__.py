@@ -94,7 +94,7 @@ def _told(error: BaseException, stopped_by: int | None) -> int | None:
         _say("\ncsae: interrupted")
         return 128 + (stopped_by or signal.SIGINT)
     if isinstance(error, BrokenPipeError):  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_what_nobody_reads()
         return 1
     if isinstance(error, UserError):
         _say(f"csae: {shown(error)}")
@@ -117,6 +117,17 @@ def _told(error: BaseException, stopped_by: int | None) -> int | None:
     file = error.filename if isinstance(error, OSError) else None
     _say(f"csae: {reason}" if file is None else f"csae: {shown(os.fsdecode(file))}: {reason}")
     return 2
+
+
+def _drop_what_nobody_reads() -> None:
+    """What is written at the end of the process to a closed pipe goes nowhere."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except (OSError, ValueError):
+            pass
 
 
 def _say(line: str) -> None:

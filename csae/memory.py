@@ -176,7 +176,9 @@ def _left_of(cgroup: Path) -> int | None:
         pairs = (line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
         stat: dict[str, Any] = dict(pair for pair in pairs if len(pair) == 2)
         free_swap = _meminfo().get("SwapFree", 0)
-        return left + sum(int(stat.get(name, 0)) for name in names) + min(free_swap, free_swap if swap is None else swap)
+        return (
+            left + sum(int(stat.get(name, 0)) for name in names) + min(free_swap, free_swap if swap is None else swap)
+        )
     except (OSError, ValueError):
         return None
 

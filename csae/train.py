@@ -148,7 +148,7 @@ def _steps(runs: Sequence[Training], batches: Batches, stop: threading.Event) ->
                         break
                 else:
                     raise UserError(f"the data end before step {step} of {last}: give more, or fewer --tokens")
-            except UserError:
+            except (UserError, BrokenPipeError):
                 _checkpoints(runs, step, state, batches, problems)
                 raise
             if ready.step.batches:
@@ -156,7 +156,10 @@ def _steps(runs: Sequence[Training], batches: Batches, stop: threading.Event) ->
                 for run in runs:
                     if run.first <= step:
                         _attempt(problems, run, run.step, step, ready, batches)
-            _show(bar, runs, done)
+            try:
+                _show(bar, runs, done)
+            except BrokenPipeError:  # whoever read it is gone: as after Ctrl-C
+                stop.set()
             if problems or stop.is_set():
                 _checkpoints(runs, done, state, batches, problems)
             elif done < last:

@@ -186,3 +186,19 @@ def test_what_was_typed_is_shown_safely(args, capsys, monkeypatch):
     err = capsys.readouterr().err
     assert "\x1b" not in err
     assert err.startswith("Usage: csae")
+
+
+def test_training_without_a_reader_ends_quietly_with_a_checkpoint(tiny_model_path, tmp_path):
+    (tmp_path / "a.txt").write_text("some words of text, again and again. " * 400)
+    options = ["--text", tmp_path / "a.txt", "--layer", "2", "--n-ctx", "16", "--d-sae", "64", "--k", "4"]
+    where = ["--model", tiny_model_path, "--tokens", str(10**9), "--device", "cpu", "-o", tmp_path / "run"]
+    command = [sys.executable, "-m", "csae", "train", "--arch", "topk", *options, *where]
+    program = "import csae.progress; csae.progress.SECONDS_BETWEEN_LINES = 0.1; from csae.__main__ import main; main()"
+    command = [sys.executable, "-c", program, *map(str, command[3:])]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in running.stdout:
+        if "step/s" in line:
+            break
+    running.stdout.close()  # as `head` does
+    assert running.wait(timeout=60) == 1
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from functools import partial
-
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,14 +89,11 @@ def jobs_of(
         raise UserError(f"--init: given for {len(places) * len(settings)} SAEs; needed with one")
     of_places = {place: source if len(places) == 1 else source.at(place) for place in places}  # type: ignore[attr-defined]
     if not options["init"]:
-        check_memory(
-            [
-                Need.of(partial(_made, setting.sae, of_places[place], place), TrainConfig(steps, **setting.train), source.n_ctx)
-                for place, setting in itertools.product(places, settings)
-            ],
-            device,
-            options["moments"],
-        )
+        makers = [
+            (partial(_made, setting.sae, of_places[place], place), TrainConfig(steps=steps, **setting.train))
+            for place, setting in itertools.product(places, settings)
+        ]
+        check_memory([Need.of(*one, source.n_ctx) for one in makers], device, options["moments"])
     measured: dict[Place, Normalisation] | None = None
     if not options["init"] and len(places) == 1:
         measured = {places[0]: estimate_normalisation(source, windows)}
