@@ -17,6 +17,17 @@ class Stopped(Exception):
     """Work was asked to stop (Ctrl-C); the message says where it can go on."""
 
 
+class FailedElsewhere(Exception):
+    """Another rank failed, and says why: this one ends without a word."""
+
+    def __init__(self, rank: int, reason: str) -> None:
+        super().__init__(rank, reason)
+        self.rank, self.reason = rank, reason
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}: {self.reason}"
+
+
 def shown(text: object) -> str:
     """A text that can be printed, and stand in a page or a JSON file: on one line, valid Unicode, without controls.
 

@@ -29,6 +29,8 @@ class Ranks:
     """the ranks that own other features' rows, this one included: together they hold the whole SAE"""
     data: ProcessGroup
     """this rank's replicas, this one included: they own the same rows"""
+    files: ProcessGroup
+    """all ranks on gloo, apart from the training's groups: a thread that writes files may use it meanwhile"""
     n_features: int
     feature_rank: int
     n_data: int
@@ -91,6 +93,7 @@ def ranks_of_world(device: torch.device, timeout: timedelta, data: int = 1) -> R
         world=_group(list(range(size)), size, timeout),
         features=groups[1],
         data=groups[0],
+        files=dist.new_group(backend="gloo", timeout=timeout),
         n_features=n_features,
         feature_rank=feature_rank,
         n_data=data,
