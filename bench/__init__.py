@@ -10,6 +10,7 @@ memory                         peak memory of a training step
 gpu, tune, sanitize, targets   what a GPU is needed for
 peer_tests                     other libraries' own tests under our patch
 demo_figure                    the README's figure
+scale, scale_*                 what a step sends between processes, beside data parallelism
 
 Needs torch and numpy alone; matplotlib for plots, and the peers where they are to be measured.
 """

@@ -86,7 +86,7 @@ def run(
             result["share_of_floor"] = result["floor_ms"] / result["median_ms"]
     return {
         "device": device_name(on),
-        "versions": _versions(),
+        "versions": versions(),
         "threads": torch.get_num_threads(),
         "rounds": rounds,
         "ceilings": {"dtype": dtype, **ceiling._asdict()},
@@ -298,7 +298,7 @@ def device_name(device: torch.device) -> str:
     return f"{platform.processor() or platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("csae", "triton", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -50,7 +50,7 @@ def _patched(library: str, build: Callable[[Data], Built]) -> Callable[[Data], B
 
 def sparsify(data: Data) -> Built:
     """EleutherAI's SparseCoder; the step is what `sparsify.Trainer.fit` and its hook do for one hookpoint."""
-    _needs("eai-sparsify")
+    needs("eai-sparsify")
     if data.device.type == "cuda" and data.dtype == torch.float32:
         raise Skip("its forward pass on CUDA is always in bfloat16")
     if data.device.type == "cpu":
@@ -115,7 +115,7 @@ sae_lens_patched = _patched("sae_lens", sae_lens)
 
 
 def _sae_lens(data: Data, sparse: bool) -> Built:
-    _needs("sae-lens")
+    needs("sae-lens")
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
@@ -160,7 +160,7 @@ def _sae_lens(data: Data, sparse: bool) -> Built:
 
 def dictionary_learning(data: Data) -> Built:
     """dictionary_learning's AutoEncoderTopK, by `TopKTrainer.update` as `trainSAE` calls it."""
-    _needs("dictionary-learning")
+    needs("dictionary-learning")
     with contextlib.redirect_stdout(io.StringIO()):
         from dictionary_learning.trainers.top_k import TopKTrainer
     _undo_nnsight()
@@ -211,7 +211,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _needs(package: str) -> None:
+def needs(package: str) -> None:
     try:
         importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError as error:
