@@ -135,8 +135,8 @@ def measure(job: Job, ranks: Ranks | None) -> dict[str, Any]:
     before = socket_bytes()
     with Collectives(purpose) as counted:
         step.run()
+    _wait(ranks)  # all of it has arrived
     after = socket_bytes()
-    _wait(ranks)
     took = []
     for _ in range(job.rounds):
         _wait(ranks)

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 TCP_INFO_BYTES_SENT = 200
-"""where linux/tcp.h has tcpi_bytes_sent (since Linux 4.19): payload, what was sent again included"""
+"""where linux/tcp.h has tcpi_bytes_sent and tcpi_bytes_retrans (since Linux 4.19): payload sent, and sent again"""
 
 
 class Sent(NamedTuple):
@@ -155,9 +155,10 @@ def socket_bytes() -> int | None:
                 info = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
         except OSError:  # closed since it was listed
             continue
-        if len(info) < TCP_INFO_BYTES_SENT + 8:
+        if len(info) < TCP_INFO_BYTES_SENT + 16:
             return None  # an older Linux
-        total += struct.unpack_from("Q", info, TCP_INFO_BYTES_SENT)[0]
+        sent, again = struct.unpack_from("QQ", info, TCP_INFO_BYTES_SENT)
+        total += sent - again
     return total
 
 

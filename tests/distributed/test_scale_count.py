@@ -62,8 +62,8 @@ def count(ranks: Ranks | None) -> dict[str, tuple[list[Sent], int]]:
         before = socket_bytes()
         with Collectives(purpose) as counted:
             start()
+        dist.barrier()  # all of it has arrived
         after = socket_bytes()
-        dist.barrier()
         assert before is not None
         assert after is not None
         found[name] = counted.sent, after - before
