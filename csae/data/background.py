@@ -31,7 +31,7 @@ class Ready(NamedTuple):
     positions: dict[Place, int]
     """how many of them take part"""
     hashes: dict[Place, tuple[bytes, bool]]
-    """of the windows (`csae.data.seen`), and whether they are of their tokens"""
+    """of the windows (`csae.data.seen`) without the padding, and whether they are of their tokens"""
 
 
 @contextmanager
@@ -122,11 +122,12 @@ def _ready(step: Step, device: torch.device) -> Ready:
     of_tokens: dict[int, bytes] = {}  # all places have the same tokens
     hashes = {}
     for place, batch in step.batches.items():
+        own = slice(len(batch.acts) - step.padding)
         if batch.tokens is None:
-            hashes[place] = window_hashes(None, batch.acts).tobytes(), False
+            hashes[place] = window_hashes(None, batch.acts[own]).tobytes(), False
         else:
             if id(batch.tokens) not in of_tokens:
-                of_tokens[id(batch.tokens)] = window_hashes(batch.tokens, batch.acts).tobytes()
+                of_tokens[id(batch.tokens)] = window_hashes(batch.tokens[own], batch.acts[own]).tobytes()
             hashes[place] = of_tokens[id(batch.tokens)], True
     moved = {place: Batch(*(_to(tensor, device) for tensor in batch)) for place, batch in step.batches.items()}  # type: ignore[arg-type]
     return Ready(step._replace(batches=moved), positions, hashes)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from csae.config import TrainConfig
 from csae.data.activations import ActivationSource, Batch, Place, window_order
+from csae.data.share import Share, filled
 from csae.errors import UserError
 
 SOMEWHERE = Place("activations")
@@ -27,6 +28,9 @@ class Step(NamedTuple):
     goes in as JSON in uint8 bytes"""
     where: str
     """which windows these are, for messages"""
+    padding: int = 0
+    """how many windows at the end of each batch only fill it up (`csae.data.share`): out of the mask, and trained on by
+    nobody"""
 
 
 class Batches(Protocol):
@@ -63,16 +67,23 @@ class IndexedBatches:
     """Windows of a source with random access: each epoch takes all of them in an order of its own, by the seed.
 
     source: of one place or of several (`csae.data.activations`). windows: those to train on. config: batch_windows and
-    seed. An incomplete last batch of an epoch is left out. Raises UserError where there are fewer windows than a batch.
+    seed. share: the rank and the number of ranks (`csae.data.share`); only this rank's windows are read. An incomplete
+    last batch of an epoch is left out. Raises UserError where there are fewer windows than a batch.
     """
 
-    def __init__(self, source: ActivationSource, windows: Sequence[int], config: TrainConfig) -> None:
+    def __init__(
+        self,
+        source: ActivationSource,
+        windows: Sequence[int],
+        config: TrainConfig,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
         if len(windows) < config.batch_windows:
             raise UserError(
                 f"batch_windows: given {config.batch_windows}, but there are {len(windows)} windows to train on; "
                 f"needed as many: give more text, or a smaller batch"
             )
-        self.source, self.windows, self.config = source, windows, config
+        self.source, self.windows, self.config, self.share = source, windows, config, Share(*share)
         self.n_ctx, self.n_windows = source.n_ctx, len(windows)
         self.places: tuple[Place, ...] = getattr(source, "places", (SOMEWHERE,))
 
@@ -82,14 +93,21 @@ class IndexedBatches:
         for epoch in itertools.count(step // of_epoch):
             order = window_order(len(self.windows), self.config.seed, epoch)
             for place in range(step - epoch * of_epoch, of_epoch):
-                prefetch(_chosen(self.windows, order, place + AHEAD, self.config))
+                prefetch(self._own(_chosen(self.windows, order, place + AHEAD, self.config)))
                 chosen = _chosen(self.windows, order, place, self.config)
-                where = f"windows {', '.join(map(str, chosen[:8]))}{', ...' if len(chosen) > 8 else ''}"
-                yield Step(self._read(chosen), None, where)
+                own = self._own(chosen)
+                where = f"windows {', '.join(map(str, own[:8]))}{', ...' if len(own) > 8 else ''}"
+                n, padding = self.share.windows(len(chosen)), self.share.padding(len(chosen))
+                batches = {at: filled(batch, n - padding, n) for at, batch in self._read(own).items()}
+                yield Step(batches, None, where, padding)
             step = (epoch + 1) * of_epoch
 
     def describe(self, place: Place) -> dict[str, Any]:
         return self.source.describe() if len(self.places) == 1 else self.source.at(place).describe()  # type: ignore[attr-defined]
+
+    def _own(self, windows: Sequence[int]) -> Sequence[int]:
+        """Those of a batch's windows that this rank reads."""
+        return [windows[at] for at in self.share.to_read(len(windows))] if windows else windows
 
     def _read(self, windows: Sequence[int]) -> dict[Place, Batch]:
         if len(self.places) == 1:

@@ -87,13 +87,18 @@ def open_stream(
 
 
 def open_stream_batches(
-    origin: dict[str, Any], held_out: ModelActivations, batch_windows: int, workers: int = 1
+    origin: dict[str, Any],
+    held_out: ModelActivations,
+    batch_windows: int,
+    workers: int = 1,
+    share: tuple[int, int] = (0, 1),
 ) -> tuple[StreamBatches, ModelActivations]:
     """The batches of the stream that `origin` describes, and a source of its first windows, to measure them.
 
-    held_out: what `csae.data.sources.open_source` gives for it.
+    held_out: what `csae.data.sources.open_source` gives for it. share: the rank and the number of ranks; what there is
+    to say of the text, rank 0 says.
     """
-    stream = open_stream(origin, held_out.lm, workers)
+    stream = open_stream(origin, held_out.lm, workers, say_on_stderr if share[0] == 0 else lambda line: None)
     tokens, documents, special, begin = stream.first(stream.held_out + MEASURED)
     if len(tokens) <= stream.held_out:
         raise UserError(
@@ -103,7 +108,7 @@ def open_stream_batches(
     rest = slice(stream.held_out, None)
     first = TokenWindows(tokens[rest], documents[rest], None if special is None else special[rest], begin)
     source = ModelActivations(held_out.lm, held_out.places, first, held_out.batch_size, held_out.keep_first)
-    return StreamBatches(stream, held_out, batch_windows), source
+    return StreamBatches(stream, held_out, batch_windows, share), source
 
 
 def windows_of_dataset(
