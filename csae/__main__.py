@@ -73,50 +73,56 @@ def _run(stop: _Stop) -> int:
         raise
     except BaseException as error:
         _ignore_signals()  # a second Ctrl-C would end in a traceback; `main` hears again when all is said
-        code = _told(error, stop.by)
-        if code is None:
+        told = _told(error, stop.by)
+        if _is_one_of_several():
+            from csae.distributed.telling import end
+
+            end(error, told)
+        if told is None:
             raise
+        line, code = told
+        if line is not None:
+            _say(line)
         return code
     return 0
 
 
-def _told(error: BaseException, stopped_by: int | None) -> int | None:
-    """Says in one line what happened; gives the exit code, or None for an error of our own."""
+def _told(error: BaseException, stopped_by: int | None) -> tuple[str | None, int] | None:
+    """What to say of what happened, and the exit code; None for an error of our own."""
     import click
 
     from csae.errors import Stopped, UserError, memory_problem, shown
     from csae.files import disk_problem
 
     if isinstance(error, Stopped):
-        _say(f"\ncsae: {shown(error)}")
-        return 128 + signal.SIGINT
+        return f"\ncsae: {shown(error)}", 128 + signal.SIGINT
     if stopped_by is not None or isinstance(error, click.Abort | KeyboardInterrupt):
-        _say("\ncsae: interrupted")
-        return 128 + (stopped_by or signal.SIGINT)
+        return "\ncsae: interrupted", 128 + (stopped_by or signal.SIGINT)
     if isinstance(error, BrokenPipeError):  # whoever read the output has seen enough
         _drop_what_nobody_reads()
-        return 1
+        return None, 1
     if isinstance(error, UserError):
-        _say(f"csae: {shown(error)}")
-        return 2
+        return f"csae: {shown(error)}", 2
     if isinstance(error, click.ClickException):
         context = error.ctx if isinstance(error, click.UsageError) else None
+        usage = ""
         if context is not None:
-            _say(f"{context.get_usage()}\nTry '{context.command_path} {context.help_option_names[0]}' for help.\n")
-        _say(f"Error: {shown(error.format_message())}")
-        return 2
+            usage = f"{context.get_usage()}\nTry '{context.command_path} {context.help_option_names[0]}' for help.\n\n"
+        return f"{usage}Error: {shown(error.format_message())}", 2
     memory = memory_problem(error)
     if memory is not None:
-        _say(
-            f"csae: {memory}: needed a smaller --d-sae, --batch-windows or --n-ctx, a smaller model, or another device"
-        )
-        return 2
+        needed = "needed a smaller --d-sae, --batch-windows or --n-ctx, a smaller model, or another device"
+        return f"csae: {memory}: {needed}", 2
     reason = disk_problem(error, "use")
     if reason is None:
         return None
     file = error.filename if isinstance(error, OSError) else None
-    _say(f"csae: {reason}" if file is None else f"csae: {shown(os.fsdecode(file))}: {reason}")
-    return 2
+    return f"csae: {reason}" if file is None else f"csae: {shown(os.fsdecode(file))}: {reason}", 2
+
+
+def _is_one_of_several() -> bool:
+    """Whether torchrun started other processes beside this one."""
+    return os.environ.get("WORLD_SIZE", "") not in ("", "0", "1")
 
 
 def _drop_what_nobody_reads() -> None:

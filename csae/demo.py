@@ -55,7 +55,7 @@ from csae.progress import Progress, track
 from csae.run import METRICS
 from csae.sae import SAE
 from csae.topk_sae import TopKSAE
-from csae.train import Job, check_one_process, train_together
+from csae.train import Job, train_together
 from csae.trained_on import model_name
 
 TOKENS = 420_000
@@ -108,7 +108,6 @@ def run_demo(
     """
     from rich.console import Console
 
-    check_one_process()
     for name, size in {"tokens": tokens, "epochs": epochs, "eval_windows": eval_windows}.items():
         if size < 1:
             raise UserError(f"{name}: given {size}; needed at least 1")

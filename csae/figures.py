@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from csae.config import TrainConfig
+from csae.distributed.collectives import total
+from csae.distributed.ranks import Ranks
 from csae.sae import Losses
 
 NAMES = ("loss", "fvu", "aux", "l0")
@@ -25,15 +27,19 @@ def logged_steps(config: TrainConfig, done: int, ends: Sequence[int] = ()) -> li
 class Figures:
     """loss, fvu, aux and l0 of the steps since the last line of metrics. A step that was skipped adds nothing."""
 
-    def __init__(self, log_every: int, device: torch.device) -> None:
+    def __init__(self, log_every: int, device: torch.device, ranks: Ranks | None = None) -> None:
+        self.ranks = ranks
         self.rows = torch.zeros(log_every, len(NAMES), device=device)
         self.steps: list[int] = []
         """of which step each row is"""
 
     @torch.no_grad()
     def add(self, step: int, losses: Losses, mask: Tensor) -> None:
-        """Those of a step. mask [B, T] bool: l0 is the mean over its positions."""
-        active = ((losses.code.values > 0).sum(dim=-1) * mask).sum() / mask.sum().clamp_min(1)
+        """Those of a step. mask [B, T] bool: l0 is the mean over its positions, of all ranks."""
+        counts = torch.stack([((losses.code.values > 0).sum(dim=-1) * mask).sum(), mask.sum()])
+        if self.ranks is not None:
+            counts = total(counts, self.ranks.world)
+        active = counts[0] / counts[1].clamp_min(1)
         found = (losses.loss, losses.fvu, losses.aux, active)
         self.rows[len(self.steps)] = torch.stack([figure.to(self.rows.dtype) for figure in found])
         self.steps.append(step)

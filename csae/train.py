@@ -19,28 +19,31 @@ on the same batches, each as if it were alone.
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from csae.config import TrainConfig
 from csae.data.activations import ActivationSource
 from csae.data.background import ready_steps
 from csae.data.batches import Batches, IndexedBatches
-from csae.errors import Stopped, UserError, shown
+from csae.distributed.hosts import ranks_of
+from csae.distributed.in_step import in_step
+from csae.errors import FailedElsewhere, Stopped, UserError, shown
 from csae.progress import bar as progress_bar
 from csae.sae import SAE
 from csae.step import train_step
 from csae.training import Job, Training
 
-__all__ = ["Job", "check_one_process", "train", "train_step", "train_together"]
+SAME_SIGNAL = 5.0  # seconds between signals that are one
+
+__all__ = ["Job", "train", "train_step", "train_together"]
 
 
 def train(
@@ -59,24 +62,29 @@ def train(
     (`SAE.initialise`), and moved it to the device to train on. `origin` (JSON) is kept in run.json: where the source
     can be opened again (`csae.data.sources`). `logs` are names of `csae.logs`: where else the metrics go.
 
+    Of a sharded SAE (`csae.distributed`) all ranks call this with the same arguments. Each reads its share of the
+    windows; rank 0 writes what is not a part of the SAE.
+
     Raises:
-        UserError: the folder holds another job, or files that contradict each other; another process trains it, or
-            this is one of several; activations or the loss are not finite; the disk is full.
+        UserError: the folder holds another job, or files that contradict each other; another process trains it;
+            activations or the loss are not finite; the disk is full.
         Stopped: after Ctrl-C (SIGINT) or SIGTERM, with a checkpoint written.
+        FailedElsewhere: another rank raised one of the others.
     """
-    check_one_process()
-    train_together([Job(sae, run, config, origin, logs=logs)], IndexedBatches(source, windows, config))
+    ranks = ranks_of(sae)
+    share = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+    train_together([Job(sae, run, config, origin, logs=logs)], IndexedBatches(source, windows, config, share))
 
 
 def train_together(jobs: Sequence[Job], batches: Batches) -> None:
     """Train several SAEs on the same batches, each in a folder of its own, with the same bits as alone.
 
-    All have the same steps, batch_windows and seed, and lie on one device. Runs that are further than others, after a
+    All have the same steps, batch_windows and seed, and lie on one device, or are sharded over the same ranks; then
+    `batches` are this rank's share (`csae.data.share`). Runs that are further than others, after a
     kill between their checkpoints, wait for those. Where one fails, the others get a checkpoint, and all stop.
 
     Raises UserError and Stopped as `train` does; the message names the run.
     """
-    check_one_process()
     _check_alike(jobs)
     runs = [Training(job, batches) for job in jobs]
     with ExitStack() as stack:
@@ -85,26 +93,13 @@ def train_together(jobs: Sequence[Job], batches: Batches) -> None:
                 stack.enter_context(run.opened())
         open_runs = [run for run in runs if not run.trained]
         if open_runs:
-            stop = stack.enter_context(_stop_signal())
+            stop = stack.enter_context(_stop_signal(runs[0].hosts.alone))
             _steps(open_runs, batches, stop)
         for run in runs:
             if run not in open_runs:
                 run.load_finished()
     for run in runs:
         run.tidy()
-
-
-def check_one_process() -> None:
-    """Raises UserError where this is one of several processes, as torchrun starts them."""
-    given = os.environ.get("WORLD_SIZE", "")
-    size = int(given) if given.isdecimal() and len(given) < 10 else 1
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        size = max(size, torch.distributed.get_world_size())
-    if size > 1:
-        raise UserError(
-            f"training runs in one process, and this is one of {size} (WORLD_SIZE, as torchrun sets it): "
-            f"start it without torchrun, or unset WORLD_SIZE where each process trains a run of its own"
-        )
 
 
 def _check_alike(jobs: Sequence[Job]) -> None:
@@ -119,6 +114,8 @@ def _check_alike(jobs: Sequence[Job]) -> None:
     twice = next((folder for folder in folders if folders.count(folder) > 1), None)
     if twice is not None:
         raise UserError(f"{twice}: given for two SAEs; needed a folder for each")
+    if len({id(ranks_of(job.sae)) for job in jobs}) > 1:
+        raise UserError("sae: given sharded SAEs and whole ones, or of other ranks; needed all on the same ranks")
     devices = {str(job.sae.W_dec.device) for job in jobs}
     if len(devices) > 1:
         raise UserError(f"sae: given SAEs on {', '.join(sorted(devices))}; needed all on one device")
@@ -130,25 +127,27 @@ def _steps(runs: Sequence[Training], batches: Batches, stop: threading.Event) ->
     state = next(run.state for run in runs if run.first == first)
     device, places = runs[0].sae.W_dec.device, {run.place for run in runs}
     problems: list[tuple[Training, Exception]] = []
+    hosts = runs[0].hosts
     name = shown(runs[0].run.name) if len(runs) == 1 else f"{len(runs)} SAEs"
     with (
-        progress_bar(total=last, initial=first, desc=name, unit="step") as bar,
-        ready_steps(batches, first, last, state, device, places) as steps,
+        progress_bar(total=last, initial=first, desc=name, unit="step", disable=not hosts.is_first) as bar,
+        ready_steps(batches, first, last, state, device, places) as own_steps,
     ):
+        steps = in_step(own_steps, hosts, stop)
         for run in runs:
             run.restart_clock(max(first, run.first))
         for step in range(first, last):
             done = step
             try:
-                for ready in steps:
+                for ready, asked in steps:
                     if ready.step.batches:
                         break
                     _checkpoints(runs, step, state, batches, problems)  # it may wait for long
-                    if problems or stop.is_set():
+                    if problems or asked:
                         break
                 else:
                     raise UserError(f"the data end before step {step} of {last}: give more, or fewer --tokens")
-            except (UserError, BrokenPipeError):
+            except (UserError, BrokenPipeError, FailedElsewhere):
                 _checkpoints(runs, step, state, batches, problems)
                 raise
             if ready.step.batches:
@@ -160,14 +159,16 @@ def _steps(runs: Sequence[Training], batches: Batches, stop: threading.Event) ->
                 _show(bar, runs, done)
             except BrokenPipeError:  # whoever read it is gone: as after Ctrl-C
                 stop.set()
-            if problems or stop.is_set():
+            if hosts.alone:  # several ranks agree before a step
+                asked = stop.is_set()
+            if problems or asked:
                 _checkpoints(runs, done, state, batches, problems)
             elif done < last:
                 due = [run for run in runs if done % run.config.checkpoint_every == 0]
                 _checkpoints(due, done, state, batches, problems)
             if problems:
                 raise _reported(problems, runs, done)
-            if stop.is_set():
+            if asked:
                 raise Stopped(
                     f"{_named(runs)}: stopped after step {done} of {last}; the same command goes on from there"
                 )
@@ -178,10 +179,17 @@ def _steps(runs: Sequence[Training], batches: Batches, stop: threading.Event) ->
 
 
 def _attempt(problems: list[tuple[Training, Exception]], run: Training, do: Any, *given: Any) -> None:
-    """`do(*given)`; an error of it is kept with the run that it is of."""
+    """`do(*given)`; an error of it is kept with the run that it is of.
+
+    Of several ranks only if all of them have it. Otherwise the others wait, and end when this one does.
+    """
     try:
         do(*given)
+    except (UserError, FailedElsewhere) as error:
+        problems.append((run, error))
     except Exception as error:
+        if not run.hosts.alone:
+            raise
         problems.append((run, error))
 
 
@@ -231,15 +239,21 @@ def _show(bar: Any, runs: Sequence[Training], done: int) -> None:
 
 
 @contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets, so that the step is finished; a second one interrupts."""
-    asked = threading.Event()
+def _stop_signal(alone: bool) -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets, so that the step is finished; a later one interrupts.
+
+    Ctrl-C under torchrun comes twice: from the terminal, and from torchrun.
+    """
+    asked, when = threading.Event(), 0.0
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
 
     def ask(signum: int, frame: object) -> None:
-        if asked.is_set():
+        nonlocal when
+        if not asked.is_set():
+            when = time.monotonic()
+        elif alone or time.monotonic() - when > SAME_SIGNAL:
             raise KeyboardInterrupt
         asked.set()
 

@@ -8,11 +8,10 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -24,8 +23,9 @@ from csae.data.activations import Batch, Place
 from csae.data.background import Ready
 from csae.data.batches import Batches
 from csae.data.seen import log, open_log, settle
+from csae.distributed.hosts import Hosts, ranks_of
 from csae.errors import UserError
-from csae.extend import earlier_job, extend, keep_source, of_source, source_of
+from csae.extend import Earlier, earlier_job, extend, keep_source, of_source, source_of
 from csae.figures import Figures, logged_steps, mean
 from csae.files import read_json
 from csae.logs import check_logs, open_logs
@@ -34,8 +34,10 @@ from csae.run import (
     METRICS,
     RUN,
     append_line,
+    as_json,
     check_job,
     check_metrics,
+    differences,
     drop_later_metrics,
     locked,
     remove_unfinished,
@@ -75,7 +77,7 @@ class Training:
 
     def __init__(self, job: Job, batches: Batches) -> None:
         """Looks at the folder, and writes nothing. Raises UserError where it holds another job, or something else."""
-        check_logs(job.logs)
+        self.hosts = Hosts(ranks_of(job.sae))
         self.sae, self.run, self.logs, self.asked = job.sae, Path(job.run), job.logs, job.asked
         self.place = _place(job, batches)
         frozen = sorted(name for name, parameter in self.sae.named_parameters() if not parameter.requires_grad)
@@ -93,10 +95,10 @@ class Training:
         }
         about |= {"frozen": frozen} if frozen else {}
         about |= {"init": job.init} if job.init else {}
-        self.earlier = earlier_job(self.run, about)
+        _check_same_job(about, self.hosts)
+        self.earlier = self.hosts.from_first(lambda: self._look(about))
         self.about = self.earlier.about
         self.config = dataclasses.replace(job.config, **self.earlier.train)
-        check_job(self.run, self.earlier.before or self.about)
         self.sae.trained_on = TrainedOn.of(described, job.origin)
         self.first = 0
         """steps that were done before"""
@@ -106,34 +108,51 @@ class Training:
         """of the batches after those"""
         self.trained = self.is_finished()
 
+    def _look(self, about: dict[str, Any]) -> Earlier:
+        """What the folder says."""
+        check_logs(self.logs)
+        earlier = earlier_job(self.run, about)
+        check_job(self.run, earlier.before or earlier.about)
+        return earlier
+
     def is_finished(self) -> bool:
-        return (self.run / CONFIG).is_file() and self.earlier.before is None and not self.earlier.cut_short
+        earlier = self.earlier
+        return self.hosts.from_first(
+            lambda: (self.run / CONFIG).is_file() and earlier.before is None and not earlier.cut_short
+        )
 
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Lock the folder and load the last checkpoint; `trained` where another process has finished it meanwhile."""
-        with locked(self.run, self.earlier.before or self.about) as metrics:
+        with ExitStack() as files:
+            with self.hosts.together():
+                if self.hosts.is_first:
+                    self.metrics = files.enter_context(locked(self.run, self.earlier.before or self.about))
             self.trained = self.is_finished()
-            if self.trained:
-                yield
-                return
-            if self.asked is not None:
-                write_options(self.run, self.asked)
-            self._prepare(metrics)
-            hashes = self.earlier.seen_by(self.first, self.config)
-            with open_log(self.run, hashes) as self.seen, open_logs(self.logs, self.run, self.about) as self.log_to:
-                yield
+            if not self.trained:
+                self._prepare()
+                with self.hosts.together():
+                    if self.hosts.is_first:
+                        hashes = self.earlier.seen_by(self.first, self.config)
+                        self.seen = files.enter_context(open_log(self.run, hashes))
+                        self.log_to = files.enter_context(open_logs(self.logs, self.run, self.about))
+            yield
 
-    def _prepare(self, metrics: FileIO) -> None:
-        sae, run, config = self.sae, self.run, self.config
-        remove_unfinished(run, FILES)
-        broken = _not_finite(sae)
-        if broken:
-            raise UserError(f"sae: {broken} holds NaN or Inf: initialise it (SAE.initialise) from finite activations")
-        self.metrics = metrics
+    def _prepare(self) -> None:
+        sae, run, config, is_first = self.sae, self.run, self.config, self.hosts.is_first
+        with self.hosts.together():
+            if is_first and self.asked is not None:
+                write_options(run, self.asked)
+            if is_first:
+                remove_unfinished(run, FILES)
+            broken = _not_finite(sae)
+            if broken:
+                raise UserError(
+                    f"sae: {broken} holds NaN or Inf: initialise it (SAE.initialise) from finite activations"
+                )
         self.optimizer = adam(sae, config)
         extend(self.earlier, run, sae, self.optimizer)
-        checkpoint = last_checkpoint(run)
+        checkpoint = self.hosts.from_first(lambda: last_checkpoint(run))
         beside: dict[str, Tensor] = {}
         if checkpoint is not None:
             self.first, beside = restore_checkpoint(checkpoint, sae, self.optimizer, self.about)
@@ -141,19 +160,28 @@ class Training:
         self.optimizer.forget_steps()
         self.state = source_of(beside)
         every = config.checkpoint_every
-        for step in range(self.first - self.first % every + every, config.steps, every):
-            check_free(run, step)
-        logged = logged_steps(config, self.first, self.earlier.ends)
-        drop_later_metrics(run, metrics, logged, "no checkpoint" if checkpoint is None else checkpoint.name)
+        with self.hosts.together():
+            if is_first:
+                for step in range(self.first - self.first % every + every, config.steps, every):
+                    check_free(run, step)
+                logged = logged_steps(config, self.first, self.earlier.ends)
+                by = "no checkpoint" if checkpoint is None else checkpoint.name
+                drop_later_metrics(run, self.metrics, logged, by)
         self.device = sae.W_dec.device
-        self.figures = Figures(config.log_every, self.device)
-        self.dead = sae.dead_features()
+        self.figures = Figures(config.log_every, self.device, self.hosts.ranks)
+        self._take_dead(sae.dead_features())
         if "dead" in beside:
-            self.dead = beside["dead"].to(self.device)
+            self._take_dead(beside["dead"].to(self.device))
             self.figures.restore(beside)
         self.line: dict[str, Any] = {}
         self.restart_clock(self.first)
         sae.train()
+
+    def _take_dead(self, dead: Tensor) -> None:
+        """Train these features [n_dead] by AuxK from here on: of a sharded SAE those of this rank's rows."""
+        self.dead = dead
+        ranks = self.hosts.ranks
+        self.n_dead = sum(self.hosts.gather(len(dead))) // (1 if ranks is None else ranks.n_data)
 
     def restart_clock(self, step: int) -> None:
         """Measure the speed from this step on."""
@@ -167,7 +195,8 @@ class Training:
         batch = ready.step.batches[self.place]
         if step == self.first:
             self.before_line = step, self.state
-        log(self.seen, *ready.hashes[self.place])
+        if self.hosts.is_first:
+            log(self.seen, *ready.hashes[self.place])
         began = time.perf_counter()
         if ready.positions[self.place] > 1:  # else there is no variance to explain
             losses, _ = train_step(self.sae, self.optimizer, batch, step, self.config, self.dead)
@@ -181,9 +210,9 @@ class Training:
         """A line of metrics of the steps since the last one; looks again for dead features."""
         config, sae = self.config, self.sae
         found = self.checked(batches)
-        tokens = batch.mask.numel()
+        tokens = config.batch_windows * batches.n_ctx
         line: dict[str, Any] = {"step": step, "tokens": (step + 1) * tokens} | mean(found)
-        line["dead"] = len(self.dead) / sae.d_sae
+        line["dead"] = self.n_dead / sae.d_sae
         line["lr"] = learning_rate(step, config)
         trained = (step + 1 - self.since) * tokens
         line["tokens_per_s"] = round(trained / (time.perf_counter() - self.began), 1)
@@ -193,10 +222,12 @@ class Training:
         if isinstance(sae, ContextualSAE) and due and trained_now:
             line["fvu_exact"], line["gap"] = exact_gap(sae, batch, sweeps_at(step, config, sae))
         self.figures.clear()
-        self.dead = sae.dead_features()
-        append_line(self.metrics, line)
-        for log_line in self.log_to:
-            log_line(line)
+        self._take_dead(sae.dead_features())
+        with self.hosts.together():
+            if self.hosts.is_first:
+                append_line(self.metrics, line)
+                for log_line in self.log_to:
+                    log_line(line)
         self.line = line
         self.restart_clock(step + 1)
 
@@ -212,73 +243,94 @@ class Training:
         """Raises UserError where a loss is not finite, or its batch can't be reconstructed: why, and what to do."""
         # The batch is gone: it is made again, from the last place that is known.
         start, state = self.before_line
-        steps = (again for again in batches.start(start, state) if again.batches)
-        again = next(itertools.islice(steps, step - start, None))
-        batch, where = again.batches[self.place], again.where
-        x = batch.acts[batch.mask].double()  # [tokens, d_in]
-        scale = float(self.sae.scale)
-        reason = None
-        if not x.isfinite().all():
-            reason = f"NaN or Inf in the activations of {where}: make them again, or leave those windows out"
-        elif not (x - x.mean(dim=0)).square().sum() > 1e-12 * x.square().sum():  # below this it is rounding only
-            reason = f"all positions of {where} that take part have the same activations: leave those windows out"
-        elif (x / scale).square().sum() > torch.finfo(torch.float32).max / 4:
-            reason = (
-                f"activations as large as {float(x.abs().max()):.3g} in {where}, at a scale of {scale:.3g}: their "
-                f"squares are too large for float32: make them again, or leave those windows out"
-            )
-        elif not math.isfinite(loss) and step == 0:  # this is the loss before the first update
-            reason = (
-                f"the loss is {loss} before the first step: initialise the SAE (SAE.initialise) from these activations"
-            )
-        elif not math.isfinite(loss):
-            reason = f"the loss is {loss} at step {step}: {_smaller_lr(self.config)}"
-        if reason:
-            raise UserError(f"{self.run}: {reason}")
+        with self.hosts.together():
+            steps = (again for again in batches.start(start, state) if again.batches)
+            again = next(itertools.islice(steps, step - start, None))
+            batch, where = again.batches[self.place], again.where
+            x = batch.acts[batch.mask].double()  # [tokens, d_in]
+            scale = float(self.sae.scale)
+            if not x.isfinite().all():
+                self._refuse(f"NaN or Inf in the activations of {where}: make them again, or leave those windows out")
+            if (x / scale).square().sum() > torch.finfo(torch.float32).max / 4:
+                self._refuse(
+                    f"activations as large as {float(x.abs().max()):.3g} in {where}, at a scale of {scale:.3g}: their "
+                    f"squares are too large for float32: make them again, or leave those windows out"
+                )
+        of_ranks = self.hosts.gather(x[:1].cpu())
+        first = next((of for of in of_ranks if len(of)), x)
+        spread = sum(self.hosts.gather(float((x - first.to(x.device)).square().sum())))
+        with self.hosts.together():
+            # Below this it is rounding only.
+            if not spread > 1e-12 * sum(self.hosts.gather(float(x.square().sum()))):
+                self._refuse(
+                    f"all positions of {where} that take part have the same activations: leave those windows out"
+                )
+            if not math.isfinite(loss) and step == 0:  # this is the loss before the first update
+                self._refuse(
+                    f"the loss is {loss} before the first step: initialise the SAE (SAE.initialise) from these "
+                    "activations"
+                )
+            if not math.isfinite(loss):
+                self._refuse(f"the loss is {loss} at step {step}: {_smaller_lr(self.config)}")
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise UserError(f"{self.run}: {reason}")
 
     def checkpoint(self, done: int, state: dict[str, Tensor] | None, batches: Batches) -> None:
         """Write a checkpoint after `done` steps. state: of the batches then. Raises UserError as `step` does."""
         self.checked(batches)
-        self._check_trained()
-        sync(self.metrics)  # a checkpoint is never ahead of its metrics
-        sync(self.seen)
+        with self.hosts.together():
+            self._check_trained()
+            if self.hosts.is_first:
+                sync(self.metrics)  # a checkpoint is never ahead of its metrics
+                sync(self.seen)
         beside = {"dead": self.dead, **self.figures.state(), **of_source(state)}
         save_checkpoint(self.run, done, self.sae, self.optimizer, self.about, beside)
         self.saved = done
 
     def finish(self, state: dict[str, Tensor] | None) -> None:
         """Save the trained SAE. state: of the batches, after the last step."""
-        sync(self.metrics)
-        if all(not state["step"] for state in self.optimizer.state.values()):
-            raise UserError(
-                f"the mask lets no two positions of a step take part, in any of {self.config.steps}: "
-                f"nothing to train on"
-            )
-        self._check_trained()
+        with self.hosts.together():
+            if self.hosts.is_first:
+                sync(self.metrics)
+            if all(not state["step"] for state in self.optimizer.state.values()):
+                raise UserError(
+                    f"the mask lets no two positions of a step take part, in any of {self.config.steps}: "
+                    f"nothing to train on"
+                )
+            self._check_trained()
         assert self.sae.trained_on is not None
         train_fvu = self.line.get("fvu_exact", self.line.get("fvu"))
         self.sae.trained_on = dataclasses.replace(self.sae.trained_on, train_fvu=train_fvu)
-        keep_source(self.run, state)
+        with self.hosts.together():
+            if self.hosts.is_first:
+                keep_source(self.run, state)
         self.sae.save_pretrained(self.run)
         self.trained = True
 
     def load_finished(self) -> None:
         """Load the trained SAE, if all files of its run agree that it is this one."""
         run, sae = self.run, self.sae
+        self.hosts.from_first(self._check_finished)
+        loaded = type(sae).from_pretrained(str(run))
+        sae.load_state_dict(loaded.state_dict())
+        sae.trained_on = loaded.trained_on
+        self.hosts.from_first(lambda: remove_unfinished(run, FILES))
+
+    def _check_finished(self) -> None:
+        run = self.run
         check_config(read_json(run / CONFIG), self.about["sae"], run / CONFIG, RUN)
         length = check_metrics(run, logged_steps(self.config, self.config.steps, self.earlier.ends), CONFIG)
         if (run / METRICS).stat().st_size != length:
             raise UserError(
                 f"{run / METRICS}: it goes on after the last of {self.config.steps} steps: take those lines out"
             )
-        loaded = type(sae).from_pretrained(str(run))
-        sae.load_state_dict(loaded.state_dict())
-        sae.trained_on = loaded.trained_on
-        remove_unfinished(run, FILES)
 
     def tidy(self) -> None:
         """What is left to do when the SAE is saved. Never raises: it says what it could not do."""
         self.sae.eval()
+        if not self.hosts.is_first:
+            return
         try:
             settle(self.run)  # not earlier: after a kill, the steps after the checkpoint are done again
         except UserError as error:  # the SAE is trained nevertheless
@@ -299,6 +351,23 @@ def _place(job: Job, batches: Batches) -> Place:
     if job.place is not None and job.place not in batches.places:
         raise UserError(f"place: given {job.place} for {job.run}; needed one of {', '.join(map(str, batches.places))}")
     return batches.places[0] if job.place is None else job.place
+
+
+def _check_same_job(about: dict[str, Any], hosts: Hosts) -> None:
+    """Raises UserError where a rank has another job than rank 0, or other data."""
+    first, *others = hosts.gather(as_json(about))
+    for rank, other in enumerate(others, 1):
+        if other == first:
+            continue
+        if other["n_windows"] != first["n_windows"]:
+            raise UserError(
+                f"n_windows: rank {rank} has {other['n_windows']} windows to train on, rank 0 has "
+                f"{first['n_windows']}; needed the same data on all ranks"
+            )
+        differing = "; ".join(differences(first, other)).replace("the run has", "rank 0 has")
+        raise UserError(
+            f"rank {rank} trains on other data or in another way ({differing}); needed the same on all ranks"
+        )
 
 
 def _not_finite(sae: SAE) -> str | None:

@@ -34,14 +34,21 @@ from csae.cli.info import info
 from csae.cli.push import push
 from csae.cli.train import train
 from csae.cli.view import view
+from csae.distributed.telling import n_processes
 
 __all__ = ["cli", "main"]
+
+IN_SEVERAL_PROCESSES = ("train", "info")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(csae.__version__, message=f"%(prog)s %(version)s ({DISTRIBUTION})")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Train sparse autoencoders fast; and the contextual one, which encodes only what is new."""
+    command, n = context.invoked_subcommand, n_processes()
+    if n > 1 and command not in IN_SEVERAL_PROCESSES:
+        raise UserError(f"csae {command}: runs in one process, and this is one of {n}: start it without torchrun")
 
 
 for command in (demo, train, evaluate, features, view, cache, hooks, export, push, info, bench, evidence):

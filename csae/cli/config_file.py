@@ -16,8 +16,8 @@ from csae.errors import UserError, first_line, shown
 from csae.files import reading
 from csae.versions import pip_install
 
-# Where a run lies, and on which device, is not part of what it is.
-NOT_KEPT = ("out", "config", "device", "lm_device")
+# Where a run lies, and on which devices, is not part of what it is.
+NOT_KEPT = ("out", "config", "device", "lm_device", "timeout", "data_ranks")
 
 
 def read_config(file: Path, names: dict[str, str]) -> dict[str, Any]:

@@ -32,6 +32,13 @@ KEEP_FIRST = click.option(
 ACTIVATIONS = click.option("--activations", type=click.Path(), help="A folder of activation shards instead of a model.")
 ELSEWHERE = click.option("--elsewhere", is_flag=True, help="Even where the SAE was trained on another model or layer.")
 DEVICE = click.option("--device", help="cuda or cpu; cuda where there is one, if not given.")
+TIMEOUT = click.option(
+    "--timeout",
+    type=click.FloatRange(min=1),
+    default=600,
+    show_default=True,
+    help="Under torchrun: seconds after which a process gives up that waits for another one.",
+)
 
 
 def DATASET(command: Any) -> Any:

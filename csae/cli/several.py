@@ -24,6 +24,8 @@ from csae.data.activations import (
 from csae.data.batches import SOMEWHERE
 from csae.data.places import Place
 from csae.data.sources import remembered
+from csae.distributed import Ranks
+from csae.distributed.hosts import Hosts
 from csae.errors import UserError, shown
 from csae.memory import Need, check_memory
 from csae.run import RUN, read_origin
@@ -76,12 +78,17 @@ def jobs_of(
     options: dict[str, Any],
     steps: int,
     device: str,
+    ranks: Ranks | None = None,
 ) -> list[Job]:
-    """A job for each place of the source and each setting, with its SAE, initialised. Reads some of the windows."""
+    """A job for each place of the source and each setting, with its SAE, initialised. Reads some of the windows.
+
+    ranks: each SAE is sharded over them, and rank 0 reads.
+    """
+    hosts = Hosts(ranks)
     places: tuple[Place, ...] = getattr(source, "places", (SOMEWHERE,))
     several = len(places) * len(settings) > 1
     out: Path = options["out"]
-    if several and (out / RUN).is_file():
+    if several and hosts.from_first(lambda: (out / RUN).is_file()):
         raise UserError(
             f"--out: {out} holds one run; needed a folder for the runs of {len(places) * len(settings)} SAEs"
         )
@@ -93,12 +100,12 @@ def jobs_of(
             (partial(_made, setting.sae, of_places[place], place), TrainConfig(steps=steps, **setting.train))
             for place, setting in itertools.product(places, settings)
         ]
-        check_memory([Need.of(*one, source.n_ctx) for one in makers], device, options["moments"])
+        check_memory([Need.of(*one, source.n_ctx, ranks) for one in makers], device, options["moments"], ranks)
     measured: dict[Place, Normalisation] | None = None
     if not options["init"] and len(places) == 1:
-        measured = {places[0]: estimate_normalisation(source, windows)}
+        measured = hosts.from_first(lambda: {places[0]: estimate_normalisation(source, windows)})
     elif not options["init"]:
-        measured = estimate_normalisations(source, windows)  # type: ignore[arg-type]
+        measured = hosts.from_first(lambda: estimate_normalisations(source, windows))  # type: ignore[arg-type]
     jobs = []
     for place, setting in itertools.product(places, settings):
         config = TrainConfig(steps=steps, **setting.train)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import torch
@@ -20,6 +21,7 @@ from csae.cli.options import (
     MODEL,
     N_CTX,
     TEXT,
+    TIMEOUT,
     device_of,
     options_of,
     origin_of,
@@ -29,6 +31,9 @@ from csae.config import SAEConfig, TrainConfig
 from csae.data.dtypes import LM_DTYPES
 from csae.errors import UserError, shown
 from csae.logs import LOGS, check_logs
+
+if TYPE_CHECKING:
+    from csae.distributed.ranks import Ranks
 
 
 @click.command()
@@ -83,35 +88,57 @@ from csae.logs import LOGS, check_logs
 )
 @click.option("--lm-device", help="Of the language model; that of --device if not given.")
 @DEVICE
+@TIMEOUT
+@click.option(
+    "--data-ranks",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Under torchrun: how many replicas of the SAE train side by side.",
+)
 @click.pass_context
 def train(context: click.Context, **options: Any) -> None:
     """Train an SAE on activations: of a language model on the fly, or saved ones.
 
     Several hook points, and several of --arch, --d-sae, --k, --query and --lr, give an SAE for each combination, all
-    trained on the same batches.
+    trained on the same batches. Under torchrun, each process owns the rows of some features.
     """
+    from csae.data.activations import check_share
+    from csae.distributed.telling import n_processes, started
+
+    if options["data_ranks"] > 1 and n_processes() == 1:
+        raise UserError(f"--data-ranks: given {options['data_ranks']} in one process; needed torchrun, with more")
+    check_logs(options["logs"])
+    check_share(options["held_out"])
+    same = {name: value for name, value in options.items() if name != "lm_device"}
+    with started(same, options["device"], options["timeout"], options["data_ranks"]) as ranks:
+        _train(context, options, ranks)
+
+
+def _train(context: click.Context, options: dict[str, Any], ranks: Ranks | None) -> None:
     from csae.cli.several import check_folders, jobs_of, settings_of
-    from csae.data.activations import ModelActivations, check_share, held_out
+    from csae.data.activations import ModelActivations, held_out
     from csae.data.batches import Batches, IndexedBatches
     from csae.data.dtypes import resolved_dtype
     from csae.data.raw_text import as_stream, open_stream_batches
     from csae.data.sources import check_said, open_source
-    from csae.progress import track
-    from csae.train import check_one_process, train_together
+    from csae.distributed.hosts import Hosts
+    from csae.progress import quiet, track
+    from csae.train import train_together
 
-    check_logs(options["logs"])
-    check_share(options["held_out"])
-    check_one_process()
-    device = device_of(options["device"])
+    hosts = Hosts(ranks)
+    share = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+    say: Callable[[str], None] = _say if hosts.is_first else _say_nothing
+    device = device_of(options["device"]) if ranks is None else str(ranks.device)
     lm_device = device_of(options["lm_device"] or device, "--lm-device")
-    earlier = check_folders(options["out"])
+    earlier = hosts.from_first(lambda: check_folders(options["out"]))
     origin = origin_of(options, earlier)
     if "activations" in origin and options["lm_dtype"]:
         raise UserError("--lm-dtype: given with --activations, which are as they were made; needed with a model")
     if "model" in origin:
         given = options["lm_dtype"] or (earlier.get("lm_dtype") if earlier else "auto")
         origin |= {} if given is None else {"lm_dtype": resolved_dtype(given, torch.device(lm_device))}
-        _say(f"loading {shown(Path(origin['model']).name)} and its text")
+        say(f"loading {shown(Path(origin['model']).name)} and its text")
     origin = as_stream(
         origin,
         options["stream"],
@@ -121,12 +148,12 @@ def train(context: click.Context, **options: Any) -> None:
         options["seed"],
         earlier.get("held_out_windows"),
     )
-    source, _ = open_source(origin, lm_device, track)
+    source, _ = open_source(origin, lm_device, track if hosts.is_first else quiet)
     check_said(origin, source)
     batches: Batches | None = None
     if origin.get("stream"):
         assert isinstance(source, ModelActivations)
-        batches, source = open_stream_batches(origin, source, options["batch_windows"], options["workers"])
+        batches, source = open_stream_batches(origin, source, options["batch_windows"], options["workers"], share)
         train_windows = range(source.n_windows)
     else:
         train_windows, _ = held_out(source.n_windows, options["held_out"])
@@ -135,22 +162,28 @@ def train(context: click.Context, **options: Any) -> None:
     tokens = len(train_windows) * source.n_ctx if options["tokens"] is None else options["tokens"]
     steps = max(1, tokens // max(1, per_step))
     began = time.perf_counter()
-    jobs = jobs_of(context, settings, source, train_windows, origin, options, steps, device)
+    jobs = jobs_of(context, settings, source, train_windows, origin, options, steps, device, ranks)
     read = min(64, len(train_windows)) * source.n_ctx
     seconds = steps * per_step * (time.perf_counter() - began) / read
     takes = "" if options["init"] else f"; to read the activations takes about {_time(seconds)} of it"
     of = f"{len(jobs)} SAEs" if len(jobs) > 1 else "one SAE"
-    _say(
+    say(
         f"training {of} on {steps * per_step:,} tokens: {steps:,} steps of {options['batch_windows']} windows of "
         f"{source.n_ctx}{takes}"
     )
-    train_together(jobs, batches or IndexedBatches(source, train_windows, jobs[0].config))
+    train_together(jobs, batches or IndexedBatches(source, train_windows, jobs[0].config, share))
+    if not hosts.is_first:
+        return
     runs = " ".join(shown(job.run) for job in jobs)
     print(f"trained: {runs} (look at {'them' if len(jobs) > 1 else 'it'}: csae eval {runs})")
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _say_nothing(line: str) -> None:
+    pass
 
 
 def _time(seconds: float) -> str:

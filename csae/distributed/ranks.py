@@ -25,6 +25,8 @@ class Ranks:
     size: int
     """how many there are in the world"""
     world: ProcessGroup
+    hosts: ProcessGroup
+    """the world as well, by gloo: for what lies on the hosts, such as Python objects (`csae.distributed.agreement`)"""
     features: ProcessGroup
     """the ranks that own other features' rows, this one included: together they hold the whole SAE"""
     data: ProcessGroup
@@ -91,6 +93,7 @@ def ranks_of_world(device: torch.device, timeout: timedelta, data: int = 1) -> R
         rank=rank,
         size=size,
         world=_group(list(range(size)), size, timeout),
+        hosts=dist.new_group(backend="gloo", timeout=timeout),
         features=groups[1],
         data=groups[0],
         files=dist.new_group(backend="gloo", timeout=timeout),

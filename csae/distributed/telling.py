@@ -1,0 +1,260 @@
+"""When a rank ends: one of them says why, in one line, and none waits for those that are gone.
+
+Ranks leave notes for each other in the store that torchrun keeps:
+
+    csae/RESTART/options         of rank 0
+    csae/RESTART/process/RANK    which process it is
+    csae/RESTART/over/RANK       it ended by itself, well or not
+    csae/RESTART/told            how many had something to tell: the first one does
+    csae/RESTART/failed          one of them failed
+
+A thread looks after the others: NCCL, and a rank that computes, would notice an end only when the timeout is over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+
+from csae.distributed.ranks import Ranks, joined
+from csae.errors import FailedElsewhere, Stopped, UserError, memory_problem, shown
+
+EVERY = 1.0  # seconds
+GRACE = 15.0  # seconds, for a rank to end by itself when another one has failed
+CONNECT = timedelta(seconds=10)
+AS_LATE = timedelta(seconds=300)  # as others may be: they import the same libraries
+# What gloo and NCCL say when a rank is gone, in a RuntimeError.
+BROKEN = re.compile(r"connect|peer|timed out|timeout|broken pipe|socket|abort|remote process", re.IGNORECASE)
+GO_ON = "the same command goes on from the last checkpoint"
+
+
+@contextmanager
+def started(options: dict[str, Any], device: str | None, timeout_s: float, data: int = 1) -> Iterator[Ranks | None]:
+    """`csae.distributed.joined`, for a command with these options; None in one process.
+
+    From here on this process ends when another one of its ranks has failed, or has ended without a word. Raises
+    UserError where ranks were given other options.
+    """
+    torchrun_keeps_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if torchrun_keeps_it:  # else rank 0 keeps it, once it has joined
+        _begin(options)
+    with joined(device, timeout_s, data) as ranks:
+        if ranks is not None and not torchrun_keeps_it:
+            _begin(options)
+        yield ranks
+        over()
+
+
+def n_processes() -> int:
+    """How many processes torchrun started, this one included; 1 where it did not."""
+    given = os.environ.get("WORLD_SIZE", "")
+    return int(given) if given.isdecimal() and len(given) < 10 else 1
+
+
+def end(error: BaseException, told: tuple[str | None, int] | None) -> NoReturn:
+    """End this process after an error. It says why, unless another rank did.
+
+    told: the line, or None for none, and the exit code; None for an error that none was made for.
+    """
+    code = 1 if told is None else told[1]
+    try:
+        if not isinstance(error, FailedElsewhere):
+            line = lost(error) or (_peers_lost() if isinstance(error, KeyboardInterrupt) else None)
+            if line is not None:
+                told = f"csae: {line}", 1
+            if is_first_to_tell(failed=not isinstance(error, Stopped)):
+                if told is None:
+                    traceback.print_exception(error)
+                elif told[0] is not None:
+                    print(told[0], file=sys.stderr)
+                tell_torchrun((told and told[0]) or f"{type(error).__name__}: {error}")
+        over()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)  # what is still to be done in order might wait for a rank that is gone
+
+
+def is_first_to_tell(failed: bool = True) -> bool:
+    """Whether no other rank has told why it ends. Without a store that answers, each tells."""
+    store = _Notes.store()
+    if store is None:
+        return True
+    try:
+        first = store.add(_key("told"), 1) == 1
+        if failed:
+            store.set(_key("failed"), "1")
+    except RuntimeError:  # rank 0 kept it, and is gone
+        return True
+    return bool(first)
+
+
+def over() -> None:
+    """Leave a note that this rank ends by itself."""
+    store = _Notes.store()
+    if store is not None:
+        with suppress(RuntimeError):
+            store.set(_key("over", _rank()), "1")
+
+
+def lost(error: BaseException) -> str | None:
+    """What to say of an error of torch.distributed that another rank's end explains; None of another error."""
+    if not isinstance(error, RuntimeError) or memory_problem(error) is not None:
+        return None
+    if not isinstance(error, dist.DistError) and not (
+        _comes_from_torch_distributed(error.__traceback__) and BROKEN.search(str(error))
+    ):
+        return None
+    found = _peers_lost()
+    if found is not None:
+        return found
+    if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+        return f"another rank did not answer within --timeout: it hangs, or it needs longer ({GO_ON})"
+    return f"the connection to another rank broke ({_short(error)}): {GO_ON}"
+
+
+def _peers_lost() -> str | None:
+    gone = _gone_ranks(wait=2.0)
+    return _ended(gone) if gone else None
+
+
+def tell_torchrun(line: str) -> None:
+    """Let torchrun's own report of what failed hold this line."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
+        return
+    extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
+    with suppress(OSError), open(file, "w", encoding="utf-8") as opened:
+        json.dump({"message": {"message": line, "extraInfo": extra}}, opened)
+
+
+class _Notes:
+    """The connection to the store."""
+
+    opened: dist.TCPStore | None = None
+    failed = False
+
+    @classmethod
+    def store(cls) -> dist.TCPStore | None:
+        """None in one process, and where there is no store that answers."""
+        if n_processes() <= 1 or cls.failed:
+            return None
+        if cls.opened is None:
+            try:
+                host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+                cls.opened = dist.TCPStore(host, port, is_master=False, timeout=CONNECT, wait_for_workers=False)
+            except (KeyError, ValueError, RuntimeError):
+                cls.failed = True
+        return cls.opened
+
+
+def _begin(options: dict[str, Any]) -> None:
+    store = _Notes.store()
+    if store is None:
+        return
+    store.set(_key("process", _rank()), f"{_place()} {os.getpid()}")
+    threading.Thread(target=_look_after_others, args=(store,), name="csae-ranks", daemon=True).start()
+    own = json.loads(json.dumps(options, default=str))
+    if _rank() == 0:
+        store.set(_key("options"), json.dumps(own))
+        return
+    store.wait([_key("options")], AS_LATE)
+    first = json.loads(store.get(_key("options")))
+    for name in sorted(own.keys() | first.keys()):
+        if own.get(name) != first.get(name):
+            raise UserError(
+                f"--{name.replace('_', '-')}: rank {_rank()} was given {shown(own.get(name))}, rank 0 "
+                f"{shown(first.get(name))}; needed the same command on all ranks"
+            )
+
+
+def _look_after_others(store: dist.TCPStore) -> None:
+    try:
+        while not store.check([_key("over", _rank())]):
+            gone = [] if store.check([_key("failed")]) else _gone_ranks()
+            if gone and is_first_to_tell():
+                line = f"csae: {_ended(gone)}"
+                print(f"\n{line}", file=sys.stderr, flush=True)
+                tell_torchrun(line)
+            if store.check([_key("failed")]):
+                time.sleep(GRACE)
+                os._exit(1)
+            time.sleep(EVERY)
+    except RuntimeError:  # the store is gone, and with it what could be known
+        return
+
+
+def _gone_ranks(wait: float = 0.0) -> list[int]:
+    """The ranks on this machine whose process is gone without a note. wait: so many seconds for one at least."""
+    store, until = _Notes.store(), time.monotonic() + wait
+    while store is not None:
+        try:
+            gone = [rank for rank in range(n_processes()) if _is_gone(store, rank)]
+        except RuntimeError:
+            return []
+        if gone or time.monotonic() > until:
+            return gone
+        time.sleep(0.1)
+    return []
+
+
+def _is_gone(store: dist.TCPStore, rank: int) -> bool:
+    if rank == _rank() or not store.check([_key("process", rank)]):
+        return False
+    place, _, pid = store.get(_key("process", rank)).decode().rpartition(" ")
+    if place != _place():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return not store.check([_key("over", rank)])
+    except OSError:
+        pass
+    return False
+
+
+def _ended(ranks: list[int]) -> str:
+    names = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+    return f"{names} ended without a word (killed, or out of memory): {GO_ON}"
+
+
+def _comes_from_torch_distributed(trace: TracebackType | None) -> bool:
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__name__", "").startswith("torch.distributed"):
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def _short(error: BaseException) -> str:
+    return shown(" ".join(str(error).split("\n", 1)[0].split()))[:120]
+
+
+def _key(*names: object) -> str:
+    return "/".join(map(str, ("csae", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), *names)))
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK") or 0)
+
+
+def _place() -> str:
+    """Where process numbers mean the same: a machine, a name space of processes, and one parent."""
+    try:
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        space = ""
+    return f"{socket.gethostname()} {space} {os.getppid()}"
