@@ -13,10 +13,9 @@ from csae.config import LOOK_BACK_LR
 from csae.factors import Factors, Gradients
 from csae.ops.adam_rows import Pairs, Table, adam_rows, sort_pairs
 from csae.sae import SAE
+from csae.tables import TABLES
 
 MOMENTS = (torch.float32, torch.bfloat16)
-# The parameters with a row a feature.
-TABLES = ("W_enc", "b_enc", "W_dec", "W_mem")
 
 
 class Adam(torch.optim.Optimizer):

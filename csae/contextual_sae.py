@@ -10,7 +10,7 @@ from csae.look_back import LookBack
 from csae.ops import sparse_decode
 from csae.ops.checks import check_tensor
 from csae.ops.lookback_attention import document_starts
-from csae.ops.topk_encode import encode_again, encode_and_keep, encoder
+from csae.ops.topk_encode import encode_again, encode_and_keep
 from csae.outputs import Bounds, Code, Output, Ran, Sweeps
 from csae.recurrence import Recurrence, State
 from csae.sae import SAE, check_bounds
@@ -128,9 +128,14 @@ class ContextualSAE(SAE):
     @property
     def recurrence(self) -> Recurrence:
         """The exact form, on the weights as they are now."""
+        self._check_whole("exact form")
+        return self._recurrence()
+
+    def _recurrence(self) -> Recurrence:
         weights = (self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.W_skip, self.centre)
         scales = (self.scale, self.out_scale)
-        return Recurrence(*weights, scales, LookBack.of(self), self.k, self.k_mem, self.query == "past")
+        over = None if self.shard is None else self.shard.recurring(self)
+        return Recurrence(*weights, scales, LookBack.of(self), self.k, self.k_mem, self.query == "past", over)
 
     def forward(
         self,
@@ -149,16 +154,25 @@ class ContextualSAE(SAE):
                 in training mode or where `sweeps` are given, otherwise exact.
             sweeps: which sweeps; by the SAE's own `sweeps` if not given.
         """
-        self._check_acts(acts, mask, documents)
+        self._check_whole("forward")
         if exact and sweeps is not None:
             raise ValueError("exact, sweeps: both given; needed one of them: the exact form has no sweeps")
+        exact = exact or (exact is None and sweeps is None and not self.training)
+        output = self.forward_anywhere(acts, mask, documents, exact, sweeps)
+        return output._replace(code=Code.of_windows(*output.code, mask, documents))
+
+    def forward_anywhere(
+        self, acts: Tensor, mask: Tensor | None, documents: Tensor | None, exact: bool, sweeps: Sweeps | None
+    ) -> Output:
+        """As `forward`, also where others own rows too: all processes call it, each with as many windows of its own."""
+        self._check_acts(acts, mask, documents)
         x = self._normalised(acts)
-        if exact or (exact is None and sweeps is None and not self.training):
+        if exact:
             found = self._recur(x, mask, documents)
         else:
-            found = self._run(Pass(self), x, mask, documents, sweeps)
-        output = self._output(found.x_hat, found.code, found.c, acts.dtype)
-        return output._replace(code=Code.of_windows(*output.code, mask, documents))
+            ops = Pass(self) if self.shard is None else self.shard.trace(self, ())
+            found = self._run(ops, x, mask, documents, sweeps)
+        return self._output(found.x_hat, found.code, found.c, acts.dtype)
 
     def encode(self, acts: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Code:
         """acts [B, T, d_in] -> the code [B, T, k], exact in evaluation mode; see `forward`."""
@@ -181,6 +195,7 @@ class ContextualSAE(SAE):
 
         Raises ValueError where what is needed is not known, or is not what the code was encoded with.
         """
+        self._check_whole("decode")
         values, indices = code
         if values.dim() != 3:
             raise ValueError(f"code: given values of shape {list(values.shape)}; needed those of windows, [B, T, k]")
@@ -296,7 +311,7 @@ class ContextualSAE(SAE):
         takes 0.92 of the time with one sweep, and 0.64 with three.
         """
         wide = NARROW * self.n_heads * self.d_value > self.d_in
-        if sweeps.times == 0 or sweeps.from_exact or wide or x.numel() == 0:
+        if sweeps.times == 0 or sweeps.from_exact or wide or x.numel() == 0 or self.shard is not None:
             return 0
         return KEPT_BYTES // (4 * x.shape[1] * self.d_sae)
 
@@ -307,7 +322,7 @@ class ContextualSAE(SAE):
         look_back = LookBack.of(self)
         start = self._recur(x, mask, documents) if sweeps.from_exact else None
         x = ops.centred(x)
-        encode = encoder(self.W_enc, self.b_enc, self.k)
+        encode = ops.encoder()
         queries = kept = a = x.new_zeros(())
         found: tuple[Tensor, Tensor]
         if self.query == "current":
@@ -352,7 +367,7 @@ class ContextualSAE(SAE):
 
         In the precision of the parameters, and without a gradient. Of a code, without a skip connection.
         """
-        x_hat, code, c, suppressed = self.recurrence.whole(given, mask, documents)
+        x_hat, code, c, suppressed = self._recurrence().whole(given, mask, documents)
         return Ran(x_hat, Code(*code), c, suppressed)
 
     def _check_acts(self, acts: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from csae.ops import sparse_decode, topk_encode
 from csae.ops.adam_rows import Pairs, feature_sums, sort_pairs
 from csae.ops.checks import autocast_to
-from csae.ops.topk_encode import with_encode_gradient
+from csae.ops.topk_encode import Encode, encoder, with_encode_gradient
 
 _Code = tuple[Tensor, Tensor]  # values and indices, [..., k]
 
@@ -49,23 +49,24 @@ class Gradients(dict[str, "Tensor | Factors"]):
     """the SAE whose gradients they are, where that is known"""
 
 
-class _Coded(NamedTuple):
+class Coded(NamedTuple):
     """n tokens that were encoded."""
 
     x: Tensor  # [n, d_in]
     values: Tensor  # [..., k], with the graph behind them
     indices: Tensor  # [..., k]
-    features: Tensor  # [n, k]: d_sae where a slot is not active
+    features: Tensor  # [n, k]: the row of each table; as many as there are rows where a slot is not active
     aux: bool
 
 
-class _Decoded(NamedTuple):
+class Decoded(NamedTuple):
     """A code that was decoded."""
 
     table: str
     code: int  # its number
     most_active: int | None  # only so many of its features were
     out: Tensor
+    everywhere: list[Tensor]  # the gradient of `out` for all tokens, where it was sent
 
 
 class _Term(NamedTuple):
@@ -92,6 +93,18 @@ class Pass:
     def shift(self) -> Tensor | None:
         """What is to be added to a query made of `centred`, [d_in]; None for nothing."""
         return None
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of x over all processes that share the batch."""
+        return x
+
+    def n_dead(self, dead: Tensor) -> int:
+        """How many features `dead` are, with those of other processes."""
+        return dead.numel()
+
+    def encoder(self) -> Encode:
+        """A function of x [..., d_in] that gives its code, without a gradient, for repeated use."""
+        return encoder(self.sae.W_enc, self.sae.b_enc, self.sae.k)
 
     def encode(self, x: Tensor, mask: Tensor | None, found: tuple[Tensor, Tensor] | None = None) -> _Code:
         """The code of x [..., d_in], values and indices [..., k], with its gradient.
@@ -136,8 +149,8 @@ class Trace(Pass):
         self.trained = trained
         # An autoencoder's encoder sees x - b_dec.
         self.encodes_b_dec = "b_dec" in trained and sae.centre is sae.b_dec
-        self.coded: list[_Coded] = []
-        self.decoded: list[_Decoded] = []
+        self.coded: list[Coded] = []
+        self.decoded: list[Decoded] = []
 
     def centred(self, x: Tensor) -> Tensor:
         return super().centred(x).detach()  # `_of_b_dec` gives b_dec what it gets through the encoder
@@ -163,10 +176,12 @@ class Trace(Pass):
         return self._note(x, super().encode_dead(x, dead, k, mask), mask, dead)
 
     def decode(self, table: str, code: _Code, most_active: int | None = None, features: Tensor | None = None) -> Tensor:
-        number = next(number for number, coded in enumerate(self.coded) if coded.indices is code[1])
         out = super().decode(table, code, most_active, features)
-        self.decoded.append(_Decoded(table, number, most_active, out))
+        self.decoded.append(Decoded(table, self._number(code), most_active, out, []))
         return out
+
+    def _number(self, code: _Code) -> int:
+        return next(number for number, coded in enumerate(self.coded) if coded.indices is code[1])
 
     def _rows(self, table: str, features: Tensor | None) -> Tensor:
         rows = getattr(self.sae, table).detach()
@@ -188,16 +203,14 @@ class Trace(Pass):
             for number, (of, d) in enumerate(zip(coded, d_values, strict=True)):
                 assert d is not None
                 weights = torch.where(of.values <= 0, 0, d).reshape(of.features.shape)
-                terms["W_enc"].append(_Term(number, weights, of.x))
-            for (name, number, most_active, _), d in zip(decoded, d_outs, strict=True):
+                terms["W_enc"].append(_Term(number, self._of_all(weights), self._of_all(of.x)))
+            for one, d in zip(decoded, d_outs, strict=True):
                 assert d is not None
-                weights = self.coded[number].values.reshape(self.coded[number].features.shape)
-                if most_active is not None:
-                    weights = nn.functional.pad(weights[:, :most_active], (0, weights.shape[1] - most_active))
-                terms.setdefault(name, []).append(_Term(number, weights, d.reshape(-1, d.shape[-1])))
+                weights = self._of_all(self._active(one.code, one.most_active))
+                terms.setdefault(one.table, []).append(_Term(one.code, weights, self._of_all(self._rows_of(one, d))))
             factors = self._factors(terms)
             gradients: dict[str, Tensor | Factors] = dict(factors)
-            gradients |= {name: d for name, d in d_dense.items() if d is not None}
+            gradients |= self._summed({name: d for name, d in d_dense.items() if d is not None})
             if coded:
                 encoder = factors["W_enc"]
                 ones = encoder.weights.new_ones(encoder.rows.shape[0], 1)
@@ -208,6 +221,25 @@ class Trace(Pass):
         wanted.of = sae
         return wanted
 
+    def _active(self, code: int, most_active: int | None) -> Tensor:
+        """[n, k]: the values of a code, zero but for so many of its most active features."""
+        values = self.coded[code].values.reshape(self.coded[code].features.shape)
+        if most_active is None:
+            return values
+        return nn.functional.pad(values[:, :most_active], (0, values.shape[1] - most_active))
+
+    def _rows_of(self, decoded: Decoded, d_out: Tensor) -> Tensor:
+        """[n, d]: the gradient d_out [..., d] of what was decoded, of all tokens that rows here had a part in."""
+        return d_out.reshape(-1, d_out.shape[-1])
+
+    def _of_all(self, of_tokens: Tensor) -> Tensor:
+        """[n, ...] of the tokens that were decoded by the rows here -> of all tokens whose gradient they get."""
+        return of_tokens
+
+    def _summed(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The gradients of whole parameters, of the batch of all processes."""
+        return gradients
+
     def _note(self, x: Tensor, code: _Code, mask: Tensor | None, features: Tensor | None) -> _Code:
         values, indices = code
         if not values.requires_grad:  # everything behind it is frozen, or held constant
@@ -215,9 +247,9 @@ class Trace(Pass):
         with torch.no_grad():
             # A NaN counts as active, so that it is seen.
             off = values <= 0 if mask is None else (values <= 0) | ~mask.unsqueeze(-1)
-            active = torch.where(off, self.sae.d_sae, indices if features is None else features[indices])
+            active = torch.where(off, self.sae.W_enc.shape[0], indices if features is None else features[indices])
         flat = x.detach().reshape(-1, x.shape[-1])
-        self.coded.append(_Coded(flat, values, indices, active.reshape(-1, values.shape[-1]), features is not None))
+        self.coded.append(Coded(flat, values, indices, active.reshape(-1, values.shape[-1]), features is not None))
         return values, indices
 
     def _factors(self, terms: dict[str, list[_Term]]) -> dict[str, Factors]:
@@ -234,14 +266,14 @@ class Trace(Pass):
         return factors
 
     def _sorted(self, codes: tuple[int, ...]) -> Pairs:
-        features = [self.coded[code].features for code in codes]
+        features = [self._of_all(self.coded[code].features) for code in codes]
         tokens, first = [], 0
         for of_code in features:
             n, k = of_code.shape
             here = torch.arange(first, first + n, device=of_code.device)
             tokens.append(here.unsqueeze(1).expand(n, k).reshape(-1))
             first += n
-        return sort_pairs(torch.cat([f.reshape(-1) for f in features]), torch.cat(tokens), self.sae.d_sae)
+        return sort_pairs(torch.cat([f.reshape(-1) for f in features]), torch.cat(tokens), self.sae.W_enc.shape[0])
 
     def _of_b_dec(self, terms: list[_Term], encoder: Factors, ones: Tensor, so_far: Tensor | Factors) -> Tensor:
         """The gradient of b_dec, with what it gets through the encoder, which saw x - b_dec.
@@ -253,7 +285,11 @@ class Trace(Pass):
         own = [part.weights * (0 if self.coded[part.code].aux else 1) for part in terms]
         weights = torch.cat([_wide(part.reshape(-1)) for part in own])
         totals = feature_sums(encoder.pairs, [weights], [ones])[0].squeeze(1)
-        return so_far - totals.to(self.sae.W_enc.dtype) @ self.sae.W_enc
+        return so_far - self._over_rows(totals.to(self.sae.W_enc.dtype) @ self.sae.W_enc)
+
+    def _over_rows(self, part: Tensor) -> Tensor:
+        """The sum over all rows of a table, from the sum over the rows that are here."""
+        return part
 
 
 def _wide(weights: Tensor) -> Tensor:

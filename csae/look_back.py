@@ -26,6 +26,7 @@ from csae.ops import lookback_attention
 from csae.ops.heads import VALUE_BOUND, bounded_heads, unit_heads, value_scale
 from csae.ops.linear import linear
 from csae.ops.lookback_attention import document_starts
+from csae.tables import random_table
 
 
 class LookBack(NamedTuple):
@@ -72,7 +73,7 @@ class LookBack(NamedTuple):
         d_query = d_in if d_query is None else d_query
         # A code of k features has a squared norm near d_in in normalised units. So the memory and the values start
         # near unit variance; c starts small against x.
-        W_mem = torch.randn(d_sae, d_memory) / math.sqrt(d_in)
+        W_mem = random_table(d_sae, d_memory) / math.sqrt(d_in)
         return cls(
             W_mem=W_mem,
             W_Q=torch.randn(n_heads * d_head, d_query) / math.sqrt(d_query),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from csae.look_back import LookBack
 from csae.ops.linear import linear
-from csae.ops.recurrence import Weights, recur
+from csae.ops.recurrence import Over, Weights, recur
 from csae.ops.topk_encode import LEAST_ROWS, round_table
 
 
@@ -84,6 +84,8 @@ class Recurrence(NamedTuple):
     k_mem: int
     from_past: bool
     """whether queries are made of the reconstruction of the position before, or of x"""
+    over: Over | None = None
+    """what meets the tables, where only some of their rows are here"""
 
     @property
     def weights(self) -> Weights:
@@ -149,7 +151,7 @@ class Recurrence(NamedTuple):
             x = given.to(dtype) - self.centre if isinstance(given, Tensor) else (given[0].to(dtype), given[1])
             run = recur(
                 *(x, mask, starts, state.memory, state.takes_part, state.past, state.position, state.followed),
-                *(self.weights, self.k, self.k_mem, self.from_past, state.table or ()),
+                *(self.weights, self.k, self.k_mem, self.from_past, state.table or (), self.over),
             )
             code = (run.values, run.indices) if isinstance(x, Tensor) else x
             if n:

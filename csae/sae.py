@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, Self
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from csae.errors import UserError
 from csae.factors import Gradients, Pass, Trace
-from csae.ops.checks import FLOATS, INTEGERS, check_device, check_k, check_tensor
+from csae.given import check_acts, check_bounds, check_dead, check_target, check_trained
+from csae.losses import energy, fraction_unexplained
+from csae.ops.checks import check_k
 from csae.ops.linear import linear
 from csae.outputs import Code, Losses, Output, Ran, Sweeps
 from csae.saving import Saved, shapes, without_tensors
+from csae.tables import TABLES, random_directions, rows_here
+
+if TYPE_CHECKING:
+    from csae.distributed.shard import Shard
 
 
 class SAE(Saved, ABC):
@@ -58,6 +65,9 @@ class SAE(Saved, ABC):
 
     look_back: tuple[str, ...] = ()
     """names of the parameters of the look-back, which train at a learning rate of their own"""
+
+    shard: Shard | None = None
+    """which rows of the tables are here, and who has the others (`csae.distributed`); None: all are here"""
 
     W_enc: nn.Parameter
     """[d_sae, d_in]"""
@@ -110,14 +120,15 @@ class SAE(Saved, ABC):
         self.d_out, self.skip = counts["d_out"], skip
         self.k_aux = max(1, self.d_out // 2) if k_aux is None else k_aux
         self.aux_coef, self.dead_after = aux_coef, dead_after
-        directions = _unit_rows(d_sae, self.d_out)
+        rows = rows_here(d_sae).stop - rows_here(d_sae).start  # len() takes no number that is far too large
+        directions = random_directions(d_sae, self.d_out)
         self.W_dec = nn.Parameter(directions)
-        self.W_enc = nn.Parameter(directions.clone() if d_out is None else _unit_rows(d_sae, d_in))
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.W_enc = nn.Parameter(directions.clone() if d_out is None else random_directions(d_sae, d_in))
+        self.b_enc = nn.Parameter(torch.zeros(rows))
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
         self.register_parameter("W_skip", nn.Parameter(torch.zeros(self.d_out, d_in)) if skip else None)
         self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
+        self.register_buffer("tokens_since_fired", torch.zeros(rows, dtype=torch.int64))
         # Those that may be None come last: torch.export counts them with the others.
         self.register_buffer("mean", None if d_out is None else torch.zeros(d_in))
         self.register_buffer("target_scale", None if d_out is None else torch.ones(()))
@@ -129,7 +140,7 @@ class SAE(Saved, ABC):
         # An argument is changed after construction: check it, and save it, as if it had been given there.
         changed = self._arguments | {name: value}
         made = without_tensors(type(self), changed)
-        if shapes(made) != shapes(self):
+        if shapes(made) != shapes(self if self.shard is None else without_tensors(type(self), self._arguments)):
             raise ValueError(
                 f"{name}: given {value}; needed {self._arguments[name]}, as the parameters have: make another"
             )
@@ -142,6 +153,7 @@ class SAE(Saved, ABC):
         mask: acts.shape[:-1] bool, True where a position takes part.
         documents: acts.shape[:-1] integer; a document is a run of equal ids.
         """
+        self._check_whole("forward")
         self._check_acts(acts, mask, documents)
         x_hat, code, c, _ = self._run(Pass(self), self._normalised(acts), mask, documents, None)
         return self._output(x_hat, code, c, acts.dtype)
@@ -178,8 +190,10 @@ class SAE(Saved, ABC):
 
     @property
     def n_params(self) -> int:
-        """Number of trained parameters."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """Number of trained parameters, those of other processes included."""
+        return sum(
+            of.shape[1:].numel() * self.d_sae if name in TABLES else of.numel() for name, of in self.named_parameters()
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for name in ("scale", "target_scale"):
@@ -238,9 +252,10 @@ class SAE(Saved, ABC):
             sweeps: how a contextual SAE runs; by its own `sweeps` if not given.
             target: [..., d_out], what a transcoder is to predict, and its loss is of; None for an autoencoder.
         """
+        self._check_whole("loss")
         self._check_acts(acts, mask, documents)
-        self._check_target(acts, target)
-        self._check_dead(dead)
+        check_target(self, acts, target)
+        check_dead(self, dead)
         return self._losses(Pass(self), acts, mask, documents, dead, sweeps, target)
 
     def gradients(
@@ -265,9 +280,9 @@ class SAE(Saved, ABC):
         elif torch.is_inference_mode_enabled():
             raise RuntimeError("gradients: called under torch.inference_mode(); needed outside of it")
         self._check_acts(acts, mask, documents)
-        self._check_target(acts, target)
-        self._check_dead(dead)
-        trace = Trace(self, check_trained(self))
+        check_target(self, acts, target)
+        check_dead(self, dead)
+        trace = self._trace(check_trained(self))
         with torch.enable_grad():
             losses = self._losses(trace, acts, mask, documents, dead, sweeps, target)
             with torch.autocast(acts.device.type, enabled=False):  # it is for the forward pass
@@ -294,9 +309,9 @@ class SAE(Saved, ABC):
         ones = torch.promote_types(x.dtype, torch.float32)  # half precision can't count tokens
         weight = x.new_ones(x.shape[:-1], dtype=ones) if mask is None else mask.to(ones)
         residual = y - x_hat
-        fvu = fraction_unexplained(y, residual, weight)
+        fvu = fraction_unexplained(y, residual, weight, ops.total)
         aux = fvu.new_zeros(())
-        if dead is not None and dead.numel() > 0:
+        if dead is not None and ops.n_dead(dead) > 0:
             aux = self._aux(ops, (x - suppressed - self.centre).detach(), residual.detach(), mask, weight, dead)
         return Losses(fvu + self.aux_coef * aux, fvu, aux, code)
 
@@ -306,10 +321,24 @@ class SAE(Saved, ABC):
         x [..., d_in] is what the encoder saw. Only the dead rows are multiplied: the cost grows with their number,
         not with d_sae. Only they get a gradient: its graph shares nothing with that of the fvu.
         """
-        k = min(self.k_aux, dead.numel())
-        residual_hat = ops.decode("W_dec", ops.encode_dead(x, dead, k, mask), features=dead)
+        k = min(self.k_aux, ops.n_dead(dead))
+        rebuilt = ops.decode("W_dec", ops.encode_dead(x, dead, k, mask), features=dead)
         share = k / self.k_aux  # a few dead features can't be asked for as much as many
-        return share * _energy(residual - residual_hat, weight) / _energy(residual, weight).clamp_min(1e-12)
+        left, before = ops.total(torch.stack([energy(residual - rebuilt, weight), energy(residual, weight)]))
+        return share * left / before.clamp_min(1e-12)
+
+    def _trace(self, trained: Collection[str]) -> Trace:
+        """The pass that gives gradients in factors."""
+        return Trace(self, trained) if self.shard is None else self.shard.trace(self, trained)
+
+    def _check_whole(self, what: str) -> None:
+        """Raise UserError where only some rows are here: `what` would need all."""
+        if self.shard is not None:
+            rows = self.shard.rows
+            raise UserError(
+                f"{what}: this process has {len(rows)} of {self.d_sae} features, the other ranks have the rest; needed "
+                "a whole SAE: save it (save_pretrained on all ranks), and load it in one process (from_pretrained)"
+            )
 
     def _with_skip(self, x_hat: Tensor, x: Tensor) -> Tensor:
         """x_hat [..., d_out] with what the skip connection makes of normalised x [..., d_in] less `centre`."""
@@ -357,65 +386,28 @@ class SAE(Saved, ABC):
 
     @torch.no_grad()
     def track(self, code: Code, mask: Tensor | None = None) -> None:
-        """Count for each feature the tokens since it last fired. mask: code.values.shape[:-1] bool."""
+        """Count for each feature the tokens since it last fired. mask: code.values.shape[:-1] bool.
+
+        Where others own rows too, all processes call this, each with the code of its own windows.
+        """
         check_bounds(code.values.shape[:-1], mask, None)
         active = code.values > 0
         if mask is not None:
             active = active & mask.unsqueeze(-1)
-        fired = torch.zeros(self.d_sae, dtype=torch.int32, device=active.device)
-        fired.scatter_reduce_(0, code.indices.flatten(), active.flatten().to(torch.int32), "amax")
-        tokens = code.values.shape[:-1].numel() if mask is None else mask.sum()
+        tokens: int | Tensor = code.values.shape[:-1].numel() if mask is None else mask.sum()
+        if self.shard is None:
+            fired = torch.zeros(self.d_sae, dtype=torch.int32, device=active.device)
+            fired.scatter_reduce_(0, code.indices.flatten(), active.flatten().to(torch.int32), "amax")
+        else:
+            fired, tokens = self.shard.fired(code.indices, active, tokens)
         self.tokens_since_fired.add_(tokens).mul_(1 - fired)
 
     def dead_features(self) -> Tensor:
-        """[n_dead] int64: the features that have not fired for `dead_after` training tokens."""
+        """[n_dead] int64: the features that have not fired for `dead_after` training tokens; the first here is 0."""
         return (self.tokens_since_fired >= self.dead_after).nonzero().squeeze(1)
 
     def _check_acts(self, acts: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> None:
-        if not isinstance(acts, Tensor):
-            raise TypeError(f"acts: given a {type(acts).__name__}; needed a torch.Tensor")
-        if acts.dim() == 0 or acts.shape[-1] != self.d_in:
-            raise ValueError(f"acts: given shape {list(acts.shape)}; needed [..., d_in] with d_in = {self.d_in}")
-        if acts.dtype not in FLOATS:
-            raise TypeError(f"acts: given dtype {acts.dtype}; needed a floating dtype of 16 to 64 bits")
-        check_device("acts", acts, "the SAE", self.W_enc)
-        check_bounds(acts.shape[:-1], mask, documents)
-        for name, tensor in (("mask", mask), ("documents", documents)):
-            if tensor is not None:
-                check_device(name, tensor, "acts", acts)
-
-    def _check_target(self, acts: Tensor, target: Tensor | None) -> None:
-        if not self.is_transcoder:
-            if target is not None:
-                raise ValueError("target: given one; needed None: this is no transcoder (it has no d_out)")
-            return
-        if target is None:
-            raise ValueError("target: not given; needed [..., d_out], the activations that the transcoder predicts")
-        check_tensor("target", target)
-        if target.shape != (*acts.shape[:-1], self.d_out):
-            raise ValueError(
-                f"target: given shape {list(target.shape)}; needed {[*acts.shape[:-1], self.d_out]}, as acts is, with "
-                f"d_out = {self.d_out}"
-            )
-        if target.dtype not in FLOATS:
-            raise TypeError(f"target: given dtype {target.dtype}; needed a floating dtype of 16 to 64 bits")
-        check_device("target", target, "acts", acts)
-
-    def _check_dead(self, dead: Tensor | None) -> None:
-        if dead is None:
-            return
-        check_tensor("dead", dead)
-        if dead.dtype not in (torch.int64, torch.int32) or dead.dim() != 1:
-            raise TypeError(
-                f"dead: given dtype {dead.dtype}, shape {list(dead.shape)}; needed [n_dead] int64, numbers of features "
-                "as dead_features() gives them"
-            )
-        if dead.device.type != "cpu" or dead.numel() == 0 or torch.compiler.is_compiling():
-            return  # the lookup itself fails there, where a number is out of range
-        numbers = dead.numpy()
-        least, most = int(numbers.min()), int(numbers.max())
-        if least < 0 or most >= self.d_sae:
-            raise ValueError(f"dead: given {least} to {most}; needed 0 <= feature < d_sae = {self.d_sae}")
+        check_acts(self, acts, mask, documents)
 
 
 @torch.compiler.assume_constant_result
@@ -429,67 +421,5 @@ def _out_of_graph(function: Callable[..., Any], *given: Any) -> Any:
     return function(*given)
 
 
-def check_bounds(positions: torch.Size, mask: Tensor | None, documents: Tensor | None) -> None:
-    """Raise ValueError or TypeError where the mask or the documents are not an entry for each of the positions."""
-    for name, tensor in (("mask", mask), ("documents", documents)):
-        if tensor is not None and not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: given a {type(tensor).__name__}; needed a torch.Tensor, or None")
-        if tensor is not None and tensor.shape != positions:
-            raise ValueError(
-                f"{name}: given shape {list(tensor.shape)}; needed one entry a position, {list(positions)}"
-            )
-    if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"mask: given dtype {mask.dtype}; needed torch.bool, True where a position takes part")
-    if documents is not None and documents.dtype not in INTEGERS:
-        raise TypeError(f"documents: given dtype {documents.dtype}; needed integer ids, such as torch.int64")
-
-
-def check_trained(sae: SAE) -> set[str]:
-    """The names of the parameters that are not frozen; ValueError where there is none, or where two are one."""
-    named = list(sae.named_parameters(remove_duplicate=False))
-    names = {name for name, _ in named}
-    twice: list[str] = []
-    if len({id(parameter) for _, parameter in named}) < len(named):
-        twice = sorted(names - {name for name, _ in sae.named_parameters()})
-    if twice:
-        raise ValueError(
-            f"sae: {', '.join(twice)} is another name of a parameter; needed one for each name: tied parameters train "
-            "by loss(...).loss.backward()"
-        )
-    own = {"W_enc", "b_enc", "W_dec", "b_dec", *sae.look_back} | ({"W_skip"} if sae.skip else set())
-    foreign = sorted(own - names)
-    if foreign:
-        raise ValueError(
-            f"sae: {', '.join(foreign)} is computed from something else; needed a parameter: such an SAE trains by "
-            "loss(...).loss.backward()"
-        )
-    trained = {name for name, parameter in named if parameter.requires_grad}
-    if not trained:
-        raise ValueError("sae: all of its parameters are frozen; needed one with requires_grad=True to train")
-    return trained
-
-
-def _unit_rows(n: int, d: int) -> Tensor:
-    """[n, d]: random directions."""
-    rows = torch.randn(n, d)
-    return rows.div_(rows.norm(dim=1, keepdim=True))
-
-
 def _given(value: object) -> str:
     return "not given" if value is None else "given"
-
-
-def _energy(x: Tensor, weight: Tensor) -> Tensor:
-    """Sum of squares of x [..., d_in], each position by its weight [...]; in weight's dtype, if that is wider."""
-    x = x.to(torch.promote_types(x.dtype, weight.dtype))
-    return (x.square().sum(dim=-1) * weight).sum()
-
-
-def fraction_unexplained(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
-    """FVU, a scalar: x and what is missed of it [..., d_in], each position by its weight [...]."""
-    return _energy(residual, weight) / _energy(x - _mean(x, weight), weight)
-
-
-def _mean(x: Tensor, weight: Tensor) -> Tensor:
-    """Mean [d_in] of x [..., d_in] over its positions, by weight [...]."""
-    return (x * weight.unsqueeze(-1)).flatten(0, -2).sum(dim=0) / weight.sum().clamp_min(1)

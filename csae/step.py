@@ -12,7 +12,8 @@ from csae.adam import Adam
 from csae.config import TrainConfig
 from csae.contextual_sae import ContextualSAE
 from csae.data.activations import Batch
-from csae.sae import SAE, Losses, Sweeps, fraction_unexplained
+from csae.losses import fraction_unexplained, here
+from csae.sae import SAE, Losses, Sweeps
 
 
 def train_step(
@@ -71,14 +72,18 @@ def sweeps_at(step: int, config: TrainConfig, sae: SAE) -> Sweeps | None:
 
 @torch.no_grad()
 def exact_gap(sae: ContextualSAE, batch: Batch, sweeps: Sweeps | None = None) -> tuple[float, float]:
-    """The FVU of a batch in the exact form, and how much larger it is than that of the sweeps, as a share."""
+    """The FVU of a batch in the exact form, and how much larger it is than that of the sweeps, as a share.
+
+    Where other processes own rows too, all call this, and the batch is that of all.
+    """
     acts, mask, documents = (tensor.to(sae.W_dec.device) for tensor in (batch.acts, batch.mask, batch.documents))
     wanted = acts if batch.target is None else batch.target.to(acts.device)
     forms = (
-        sae(acts, mask, documents, exact=exact, sweeps=None if exact else sweeps).x_hat.double()
+        sae.forward_anywhere(acts, mask, documents, exact, None if exact else sweeps).x_hat.double()
         for exact in (True, False)
     )
     # In float64, to see small differences.
     x, weight = wanted.double().masked_fill(~mask.unsqueeze(-1), 0), mask.double()
-    exact, swept = (float(fraction_unexplained(x, x - x_hat, weight)) for x_hat in forms)
+    total = here if sae.shard is None else sae.shard.total
+    exact, swept = (float(fraction_unexplained(x, x - x_hat, weight, total)) for x_hat in forms)
     return exact, exact / swept - 1 if swept > 0 else 0.0

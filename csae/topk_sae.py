@@ -23,6 +23,7 @@ class TopKSAE(SAE):
 
     def encode(self, acts: Tensor) -> Code:
         """acts [..., d_in] -> the code [..., k]."""
+        self._check_whole("encode")
         self._check_acts(acts)
         values, indices = topk_encode(self._normalised(acts) - self.centre, self.W_enc, self.b_enc, self.k)
         return Code(values.to(self.W_enc.dtype), indices)
@@ -32,6 +33,7 @@ class TopKSAE(SAE):
 
         acts: [..., d_in], which a skip connection reads.
         """
+        self._check_whole("decode")
         values, indices = code
         x_hat = sparse_decode(values.to(self.W_dec.dtype), indices, self.W_dec) + self.b_dec
         return self._in_units_of(self._skip_of(x_hat, acts), self.W_dec.dtype)

@@ -1,5 +1,6 @@
 """Many devices: each rank reads its own windows and owns the rows of some features. On torch.distributed."""
 
 from csae.distributed.ranks import Ranks, joined
+from csae.distributed.shard import Shard, sharded
 
-__all__ = ["Ranks", "joined"]
+__all__ = ["Ranks", "Shard", "joined", "sharded"]

@@ -14,6 +14,8 @@ from torch.distributed import ProcessGroup
 
 # Up to here one collective of R times the bytes is quicker than two of twice the bytes.
 SMALL_BYTES = 1 << 16
+# Its name in torch 2.13, and before.
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 
 
 def gather(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -23,7 +25,7 @@ def gather(x: Tensor, group: ProcessGroup) -> Tensor:
         return x.unsqueeze(0).expand(R, *x.shape)
     sent = _bytes(x)
     got = sent.new_empty(R * sent.numel())
-    dist.all_gather_into_tensor(got, sent, group=group)
+    getattr(dist, ALL_GATHER)(got, sent, group=group)
     return got.view(x.dtype).view(R, *x.shape)
 
 

@@ -66,6 +66,17 @@ class Recurred(NamedTuple):
     """[B, n, d_in]: what the encoder subtracted, with W_I; else empty, for that is c"""
 
 
+class Over(NamedTuple):
+    """How positions meet the tables of features."""
+
+    encode: Encode
+    """x [B, d_in] -> values and indices [B, k]"""
+    gather_sum: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """values, indices [n, k], a table or its rows that are here -> the sums [n, d]"""
+    capturable: bool = True
+    """whether a CUDA graph can hold both"""
+
+
 def recur(
     given: Tensor | tuple[Tensor, Tensor],
     mask: Tensor,
@@ -80,6 +91,7 @@ def recur(
     k_mem: int,
     from_past: bool,
     table: Sequence[Tensor] = (),
+    over: Over | None = None,
 ) -> Recurred:
     """The next n positions of B sequences. No gradient flows.
 
@@ -94,10 +106,13 @@ def recur(
         k, k_mem: features of a code, and how many of them are remembered.
         from_past: whether queries are made of the reconstruction before, or of x.
         table: `round_table` of W_enc, if it was made already.
+        over: what meets the tables, where `weights` has only some of their rows.
     """
     x, values, indices = (given, None, None) if isinstance(given, Tensor) else (None, *given)
     refuse_tangents(x, values, past, *weights.tensors())
     state = mask, starts, memory, takes_part, past, position, followed
+    if over is not None:  # it waits for other processes: no operator of a graph
+        return Recurred(*_positions(x, values, indices, *state, weights, k, k_mem, from_past, over))
     return Recurred(*_recur(x, values, indices, *state, weights.tensors(), k, k_mem, from_past, list(table)))
 
 
@@ -120,21 +135,42 @@ def _recur(
     table: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     by = Weights(*weights)
-    B, n = mask.shape
-    topk, reads, sums, heads = (
-        kernels(op, memory.device, memory.dtype)
-        for op in ("topk_encode", "read_memory", "sparse_decode", "scaled_heads")
+    topk = kernels("topk_encode", memory.device, memory.dtype)
+    sums = kernels("sparse_decode", memory.device, memory.dtype)
+    encode = repeated(
+        *(by.W_enc, by.b_enc, k, table, topk.topk_encode, topk.round_table),
+        lambda *given: topk.encode_by_table(*given),
     )
+    state = mask, starts, memory, takes_part, past, position, followed
+    return _positions(x, values, indices, *state, by, k, k_mem, from_past, Over(encode, sums.gather_sum))
+
+
+def _positions(
+    x: Tensor | None,
+    values: Tensor | None,
+    indices: Tensor | None,
+    mask: Tensor,
+    starts: Tensor,
+    memory: Tensor,
+    takes_part: Tensor,
+    past: Tensor,
+    position: int,
+    followed: Tensor,
+    by: Weights,
+    k: int,
+    k_mem: int,
+    from_past: bool,
+    over: Over,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    B, n = mask.shape
+    reads, heads = (kernels(op, memory.device, memory.dtype) for op in ("read_memory", "scaled_heads"))
     run = _Run(
         weights=by,
         k_mem=k_mem,
         followed=followed,
-        encode=repeated(
-            *(by.W_enc, by.b_enc, k, table, topk.topk_encode, topk.round_table),
-            lambda *given: topk.encode_by_table(*given),
-        ),
+        encode=over.encode,
         read_memory=reads.read_memory,
-        gather_sum=sums.gather_sum,
+        gather_sum=over.gather_sum,
         scale_heads=heads.scale_heads,
     )
     chunk = _Chunk(
@@ -148,7 +184,12 @@ def _recur(
         mask=mask,
         suppressed=None if by.W_I is None or x is None else memory.new_empty(B, n, by.W_I.shape[0]),
     )
-    captured = memory.device.type == "cuda" and n >= CAPTURED and not torch.cuda.is_current_stream_capturing()
+    captured = (
+        memory.device.type == "cuda"
+        and n >= CAPTURED
+        and over.capturable
+        and not torch.cuda.is_current_stream_capturing()
+    )
     state = memory, takes_part, past, position
     past = replay(run, chunk, *state, _captured) if captured else _loop(run, chunk, *state)
     code = chunk.values.flatten(0, 1), chunk.indices.flatten(0, 1)

@@ -57,6 +57,11 @@ def _(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     return values.new_empty(*values.shape[:-1], W_dec.shape[1])
 
 
+def decode_backward(grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    """The gradient of sparse_decode's values [n, k], from that of what it gave, [n, d_out]."""
+    return _sparse_decode_backward(grad, values, indices, W_dec, True, False)[0]
+
+
 @operator("sparse_decode_backward")
 def _sparse_decode_backward(
     grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, need_values: bool, need_W: bool

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -58,7 +59,7 @@ def _results(ends: list[Connection]) -> list[Any]:
         for end in wait([end for rank, end in enumerate(ends) if rank not in found]):
             rank = ends.index(end)  # type: ignore[arg-type]
             try:
-                error, found[rank] = ends[rank].recv()
+                error, found[rank] = pickle.loads(ends[rank].recv_bytes())
             except EOFError:
                 raise AssertionError(f"rank {rank} died") from None
             if error is not None:
@@ -79,7 +80,10 @@ def _in_rank(
     try:
         with joined("cpu", timeout_s, data) as ranks:
             found = function(ranks, *given)
-            end.send((None, found))
+            end.send_bytes(pickle.dumps((None, found)))  # send() would share memory of a process that ends
     except BaseException as error:
-        end.send((error, None))
+        try:
+            end.send_bytes(pickle.dumps((error, None)))
+        except (pickle.PicklingError, AttributeError):
+            end.send_bytes(pickle.dumps((AssertionError(f"{type(error).__name__}: {error}"), None)))
         raise

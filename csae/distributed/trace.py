@@ -1,0 +1,180 @@
+"""ShardedTrace: the forward pass of an SAE whose rows lie on several ranks, and its gradients in factors.
+
+A token's x, look-back, loss and residual stay at its home rank; rows stay with their owners. Forward, an owner gets x
+and the codes of all tokens, and gives candidates and sums. Backward, it gets the gradients of what was decoded. With
+these it has the gradient of the values that name its rows, and so all factors of its tables' gradients. What the graph
+holds of a code is therefore an owner's part of it, not the code at home.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from csae.distributed.codes import Own, Owners
+from csae.distributed.collectives import gather, total
+from csae.factors import Coded, Decoded, Trace
+from csae.ops import sparse_decode, topk_encode
+from csae.ops.checks import autocast_to
+from csae.ops.sparse_decode import decode_backward
+from csae.ops.topk_encode import Encode, encoder
+
+if TYPE_CHECKING:
+    from csae.distributed.shard import Shard
+
+_Code = tuple[Tensor, Tensor]
+
+
+class ShardedTrace(Trace):
+    """A `Trace` over the ranks that own the features. All of them, and their replicas, run it at the same time."""
+
+    def __init__(self, sae: Any, trained: Collection[str], shard: Shard) -> None:
+        super().__init__(sae, trained)
+        self.shard = shard
+        self.owned: list[Own] = []  # of each code
+        self._sent: tuple[Tensor, Tensor] | None = None  # the last x, and that of all tokens
+
+    def total(self, x: Tensor) -> Tensor:
+        return _Total.apply(x, self.shard.ranks.world)  # type: ignore[no-any-return]
+
+    def n_dead(self, dead: Tensor) -> int:
+        return sum(self.shard.owners_of_dead(dead).counts)
+
+    def encoder(self) -> Encode:
+        W_enc, b_enc, k, owners = self.sae.W_enc, self.sae.b_enc, self.sae.k, self.shard.owners
+        own = encoder(W_enc, b_enc, min(k, owners.owned)) if owners.owned else None
+
+        def encode(x: Tensor) -> _Code:
+            values, indices = owners.merged(lambda x, m: own(x), self._everyone(x), k)  # type: ignore[misc]
+            return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
+
+        return encode
+
+    def encode(self, x: Tensor, mask: Tensor | None, found: tuple[Tensor, Tensor] | None = None) -> _Code:
+        everyone = self._everyone(x)
+        x, W_enc = autocast_to(x, self.sae.W_enc.detach())
+        values, indices = self.encoder()(x) if found is None else found
+        (values,) = autocast_to(values.detach())
+        own = self.shard.owners.own(*_flat(values if mask is None else _masked(values, mask), indices))
+        kept = own.values
+        if x.requires_grad:
+            kept = _Encoded.apply(x, own, W_enc, self.shard.owners)
+        self._note_own(everyone, kept, indices, own, own.rows, aux=False)
+        return values, indices
+
+    def encode_dead(self, x: Tensor, dead: Tensor, k: int, mask: Tensor | None) -> _Code:
+        owners = self.shard.owners_of_dead(dead)
+        everyone = self._everyone(x)
+        rows, bias = self._rows("W_enc", dead), self.sae.b_enc.detach()[dead]
+        values, indices = owners.merged(lambda x, m: topk_encode(x, rows, bias, m), everyone, k)
+        values, indices = values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
+        own = owners.own(*_flat(values if mask is None else _masked(values, mask), indices))
+        # Where none is dead here, no slot is active.
+        features = dead[own.rows] if owners.owned else own.rows
+        self._note_own(everyone, own.values, indices, own, features, aux=True)
+        return values, indices
+
+    def decode(self, table: str, code: _Code, most_active: int | None = None, features: Tensor | None = None) -> Tensor:
+        number = self._number(code)
+        owners = self.shard.owners if features is None else self.shard.owners_of_dead(features)
+        values, rows = autocast_to(self._active(number, most_active), self._rows(table, features))
+        everywhere: list[Tensor] = []
+        out = _Decoded.apply(values, self.owned[number].rows, rows, owners, everywhere)
+        out = out.view(*code[1].shape[:-1], rows.shape[1])
+        self.decoded.append(Decoded(table, number, most_active, out, everywhere))
+        return out
+
+    def _everyone(self, x: Tensor) -> Tensor:
+        """x [..., d] of the tokens at home -> that of all, [N, d], in the dtype of the product."""
+        if self._sent is None or self._sent[0] is not x:
+            (sent,) = autocast_to(x.detach())
+            self._sent = x, self.shard.owners.everyone(sent.reshape(-1, x.shape[-1]))
+        return self._sent[1]
+
+    def _note_own(self, x: Tensor, values: Tensor, indices: Tensor, own: Own, features: Tensor, aux: bool) -> None:
+        if not values.requires_grad:  # everything behind it is frozen, or held constant
+            values.requires_grad_()
+        active = torch.where(own.values <= 0, self.sae.W_enc.shape[0], features)
+        self.owned.append(own)
+        self.coded.append(Coded(x, values, indices, active, aux))
+
+    def _active(self, code: int, most_active: int | None) -> Tensor:
+        values = self.coded[code].values
+        return values if most_active is None else torch.where(self.owned[code].places < most_active, values, 0)
+
+    def _rows_of(self, decoded: Decoded, d_out: Tensor) -> Tensor:
+        if decoded.everywhere:  # its backward pass sent it already
+            return decoded.everywhere[0]
+        return self.shard.owners.everyone(super()._rows_of(decoded, d_out))
+
+    def _of_all(self, of_tokens: Tensor) -> Tensor:
+        return gather(of_tokens, self.shard.ranks.data).flatten(0, 1)
+
+    def _summed(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not gradients:
+            return gradients
+        flat = total(torch.cat([of.reshape(-1) for of in gradients.values()]), self.shard.ranks.world)
+        parts = flat.split([of.numel() for of in gradients.values()])
+        return {name: part.view(of.shape) for (name, of), part in zip(gradients.items(), parts, strict=True)}
+
+    def _over_rows(self, part: Tensor) -> Tensor:
+        return total(part, self.shard.ranks.features)
+
+
+class _Total(Function):
+    """The sum over ranks. Each rank has the same loss made of it, so the gradient is that of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        return total(x, group).clone()
+
+    @staticmethod
+    def backward(ctx: Any, d_sum: Tensor) -> tuple[Tensor, None]:
+        return d_sum, None
+
+
+class _Encoded(Function):
+    """x [..., d_in] at home -> the values [N, m] of own rows, which are known. Backward: d x, from all owners."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, own: Own, W_enc: Tensor, owners: Owners) -> Tensor:
+        ctx.save_for_backward(own.values, own.rows, W_enc)
+        ctx.owners, ctx.shape = owners, x.shape
+        return own.values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, d_values: Tensor) -> tuple[Tensor, None, None, None]:
+        values, rows, W_enc = ctx.saved_tensors
+        d_values = torch.where(values <= 0, 0, d_values)
+        return ctx.owners.home(sparse_decode(d_values, rows, W_enc)).view(ctx.shape), None, None, None
+
+
+class _Decoded(Function):
+    """The values [N, m] of own rows -> the sums at home [n, d]. Backward: d values, from the d out of all tokens."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, rows: Tensor, table: Tensor, owners: Owners, everywhere: list[Tensor]
+    ) -> Tensor:
+        ctx.save_for_backward(values, rows, table)
+        ctx.owners, ctx.everywhere = owners, everywhere
+        return owners.home(sparse_decode(values, rows, table))
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None, None, None]:
+        values, rows, table = ctx.saved_tensors
+        d_all = ctx.owners.everyone(d_out)
+        ctx.everywhere.append(d_all)
+        return decode_backward(d_all, values, rows, table), None, None, None, None
+
+
+def _flat(values: Tensor, indices: Tensor) -> _Code:
+    return values.reshape(-1, values.shape[-1]), indices.reshape(-1, indices.shape[-1])
+
+
+def _masked(values: Tensor, mask: Tensor) -> Tensor:
+    return values.masked_fill(~mask.unsqueeze(-1), 0)

@@ -1,0 +1,259 @@
+"""The same training in one process and over several: every parameter and moment, and the codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from processes import run
+from torch import Tensor
+from trained import Case, Trained, batch, make, share, train
+
+from csae import SAE, ContextualSAE
+from csae.data.activations import Batch
+from csae.distributed import Ranks, sharded
+from csae.errors import UserError
+from csae.sae import Sweeps
+from csae.step import exact_gap
+from csae.tables import TABLES
+
+
+def _train(ranks: Ranks | None, case: Case) -> Trained:
+    return train(case, ranks)
+
+
+def whole(found: list[Trained], of: str) -> dict[str, Tensor]:
+    """The parameters or moments of all ranks put together. What has no rows is the same on all."""
+    tensors = [getattr(one, of) for one in found]
+    together = {}
+    for name, first in tensors[0].items():
+        if name.split(".")[0] in TABLES and first.dim():
+            together[name] = torch.cat([one[name] for one in tensors])
+        else:
+            assert all(torch.equal(one[name].nan_to_num(7), first.nan_to_num(7)) for one in tensors), name
+            together[name] = first
+    return together
+
+
+def check_alike(one: Trained, found: list[Trained], case: Case, tolerance: float = 2e-6) -> None:
+    for of in ("parameters", "moments"):
+        ours, expected = whole(found, of), getattr(one, of)
+        assert ours.keys() == expected.keys()
+        for name, tensor in expected.items():
+            scale = max(1e-3, float(tensor.abs().max()))
+            torch.testing.assert_close(ours[name], tensor, rtol=0, atol=tolerance * scale, msg=f"{of} {name}")
+    since = torch.cat([each.tokens_since_fired for each in found])
+    assert torch.equal(since, one.tokens_since_fired)
+    for each in found:
+        assert torch.equal(each.losses, found[0].losses)
+        torch.testing.assert_close(each.losses, one.losses, rtol=1e-5, atol=1e-6)
+    for step, (values, indices) in enumerate(one.codes):
+        mask = batch(case, step)["mask"]
+        ours = [torch.cat([each.codes[step][i] for each in found])[: case.windows] for i in (0, 1)]
+        torch.testing.assert_close(ours[0][mask], values[mask], rtol=1e-4, atol=1e-5)
+        active = (values > 1e-5) & mask.unsqueeze(-1)
+        assert torch.equal(ours[1][active], indices[active])
+
+
+CASES = {
+    "topk": Case(),
+    "topk, three shards of few rows": Case(d_sae=10, k=8, windows=7),
+    "topk, an empty shard": Case(d_sae=9, k=3, steps=20, sae={"dead_after": 30}),
+    "transcoder with skip": Case(d_out=15, sae={"skip": True}),
+    "current": Case("contextual"),
+    "past, few remembered": Case("contextual", {"query": "past", "k_mem": 2}, windows=10),
+    "past transcoder with skip": Case("contextual", {"query": "past", "skip": True}, d_out=15, steps=20),
+    "current from exact codes": Case("contextual", from_exact=True, steps=10),
+    "past from exact codes": Case("contextual", {"query": "past"}, from_exact=True, steps=10),
+    "lazy": Case(lazy=True),
+    "no mask": Case(masked=False, steps=10),
+    "more ranks than windows": Case(windows=2, steps=20),
+}
+
+
+FAST = {("topk", 4), ("current", 2), ("past, few remembered", 3)}
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        pytest.param(name, size, marks=[] if (name, size) in FAST else pytest.mark.slow)
+        for name in CASES
+        for size in (2, 3, 4)
+    ],
+)
+def test_equal_to_one_process(name: str, size: int) -> None:
+    case = CASES[name]
+    (one,) = run(1, _train, case)
+    assert torch.isfinite(one.losses).all()
+    if name in ("topk", "current", "past, few remembered"):
+        assert (one.losses[:, 2] > 0).any()  # AuxK had a part
+    check_alike(one, run(size, _train, case), case)
+
+
+def test_replicas() -> None:
+    """Two replicas of an SAE of two ranks each: the step of one process with all windows."""
+    for case in (Case(), Case("contextual", {"query": "past"}, windows=9, steps=20)):
+        (one,) = run(1, _train, case)
+        found = run(4, _train, case, data=2)
+        first, second = found[:2], found[2:]
+        for ours, other in zip(first, second, strict=True):
+            for of in ("parameters", "moments"):
+                assert all(torch.equal(tensor, getattr(other, of)[name]) for name, tensor in getattr(ours, of).items())
+        # Ranks are numbered replica by replica, and windows with them.
+        codes = [
+            tuple(torch.cat([each.codes[step][i] for each in found]) for i in (0, 1)) for step in range(case.steps)
+        ]
+        none = [(values[:0], indices[:0]) for values, indices in codes]
+        check_alike(one, [first[0]._replace(codes=codes), first[1]._replace(codes=none)], case)
+
+
+def test_the_same_bits_twice() -> None:
+    case = Case("contextual", steps=10)
+    for one, other in zip(run(3, _train, case), run(3, _train, case), strict=True):
+        assert torch.equal(one.losses, other.losses)
+        for of in ("parameters", "moments"):
+            for name, tensor in getattr(one, of).items():
+                assert torch.equal(tensor, getattr(other, of)[name])
+
+
+def test_a_step_of_broken_activations_breaks_the_same() -> None:
+    """A NaN is seen by every rank, in the loss and in the rows that it breaks on one device."""
+    case = Case(broken=True, steps=3)
+    (one,) = run(1, _train, case)
+    found = run(3, _train, case)
+    assert one.losses[-1].isnan().any()
+    for each in found:
+        assert torch.equal(each.losses.isnan(), one.losses.isnan())
+    ours = whole(found, "parameters")
+    for name, tensor in one.parameters.items():
+        assert torch.equal(ours[name].isnan(), tensor.isnan()), name
+    values, indices = (torch.cat([each.codes[-1][i] for each in found]) for i in (0, 1))
+    assert values[1, 3].isnan().all()
+    assert torch.equal(indices[1, 3], one.codes[-1][1][1, 3])
+
+
+def _one_step(ranks: Ranks | None, case: Case, change: str) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """The gradients of one batch, and its code, of an SAE that `change` was done to."""
+    sae = make(case) if ranks is None else sharded(lambda: make(case), ranks)
+    rows = range(case.d_sae) if ranks is None else ranks.rows(case.d_sae)
+    with torch.no_grad():
+        if change == "ties":  # features come in threes of equal encoders, on different ranks
+            generator = torch.Generator().manual_seed(5)
+            third = torch.randn(case.d_sae // 3, sae.d_in, generator=generator)
+            sae.W_enc.copy_(third.repeat(3, 1)[rows.start : rows.stop])
+    frozen = {"only the decoder": ("W_dec",), "only the encoder": ("W_enc",), "only b_dec": ("b_dec",)}
+    frozen |= {"only the look-back": sae.look_back}
+    for name, parameter in sae.named_parameters():
+        parameter.requires_grad_(change not in frozen or name in frozen[change])
+    given = batch(case, 0) if ranks is None else share(batch(case, 0), ranks)
+    # Those that are dead are all on one rank.
+    dead = torch.tensor([feature - rows.start for feature in (60, 62, 69) if feature in rows], dtype=torch.int64)
+    sweeps = Sweeps(2) if isinstance(sae, ContextualSAE) else None
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=case.autocast):
+        losses, gradients = sae.gradients(**given, dead=dead, sweeps=sweeps)
+    found = {name: of if isinstance(of, Tensor) else of.dense() for name, of in gradients.items()}
+    return found, torch.stack(losses[:3]), losses.code.values, losses.code.indices
+
+
+CHANGES = ("ties", "only the decoder", "only the encoder", "only b_dec", "only the look-back", "none")
+
+
+@pytest.mark.parametrize(
+    ("arch", "change"),
+    [(arch, change) for change in CHANGES for arch in ("topk", "contextual") if (arch, change) != ("topk", CHANGES[4])],
+)
+def test_gradients(arch: str, change: str) -> None:
+    case = Case(arch, d_sae=72 if change == "ties" else 70)
+    ((expected, losses, values, indices),) = run(1, _one_step, case, change)
+    found = run(3, _one_step, case, change)
+    assert losses[2] > 0
+    torch.testing.assert_close(found[1][1], losses)
+    active = (values > 1e-5) & batch(case, 0)["mask"].unsqueeze(-1)
+    torch.testing.assert_close(torch.cat([each[2] for each in found])[active], values[active])
+    assert torch.equal(torch.cat([each[3] for each in found])[active], indices[active])
+    for name, gradient in expected.items():
+        ours = torch.cat([each[0][name] for each in found]) if name in TABLES else found[0][0][name]
+        torch.testing.assert_close(ours, gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()), msg=name)
+    assert all(each[0].keys() == expected.keys() for each in found)
+
+
+def test_half_precision_and_small_moments_train_alike() -> None:
+    """Roundings differ: to bfloat16 before sums over ranks, and by other random bits for the moments."""
+    for case in (Case(autocast=True), Case(moments=torch.bfloat16), Case("contextual", autocast=True, steps=20)):
+        (one,) = run(1, _train, case)
+        found = run(3, _train, case)
+        torch.testing.assert_close(found[0].losses, one.losses, rtol=0.03, atol=0.01)
+        ours = whole(found, "parameters")
+        for name, tensor in one.parameters.items():
+            assert (ours[name] - tensor).norm() < 0.03 * tensor.norm() + 1e-3, name
+
+
+def _initial(ranks: Ranks | None, arch: str, sizes: dict[str, Any]) -> dict[str, Tensor]:
+    def of_seed() -> SAE:
+        torch.manual_seed(7)
+        return ContextualSAE(**sizes) if arch == "contextual" else make(Case())
+
+    sae = of_seed() if ranks is None else sharded(of_seed, ranks)
+    return {"after": torch.randn(4), **sae.state_dict(), "params": torch.tensor(sae.n_params)}
+
+
+@pytest.mark.parametrize("sizes", [(24, 1000, 24), (7, 19, 7), (5, 2, None), (12, 333, 24)])
+def test_initial_weights_are_those_of_one_device(sizes: tuple[int, int, int | None], monkeypatch: Any) -> None:
+    arguments = {"d_in": sizes[0], "d_sae": sizes[1], "d_out": sizes[2], "k": 2, "n_heads": 2, "d_memory": 11}
+    (one,) = run(1, _initial, "contextual", arguments)
+    found = run(3, _initial, "contextual", arguments)
+    for name, tensor in one.items():
+        if name in (*TABLES, "tokens_since_fired"):
+            assert torch.equal(torch.cat([each[name] for each in found]), tensor), name
+        else:
+            assert all(torch.equal(each[name], tensor) for each in found), name
+
+
+def _refusals(ranks: Ranks) -> None:
+    acts = torch.zeros(2, 5, 20)
+    sae = sharded(lambda: make(Case("contextual")), ranks)
+    needed = rf": this process has {len(sae.shard.rows)} of 70 features, the other ranks have the rest; needed a whole"
+    for call in (
+        lambda: sae.loss(acts),
+        lambda: sae(acts),
+        lambda: sae.encode(acts),
+        lambda: sae.decode(None),
+        lambda: sae.initial_state(2),
+        lambda: sae.recurrence,
+        lambda: sharded(lambda: make(Case()), ranks)(acts),
+        lambda: sharded(lambda: make(Case()), ranks).encode(acts),
+        lambda: sharded(lambda: make(Case()), ranks).decode(None),
+    ):
+        with pytest.raises(UserError, match=needed):
+            call()
+    sae.k = 3  # what no shape depends on can be changed
+    with pytest.raises(ValueError, match="d_sae: given 71; needed 70"):
+        sae.d_sae = 71
+    with pytest.raises(ValueError, match="dead: given 40 to 40; needed 0 <= feature < 35, the rows of this process"):
+        sae.gradients(acts, dead=torch.tensor([40]))
+
+
+def test_what_needs_a_whole_sae_is_refused() -> None:
+    run(2, _refusals)
+
+
+def _gap(ranks: Ranks | None, case: Case) -> tuple[float, float]:
+    sae = make(case) if ranks is None else sharded(lambda: make(case), ranks)
+    assert isinstance(sae, ContextualSAE)
+    sae.initialise(torch.full((20,), 0.4), 1.7)
+    given = batch(case, 0) if ranks is None else share(batch(case, 0), ranks)
+    with torch.no_grad():
+        sae.W_O.mul_(20)  # so that it matters
+    return exact_gap(sae, Batch(**given, tokens=None), Sweeps(1))
+
+
+@pytest.mark.parametrize("query", ["current", "past"])
+def test_the_exact_form_over_ranks(query: str) -> None:
+    case = Case("contextual", {"query": query, "k_mem": 3}, windows=7)
+    (one,) = run(1, _gap, case)
+    assert abs(one[1]) > 1e-3
+    found = run(3, _gap, case)
+    assert found[0] == found[1] == found[2]
+    assert found[0] == pytest.approx(one, rel=1e-4)
