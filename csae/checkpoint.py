@@ -1,15 +1,17 @@
 """Checkpoints of a run: `RUN/checkpoint-STEP`, whole or not there, and the SAE that is in a folder.
 
 A checkpoint is a folder that is written under a temporary name and then renamed, so a kill at any moment leaves the
-one before. It is itself a saved SAE, with the optimizer's state and the step beside. A folder counts as a checkpoint of
-a run only if its files say so, and only such a folder is removed again.
+one before. It is itself a saved SAE, with the optimizer's state and the step beside.
+
+One process writes safetensors. Several write by torch.distributed.checkpoint (`csae.distributed.checkpoint`), each the
+rows that it owns. Any number of processes reads both.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from contextlib import suppress
+from collections.abc import Container, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,21 +19,35 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
 
+from csae.checkpoint_folders import (
+    OPTIMIZER,
+    STATE,
+    check_free,
+    last_checkpoint,
+    not_whole,
+    read_state,
+    remove_checkpoints,
+    remove_files,
+)
 from csae.contextual_sae import ContextualSAE
+from csae.distributed.agreement import by_first, gathered, together
 from csae.errors import UserError, shown
-from csae.files import disk_problem, read_json, reading, write_file, write_json, writing
-from csae.run import RUN, identity, read_run, remove_unfinished, sync_folder
+from csae.files import read_json, write_file, write_json, writing
+from csae.parts import METADATA, WEIGHTS, whole_files
+from csae.run import RUN, identity, read_run, sync_folder
 from csae.sae import SAE
-from csae.saving import CARD, CONFIG, WEIGHTS, check_config
-from csae.tensors import CHECKSUM, load_tensors, read_header, save_tensors
+from csae.saving import CONFIG, check_config, own_rows
+from csae.tensors import CHECKSUM, read_header, save_tensors
 from csae.topk_sae import TopKSAE
 
 ARCHITECTURES: dict[str, type[SAE]] = {"topk": TopKSAE, "contextual": ContextualSAE}
-OPTIMIZER, STATE = "optimizer.safetensors", "training.json"
-BESIDE = "training/"  # before the names of tensors that are no parameter's
-FILES = frozenset({WEIGHTS, CONFIG, CARD, OPTIMIZER, STATE})
-NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
+# Before the names of tensors that are no parameter's: in a file of their own, or by themselves in DCP's.
+BESIDE, OF_OPTIMIZER = "training/", "optimizer/"
+DEAD = "dead"  # of those: numbers of features, which belong to the rows
+
+_writer = ThreadPoolExecutor(1, "checkpoint")
 
 
 def load_sae(name: str | Path, device: torch.device | str = "cpu") -> SAE:
@@ -48,7 +64,7 @@ def load_sae(name: str | Path, device: torch.device | str = "cpu") -> SAE:
             checkpoint = last_checkpoint(folder)
             if checkpoint is None:
                 raise UserError(f"{folder}: no saved SAE here ({CONFIG} and {WEIGHTS} are needed): name a run's folder")
-            _read_state(checkpoint, job)
+            read_state(checkpoint, job)
             folder = checkpoint
         config_file = folder / CONFIG
     elif folder.exists():
@@ -73,150 +89,204 @@ def load_sae(name: str | Path, device: torch.device | str = "cpu") -> SAE:
     return sae.eval()
 
 
-def last_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint of a run, or None."""
-    with reading(run):
-        found = [path for path in run.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
-    return max(found, key=_step_of, default=None)
-
-
 def save_checkpoint(
     run: Path,
     step: int,
     sae: SAE,
     optimizer: torch.optim.Optimizer,
     job: dict[str, Any],
-    beside: dict[str, torch.Tensor] | None = None,
-) -> None:
-    """Write `run/checkpoint-STEP`, and then remove older ones. beside: what `restore_checkpoint` is to give back."""
+    beside: dict[str, Tensor] | None = None,
+) -> Future[None]:
+    """Write `run/checkpoint-STEP`, and then remove older ones. All ranks call it where there are several.
+
+    beside: what `restore_checkpoint` is to give back. It is the same on all ranks, but `dead`: numbers of features that
+    are here.
+
+    Gives what to wait for (`result()`) before the next checkpoint, and before the run ends. A sharded SAE on a GPU is
+    copied to the CPU, and written from there meanwhile. Elsewhere the copy would take the memory that sharding saves:
+    all is written when this returns.
+
+    Raises UserError where it can't be written, here or in `result()`: on one rank, and FailedElsewhere on the others.
+    The checkpoint before is kept then.
+    """
     temporary, final = run / f".checkpoint-{step}.tmp", run / f"checkpoint-{step}"
-    kept = {BESIDE + name: tensor for name, tensor in (beside or {}).items()}
-    check_free(run, step)
-    _remove_files(temporary)
-    try:
-        sae.save_pretrained(temporary)
-        write_file(temporary / OPTIMIZER, partial(save_tensors, _moments(sae, optimizer) | kept))
-        checksums = {name: read_header(temporary / name).about[CHECKSUM] for name in (WEIGHTS, OPTIMIZER)}
-        write_json(temporary / STATE, {"step": step, "run": identity(job), "sha256": checksums})
+    beside = beside or {}
+    about = {"step": step, "run": identity(job)}
+
+    def finish(checksums: dict[str, str]) -> None:
+        write_json(temporary / STATE, about | {CHECKSUM: checksums})
         with writing(final):
+            sync_folder(temporary)
             os.rename(temporary, final)
-    finally:
-        _remove_files(temporary)
-    sync_folder(run)
-    remove_checkpoints(run, job, but=final)
+        sync_folder(run)
+        remove_checkpoints(run, job, but=final)
+
+    if sae.shard is None:
+        check_free(run, step)
+        remove_files(temporary)
+        try:
+            sae.save_pretrained(temporary)
+            kept = {BESIDE + name: tensor for name, tensor in beside.items()}
+            write_file(temporary / OPTIMIZER, partial(save_tensors, _moments(sae, optimizer) | kept))
+            finish({name: read_header(temporary / name).about[CHECKSUM] for name in (WEIGHTS, OPTIMIZER)})
+        finally:
+            remove_files(temporary)
+        return _done()
+
+    from csae.distributed.checkpoint import checksum, write  # torch's part takes a second to import
+
+    ranks = sae.shard.ranks
+
+    def begin() -> None:
+        check_free(run, step)
+        remove_files(temporary)
+        with writing(temporary):
+            temporary.mkdir(parents=True)
+        sae.write_card(temporary)
+        write_json(temporary / CONFIG, sae.saved_config)
+
+    by_first(begin, ranks)
+    tensors = _of_ranks(sae, optimizer, beside)
+    own = _own(sae, tensors)
+    background = in_background(sae)
+    if background:
+        tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+
+    def save() -> None:
+        def finish_all() -> None:
+            missing = sorted(name for name in checksums if not (temporary / name).is_file())
+            if missing:
+                raise UserError(
+                    f"{run}: {missing[0]} was written by another rank, and is not here: give a folder that all see"
+                )
+            finish(checksums | {CONFIG: checksum(temporary / CONFIG)})
+
+        try:
+            with writing(final):
+                told = gathered(lambda: write(temporary, tensors, own, sae.d_sae, ranks), ranks.files)
+            checksums = {name: of for files in told for name, of in files.items()}
+            by_first(finish_all, ranks)
+        finally:
+            if ranks.rank == 0:
+                remove_files(temporary)
+
+    if background:
+        return _writer.submit(save)
+    save()
+    return _done()
 
 
-def check_free(run: Path, step: int) -> None:
-    """Raises UserError where the name of the checkpoint to write is taken."""
-    if os.path.lexists(run / f"checkpoint-{step}"):
-        raise UserError(f"{run}/checkpoint-{step}: in the way of a checkpoint of this run: move it elsewhere")
+def in_background(sae: SAE) -> bool:
+    """Whether a sharded SAE is copied and written meanwhile: on a CPU the copy would take as much memory again."""
+    return sae.W_dec.is_cuda
 
 
 def restore_checkpoint(
     checkpoint: Path, sae: SAE, optimizer: torch.optim.Optimizer, job: dict[str, Any]
-) -> tuple[int, dict[str, torch.Tensor]]:
+) -> tuple[int, dict[str, Tensor]]:
     """Load the checkpoint's state into `sae` and `optimizer`, in place; gives its step, and what was saved beside.
+
+    All ranks call it where there are several: each reads its rows.
 
     Raises UserError where it is not whole, of another run, or where its files contradict each other.
     """
-    state = _read_state(checkpoint, job)
-    moments = _moments(sae, optimizer)
-    try:
-        check_config(read_json(checkpoint / CONFIG), job["sae"], checkpoint / CONFIG, RUN)
-        loaded = {
-            name: _load(checkpoint / name, expected, state.get("sha256", {}).get(name))
-            for name, expected in ((WEIGHTS, sae.state_dict()), (OPTIMIZER, moments))
-        }
-    except UserError as error:
-        raise _not_whole(checkpoint, error) from error
-    sae.load_state_dict(loaded[WEIGHTS])
+    ranks = None if sae.shard is None else sae.shard.ranks
+
+    def restore() -> tuple[int, dict[str, Tensor]]:
+        state = read_state(checkpoint, job)
+        by_ranks = (checkpoint / METADATA).is_file()
+        try:
+            check_config(read_json(checkpoint / CONFIG), job["sae"], checkpoint / CONFIG, RUN)
+            read = _read_of_ranks if by_ranks else _read_files
+            return state["step"], read(checkpoint, sae, _moments(sae, optimizer), state.get(CHECKSUM, {}))
+        except UserError as error:
+            raise not_whole(checkpoint, error) from error
+
+    return together(restore, None if ranks is None else ranks.files)
+
+
+def _read_files(checkpoint: Path, sae: SAE, moments: dict[str, Tensor], checksums: dict[str, str]) -> dict[str, Tensor]:
+    """What one process wrote: into the SAE and the moments; gives what was saved beside."""
+    stored = whole_files([checkpoint / WEIGHTS, checkpoint / OPTIMIZER])
+    own = _own(sae, sae.state_dict() | moments)
+    for (file, header), expected in zip(stored.headers.items(), (sae.state_dict(), moments), strict=True):
+        found = {name: shape for name, shape in header.shapes.items() if not name.startswith(BESIDE)}
+        _check_shapes(file.name, found, expected, own, sae)
+        if file.name in checksums and header.about.get(CHECKSUM) != checksums[file.name]:
+            raise UserError(f"{file.name} is not the file that {STATE} was written with")
+    loaded = stored.load(own, None if sae.shard is None else sae.shard.ranks)
+    sae.load_state_dict({name: loaded.pop(name) for name in sae.state_dict()})
     for name, tensor in moments.items():
-        tensor.copy_(loaded[OPTIMIZER].pop(name))
-    return state["step"], {name.removeprefix(BESIDE): tensor for name, tensor in loaded[OPTIMIZER].items()}
+        tensor.copy_(loaded.pop(name))
+    beside = {name.removeprefix(BESIDE): tensor for name, tensor in loaded.items()}
+    if DEAD in beside and sae.shard is not None:
+        rows, dead = sae.shard.rows, beside[DEAD]
+        beside[DEAD] = dead[(dead >= rows.start) & (dead < rows.stop)] - rows.start
+    return beside
 
 
-def remove_checkpoints(run: Path, job: dict[str, Any], but: Path | None = None) -> dict[Path, str]:
-    """Remove the checkpoints that this run wrote, and what a kill left of them; gives what is kept, and why.
+def _read_of_ranks(
+    checkpoint: Path, sae: SAE, moments: dict[str, Tensor], checksums: dict[str, str]
+) -> dict[str, Tensor]:
+    """What several ranks wrote, as `_read_files`."""
+    from csae.distributed.checkpoint import Written
 
-    but: one that stays. Kept is whatever else has the name of a checkpoint: a link, a file, a folder with a file that
-    training did not write. Never raises.
-    """
-    kept = {}
-    for path in sorted(_entries(run)):
-        if path.name.startswith(".") and NAME.fullmatch(path.name.removeprefix(".").removesuffix(".tmp")):
-            _remove_files(path)
-        elif NAME.fullmatch(path.name) and path != but:
-            reason = _why_not_ours(path, job)
-            if reason is None:
-                try:
-                    # Renamed first: under its own name a checkpoint is always whole.
-                    os.rename(path, leaving := run / f".{path.name}.tmp")
-                    _remove_files(leaving)
-                except FileNotFoundError:
-                    pass  # another process removed it
-                except OSError as error:
-                    reason = disk_problem(error) or str(error)
-            if reason is not None:
-                kept[path] = reason
-    return kept
+    stored, ranks = Written(checkpoint), None if sae.shard is None else sae.shard.ranks
+    expected = sae.state_dict() | {OF_OPTIMIZER + name: tensor for name, tensor in moments.items()}
+    shapes = {name: shape for name, (shape, _) in stored.stored.items()}
+    own = _own(sae, shapes)
+    _check_shapes(
+        METADATA, {name: of for name, of in shapes.items() if not name.startswith(BESIDE)}, expected, own, sae
+    )
+    stored.check(ranks)
+    beside = {name: stored.empty(name, own.get(name)) for name in shapes if name.startswith(BESIDE)}
+    stored.read(expected | beside, own, ranks)
+    found = {name.removeprefix(BESIDE): tensor for name, tensor in beside.items()}
+    if DEAD in found:
+        found[DEAD] = found[DEAD].nonzero().squeeze(1)
+    return found
 
 
-def _remove_files(folder: Path) -> None:
-    """Remove a folder with a checkpoint's temporary name, except files that training does not write. Never raises."""
-    if folder.is_symlink() or not folder.is_dir():
-        return
-    remove_unfinished(folder, FILES)
-    for entry in _entries(folder):
-        if entry.name in FILES and _is_plain(entry):
-            with suppress(OSError):
-                entry.unlink()
-    with suppress(OSError):
-        folder.rmdir()
+def _of_ranks(sae: SAE, optimizer: torch.optim.Optimizer, beside: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What this rank has for a checkpoint, by the names that DCP gets."""
+    moments = {OF_OPTIMIZER + name: tensor for name, tensor in _moments(sae, optimizer).items()}
+    kept = {BESIDE + name: tensor for name, tensor in beside.items()}
+    if DEAD in beside:  # by rows, as all that is split: numbers would be another's after a change of ranks
+        dead = beside[DEAD]
+        kept[BESIDE + DEAD] = sae.tokens_since_fired.new_zeros(len(sae.shard.rows), dtype=torch.bool).index_fill(
+            0, dead, True
+        )
+    return {name: tensor.detach() for name, tensor in (sae.state_dict() | moments | kept).items()}
 
 
-def _why_not_ours(path: Path, job: dict[str, Any]) -> str | None:
-    """Why something with the name of a checkpoint is not one that this run wrote; None where it is."""
-    if path.is_symlink() or not path.is_dir():
-        return "it is a link" if path.is_symlink() else "it is a file"
-    try:
-        entries = {entry.name: entry for entry in path.iterdir()}
-        others = sorted(name for name, entry in entries.items() if name not in FILES or not _is_plain(entry))
-        if others:
-            return f"it holds {shown(others[0])}, which training did not write"
-        if entries.keys() != FILES:
-            return f"it has no {min(FILES - entries.keys())}"
-        _read_state(path, job)
-    except OSError as error:
-        return disk_problem(error, "read") or str(error)
-    except UserError:
-        return f"its {STATE} is of another checkpoint"
-    return None
+def _own(sae: SAE, names: Iterable[str]) -> dict[str, range]:
+    """Which rows of these tensors of a checkpoint are this rank's: of the SAE's, of their moments, of dead features."""
+    own = {} if sae.shard is None else own_rows(sae)
+    rows = {}
+    for name in names:
+        parameter, _, key = name.removeprefix(OF_OPTIMIZER).partition(".")
+        if sae.shard is not None and (name == BESIDE + DEAD or (parameter in own and key != "step")):
+            rows[name] = sae.shard.rows
+    return rows
 
 
-def _is_plain(entry: Path) -> bool:
-    return entry.is_file() and not entry.is_symlink()
+def _check_shapes(
+    file: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, Tensor], own: Container[str], sae: SAE
+) -> None:
+    """Raises UserError where names or shapes are not those expected, of whose tensors in `own` only rows are here."""
+    shapes = {
+        name: (sae.d_sae, *tensor.shape[1:]) if name in own else tuple(tensor.shape)
+        for name, tensor in expected.items()
+    }
+    if found != shapes:
+        name = min(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
+        raise UserError(f"{file}: {shown(name)} is {found.get(name)}; needed {shapes.get(name)}")
 
 
-def _read_state(checkpoint: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """The content of training.json: step, run, checksums. Raises UserError where it is of another checkpoint or job."""
-    try:
-        state = read_json(checkpoint / STATE)
-    except UserError as error:
-        raise _not_whole(checkpoint, error) from error
-    step, steps = state.get("step"), job.get("train", {}).get("steps")
-    if isinstance(step, bool) or not isinstance(step, int) or step != _step_of(checkpoint):
-        raise _not_whole(checkpoint, f"{STATE} says step {shown(repr(step))[:40]}")
-    if isinstance(steps, int) and step > steps:
-        raise _not_whole(checkpoint, f"the run has {steps} steps")
-    if job and state.get("run", identity(job)) != identity(job):
-        raise _not_whole(checkpoint, f"{STATE} names another run than {RUN}")
-    if not isinstance(state.get("sha256", {}), dict):
-        raise _not_whole(checkpoint, f"sha256 in {STATE} is no object")
-    return state
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+def _done() -> Future[None]:
+    done: Future[None] = Future()
+    done.set_result(None)
+    return done
 
 
 def _moments(sae: SAE, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -227,33 +297,6 @@ def _moments(sae: SAE, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tens
         for parameter, state in optimizer.state.items()
         for key, tensor in state.items()
     }
-
-
-def _load(file: Path, expected: dict[str, torch.Tensor], checksum: str | None) -> dict[str, torch.Tensor]:
-    """The tensors of a file. Their checksum has to be that expected, and names and shapes, but of those BESIDE."""
-    header = read_header(file)
-    found = {name: shape for name, shape in header.shapes.items() if not name.startswith(BESIDE)}
-    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    if found != shapes:
-        name = min(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
-        raise UserError(f"{file.name}: {shown(name)} is {found.get(name)}; needed {shapes.get(name)}")
-    if checksum is not None and header.about.get(CHECKSUM) != checksum:
-        raise UserError(f"{file.name} is not the file that {STATE} was written with")
-    return load_tensors(file)
-
-
-def _not_whole(checkpoint: Path, reason: object) -> UserError:
-    return UserError(
-        f"{checkpoint}: not a whole checkpoint of this run ({reason}): "
-        f"remove that folder to start again from the one before, or from the start"
-    )
-
-
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return list(folder.iterdir())
-    except OSError:
-        return []
 
 
 def _hub_config(name: str) -> Path:

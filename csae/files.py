@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from csae.errors import UserError, shown
+from csae.errors import FailedElsewhere, UserError, shown
 
 try:
     import fcntl
@@ -58,14 +58,19 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     Raises UserError where the disk is full or the folder can't be written; nothing is left behind then.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with temporary_for(path) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # safetensors writes files that only their owner can read
+        complete(temporary)
         os.replace(temporary, path)
+
+
+@contextmanager
+def temporary_for(path: Path) -> Iterator[Path]:
+    """The name of a temporary file beside `path`. An error removes it; one of the disk becomes a UserError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
@@ -73,6 +78,13 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         if reason and not isinstance(error, UserError):
             raise UserError(f"{path}: not written: {reason}; nothing half-written was left") from error
         raise
+
+
+def complete(temporary: Path) -> None:
+    """Wait until a temporary file is on the disk, and let others read it as they read any file."""
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.chmod(temporary, 0o666 & ~_umask())  # safetensors writes files that only their owner can read
 
 
 def check_utf8(path: Path) -> None:
@@ -234,6 +246,8 @@ def disk_problem(error: BaseException | None, doing: str = "write") -> str | Non
 
     It may be an OSError, or that of a library that was raised from one, or tells of one in its text.
     """
+    if isinstance(error, FailedElsewhere):  # that rank says it
+        return None
     while error is not None:
         number = error.errno if isinstance(error, OSError) else None
         number = _number_in(str(error)) if number is None else number

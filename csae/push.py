@@ -17,8 +17,9 @@ from csae.errors import UserError, first_line
 from csae.evaluate import EVAL
 from csae.files import check_new, read_json, write_file, writing
 from csae.model_card import model_card
+from csae.parts import INDEX, WEIGHTS
 from csae.run import read_run
-from csae.saving import CARD, CONFIG, WEIGHTS, is_our_card
+from csae.saving import CARD, CONFIG, is_our_card
 
 
 def write_folder(run: Path | str, repo_id: str, folder: Path | str) -> list[str]:
@@ -32,7 +33,7 @@ def write_folder(run: Path | str, repo_id: str, folder: Path | str) -> list[str]
     _check_repo_id(repo_id)
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; needed that of a run or of a saved SAE")
-    if not (run / CONFIG).is_file() or not (run / WEIGHTS).is_file():
+    if not (run / CONFIG).is_file() or not any((run / weights).is_file() for weights in (WEIGHTS, INDEX)):
         raise UserError(f"{run}: no trained SAE here ({CONFIG} and {WEIGHTS} are needed): train it to the end first")
     check_new(folder)
     sae, job = load_sae(run), read_run(run)

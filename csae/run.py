@@ -19,6 +19,7 @@ from typing import Any
 
 from csae.errors import UserError, shown
 from csae.files import check_utf8, lock, parse_json, read_json, reading, write_file, write_json, writing
+from csae.parts import INDEX, SHARD, WEIGHTS
 from csae.tensors import WORKING
 
 RUN, METRICS = "run.json", "metrics.jsonl"
@@ -39,7 +40,8 @@ ORIGIN: dict[str, tuple[type, ...]] = {
 NO_OPTION = ("d_in", "d_out", "k_aux", "aux_coef", "start", "data", "stream")
 SOURCE_STATE = "source.safetensors"  # of a stream, after the last step
 OPTIONS = "config.yaml"  # of `csae train --config`
-FILES = (RUN, OPTIONS, "windows.bin", "config.json", "model.safetensors", "README.md", "logs.json", SOURCE_STATE)
+SAE_FILES = ("config.json", WEIGHTS, INDEX, "README.md")
+FILES = (RUN, OPTIONS, "windows.bin", *SAE_FILES, "logs.json", SOURCE_STATE)
 
 
 def read_run(run: Path) -> dict[str, Any]:
@@ -220,7 +222,8 @@ def drop_later_metrics(run: Path, metrics: FileIO, steps: Sequence[int], by: str
 
 def is_unfinished(entry: Path, files: Iterable[str]) -> bool:
     """Whether an entry is left from a kill while one of these files was written (`csae.files`, `csae.tensors`)."""
-    name = "|".join(map(re.escape, files))
+    names = [re.escape(file) for file in files]
+    name = "|".join([*names, SHARD] if INDEX in files else names)
     if entry.is_symlink() or not re.fullmatch(rf"\.({name})\.\d+\.tmp({re.escape(WORKING)})?", entry.name):
         return False
     return entry.is_dir() if entry.name.endswith(WORKING) else entry.is_file()

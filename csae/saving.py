@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
+from csae.distributed.agreement import by_first, together
 from csae.errors import UserError
 from csae.files import read_json, write_file, write_with_config
-from csae.tensors import Header, load_tensors, read_header, save_tensors
+from csae.parts import INDEX, METADATA, WEIGHTS, Weights, indexed, remove_shards, whole_files
+from csae.tensors import Header, save_tensors
 from csae.trained_on import KEY, TrainedOn, card
 
-WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+if TYPE_CHECKING:
+    from csae.distributed.checkpoint import Written
+    from csae.distributed.shard import Shard
+
+CONFIG, CARD = "config.json", "README.md"
+# The tensors with a row a feature: several ranks have some rows each.
+ROWS = ("W_enc", "b_enc", "W_dec", "W_mem", "tokens_since_fired")
 OUR_CARD = "library_name: csae"  # a line of each card that is written here
 
 AnySaved = TypeVar("AnySaved", bound="Saved")
@@ -30,6 +39,8 @@ class Saved(nn.Module, PyTorchModelHubMixin):
     arch: str
     trained_on: TrainedOn | None = None
     """what it was trained on; None for one made by hand"""
+    shard: Shard | None = None
+    """which rows of its tables are here; None where all are"""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -39,6 +50,11 @@ class Saved(nn.Module, PyTorchModelHubMixin):
         return {"arch": self.arch} | {
             name: of for name, of in given if name not in autoencoder or of != autoencoder[name]
         }
+
+    @property
+    def saved_config(self) -> dict[str, Any]:
+        """`config`, with what it was trained on."""
+        return self.config | ({} if self.trained_on is None else {KEY: self.trained_on.to_config()})
 
     @property
     def _arguments(self) -> dict[str, Any]:
@@ -64,18 +80,25 @@ class Saved(nn.Module, PyTorchModelHubMixin):
             write_file(folder / CARD, lambda path: path.write_text(card(self), encoding="utf-8"))
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        misshapen = _misshapen(shapes(self), shapes(without_tensors(type(self), self._arguments)))
-        if misshapen:
-            raise ValueError(f"sae: {misshapen}, as it was made; it can't be saved with parameters of another shape")
-        self.write_card(save_directory)
+        own = own_rows(self)
         # The same weights with other arguments are another SAE, so their file holds the arguments too.
-        save = partial(save_tensors, self.state_dict(), about={CONFIG: json.dumps(self.config)})
-        config = self.config | ({} if self.trained_on is None else {KEY: self.trained_on.to_config()})
-        write_with_config(save_directory, WEIGHTS, save, CONFIG, config)
+        about = {CONFIG: json.dumps(self.config)}
+        if self.shard is not None:
+            from csae.distributed.saving import save_shards
+
+            by_first(lambda: self.write_card(save_directory), self.shard.ranks)
+            save_shards(self, save_directory, own, about, save_directory / CONFIG)
+            return
+        self.write_card(save_directory)
+        save = partial(save_tensors, self.state_dict(), about=about)
+        write_with_config(save_directory, WEIGHTS, save, CONFIG, self.saved_config)
+        remove_shards(save_directory)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
         """The SAE in a folder or of a hub id; `options` as huggingface_hub's mixin has them.
+
+        With `shard` (`csae.distributed`) this rank's rows of it: all ranks call it.
 
         Raises UserError where config.json or the weights are damaged, or don't belong together.
         """
@@ -97,17 +120,19 @@ class Saved(nn.Module, PyTorchModelHubMixin):
         local_files_only: bool = False,
         token: str | bool | None = None,
         config: dict[str, Any] | None = None,
+        shard: Shard | None = None,
         **init: Any,
     ) -> Self:
         # huggingface_hub hands these on too, up to 0.36; given or not.
         downloading = {name: init.pop(name) for name in ("proxies", "resume_download") if name in init}
-        if Path(model_id).is_dir():
-            weights = Path(model_id) / WEIGHTS
-        else:
-            weights = Path(
+
+        def find(name: str) -> Path:
+            if Path(model_id).is_dir():
+                return Path(model_id) / name
+            return Path(
                 hf_hub_download(
                     repo_id=model_id,
-                    filename=WEIGHTS,
+                    filename=name,
                     revision=revision,
                     cache_dir=cache_dir,
                     force_download=force_download,
@@ -116,21 +141,28 @@ class Saved(nn.Module, PyTorchModelHubMixin):
                     **{name: value for name, value in downloading.items() if value is not None},
                 )
             )
-        header = read_header(weights)
-        if config is not None:
-            check_config(config, _saved_config(header), Path(model_id) / CONFIG, WEIGHTS)
-        try:
-            sae = without_tensors(cls, init)
-            misshapen = _misshapen(header.shapes, shapes(sae))  # before any memory is taken for them
-            if misshapen:
-                raise TypeError(misshapen)
-            tensors = load_tensors(weights)
-            wanted = {name: tensor.dtype for name, tensor in sae.state_dict().items()}
-            tensors = {name: tensor.to(wanted.get(name, tensor.dtype), copy=True) for name, tensor in tensors.items()}
-            sae.load_state_dict(tensors, strict=strict, assign=True)
-        except (RuntimeError, TypeError) as error:
-            reason = " ".join(str(error).split())[:300]  # torch's may hold a stack
-            raise UserError(f"{model_id}: not a saved {cls.__name__}, or of another version: {reason}") from error
+
+        def load() -> Self:
+            weights = _find_weights(Path(model_id), find)
+            if config is not None:
+                for file, header in weights.headers.items():
+                    check_config(config, _saved_config(header), Path(model_id) / CONFIG, file.name)
+            try:
+                whole = shapes(without_tensors(cls, init))
+                misshapen = _misshapen(weights.shapes, whole)  # before any memory is taken for them
+                if misshapen:
+                    raise TypeError(misshapen)
+                sae = without_tensors(cls, init, shard)
+                tensors = weights.load({} if shard is None else own_rows(sae), None if shard is None else shard.ranks)
+                wanted = {name: tensor.dtype for name, tensor in sae.state_dict().items()}
+                tensors = {name: of.to(wanted.get(name, of.dtype), copy=True) for name, of in tensors.items()}
+                sae.load_state_dict(tensors, strict=strict, assign=True)
+            except (RuntimeError, TypeError) as error:
+                reason = " ".join(str(error).split())[:300]  # torch's may hold a stack
+                raise UserError(f"{model_id}: not a saved {cls.__name__}, or of another version: {reason}") from error
+            return sae
+
+        sae = together(load, None if shard is None else shard.ranks.files)
         sae.trained_on = TrainedOn.from_config(config or {}, f"{model_id}: {CONFIG}")
         return sae.to(map_location)
 
@@ -165,14 +197,66 @@ def _saved_config(header: Header) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def without_tensors(kind: type[AnySaved], arguments: dict[str, Any]) -> AnySaved:
+def without_tensors(kind: type[AnySaved], arguments: dict[str, Any], shard: Shard | None = None) -> AnySaved:
     """An SAE that is made with these arguments, on the meta device: it takes no memory, and draws nothing."""
     with torch.device("meta"):
-        return kind(**arguments)
+        sae = kind(**arguments)
+    if shard is not None:
+        cut(sae, shard)
+    return sae
+
+
+def cut(sae: Saved, shard: Shard) -> None:
+    """Keep only the rows of a shard."""
+    for name in ROWS:
+        if name in sae._parameters:
+            of = sae._parameters[name]
+            sae._parameters[name] = nn.Parameter(of.detach()[shard.rows.start : shard.rows.stop].clone())
+        elif name in sae._buffers:
+            sae._buffers[name] = sae._buffers[name][shard.rows.start : shard.rows.stop].clone()
+    sae.shard = shard
 
 
 def shapes(sae: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
+
+
+def own_rows(sae: Saved) -> dict[str, range]:
+    """Which rows of which tensors an SAE that is sharded has here; empty for one that is whole.
+
+    Raises ValueError where a tensor has another shape than the SAE was made with.
+    """
+    needed = shapes(without_tensors(type(sae), sae._arguments))
+    own = {} if sae.shard is None else {name: sae.shard.rows for name in ROWS if name in needed}
+    here = needed | {name: (len(rows), *needed[name][1:]) for name, rows in own.items()}
+    misshapen = _misshapen(shapes(sae), here)
+    if misshapen:
+        raise ValueError(f"sae: {misshapen}, as it was made; it can't be saved with parameters of another shape")
+    return own
+
+
+def _find_weights(folder: Path, find: Callable[[str], Path]) -> Weights | Written:
+    """Where the weights are. find: gives the path of a file by its name, and downloads it where there is no folder."""
+    if folder.is_dir():
+        if not (folder / WEIGHTS).is_file():
+            if (folder / INDEX).is_file():
+                return indexed(folder / INDEX, find)
+            if (folder / METADATA).is_file():
+                from csae.distributed.checkpoint import Written  # what it imports takes a second
+
+                return Written(folder)
+        return whole_files([folder / WEIGHTS])
+    try:
+        file = find(WEIGHTS)
+    except EntryNotFoundError:
+        try:
+            index = find(INDEX)
+        except EntryNotFoundError:
+            index = None
+        if index is None:
+            raise
+        return indexed(index, find)
+    return whole_files([file])
 
 
 def _misshapen(found: Mapping[str, tuple[int, ...]], needed: Mapping[str, tuple[int, ...]]) -> str | None:

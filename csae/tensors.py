@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from csae.files import check_readable
 
 CHECKSUM = "sha256"
 WORKING = ".d"
+BLOCK_NUMBERS = 1 << 24  # of a tensor that is read in blocks
 
 
 class Header(NamedTuple):
@@ -57,7 +59,7 @@ def read_header(file: Path) -> Header:
             shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
             return Header(shapes, stored.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise _unreadable(file, error) from error
+        raise unreadable(file, error) from error
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:
@@ -71,27 +73,67 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
             expected = (stored.metadata() or {}).get(CHECKSUM)
     except (SafetensorError, OSError) as error:
-        raise _unreadable(file, error) from error
+        raise unreadable(file, error) from error
     if expected is not None and checksum(tensors) != expected:
-        raise UserError(f"{file}: its tensors are not those that were saved (their checksum differs): copy it again")
+        raise _not_as_saved(file)
     return tensors
+
+
+def check_tensors(file: Path) -> None:
+    """Raises UserError where a file is not as it was written, as `load_tensors` does; it is read in blocks."""
+    check_readable(file)
+
+    def digest(name: str) -> str:
+        with safe_open(file, framework="pt") as stored:
+            rows = stored.get_slice(name)
+            shape = rows.get_shape()
+            if not shape or 0 in shape:
+                return _checksum(stored.get_tensor(name))
+            step = max(1, BLOCK_NUMBERS // math.prod(shape[1:]))
+            blocks = (rows[start : start + step] for start in range(0, shape[0], step))
+            return _digest(shape, blocks)
+
+    try:
+        with safe_open(file, framework="pt") as stored:
+            names, expected = sorted(stored.keys()), (stored.metadata() or {}).get(CHECKSUM)
+        found = expected if expected is None else _together(names, digest)
+    except (SafetensorError, OSError) as error:
+        raise unreadable(file, error) from error
+    if found != expected:
+        raise _not_as_saved(file)
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of the names, dtypes, shapes and bytes of tensors on the CPU, in the order of their names."""
+    return _together(sorted(tensors), lambda name: _checksum(tensors[name]))
+
+
+def _together(names: Sequence[str], digest: Callable[[str], str]) -> str:
+    """The checksum of tensors, each with its digest; made in threads."""
     with ThreadPoolExecutor() as threads:
-        parts = threads.map(_checksum, (tensors[name] for name in sorted(tensors)))
-        named = [f"{name} {part}" for name, part in zip(sorted(tensors), parts, strict=True)]
+        named = [f"{name} {part}" for name, part in zip(names, threads.map(digest, names), strict=True)]
     return hashlib.sha256("\n".join(named).encode()).hexdigest()
 
 
 def _checksum(tensor: Tensor) -> str:
-    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    if tensor.numel():  # some without elements can't be seen as bytes
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return _digest(list(tensor.shape), [tensor])
+
+
+def _digest(shape: list[int], blocks: Iterable[Tensor]) -> str:
+    """Of a tensor of this shape, from one or more blocks of its rows, in order."""
+    digest = None
+    for block in blocks:
+        digest = digest or hashlib.sha256(f"{block.dtype} {shape}".encode())
+        if block.numel():  # some without elements can't be seen as bytes
+            digest.update(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    assert digest is not None
     return digest.hexdigest()
 
 
-def _unreadable(file: Path, error: Exception) -> UserError:
+def _not_as_saved(file: Path) -> UserError:
+    return UserError(f"{file}: its tensors are not those that were saved (their checksum differs): copy it again")
+
+
+def unreadable(file: Path, error: Exception) -> UserError:
     reason = " ".join(str(error).split())
     return UserError(f"{file}: not a whole safetensors file ({reason}): copy or train it again")

@@ -8,17 +8,32 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from csae.distributed.ranks import Ranks
 from csae.errors import FailedElsewhere, first_line
 
 T = TypeVar("T")
 
 
-def together(work: Callable[[], T], group: ProcessGroup | None) -> list[T]:
-    """What `work` gives on each rank of a group, in the order of ranks. None is the group of this process alone.
+def together(work: Callable[[], T], group: ProcessGroup | None) -> T:
+    """What `work` gives here, when it is done on each rank of a group of gloo. None is this process alone.
 
-    All ranks wait for each other here. If `work` raises on some of them, the first of those raises its own error, and
-    every other rank raises FailedElsewhere. group: of gloo; what `work` gives travels pickled.
+    If it raises on some of them, the first of those raises its own error, and every other rank FailedElsewhere.
     """
+    results: list[T] = []
+    gathered(lambda: results.append(work()), group)
+    return results[0]
+
+
+def by_first(work: Callable[[], object], ranks: Ranks | None) -> None:
+    """Rank 0 does `work`, or the only process; the others wait until it is done, and give up where it raises."""
+    if ranks is None:
+        work()
+    else:
+        together(lambda: work() if ranks.rank == 0 else None, ranks.files)
+
+
+def gathered(work: Callable[[], T], group: ProcessGroup | None) -> list[T]:
+    """What `work` gives on each rank, in their order: it travels pickled. Otherwise as `together`."""
     if group is None:
         return [work()]
     result, failed = None, None
@@ -26,8 +41,10 @@ def together(work: Callable[[], T], group: ProcessGroup | None) -> list[T]:
         result = work()
     except Exception as error:
         failed = error
+    # One that failed only because another did is not who says it.
+    own = None if failed is None or isinstance(failed, FailedElsewhere) else first_line(failed)
     told: list = [None] * group.size()
-    dist.all_gather_object(told, (result, None if failed is None else first_line(failed)), group=group)
+    dist.all_gather_object(told, (result, own), group=group)
     for rank, (_, reason) in enumerate(told):
         if reason is not None:
             if failed is not None and rank == group.rank():

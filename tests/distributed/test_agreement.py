@@ -6,7 +6,7 @@ from typing import Any
 
 from processes import run
 
-from csae.distributed.agreement import together
+from csae.distributed.agreement import gathered, together
 from csae.errors import FailedElsewhere, UserError
 
 
@@ -21,9 +21,10 @@ def _agree(ranks: Any) -> list[str]:
 
     for failing in (set(), {1}, {0, 2}, {2}):
         try:
-            said.append(str(together(lambda failing=failing: fail(failing), group)))
+            said.append(str(gathered(lambda failing=failing: fail(failing), group)))
         except (UserError, FailedElsewhere) as error:
             said.append(f"{type(error).__name__}: {error}")
+    assert together(lambda: rank, group) == rank
     return said
 
 
@@ -39,4 +40,4 @@ def test_all_finish_or_all_give_up():
 
 
 def test_one_process_needs_no_group():
-    assert together(lambda: 3, None) == [3]
+    assert (together(lambda: 3, None), gathered(lambda: 3, None)) == (3, [3])
