@@ -33,8 +33,8 @@ from csae.data.row_tokens import RowTokens
 from csae.data.rows import Chunk, grouped
 from csae.data.stream import TokenStream
 from csae.data.stream_batches import StreamBatches
-from csae.run import METRICS
 from csae.parts import WEIGHTS
+from csae.run import METRICS
 from csae.tensors import checksum, load_tensors
 
 TOKENS, KILLS = 50_000_000, 3

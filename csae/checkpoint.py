@@ -131,7 +131,7 @@ def save_checkpoint(
             finish({name: read_header(temporary / name).about[CHECKSUM] for name in (WEIGHTS, OPTIMIZER)})
         finally:
             remove_files(temporary)
-        return _done()
+        return written()
 
     from csae.distributed.checkpoint import checksum, write  # torch's part takes a second to import
 
@@ -145,7 +145,7 @@ def save_checkpoint(
         sae.write_card(temporary)
         write_json(temporary / CONFIG, sae.saved_config)
 
-    by_first(begin, ranks)
+    by_first(begin, ranks.hosts)
     tensors = _of_ranks(sae, optimizer, beside)
     own = _own(sae, tensors)
     background = in_background(sae)
@@ -165,7 +165,7 @@ def save_checkpoint(
             with writing(final):
                 told = gathered(lambda: write(temporary, tensors, own, sae.d_sae, ranks), ranks.files)
             checksums = {name: of for files in told for name, of in files.items()}
-            by_first(finish_all, ranks)
+            by_first(finish_all, ranks.files)
         finally:
             if ranks.rank == 0:
                 remove_files(temporary)
@@ -173,7 +173,7 @@ def save_checkpoint(
     if background:
         return _writer.submit(save)
     save()
-    return _done()
+    return written()
 
 
 def in_background(sae: SAE) -> bool:
@@ -202,7 +202,7 @@ def restore_checkpoint(
         except UserError as error:
             raise not_whole(checkpoint, error) from error
 
-    return together(restore, None if ranks is None else ranks.files)
+    return together(restore, None if ranks is None else ranks.hosts)
 
 
 def _read_files(checkpoint: Path, sae: SAE, moments: dict[str, Tensor], checksums: dict[str, str]) -> dict[str, Tensor]:
@@ -252,10 +252,8 @@ def _of_ranks(sae: SAE, optimizer: torch.optim.Optimizer, beside: dict[str, Tens
     moments = {OF_OPTIMIZER + name: tensor for name, tensor in _moments(sae, optimizer).items()}
     kept = {BESIDE + name: tensor for name, tensor in beside.items()}
     if DEAD in beside:  # by rows, as all that is split: numbers would be another's after a change of ranks
-        dead = beside[DEAD]
-        kept[BESIDE + DEAD] = sae.tokens_since_fired.new_zeros(len(sae.shard.rows), dtype=torch.bool).index_fill(
-            0, dead, True
-        )
+        rows = torch.zeros_like(sae.tokens_since_fired, dtype=torch.bool)
+        kept[BESIDE + DEAD] = rows.index_fill(0, beside[DEAD], True)
     return {name: tensor.detach() for name, tensor in (sae.state_dict() | moments | kept).items()}
 
 
@@ -283,7 +281,8 @@ def _check_shapes(
         raise UserError(f"{file}: {shown(name)} is {found.get(name)}; needed {shapes.get(name)}")
 
 
-def _done() -> Future[None]:
+def written() -> Future[None]:
+    """What `save_checkpoint` gives of a checkpoint that is there already."""
     done: Future[None] = Future()
     done.set_result(None)
     return done

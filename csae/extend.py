@@ -17,6 +17,7 @@ from torch import Tensor
 from csae.checkpoint import remove_checkpoints, save_checkpoint
 from csae.config import TrainConfig
 from csae.data.seen import read_seen, settle
+from csae.distributed.agreement import by_first, together
 from csae.files import write_file, write_json, writing
 from csae.run import RUN, SOURCE_STATE, as_json, read_run, sync_folder
 from csae.sae import SAE
@@ -82,25 +83,32 @@ def earlier_job(run: Path, about: dict[str, Any]) -> Earlier:
 def extend(earlier: Earlier, run: Path, sae: SAE, optimizer: torch.optim.Optimizer) -> None:
     """Make a run that has ended one that goes on, if that is asked for. A kill on the way changes nothing of it.
 
-    The folder is locked. Its checkpoint comes first, then run.json, and last the mark of its end goes.
+    The folder is locked. Its checkpoint comes first, then run.json, and last the mark of its end goes. All ranks call
+    it; the first writes what is not split.
     """
+    group = None if sae.shard is None else sae.shard.ranks.hosts
     if earlier.before is not None:
         end = earlier.about[EXTENDED][-1]
-        trained = type(sae).from_pretrained(str(run))
+        trained = type(sae).from_pretrained(str(run), shard=sae.shard)
         sae.load_state_dict(trained.state_dict())
-        settle(run)
-        seen = read_seen(run)
+        by_first(lambda: settle(run), group)
+        seen = together(lambda: read_seen(run), group)
         # As many as there should be, where none were kept: then none are kept from here on.
         end["windows"] = end["steps"] * earlier.about["train"]["batch_windows"] if seen is None else len(seen.hashes)
-        remove_checkpoints(run, earlier.about)
-        state = load_tensors(run / SOURCE_STATE) if (run / SOURCE_STATE).is_file() else {}
-        save_checkpoint(run, end["steps"], sae, optimizer, earlier.about, of_source(state))
-        write_json(run / RUN, earlier.about)
+        by_first(lambda: remove_checkpoints(run, earlier.about), group)
+        source = run / SOURCE_STATE
+        state = together(lambda: load_tensors(source) if source.is_file() else {}, group)
+        save_checkpoint(run, end["steps"], sae, optimizer, earlier.about, of_source(state)).result()
+        by_first(lambda: write_json(run / RUN, earlier.about), group)
     if earlier.before is not None or earlier.cut_short:
-        with writing(run):
-            (run / CONFIG).unlink(missing_ok=True)
-        sync_folder(run)
+        by_first(lambda: _take_end_away(run), group)
         earlier.before, earlier.cut_short = None, False
+
+
+def _take_end_away(run: Path) -> None:
+    with writing(run):
+        (run / CONFIG).unlink(missing_ok=True)
+    sync_folder(run)
 
 
 def keep_source(run: Path, state: dict[str, Tensor] | None) -> None:

@@ -86,8 +86,8 @@ class Saved(nn.Module, PyTorchModelHubMixin):
         if self.shard is not None:
             from csae.distributed.saving import save_shards
 
-            by_first(lambda: self.write_card(save_directory), self.shard.ranks)
-            save_shards(self, save_directory, own, about, save_directory / CONFIG)
+            by_first(lambda: self.write_card(save_directory), self.shard.ranks.hosts)
+            save_shards(self, own, self.shard, save_directory, about, save_directory / CONFIG)
             return
         self.write_card(save_directory)
         save = partial(save_tensors, self.state_dict(), about=about)
@@ -142,7 +142,7 @@ class Saved(nn.Module, PyTorchModelHubMixin):
                 )
             )
 
-        def load() -> Self:
+        def load() -> Any:
             weights = _find_weights(Path(model_id), find)
             if config is not None:
                 for file, header in weights.headers.items():
@@ -162,7 +162,7 @@ class Saved(nn.Module, PyTorchModelHubMixin):
                 raise UserError(f"{model_id}: not a saved {cls.__name__}, or of another version: {reason}") from error
             return sae
 
-        sae = together(load, None if shard is None else shard.ranks.files)
+        sae: Self = together(load, None if shard is None else shard.ranks.hosts)
         sae.trained_on = TrainedOn.from_config(config or {}, f"{model_id}: {CONFIG}")
         return sae.to(map_location)
 
@@ -208,12 +208,14 @@ def without_tensors(kind: type[AnySaved], arguments: dict[str, Any], shard: Shar
 
 def cut(sae: Saved, shard: Shard) -> None:
     """Keep only the rows of a shard."""
-    for name in ROWS:
-        if name in sae._parameters:
-            of = sae._parameters[name]
-            sae._parameters[name] = nn.Parameter(of.detach()[shard.rows.start : shard.rows.stop].clone())
-        elif name in sae._buffers:
-            sae._buffers[name] = sae._buffers[name][shard.rows.start : shard.rows.stop].clone()
+    for name, tensor in sae.state_dict().items():
+        if name in ROWS:
+            rows = tensor[shard.rows.start : shard.rows.stop].clone()
+            delattr(sae, name)
+            if tensor.is_floating_point():
+                sae.register_parameter(name, nn.Parameter(rows))
+            else:
+                sae.register_buffer(name, rows)
     sae.shard = shard
 
 

@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,14 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from csae.checkpoint import check_free, last_checkpoint, remove_checkpoints, restore_checkpoint, save_checkpoint
+from csae.checkpoint import (
+    check_free,
+    last_checkpoint,
+    remove_checkpoints,
+    restore_checkpoint,
+    save_checkpoint,
+    written,
+)
 from csae.config import TrainConfig
 from csae.contextual_sae import ContextualSAE
 from csae.data.activations import Batch, Place
@@ -104,6 +112,8 @@ class Training:
         """steps that were done before"""
         self.saved = 0
         """steps that the last checkpoint holds"""
+        self.writing: Future[None] = written()
+        """the last checkpoint, which may still be being written"""
         self.state: dict[str, Tensor] | None = None
         """of the batches after those"""
         self.trained = self.is_finished()
@@ -131,6 +141,7 @@ class Training:
             self.trained = self.is_finished()
             if not self.trained:
                 self._prepare()
+                files.callback(lambda: self.writing.result())  # while the folder is locked
                 with self.hosts.together():
                     if self.hosts.is_first:
                         hashes = self.earlier.seen_by(self.first, self.config)
@@ -285,11 +296,13 @@ class Training:
                 sync(self.metrics)  # a checkpoint is never ahead of its metrics
                 sync(self.seen)
         beside = {"dead": self.dead, **self.figures.state(), **of_source(state)}
-        save_checkpoint(self.run, done, self.sae, self.optimizer, self.about, beside)
+        self.writing.result()  # one at a time
+        self.writing = save_checkpoint(self.run, done, self.sae, self.optimizer, self.about, beside)
         self.saved = done
 
     def finish(self, state: dict[str, Tensor] | None) -> None:
         """Save the trained SAE. state: of the batches, after the last step."""
+        self.writing.result()
         with self.hosts.together():
             if self.hosts.is_first:
                 sync(self.metrics)
@@ -312,7 +325,7 @@ class Training:
         """Load the trained SAE, if all files of its run agree that it is this one."""
         run, sae = self.run, self.sae
         self.hosts.from_first(self._check_finished)
-        loaded = type(sae).from_pretrained(str(run))
+        loaded = type(sae).from_pretrained(str(run), shard=sae.shard)
         sae.load_state_dict(loaded.state_dict())
         sae.trained_on = loaded.trained_on
         self.hosts.from_first(lambda: remove_unfinished(run, FILES))

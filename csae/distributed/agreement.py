@@ -8,7 +8,6 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from csae.distributed.ranks import Ranks
 from csae.errors import FailedElsewhere, first_line
 
 T = TypeVar("T")
@@ -24,12 +23,9 @@ def together(work: Callable[[], T], group: ProcessGroup | None) -> T:
     return results[0]
 
 
-def by_first(work: Callable[[], object], ranks: Ranks | None) -> None:
-    """Rank 0 does `work`, or the only process; the others wait until it is done, and give up where it raises."""
-    if ranks is None:
-        work()
-    else:
-        together(lambda: work() if ranks.rank == 0 else None, ranks.files)
+def by_first(work: Callable[[], object], group: ProcessGroup | None) -> None:
+    """The first rank does `work`, or the only process; the others wait until it is done, and give up if it raises."""
+    together(lambda: work() if group is None or group.rank() == 0 else None, group)
 
 
 def gathered(work: Callable[[], T], group: ProcessGroup | None) -> list[T]:

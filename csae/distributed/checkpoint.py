@@ -140,7 +140,7 @@ class Written:
                 dcp.load(state, storage_reader=self._reader, no_dist=True)  # each rank reads by itself
             except CheckpointException as error:
                 (failure, _) = error.failures[min(error.failures)]
-                raise UserError(f"{self.folder}: can't be read: {shown(first_line(failure))}: {AGAIN}") from error
+                raise UserError(f"{self.folder}: can't be read: {shown(failure)}: {AGAIN}") from error
 
 
 class _Reader(dcp.FileSystemReader):

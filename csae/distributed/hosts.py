@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from csae.distributed.agreement import together
+from csae.distributed.agreement import gathered
 from csae.distributed.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Hosts:
 
     def all(self, work: Callable[[], T]) -> list[T]:
         """What `work` gives on each rank, in the order of ranks; it is pickled."""
-        return together(work, self._group)
+        return gathered(work, self._group)
 
     def gather(self, given: T) -> list[T]:
         """What each rank gives, in the order of ranks; it is pickled."""

@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from csae.distributed.agreement import by_first, gathered, together
-from csae.distributed.ranks import split
 from csae.errors import UserError
 from csae.files import complete, temporary_for, write_file, writing
 from csae.parts import INDEX, WEIGHTS, index_of, part_name, shard_name, shards_of
 from csae.tensors import Header, read_header, save_tensors
 
 if TYPE_CHECKING:
-    from csae.sae import SAE
+    from csae.distributed.shard import Shard
+    from csae.saving import Saved
 
 
-def save_shards(sae: SAE, folder: Path, own: Mapping[str, range], about: Mapping[str, str], config: Path) -> None:
+def save_shards(
+    sae: Saved, own: Mapping[str, range], shard: Shard, folder: Path, about: Mapping[str, str], config: Path
+) -> None:
     """Write the weights of a sharded SAE to a folder that all ranks see, and its config.json to `config`.
 
     All ranks call it. No rank has more than its rows in memory. Of replicas the first writes. What is the same on all
@@ -30,9 +32,8 @@ def save_shards(sae: SAE, folder: Path, own: Mapping[str, range], about: Mapping
 
     Raises UserError on a rank that can't write: what was in the folder is still there then.
     """
-    assert sae.shard is not None
-    ranks, rows = sae.shard.ranks, sae.shard.rows
-    n_files = max(1, sum(len(of) > 0 for of in split(sae.d_sae, ranks.n_features)))
+    ranks, rows = shard.ranks, shard.rows
+    n_files = max(1, sum(gathered(lambda: len(rows) > 0, ranks.hosts)) // ranks.n_data)
     tensors = {part_name(name, rows): of for name, of in sae.state_dict().items() if name in own}
     if ranks.feature_rank == 0:
         tensors |= {name: of for name, of in sae.state_dict().items() if name not in own}
@@ -49,12 +50,12 @@ def save_shards(sae: SAE, folder: Path, own: Mapping[str, range], about: Mapping
             complete(temporary)
             return read_header(temporary), sum(tensor.nbytes for tensor in tensors.values())
 
-        told = [of for of in gathered(write, ranks.files) if of is not None]
+        told = [of for of in gathered(write, ranks.hosts) if of is not None]
         # From here on nothing is left to write but names and the index.
-        together(lambda: os.replace(temporary, folder / name) if writes else None, ranks.files)
+        together(lambda: os.replace(temporary, folder / name) if writes else None, ranks.hosts)
     headers = {shard_name(number, n_files): header for number, (header, _) in enumerate(told)}
     index = index_of(headers, sum(n_bytes for _, n_bytes in told))
-    by_first(lambda: _write_index(folder, index, config, sae.saved_config, before - headers.keys()), ranks)
+    by_first(lambda: _write_index(folder, index, config, sae.saved_config, before - headers.keys()), ranks.hosts)
 
 
 def _write_index(folder: Path, index: dict, config: Path, content: dict, stale: set[str]) -> None:
