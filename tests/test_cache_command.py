@@ -48,10 +48,14 @@ def test_a_bound_and_a_drawn_order(of_model, tmp_path, capsys):
     assert code == 0, err
     left, cached = out.splitlines()
     assert left.startswith("--max-bytes 20kB: no room for ")
+    begun = next(line for line in err.splitlines() if line.startswith("--max-bytes 20,000: "))
+    n_bytes = int(begun.split(", ")[2].removesuffix(" bytes").replace(",", ""))
+    assert sum(file.stat().st_size for file in (tmp_path / "a").iterdir()) <= n_bytes <= 20_000
     n_windows = int(cached.removeprefix("cached: ").split()[0])
     assert csae(*cache, "-o", tmp_path / "b", capsys=capsys)[0] == 0
     drawn, all_of_them = ShardActivations(tmp_path / "a"), ShardActivations(tmp_path / "b")
     assert drawn.n_windows == n_windows < all_of_them.n_windows
+    assert f": {n_windows} of {all_of_them.n_windows} windows fit, {16 * n_windows} tokens, " in begun
     assert not torch.equal(drawn.tokens(range(n_windows)), all_of_them.tokens(range(n_windows)))
 
 

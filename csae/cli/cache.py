@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import torch
@@ -12,6 +13,10 @@ import torch
 from csae.cli.options import BOS, DATASET, DEVICE, KEEP_FIRST, MODEL, N_CTX, TEXT, device_of, origin_of, place_options
 from csae.errors import UserError, shown
 
+if TYPE_CHECKING:
+    from csae.distributed import Ranks
+
+LONG = 7 * 24 * 3600.0  # seconds; ranks meet only where they begin and end, and one may have more to do
 UNITS = {"": 1, "B": 1} | {
     f"{letter}{kind}B": base**power
     for power, letter in enumerate("KMGT", start=1)
@@ -36,10 +41,12 @@ UNITS = {"": 1, "B": 1} | {
 @DEVICE
 @click.option("--check", type=click.Path(path_type=Path), help="Read a folder and compare its checksums; nothing else.")
 def cache(**options: Any) -> None:
-    """Write a language model's activations to a folder of shards, for --activations."""
-    from csae.data.cache import write_cache
+    """Write a language model's activations to a folder of shards, for --activations.
+
+    Under torchrun, each process runs the model on windows of its own, and writes some of the files.
+    """
     from csae.data.shards import check_shards
-    from csae.data.sources import open_source
+    from csae.distributed import joined
     from csae.progress import track
 
     out, check = options["out"], options["check"]
@@ -53,23 +60,43 @@ def cache(**options: Any) -> None:
         return
     if options["hook_from"] and options["hook_to"] and not (options["hook"] or options["layer"]):
         options |= {"hook": (options.pop("hook_from"), options.pop("hook_to"))}  # both are stored
+    with joined(options["device"], LONG) as ranks:
+        _write(out, options, ranks)
+
+
+def _write(out: Path, options: dict[str, Any], ranks: Ranks | None) -> None:
+    from csae.data.cache import write_cache
+    from csae.data.sources import open_source
+    from csae.progress import quiet, track
+
+    first = ranks is None or ranks.rank == 0
+    device = device_of(options["device"]) if ranks is None else str(ranks.device)
     max_bytes = None if options["max_bytes"] is None else bytes_of(options["max_bytes"])
-    source, _ = open_source(origin_of(options), device_of(options["device"]), track)
+    progress = track if first else quiet
+    source, _ = open_source(origin_of(options), device, progress)
     did = write_cache(
         source,
         out,
         getattr(torch, options["dtype"]),
-        track,
+        progress,
         max_bytes=max_bytes,
         shuffle=options["shuffle"],
         append=options["append"],
+        ranks=ranks,
+        say=_say,
     )
+    if not first:
+        return
     if did.n_left:
         print(f"--max-bytes {options['max_bytes']}: no room for {did.n_left} of {did.n_left + did.n_added} windows")
     if options["append"]:
         print(f"added: {did.n_added} windows")
     tokens = did.n_windows * source.n_ctx
     print(f"cached: {did.n_windows} windows of {source.n_ctx} positions, {tokens:,} tokens, in {shown(out)}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def bytes_of(size: str) -> int:

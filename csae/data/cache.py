@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,13 +15,19 @@ from torch import Tensor
 
 from csae.data.activations import ActivationSource, Batch, Place, sink_mask, window_order
 from csae.data.append import OF_THE_WINDOWS, Stored, check_weights, stored_in, update_about
-from csae.data.shard_writer import Part, check_about, claimed, write_folders, write_part
+from csae.data.shard_writer import Part, begun, check_about, check_whole, claimed, missing_of, write_files
+from csae.distributed.agreement import together
+from csae.distributed.ranks import Ranks
 from csae.errors import UserError
 from csae.progress import Progress, quiet
 
 SHARD_BYTES = 256 * 2**20
 HEADER_BYTES = 1024  # of a shard, at most
 ABOUT_BYTES = 4096  # of an activations.json, at most
+
+
+def say_nothing(line: str) -> None:
+    """Where nobody is to be told."""
 
 
 class Cached(NamedTuple):
@@ -44,6 +51,8 @@ def write_cache(
     max_bytes: int | None = None,
     shuffle: int | None = None,
     append: bool = False,
+    ranks: Ranks | None = None,
+    say: Callable[[str], None] = say_nothing,
 ) -> Cached:
     """Stores the windows of a source, with mask, documents and tokens, as shards of about shard_bytes each.
 
@@ -53,6 +62,8 @@ def write_cache(
     dtype: float16, bfloat16 or float32. max_bytes: of all files together; as many windows are stored as fit. shuffle: a
     seed, which draws the order in which windows are stored, and with max_bytes also which; by default the source's
     order. append: add to a folder of the same model, hook points and sizes; windows whose tokens are there stay out.
+    ranks: each calls this with the same source of its own, and writes some of the files; they are those that one
+    process writes, and any number of ranks goes on. say: gets a line on what fits in max_bytes, before it is read.
 
     Raises UserError where the folder holds something else, the disk is full, or an activation is too large for the
     dtype; Stopped after Ctrl-C.
@@ -78,32 +89,69 @@ def write_cache(
         batches = source.read_all(chosen)  # type: ignore[attr-defined]
         return {name: _stored(batches[place], dtype) for name, place in places.items()}
 
-    with claimed(folder):
+    def plan() -> Plan:
+        """Claims the folder, looks at it, and begins it; rank 0 does this for all."""
+        held.enter_context(claimed(folder))
         paths = {name: folder / name for name in sources}
         stored = stored_in(paths, about) if append else Stored()
-        order = stored.not_in(source, order)
+        chosen = stored.not_in(source, order)
+        n_left = 0
         if max_bytes is not None:
             fit = _fit(max_bytes - stored.n_bytes, window_bytes, windows_per_shard)
             if not fit and not stored.n_parts:
                 needed = sum(window_bytes) + HEADER_BYTES * len(paths) + ABOUT_BYTES * (len(paths) + 1)
                 raise UserError(f"--max-bytes: given {max_bytes}; needed {needed} for one window")
-            order, left_out = order[:fit], order[fit:]
-        else:
-            left_out = []
-        part = Part(stored.n_parts + 1, len(order), windows_per_shard)
+            n_left = max(0, len(chosen) - fit)
+            chosen = chosen[:fit]
+        part = Part(stored.n_parts + 1, len(chosen), windows_per_shard)
+        if max_bytes is not None:
+            say(_fits(part, window_bytes, source.n_ctx, stored, n_left, max_bytes))
         _warn_if_full(paths, part, sum(window_bytes))
         if not stored.n_parts:
-            about = {name: one | {"n_windows": len(order)} for name, one in about.items()}
-            write_folders(folder, read, part, about | top, progress)
+            whole = {name: one | {"n_windows": len(chosen)} for name, one in about.items()}
+            held.enter_context(begun(folder, part, whole | top, alone=ranks is None))
         else:
             for said_there in top.values():
                 check_about(folder, said_there, but=OF_THE_WINDOWS)
-            stored.check_begun(source, part, order)
-            stored.check_text(source, order)
+            stored.check_begun(source, part, chosen)
+            stored.check_text(source, chosen)
             check_weights(source, paths, stored)
-            write_part(paths, read, part, progress)
-            update_about(paths)
-        return Cached(stored.n_windows + len(order), len(order), len(left_out))
+        return Plan(about, chosen, part, stored.n_windows, n_left, paths)
+
+    group, first = (None, True) if ranks is None else (ranks.files, ranks.rank == 0)
+    with ExitStack() as held:
+        found = together(lambda: plan() if first else None, group)[0]
+        assert found is not None
+        together(lambda: _check_same(found.about, about), group)
+        order = found.windows
+
+        def missing() -> list[int]:
+            check_whole(found.paths, read, found.part)
+            return missing_of(found.paths, found.part)
+
+        of_all = together(lambda: missing() if first else None, group)[0] or []
+        mine = of_all if ranks is None else of_all[ranks.rank :: ranks.size]
+        write_files(found.paths, read, found.part, mine, progress)
+        together(lambda: None, group)  # all of it is there
+        if first and found.part.number > 1:
+            update_about(found.paths)
+        together(lambda: None, group)
+    return Cached(found.n_before + len(order), len(order), found.n_left)
+
+
+class Plan(NamedTuple):
+    """What rank 0 found in the folder, and decided for all."""
+
+    about: dict[str, Any]
+    """its source"""
+    windows: list[int]
+    """of the source, in the order in which they are written"""
+    part: Part
+    n_before: int
+    """windows that are there already"""
+    n_left: int
+    """windows for which max_bytes leaves no room"""
+    paths: dict[str, Path]
 
 
 def _folders(source: ActivationSource) -> dict[str, Place]:
@@ -137,6 +185,30 @@ def _fit(n_bytes: int, window_bytes: Sequence[int], windows_per_shard: int) -> i
     headers, window = HEADER_BYTES * len(window_bytes), sum(window_bytes)
     shards, rest = divmod(left, headers + windows_per_shard * window)
     return shards * windows_per_shard + max(0, rest - headers) // window
+
+
+def _fits(part: Part, window_bytes: Sequence[int], n_ctx: int, stored: Stored, n_left: int, max_bytes: int) -> str:
+    """What fits in max_bytes, in words."""
+    n = part.n_windows
+    headers = HEADER_BYTES * len(window_bytes) * len(part.sizes()) + ABOUT_BYTES * (len(window_bytes) + 1)
+    more = "more " if stored.n_parts else ""
+    return (
+        f"--max-bytes {max_bytes:,}: {n:,} of {n + n_left:,} {more}windows fit, {n * n_ctx:,} tokens, "
+        f"{n * sum(window_bytes) + headers:,} bytes"
+    )
+
+
+def _check_same(of_first: Mapping[str, dict[str, Any]], about: Mapping[str, dict[str, Any]]) -> None:
+    """Raises UserError where a rank has another source than rank 0."""
+    for name, said in about.items():
+        other = of_first.get(name, {})
+        differing = [key for key in said.keys() | other.keys() if said.get(key) != other.get(key)]
+        if differing:
+            key = min(differing)
+            raise UserError(
+                f"rank 0 has another source ({key}: {other.get(key)!r}, here {said.get(key)!r}): needed the same model "
+                "and text on all machines"
+            )
 
 
 def _warn_if_full(paths: Mapping[str, Path], part: Part, window_bytes: int) -> None:

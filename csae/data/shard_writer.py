@@ -115,8 +115,21 @@ def write_folders(
 ) -> None:
     """The first part of a folder that is `claimed`. about: for the activations.json of each folder in it, by its name.
 
+    Raises as `write_shards` does.
+    """
+    with begun(folder, part, about) as paths:
+        write_part(paths, read, part, progress)
+
+
+@contextmanager
+def begun(
+    folder: Path, part: Part, about: Mapping[str, dict[str, Any]], alone: bool = True
+) -> Iterator[dict[str, Path]]:
+    """The folders for shards in a folder that is `claimed`, with their activations.json, as `write_folders` has them.
+
     The name "" is the folder itself; otherwise each is one of several hook points' and has the same windows, and
-    `about` holds also "", for the folder that they are in. Raises as `write_shards` does.
+    `about` holds also "", for the folder that they are in. alone: after an error what was made goes again, if there is
+    no shard yet; others may be writing one. Raises UserError where the folder holds something else.
     """
     names = [name for name in about if name or len(about) == 1]
     with writing(folder):
@@ -128,9 +141,9 @@ def write_folders(
             if folder / name in made:
                 write_json(folder / name / ABOUT_FILE, said)
     try:
-        write_part({name: folder / name for name in names}, read, part, progress)
+        yield {name: folder / name for name in names}
     except BaseException:
-        if not any(listed(folder / name) for name in names):
+        if alone and not any(listed(folder / name) for name in names):
             for begun in sorted(made, reverse=True):  # the folder itself last
                 with suppress(OSError):
                     (begun / ABOUT_FILE).unlink(missing_ok=True)
@@ -141,11 +154,23 @@ def write_folders(
 
 def write_part(folders: Mapping[str, Path], read: Read, part: Part, progress: Progress = quiet) -> None:
     """Writes those files of a part that are missing, into folders that are `claimed`. Raises as `write_shards` does."""
-    files = [part.files(folder) for folder in folders.values()]
-    missing = [number for number, shard in enumerate(zip(*files, strict=True)) if not _all_there(shard)]
-    _check_whole(folders, read, part)
+    check_whole(folders, read, part)
+    write_files(folders, read, part, missing_of(folders, part), progress)
+
+
+def missing_of(folders: Mapping[str, Path], part: Part) -> list[int]:
+    """The numbers of a part's files, from 0, that are not there in all folders."""
+    files = zip(*(part.files(folder) for folder in folders.values()), strict=True)
+    return [number for number, shard in enumerate(files) if not _all_there(shard)]
+
+
+def write_files(
+    folders: Mapping[str, Path], read: Read, part: Part, missing: Sequence[int], progress: Progress = quiet
+) -> None:
+    """Writes files of a part by their numbers; other processes may write others. Raises as `write_shards` does."""
     if not missing:
         return
+    files = [part.files(folder) for folder in folders.values()]
     try:
         # The next shard is made while one is written. A lone thread: two shards and a copy are what memory holds.
         with ThreadPoolExecutor(1) as writer:
@@ -251,7 +276,7 @@ def _is_running(process: int) -> bool:
     return True
 
 
-def _check_whole(folders: Mapping[str, Path], read: Read, part: Part) -> None:
+def check_whole(folders: Mapping[str, Path], read: Read, part: Part) -> None:
     """Raises UserError unless the shards of an earlier start are of this job: their sizes, and the last one's content.
 
     The first few windows of the last shard are read again and compared: this catches what `about` does not hold, such
