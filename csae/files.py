@@ -278,3 +278,12 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+def is_running(process: int) -> bool:
+    """Whether a process is; where a file system has no locks, it may be at work here."""
+    try:
+        os.kill(process, 0)
+    except (OSError, OverflowError) as error:
+        return isinstance(error, PermissionError)
+    return True

@@ -114,3 +114,69 @@ def test_sizes(given, n_bytes):
 def test_no_sizes(given):
     with pytest.raises(UserError, match="needed a number of bytes"):
         bytes_of(given)
+
+
+@pytest.fixture
+def of_dataset(tiny_model_path, tmp_path):
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in TEXT.split(". "))
+    (tmp_path / "fox.jsonl").write_text(rows)
+    data = ["--dataset", tmp_path / "fox.jsonl", "--n-ctx", "16", "--device", "cpu"]
+    return ["cache", "--model", tiny_model_path, *data, "--layer", "2"]
+
+
+def test_a_data_set_of_text_is_streamed(of_dataset, tmp_path, capsys, monkeypatch):
+    acts = tmp_path / "acts"
+    code, out, err = csae(*of_dataset, "-o", acts, "--max-tokens", "320", capsys=capsys)
+    assert code == 0, err
+    assert out.startswith("cached: 20 windows of 16 positions, 320 tokens, in ")
+    assert {path.suffix for path in acts.iterdir()} == {".safetensors", ".json"}
+    # More of the same data set begins with the same windows.
+    code, out, err = csae(*of_dataset, "-o", acts, "--max-tokens", "640", "--append", capsys=capsys)
+    assert code == 0, err
+    assert 0 < int(out.splitlines()[0].removeprefix("added: ").split()[0]) <= 20  # some windows are alike
+    assert csae(*of_dataset, "-o", tmp_path / "all", capsys=capsys)[0] == 0
+    whole = ShardActivations(tmp_path / "all")
+    assert whole.n_windows > 40
+    assert torch.equal(ShardActivations(acts).tokens(range(20)), whole.tokens(range(20)))
+    # Read whole, its documents are shuffled.
+    assert csae(*of_dataset, "-o", tmp_path / "shuffled", "--no-stream", capsys=capsys)[0] == 0
+    shuffled = ShardActivations(tmp_path / "shuffled")
+    assert not torch.equal(shuffled.tokens(range(40)), whole.tokens(range(40)))
+
+
+def test_a_stream_is_bounded_by_bytes(of_dataset, tmp_path, capsys):
+    code, out, err = csae(*of_dataset, "-o", tmp_path / "a", "--max-bytes", "20kB", capsys=capsys)
+    assert code == 0, err
+    n_windows = int(out.removeprefix("cached: ").split()[0])
+    assert f"--max-bytes 20,000: {n_windows} windows fit, " in err
+    assert 10_000 < sum(file.stat().st_size for file in (tmp_path / "a").iterdir()) <= 20_000
+    code, _, err = csae(*of_dataset, "-o", tmp_path / "b", "--max-bytes", "200", capsys=capsys)
+    assert code == 2
+    assert "needed" in err.splitlines()[-1]
+
+
+def test_a_stream_that_was_cut_short_is_not_read_again(of_dataset, tmp_path, capsys, monkeypatch):
+    from csae.data import cache, kept_text
+
+    acts = tmp_path / "acts"
+    with monkeypatch.context() as cut:
+        cut.setattr(cache, "write_files", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert csae(*of_dataset, "-o", acts, capsys=capsys)[0] == 130
+    assert [path.name for path in acts.iterdir()] == [".text"]
+    monkeypatch.setattr(kept_text, "_make", None)
+    code, _, err = csae(*of_dataset, "-o", acts, capsys=capsys)
+    assert code == 0, err
+    assert not (acts / ".text").exists()
+
+
+def test_a_data_set_of_the_hub_needs_a_bound(of_dataset, tmp_path, capsys, monkeypatch):
+    from csae.data import raw_text
+
+    monkeypatch.setattr(raw_text, "is_text", lambda origin: True)
+    of_hub = [part if "fox" not in str(part) else "some/name" for part in of_dataset]
+    code, _, err = csae(*of_hub, "-o", tmp_path / "a", capsys=capsys)
+    assert code == 2
+    assert err.splitlines()[-1].startswith("csae: --max-tokens, --max-bytes: not given; needed one of them")
+    code, _, err = csae(*of_dataset[:3], "--stream", "--layer", "2", "-o", tmp_path / "a", capsys=capsys)
+    assert code == 2
+    assert "--stream: given without --dataset" in err

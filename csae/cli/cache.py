@@ -33,6 +33,11 @@ UNITS = {"": 1, "B": 1} | {
 @N_CTX
 @BOS
 @KEEP_FIRST
+@click.option(
+    "--stream/--no-stream",
+    default=None,
+    help="Read --dataset bit by bit, whatever its length; text is if not given, token ids are not.",
+)
 @click.option("--max-tokens", type=int, help="Use at most so many tokens of the text.")
 @click.option("--max-bytes", help="Store as many windows as fit in so much, such as 20GB or 500MiB.")
 @click.option("--shuffle", type=int, metavar="SEED", help="Store the windows in an order drawn by this seed.")
@@ -66,18 +71,26 @@ def cache(**options: Any) -> None:
 
 def _write(out: Path, options: dict[str, Any], ranks: Ranks | None) -> None:
     from csae.data.cache import write_cache
+    from csae.data.kept_text import remove_kept
+    from csae.data.raw_text import is_streamed
     from csae.data.sources import open_source
+    from csae.data.streamed import open_streamed
     from csae.progress import quiet, track
 
     first = ranks is None or ranks.rank == 0
     device = device_of(options["device"]) if ranks is None else str(ranks.device)
     max_bytes = None if options["max_bytes"] is None else bytes_of(options["max_bytes"])
     progress = track if first else quiet
-    source, _ = open_source(origin_of(options), device, progress)
+    origin, dtype = origin_of(options), getattr(torch, options["dtype"])
+    streamed = is_streamed(origin, options["stream"])
+    if streamed:
+        source = open_streamed(origin, out, dtype, max_bytes, device, progress, ranks)
+    else:
+        source, _ = open_source(origin, device, progress)
     did = write_cache(
         source,
         out,
-        getattr(torch, options["dtype"]),
+        dtype,
         progress,
         max_bytes=max_bytes,
         shuffle=options["shuffle"],
@@ -87,6 +100,8 @@ def _write(out: Path, options: dict[str, Any], ranks: Ranks | None) -> None:
     )
     if not first:
         return
+    if streamed:
+        remove_kept(out)
     if did.n_left:
         print(f"--max-bytes {options['max_bytes']}: no room for {did.n_left} of {did.n_left + did.n_added} windows")
     if options["append"]:

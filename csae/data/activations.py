@@ -26,6 +26,7 @@ from csae.errors import UserError, shown
 
 SINK_NORM = 10.0  # in medians of the window's norms; sinks are 30 and more, the rest stays below 3
 WINDOWS_AT_ONCE = 16
+HASHED_AT_ONCE = 1024
 
 
 class Batch(NamedTuple):
@@ -228,7 +229,8 @@ class ModelActivations(OfPlaces):
             windows, digest = self.token_windows, hashlib.sha256()
             for part in (windows.tokens, windows.documents, windows.special):
                 if part is not None:
-                    digest.update(part.int().numpy().tobytes())
+                    for rows in part.split(HASHED_AT_ONCE):  # the windows may be larger than memory
+                        digest.update(rows.int().numpy().tobytes())
             self._sha256.append(digest.hexdigest())
         one = len(self.places) == 1
         widths = {"d_in": self.d_in} | ({"d_out": self.d_out} if self._place().to else {}) if one else {}

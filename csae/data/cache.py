@@ -78,7 +78,7 @@ def write_cache(
         said["shuffle"] = shuffle
     about = {name: one.describe() | said for name, one in sources.items()}
     top = {"": {"places": {place.hook: name for name, place in places.items()}}} if places else {}
-    window_bytes = [one.n_ctx * (one.d_in * dtype.itemsize + 9) for one in sources.values()]
+    window_bytes = _window_bytes([one.d_in for one in sources.values()], source.n_ctx, dtype)
     windows_per_shard = max(1, shard_bytes // sum(window_bytes))
     order = list(range(source.n_windows)) if shuffle is None else window_order(source.n_windows, shuffle, 0)
 
@@ -139,6 +139,17 @@ def write_cache(
     return Cached(found.n_before + len(order), len(order), found.n_left)
 
 
+def windows_that_fit(max_bytes: int, widths: Sequence[int], n_ctx: int, dtype: torch.dtype) -> int:
+    """How many windows of activations of these widths `write_cache` can store in max_bytes."""
+    window_bytes = _window_bytes(widths, n_ctx, dtype)
+    return _fit(max_bytes, window_bytes, max(1, SHARD_BYTES // sum(window_bytes)))
+
+
+def _window_bytes(widths: Sequence[int], n_ctx: int, dtype: torch.dtype) -> list[int]:
+    """Of a window at each hook point: activations, mask, documents and tokens."""
+    return [n_ctx * (width * dtype.itemsize + 9) for width in widths]
+
+
 class Plan(NamedTuple):
     """What rank 0 found in the folder, and decided for all."""
 
@@ -191,9 +202,10 @@ def _fits(part: Part, window_bytes: Sequence[int], n_ctx: int, stored: Stored, n
     """What fits in max_bytes, in words."""
     n = part.n_windows
     headers = HEADER_BYTES * len(window_bytes) * len(part.sizes()) + ABOUT_BYTES * (len(window_bytes) + 1)
-    more = "more " if stored.n_parts else ""
+    of = f" of {n + n_left:,}" if n_left else ""
+    more = " more" if stored.n_parts else ""
     return (
-        f"--max-bytes {max_bytes:,}: {n:,} of {n + n_left:,} {more}windows fit, {n * n_ctx:,} tokens, "
+        f"--max-bytes {max_bytes:,}: {n:,}{of}{more} windows fit, {n * n_ctx:,} tokens, "
         f"{n * sum(window_bytes) + headers:,} bytes"
     )
 

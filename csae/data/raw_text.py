@@ -36,6 +36,17 @@ def is_text(origin: dict[str, Any]) -> bool:
     return choose_columns(rows.name, rows.columns, origin.get("text_column"), bool(origin.get("chat")))[0] != IDS
 
 
+def is_streamed(origin: dict[str, Any], stream: bool | None) -> bool:
+    """Whether a data set is read in a stream: as given, or where that is None one of text. Raises UserError."""
+    if origin.get("dataset") is None:
+        if stream:
+            raise UserError("--stream: given without --dataset; needed with one")
+        return False
+    if origin.get("text") is not None or origin.get("model") is None:
+        return False  # `open_source` says what is wrong
+    return is_text(origin) if stream is None else stream
+
+
 def as_stream(
     origin: dict[str, Any],
     stream: bool | None,
@@ -50,13 +61,7 @@ def as_stream(
     stream: None for a stream of text, and of token ids none. share: of the windows, to hold out; held_out: how many, as
     a run did that goes on. Raises UserError where it can't be streamed.
     """
-    if origin.get("dataset") is None:
-        if stream:
-            raise UserError("--stream: given without --dataset; needed with one")
-        return origin
-    if origin.get("text") is not None or origin.get("model") is None:
-        return origin  # `open_source` says what is wrong
-    if stream is False or (stream is None and not is_text(origin)):
+    if not is_streamed(origin, stream):
         return origin
     if tokens is None:
         raise UserError("--tokens: not given; needed with a data set that is streamed (--no-stream reads it whole)")

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from csae.data.shards import ABOUT_FILE, Shard, listed, read_about
+from csae.data.shards import ABOUT_FILE, KEPT_TEXT, Shard, listed, read_about
 from csae.errors import Stopped, UserError
-from csae.files import check_utf8, lock, write_file, write_json, writing
+from csae.files import check_utf8, is_running, lock, write_file, write_json, writing
 from csae.progress import Progress, quiet
 from csae.tensors import CHECKSUM, WORKING, checksum, save_plain
 
@@ -233,7 +233,7 @@ def _all_there(files: Sequence[Path]) -> bool:
 
 def _check_folder(folder: Path, files: Sequence[Path], about: dict[str, Any]) -> None:
     """Raises UserError unless the folder is free or holds a part of this job."""
-    if not folder.exists() or not os.listdir(folder):
+    if not folder.exists() or all(name.startswith(KEPT_TEXT) for name in os.listdir(folder)):
         return
     if not (folder / ABOUT_FILE).is_file():
         raise UserError(f"activations {str(folder)!r} is not empty; {ANOTHER}")
@@ -263,17 +263,8 @@ def _remove_half_written(folder: Path) -> None:
     """Removes what a kill left while a file was written."""
     for name in os.listdir(folder):
         found = re.fullmatch(r"\.(.+)\.(\d+)\.tmp", name.removesuffix(WORKING))
-        if found and (found[1] == ABOUT_FILE or NAME.fullmatch(found[1])) and not _is_running(int(found[2])):
+        if found and (found[1] == ABOUT_FILE or NAME.fullmatch(found[1])) and not is_running(int(found[2])):
             shutil.rmtree(folder / name) if name.endswith(WORKING) else (folder / name).unlink()
-
-
-def _is_running(process: int) -> bool:
-    """Whether a process is; where a file system has no locks, it may be at work here."""
-    try:
-        os.kill(process, 0)
-    except (OSError, OverflowError) as error:
-        return isinstance(error, PermissionError)
-    return True
 
 
 def check_whole(folders: Mapping[str, Path], read: Read, part: Part) -> None:

@@ -41,6 +41,7 @@ from csae.progress import Progress, quiet
 from csae.tensors import CHECKSUM, load_tensors, read_header
 
 ABOUT_FILE = "activations.json"
+KEPT_TEXT = ".text"  # a folder of a stream's windows (`csae.data.kept_text`), while their activations are written
 ACTIVATION_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 INTEGER_DTYPES = {"I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64"}
 DTYPES = {"mask": {"BOOL", "U8"}, "documents": INTEGER_DTYPES, "tokens": INTEGER_DTYPES}

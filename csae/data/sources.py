@@ -44,10 +44,7 @@ def open_source(
         return _of_shards(origin["activations"], keep_first, places_in(origin)), None
     if origin.get("model") is None:
         raise UserError("--model: not given; needed with --text or --dataset (or give --activations DIR)")
-    named = any(origin.get(name) is not None for name in ("hook", "hooks"))
-    if not named and origin.get("layer") is None:
-        raise UserError("--layer: not given; needed with --text or --dataset, or --hook (or give --activations DIR)")
-    places: list[int | Place] = [*places_in(origin)] if named else [origin["layer"]]
+    places = asked_places(origin)
     if (origin.get("text") is None) == (origin.get("dataset") is None):
         raise UserError("--text, --dataset: needed one of them (or --activations DIR)")
     lm = open_model(origin["model"], device, opened, origin.get("lm_dtype"))
@@ -59,6 +56,14 @@ def open_source(
     if key not in opened:
         opened[key] = _windows(origin, lm, progress)
     return ModelActivations(lm, places, opened[key], keep_first=keep_first), lm
+
+
+def asked_places(origin: dict[str, Any]) -> list[int | Place]:
+    """The places of a model that `origin` names. Raises UserError where it names none."""
+    named = any(origin.get(name) is not None for name in ("hook", "hooks"))
+    if not named and origin.get("layer") is None:
+        raise UserError("--layer: not given; needed with --text or --dataset, or --hook (or give --activations DIR)")
+    return [*places_in(origin)] if named else [origin["layer"]]
 
 
 def open_model(

@@ -90,7 +90,7 @@ class TokenStream:
         packing = Packing(self.n_ctx, self.begin)
         found = [Text.empty(0, self.n_ctx)]
         for chunk in read_on(self.rows, {}, self.to_tokens.columns, self.say):
-            _add(packing, self.to_tokens(chunk))
+            add_rows(packing, self.to_tokens(chunk))
             found.append(packing.cut())
             if sum(len(part.tokens) for part in found) >= n:
                 break
@@ -189,7 +189,7 @@ class TokenStream:
             self._pack(at_end=True)
             self._begin_again()
             return True
-        _add(self._packing, found)
+        add_rows(self._packing, found)
         self._position = found.after
         self._count(found)
         self._pack()
@@ -235,7 +235,7 @@ class TokenStream:
             )
 
 
-def _add(packing: Packing, found: Tokenized) -> None:
+def add_rows(packing: Packing, found: Tokenized) -> None:
     """Give the documents of a chunk to a packing."""
     start = 0
     if not found.lengths and not found.goes_on:

@@ -37,7 +37,7 @@ def cached(
 
     make: gives them, a list a document. Where nothing can be kept, a line on stderr says why.
     """
-    folder, about = _folder(), _about(tokenizer)
+    folder, about = _folder(), tokenizer_rules(tokenizer)
     if folder is None or about is None:
         return make()
     file = folder / f"{_key(documents, about, max_tokens)}{SUFFIX}"
@@ -57,7 +57,7 @@ def _folder() -> Path | None:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "csae" / "tokens"
 
 
-def _about(tokenizer: Any) -> dict[str, Any] | None:
+def tokenizer_rules(tokenizer: Any) -> dict[str, Any] | None:
     """All that token ids follow from, of the tokenizer; None of one whose rules can't be read."""
     kind = type(tokenizer)
     if kind.__module__.partition(".")[0] != "transformers":
