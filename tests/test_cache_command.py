@@ -153,6 +153,7 @@ def test_a_stream_is_bounded_by_bytes(of_dataset, tmp_path, capsys):
     code, _, err = csae(*of_dataset, "-o", tmp_path / "b", "--max-bytes", "200", capsys=capsys)
     assert code == 2
     assert "needed" in err.splitlines()[-1]
+    assert not (tmp_path / "b" / ".text").exists()
 
 
 def test_a_stream_that_was_cut_short_is_not_read_again(of_dataset, tmp_path, capsys, monkeypatch):

@@ -51,7 +51,7 @@ def cache(**options: Any) -> None:
     Under torchrun, each process runs the model on windows of its own, and writes some of the files.
     """
     from csae.data.shards import check_shards
-    from csae.distributed import joined
+    from csae.distributed.telling import started
     from csae.progress import track
 
     out, check = options["out"], options["check"]
@@ -65,7 +65,7 @@ def cache(**options: Any) -> None:
         return
     if options["hook_from"] and options["hook_to"] and not (options["hook"] or options["layer"]):
         options |= {"hook": (options.pop("hook_from"), options.pop("hook_to"))}  # both are stored
-    with joined(options["device"], LONG) as ranks:
+    with started(options, options["device"], LONG) as ranks:
         _write(out, options, ranks)
 
 
@@ -75,9 +75,10 @@ def _write(out: Path, options: dict[str, Any], ranks: Ranks | None) -> None:
     from csae.data.raw_text import is_streamed
     from csae.data.sources import open_source
     from csae.data.streamed import open_streamed
+    from csae.distributed.hosts import Hosts
     from csae.progress import quiet, track
 
-    first = ranks is None or ranks.rank == 0
+    first = Hosts(ranks).is_first
     device = device_of(options["device"]) if ranks is None else str(ranks.device)
     max_bytes = None if options["max_bytes"] is None else bytes_of(options["max_bytes"])
     progress = track if first else quiet
@@ -87,17 +88,22 @@ def _write(out: Path, options: dict[str, Any], ranks: Ranks | None) -> None:
         source = open_streamed(origin, out, dtype, max_bytes, device, progress, ranks)
     else:
         source, _ = open_source(origin, device, progress)
-    did = write_cache(
-        source,
-        out,
-        dtype,
-        progress,
-        max_bytes=max_bytes,
-        shuffle=options["shuffle"],
-        append=options["append"],
-        ranks=ranks,
-        say=_say,
-    )
+    try:
+        did = write_cache(
+            source,
+            out,
+            dtype,
+            progress,
+            max_bytes=max_bytes,
+            shuffle=options["shuffle"],
+            append=options["append"],
+            ranks=ranks,
+            say=_say,
+        )
+    except UserError:
+        if streamed and first:
+            remove_kept(out)
+        raise
     if not first:
         return
     if streamed:

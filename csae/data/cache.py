@@ -16,7 +16,7 @@ from torch import Tensor
 from csae.data.activations import ActivationSource, Batch, Place, sink_mask, window_order
 from csae.data.append import OF_THE_WINDOWS, Stored, check_weights, stored_in, update_about
 from csae.data.shard_writer import Part, begun, check_about, check_whole, claimed, missing_of, write_files
-from csae.distributed.agreement import together
+from csae.distributed.hosts import Hosts
 from csae.distributed.ranks import Ranks
 from csae.errors import UserError
 from csae.progress import Progress, quiet
@@ -118,24 +118,23 @@ def write_cache(
             check_weights(source, paths, stored)
         return Plan(about, chosen, part, stored.n_windows, n_left, paths)
 
-    group, first = (None, True) if ranks is None else (ranks.files, ranks.rank == 0)
+    hosts = Hosts(ranks)
     with ExitStack() as held:
-        found = together(lambda: plan() if first else None, group)[0]
-        assert found is not None
-        together(lambda: _check_same(found.about, about), group)
+        found = hosts.from_first(plan)
+        hosts.all(lambda: _check_same(found.about, about))
         order = found.windows
 
         def missing() -> list[int]:
             check_whole(found.paths, read, found.part)
             return missing_of(found.paths, found.part)
 
-        of_all = together(lambda: missing() if first else None, group)[0] or []
-        mine = of_all if ranks is None else of_all[ranks.rank :: ranks.size]
+        mine = hosts.from_first(missing)
+        if ranks is not None:
+            mine = mine[ranks.rank :: ranks.size]
         write_files(found.paths, read, found.part, mine, progress)
-        together(lambda: None, group)  # all of it is there
-        if first and found.part.number > 1:
-            update_about(found.paths)
-        together(lambda: None, group)
+        hosts.gather(None)  # all of it is there
+        if found.part.number > 1:
+            hosts.from_first(lambda: update_about(found.paths))
     return Cached(found.n_before + len(order), len(order), found.n_left)
 
 

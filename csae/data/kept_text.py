@@ -56,14 +56,13 @@ def map_kept(folder: Path, begin: tuple[int, ...]) -> TokenWindows:
     about = read_about(kept / ABOUT)
     if "shape" not in about:
         raise UserError(f"{folder}: rank 0 has put its text here, and it is not there: needed a folder all ranks share")
-    shape = about["shape"]
-    parts = [
-        torch.from_file(str(kept / name), shared=False, size=shape[0] * shape[1], dtype=dtype).view(shape)
-        if (kept / name).is_file()
-        else None
+    N, T = about["shape"]
+    mapped = {
+        name: torch.from_file(str(kept / name), shared=False, size=N * T, dtype=dtype).view(N, T)
         for name, dtype in DTYPES.items()
-    ]
-    return TokenWindows(*parts, begin)  # type: ignore[arg-type]
+        if (kept / name).is_file()
+    }
+    return TokenWindows(mapped["tokens"], mapped["documents"], mapped.get("special"), begin)
 
 
 def remove_kept(folder: Path) -> None:

@@ -13,7 +13,7 @@ from csae.data.kept_text import keep_windows, map_kept
 from csae.data.places import Place
 from csae.data.raw_text import open_stream
 from csae.data.sources import asked_places, open_model
-from csae.distributed.agreement import together
+from csae.distributed.hosts import Hosts
 from csae.distributed.ranks import Ranks
 from csae.errors import UserError
 from csae.progress import Progress, quiet
@@ -52,10 +52,6 @@ def open_streamed(
     if max_bytes is not None:
         widths = [lm.hook(place.hook).width for place in dict.fromkeys(places)]
         bounds.append(max(1, windows_that_fit(max_bytes, widths, n_ctx, dtype)))
-    group, first = (None, True) if ranks is None else (ranks.files, ranks.rank == 0)
-    if first:
-        together(lambda: keep_windows(folder, stream, min(bounds, default=None), progress), group)
-    else:
-        together(lambda: None, group)
+    Hosts(ranks).from_first(lambda: keep_windows(folder, stream, min(bounds, default=None), progress))
     windows = map_kept(folder, stream.begin)
     return ModelActivations(lm, places, windows, keep_first=bool(origin.get("keep_first")))

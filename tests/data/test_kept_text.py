@@ -67,7 +67,7 @@ def test_rows_that_can_not_be_used_are_told(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "a.jsonl", [*as_rows(texts_of(30)), "nonsense", {"text": 3}])
     keep_windows(tmp_path, stream_of(file, say=said.append), None)
     assert [line.split(":")[0].split(", ")[1] for line in said] == ["line 31", "line 32"]
-    hopeless = write_lines(tmp_path / "b.jsonl", [*as_rows(texts_of(1)), *["nonsense"] * 1200])
+    hopeless = write_lines(tmp_path / "b.jsonl", [*as_rows(texts_of(1)), *["nonsense"] * 1500])
     with pytest.raises(UserError, match=r"none of the last [0-9,]+ rows can be used") as error:
         keep_windows(tmp_path / "b", stream_of(hopeless), None)
     one_line(error)
