@@ -148,8 +148,8 @@ def indexed(index: Path, find: Callable[[str], Path]) -> Weights:
     checksums = about.get(CHECKSUM) if isinstance(about, dict) else None
     if not isinstance(weight_map, dict) or not isinstance(checksums, dict):
         raise UserError(f"{index}: not an index that csae wrote (it has no weight_map and {CHECKSUM}): {AGAIN}")
-    named = {file for file in weight_map.values() if isinstance(file, str) and re.fullmatch(SHARD, file)}
-    if named != set(weight_map.values()) or named != checksums.keys():
+    named = {str(file) for file in weight_map.values()}
+    if named != checksums.keys() or not all(re.fullmatch(SHARD, file) for file in named):
         raise UserError(f"{index}: it names other files than {CHECKSUM} in it, or none of csae's: {AGAIN}")
     headers: dict[Path, Header] = {}
     parts: dict[str, list[Part]] = {}

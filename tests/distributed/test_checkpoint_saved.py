@@ -1,0 +1,259 @@
+"""A saved SAE in several files: written by all ranks, read whole or in rows, and refused where it is not one SAE."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import EntryNotFoundError
+from one_line import one_line
+from processes import run
+from safetensors.torch import load_file, save_file
+from sharding import new, rows_of
+from test_checkpoint import ARCHITECTURES, filled
+
+from csae import TopKSAE
+from csae.checkpoint import load_sae
+from csae.errors import FailedElsewhere, UserError
+from csae.push import write_folder
+from csae.sae import SAE
+from csae.trained_on import TrainedOn
+
+INDEX = "model.safetensors.index.json"
+
+
+def _save(ranks: Any, folder: Path, seed: int = 1) -> None:
+    for arch in ARCHITECTURES:
+        sae = filled(seed, arch, ranks)[0]
+        sae.trained_on = TrainedOn(model="some/model", layer=3)
+        sae.save_pretrained(folder / arch)
+
+
+def _load(ranks: Any, folders: list[Path]) -> bool:
+    for folder in folders:
+        for arch in ARCHITECTURES:
+            expected = filled(1, arch, None)[0].state_dict()
+            rows = range(0) if ranks is None else ranks.rows(new(arch).d_sae)
+            shard = None if ranks is None else SimpleNamespace(rows=rows, ranks=ranks)
+            sae = type(new(arch)).from_pretrained(folder / arch, shard=shard)
+            assert sae.trained_on == TrainedOn(model="some/model", layer=3)
+            assert sae.config == new(arch).config
+            for name, tensor in sae.state_dict().items():
+                assert torch.equal(tensor, rows_of(sae, name, expected[name])), (folder, arch, name)
+    return True
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """By the number of ranks, what they saved."""
+    folders = {size: tmp_path_factory.mktemp(f"by-{size}") for size in range(1, 5)}
+    for size, folder in folders.items():
+        run(size, _save, folder)
+    return folders
+
+
+@pytest.mark.parametrize("size", range(1, 5))
+def test_any_number_of_ranks_reads_what_any_number_saved(size: int, saved: dict[int, Path]) -> None:
+    assert all(run(size, _load, list(saved.values())))
+
+
+def test_files_are_named_as_transformers_names_them(saved: dict[int, Path]) -> None:
+    three = {f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)}
+    beside = {INDEX, "config.json", "README.md"}
+    assert {file.name for file in (saved[3] / "topk").iterdir()} == three | beside
+    assert len(list((saved[4] / "contextual").glob("model-*-of-00003.safetensors"))) == 3  # the fourth has no rows
+    index = json.loads((saved[3] / "topk" / INDEX).read_text())
+    assert set(index["weight_map"].values()) == three
+    tensors = filled(1, "topk", None)[0].state_dict().values()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors)
+
+
+def test_any_reader_can_put_them_together(saved: dict[int, Path]) -> None:
+    """As docs/training.md says."""
+    folder = saved[3] / "topk"
+    files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    tensors: dict[str, torch.Tensor] = {}
+    for part, rows in itertools.chain.from_iterable(load_file(folder / file).items() for file in files):
+        name = part.split("[")[0]
+        tensors[name] = torch.cat([tensors[name], rows]) if name in tensors else rows
+    expected = filled(1, "topk", None)[0].state_dict()
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
+
+
+def test_one_form_replaces_the_other(saved: dict[int, Path], tmp_path: Path) -> None:
+    shutil.copytree(saved[3], tmp_path / "sae")
+    for by, seed in ((2, 3), (1, 4), (4, 5), (4, 6)):
+        run(by, _save, tmp_path / "sae", seed)
+        for arch in ARCHITECTURES:
+            expected = filled(seed, arch, None)[0].state_dict()
+            assert torch.equal(load_sae(tmp_path / "sae" / arch).W_enc, expected["W_enc"])
+            n_files = 0 if by == 1 else min(by, 3 if arch == "contextual" else 4)
+            assert len(list((tmp_path / "sae" / arch).iterdir())) == (3 if by == 1 else n_files + 3)
+
+
+def test_replicas_save_once(tmp_path: Path, saved: dict[int, Path]) -> None:
+    run(4, _save, tmp_path, data=2)
+    assert len(list((tmp_path / "topk").glob("model-*-of-00002.safetensors"))) == 2
+    assert all(run(4, _load, [tmp_path, saved[3]], data=2))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another save of as many ranks."""
+    folder = tmp_path_factory.mktemp("other")
+    run(3, _save, folder, 7)
+    return folder
+
+
+def edit(file: Path, change: Callable[[dict], object]) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 64
+    file.write_bytes(content)
+
+
+FIRST, SECOND = (f"model-0000{number}-of-00003.safetensors" for number in (1, 2))
+DAMAGES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+    "a file is missing": (lambda one, other: (one / SECOND).unlink(), f"{SECOND}: can't be read: no such file"),
+    "a file of another save": (lambda one, other: shutil.copy(other / SECOND, one), f"{SECOND}: not the file that"),
+    "the index of another save": (lambda one, other: shutil.copy(other / INDEX, one), "not the file that"),
+    "a file is cut short": (
+        lambda one, other: (one / FIRST).write_bytes((one / FIRST).read_bytes()[:-9]),
+        f"{FIRST}: not a whole safetensors file",
+    ),
+    "a bit": (lambda one, other: flip(one / SECOND), f"{SECOND}: its tensors are not those that were saved"),
+    "the config": (lambda one, other: edit(one / "config.json", lambda of: of.update(k=2)), "k is 2, not 3"),
+    "the config of the size": (
+        lambda one, other: edit(one / "config.json", lambda of: of.update(d_sae=11)),
+        "d_sae is 11",
+    ),
+    "an index of nothing": (lambda one, other: (one / INDEX).write_text("{}"), "not an index that csae wrote"),
+    "an index of other files": (
+        lambda one, other: edit(one / INDEX, lambda of: of["weight_map"].update({"b_dec": "../model.safetensors"})),
+        "it names other files",
+    ),
+    "an index that leaves rows out": (
+        lambda one, other: edit(one / INDEX, lambda of: of["weight_map"].pop("W_dec[4:8]")),
+        f"it names other tensors in {SECOND}",
+    ),
+    "an index that exchanges files": (
+        lambda one, other: edit(one / INDEX, lambda of: of["weight_map"].update({"b_dec": SECOND})),
+        "it names other tensors in",
+    ),
+    "an index of a list": (
+        lambda one, other: edit(one / INDEX, lambda of: of["weight_map"].update({"b_dec": ["a"]})),
+        "it names other files",
+    ),
+    "a file less, and the index knows": (
+        lambda one, other: edit(
+            one / INDEX,
+            lambda of: of.update(
+                weight_map={name: file for name, file in of["weight_map"].items() if file != SECOND},
+                metadata={"sha256": {f: s for f, s in of["metadata"]["sha256"].items() if f != SECOND}},
+            ),
+        ),
+        "are missing, or there twice",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_not_one_sae_is_one_line(damage: str, saved: dict[int, Path], other: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved[3] / "topk", tmp_path / "sae")
+    change, message = DAMAGES[damage]
+    change(folder, other / "topk")
+    for load in (load_sae, TopKSAE.from_pretrained):
+        with pytest.raises(UserError) as error:
+            load(folder)
+        assert message in one_line(error)
+        assert str(folder) in str(error.value)
+
+
+def _said(ranks: Any, work: Callable[..., object], *given: Any) -> str:
+    try:
+        work(ranks, *given)
+    except (UserError, FailedElsewhere) as error:
+        return f"{type(error).__name__}: {error}"
+    return "done"
+
+
+def _load_rows(ranks: Any, folder: Path) -> None:
+    TopKSAE.from_pretrained(folder, shard=SimpleNamespace(rows=ranks.rows(10), ranks=ranks))
+
+
+def test_one_rank_says_it(saved: dict[int, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(saved[3] / "topk", tmp_path / "sae")
+    flip(folder / SECOND)
+    said = run(2, _said, _load_rows, folder)
+    assert [of.split(": ")[0] for of in said] == ["FailedElsewhere", "UserError"]
+
+
+def _save_without_room(ranks: Any, folder: Path, full: int) -> None:
+    sae = filled(3, "topk", ranks)[0]
+    if ranks.rank == full:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
+    sae.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("by", [1, 3])
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_full_disk_on_one_rank_leaves_what_was_there(
+    full: int, by: int, saved: dict[int, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(saved[by] / "topk", tmp_path / "sae")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    said = run(3, _said, _save_without_room, folder, full)
+    for rank in range(3):
+        assert said[rank].startswith("UserError" if rank == full else f"FailedElsewhere: rank {full}")
+    assert "larger than this file system or its limits allow" in said[full]
+    after = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert {name: of for name, of in after.items() if name != "README.md"} == {
+        name: of for name, of in before.items() if name != "README.md"
+    }
+
+
+def test_it_is_pushed_in_one_file(saved: dict[int, Path], tmp_path: Path) -> None:
+    names = write_folder(saved[3] / "topk", "org/name", tmp_path / "out")
+    assert names == ["README.md", "config.json", "model.safetensors"]
+    assert torch.equal(load_sae(tmp_path / "out").W_dec, load_sae(saved[1] / "topk").W_dec)
+
+
+def test_from_the_hub(saved: dict[int, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(repo_id: str, filename: str, **options: object) -> str:
+        asked.append(filename)
+        file = saved[3] / "topk" / filename
+        if not file.is_file():
+            raise EntryNotFoundError(filename)
+        return str(file)
+
+    for module in ("csae.saving", "csae.checkpoint", "huggingface_hub.hub_mixin"):
+        monkeypatch.setattr(f"{module}.hf_hub_download", download)
+    loaded = load_sae("org/name")
+    assert torch.equal(loaded.W_dec, load_sae(saved[3] / "topk").W_dec)
+    assert {INDEX, FIRST, SECOND} <= set(asked)
+
+
+def test_a_part_is_not_taken_for_a_whole_tensor(tmp_path: Path) -> None:
+    sae: SAE = TopKSAE(6, 10, 3)
+    sae.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    save_file({("W_dec[0:10]" if name == "W_dec" else name): tensor for name, tensor in tensors.items()}, file)
+    with pytest.raises(UserError, match="W_dec is missing"):
+        load_sae(tmp_path)
