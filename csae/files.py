@@ -232,6 +232,15 @@ def lock(file: int | IO[Any], path: Path, doing: str) -> None:
         print(f"{path}: {reason}: see that only one process at a time is {doing}", file=sys.stderr)
 
 
+def wait_for_lock(file: IO[Any]) -> None:
+    """Locks an open file until it is closed, or the process ends; waits while another process has the lock.
+
+    Raises OSError where this file system has no locks; nothing happens where the system has none.
+    """
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
 def check_readable(path: Path) -> None:
     """Raises UserError where a file can't be opened and read, whatever the reason; its content is not looked at.
 

@@ -1,6 +1,7 @@
 """Token ids that were made before: a file for each text and tokenizer, in the user's cache folder.
 
 The file's name is a hash of all that the ids follow from: the texts, the tokenizer and the versions of the libraries.
+Of several processes that need the same file one makes it, and the others wait.
 Its content has a checksum; a damaged file is made again. CSAE_TOKEN_CACHE names another folder, or none where it is
 empty.
 """
@@ -11,8 +12,8 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from csae.errors import UserError
-from csae.files import write_file
+from csae.files import wait_for_lock, write_file
 from csae.tensors import load_tensors, save_tensors
 
 VARIABLE = "CSAE_TOKEN_CACHE"
@@ -43,11 +44,30 @@ def cached(
     file = folder / f"{_key(documents, about, max_tokens)}{SUFFIX}"
     found = _read(file)
     if found is None:
-        found = _made(make(), max_tokens)
-        _keep(file, *found)
+        with _alone(file):
+            found = _read(file)  # another process may have made it meanwhile
+            if found is None:
+                found = _made(make(), max_tokens)
+                _keep(file, *found)
     tokens, lengths = found
     ends = np.cumsum(lengths).tolist()
     return (tokens[end - length : end] for end, length in zip(ends, lengths.tolist(), strict=True))  # type: ignore[misc]
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """While another process makes the same file, wait: ranks under torchrun begin with the same text."""
+    with ExitStack() as stack:
+        lock = file.with_name(f".{file.name}.lock")
+        with suppress(OSError):  # then each makes it
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            opened = stack.enter_context(open(lock, "ab"))
+            wait_for_lock(opened)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                lock.unlink()
 
 
 def _folder() -> Path | None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -164,6 +166,26 @@ def test_several_processes_at_once(folder: Path) -> None:
         one, *others = found
     assert all(other == one for other in others)
     assert len(files(folder)) == 1
+
+
+def test_what_several_begin_at_once_is_made_once(folder: Path) -> None:
+    made, begun = [], threading.Event()
+
+    def make() -> list[list[int]]:
+        made.append(threading.get_ident())
+        begun.set()
+        time.sleep(0.3)  # so that the other one comes meanwhile
+        return [[1, 2], [3]]
+
+    def ids() -> list[list[int]]:
+        return [list(of) for of in token_cache.cached(["a", "b"], TOKENIZER, None, make)]
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(ids)
+        begun.wait()
+        assert pool.submit(ids).result() == first.result() == [[1, 2], [3]]
+    assert len(made) == 1
+    assert len(list(folder.iterdir())) == 1
 
 
 def test_where_it_is_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
