@@ -24,7 +24,7 @@ from csae.data.activations import (
 from csae.data.batches import SOMEWHERE
 from csae.data.places import Place
 from csae.data.sources import remembered
-from csae.distributed import Ranks
+from csae.distributed import Ranks, sharded
 from csae.distributed.hosts import Hosts
 from csae.errors import UserError, shown
 from csae.memory import Need, check_memory
@@ -115,7 +115,8 @@ def jobs_of(
             sae, init = _begun(context, options["init"], of_places[place])
         else:
             torch.manual_seed(options["seed"])
-            sae = _made(setting.sae, of_places[place], place)
+            make = partial(_made, setting.sae, of_places[place], place)
+            sae = make() if ranks is None else sharded(make, ranks)
             mean, scale, *of_target = measured[place]
             sae.initialise(mean, scale, *(of_target if place.to is not None else ()))
         kept = remembered(origin, of_places[place]) | {"held_out": options["held_out"]}

@@ -176,8 +176,8 @@ def _begin(options: dict[str, Any]) -> None:
     for name in sorted(own.keys() | first.keys()):
         if own.get(name) != first.get(name):
             raise UserError(
-                f"--{name.replace('_', '-')}: rank {_rank()} was given {shown(own.get(name))}, rank 0 "
-                f"{shown(first.get(name))}; needed the same command on all ranks"
+                f"--{name.replace('_', '-')}: rank {_rank()} was given {_said(own.get(name))}, rank 0 "
+                f"{_said(first.get(name))}; needed the same command on all ranks"
             )
 
 
@@ -237,6 +237,10 @@ def _comes_from_torch_distributed(trace: TracebackType | None) -> bool:
             return True
         trace = trace.tb_next
     return False
+
+
+def _said(value: Any) -> str:
+    return shown(", ".join(map(str, value)) if isinstance(value, list) else value)
 
 
 def _short(error: BaseException) -> str:

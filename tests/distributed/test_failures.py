@@ -1,0 +1,229 @@
+"""When a rank fails, all end within a minute, and one line says why."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import Ended, Ranks, told
+
+from csae.data.shard_writer import write_shards
+from csae.errors import UserError
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def activations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 windows of 7 positions, of width 6; and 24 of them beside it."""
+    folder = tmp_path_factory.mktemp("activations") / "acts"
+    generator = torch.Generator().manual_seed(0)
+    acts = torch.rand(30, 7, 3, generator=generator) @ torch.randn(3, 6, generator=generator)
+    for name, n in (("acts", 30), ("acts-short", 24)):
+        write_shards(
+            folder.with_name(name), lambda w: {"activations": acts[w.start : w.stop]}, n, 8, {"keep_first": True}
+        )
+    return folder
+
+
+def arguments(activations: Path, out: Path, *more: object) -> list[object]:
+    size = ["--d-sae", 12, "--k", 2, "--batch-windows", 4, "--tokens", STEPS * 4 * 7, "--held-out", 0.1]
+    how = ["--arch", "topk", "--device", "cpu", "--log-every", 1, "--checkpoint-every", 1000]
+    return ["train", "-o", out, "--activations", activations, *size, *how, *more]
+
+
+def ended(size: int, tmp_path: Path, given: Any, prepare: Any = None) -> list[Ended]:
+    with Ranks(size, tmp_path / "said", given, prepare) as ranks:
+        return ranks.wait()
+
+
+def check(found: list[Ended], line: str, code: int = 2, failed: int | None = None) -> None:
+    """All ended, and one line says why: that of the rank that failed, where it is known."""
+    assert None not in [of.code for of in found], found
+    assert 0 not in [of.code for of in found], found
+    (said,) = told(found)
+    assert line in said
+    assert not any("Traceback" in of.said for of in found), found
+    if failed is not None:
+        assert said in found[failed].said
+        assert found[failed].code == code
+
+
+def each(step: int, do: Any) -> None:
+    """Call `do` at a step of training, before it."""
+    import csae.training
+
+    before, count = csae.training.train_step, 0
+
+    def train_step(*given: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == step:
+            do()
+        return before(*given)
+
+    csae.training.train_step = train_step
+
+
+def test_ranks_with_other_options(activations: Path, tmp_path: Path) -> None:
+    found = ended(2, tmp_path, lambda rank: arguments(activations, tmp_path / "run", "--lr", 0.1 + rank))
+    check(found, "--lr: rank 1 was given 1.1, rank 0 0.1; needed the same command on all ranks", failed=1)
+    assert not (tmp_path / "run").exists()
+
+
+def _short(rank: int) -> None:
+    from csae.data import sources
+
+    before = sources._of_shards
+    if rank == 1:
+        sources._of_shards = lambda folder, *given: before(f"{folder}-short", *given)
+
+
+def test_a_shorter_data_set_on_one_rank(activations: Path, tmp_path: Path) -> None:
+    found = ended(2, tmp_path, arguments(activations, tmp_path / "run"), _short)
+    check(found, "n_windows: rank 1 has 22 windows to train on, rank 0 has 27; needed the same data on all ranks")
+    assert not (tmp_path / "run").exists()
+
+
+def _no_memory(rank: int) -> None:
+    def do() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    if rank == 1:
+        each(3, do)
+
+
+def test_out_of_memory_on_one_rank(activations: Path, tmp_path: Path) -> None:
+    found = ended(2, tmp_path, arguments(activations, tmp_path / "run"), _no_memory)
+    check(found, "not enough memory (tried to allocate 2.00 GiB)", failed=1)
+
+
+def _killed(rank: int) -> None:
+    if rank == 1:
+        each(3, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_rank_that_is_killed(activations: Path, tmp_path: Path, size: int) -> None:
+    found = ended(size, tmp_path, arguments(activations, tmp_path / "run"), _killed)
+    assert found[1].code == -signal.SIGKILL
+    check(found, "rank 1 ended without a word (killed, or out of memory): the same command goes on from the last")
+
+
+def _refused_windows(rank: int) -> None:
+    from csae.data.shard_activations import ShardActivations
+
+    read = ShardActivations.read_all
+
+    def read_all(self: Any, windows: Any) -> Any:
+        if 5 in windows and len(windows) < 4:  # not where the normalisation is measured
+            raise UserError("shard 0: NaN or Inf in window 5")
+        return read(self, windows)
+
+    if rank == 1:
+        ShardActivations.read_all = read_all  # type: ignore[method-assign]
+
+
+def test_windows_that_one_rank_cannot_read(activations: Path, tmp_path: Path) -> None:
+    found = ended(2, tmp_path, arguments(activations, tmp_path / "run"), _refused_windows)
+    check(found, "shard 0: NaN or Inf in window 5", failed=1)
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
+
+
+def _broken_windows(rank: int) -> None:
+    from csae.data.batches import IndexedBatches
+
+    read = IndexedBatches._read
+
+    def broken(self: Any, windows: Any) -> Any:
+        batches = read(self, windows)
+        if rank == 1 and 5 in windows:
+            next(iter(batches.values())).acts[list(windows).index(5), 3] = torch.nan
+        return batches
+
+    IndexedBatches._read = broken  # type: ignore[method-assign]
+
+
+def test_activations_that_are_not_finite_on_one_rank(activations: Path, tmp_path: Path) -> None:
+    found = ended(2, tmp_path, arguments(activations, tmp_path / "run"), _broken_windows)
+    check(found, f"{tmp_path / 'run'}: NaN or Inf in the activations of windows ", failed=1)
+    assert "5" in told(found)[0].rpartition("windows ")[0]
+
+
+def _full_disk(rank: int) -> None:
+    import csae.training
+
+    before, count = csae.training.append_line, 0
+
+    def append_line(*given: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise UserError("metrics.jsonl: can't be written: the disk is full")
+        before(*given)
+
+    if rank == 0:
+        csae.training.append_line = append_line
+
+
+def test_a_full_disk_of_rank_0(activations: Path, tmp_path: Path) -> None:
+    found = ended(2, tmp_path, arguments(activations, tmp_path / "run"), _full_disk)
+    check(found, "metrics.jsonl: can't be written: the disk is full", failed=0)
+
+
+def _a_bug(rank: int) -> None:
+    def do() -> None:
+        raise IndexError("a mistake of ours")
+
+    if rank == 1:
+        each(3, do)
+
+
+def test_an_error_of_our_own_shows_where_it_is_once(activations: Path, tmp_path: Path) -> None:
+    found = ended(2, tmp_path, arguments(activations, tmp_path / "run"), _a_bug)
+    assert [of.code for of in found] == [1, 1]
+    assert found[1].said.count("IndexError: a mistake of ours") == 1
+    assert "Traceback" not in found[0].said
+    assert not told(found)
+
+
+def _asked_to_stop(rank: int) -> None:
+    if rank == 1:
+        each(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def test_a_stop_that_one_rank_is_asked_for(activations: Path, tmp_path: Path) -> None:
+    given = arguments(activations, tmp_path / "run")
+    found = ended(2, tmp_path, given, _asked_to_stop)
+    check(found, f"stopped after step 3 of {STEPS}; the same command goes on from there", code=130)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_a_command_that_runs_in_one_process(tmp_path: Path) -> None:
+    found = ended(2, tmp_path, ["demo", "-o", tmp_path / "demo"])
+    check(found, "csae demo: runs in one process, and this is one of 2: start it without torchrun")
+
+
+def _hangs(rank: int) -> None:
+    if rank == 1:
+        each(3, lambda: time.sleep(3600))
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs(activations: Path, tmp_path: Path) -> None:
+    found = ended(2, tmp_path, arguments(activations, tmp_path / "run", "--timeout", 5), _hangs)
+    check(found, "another rank did not answer within --timeout")
+
+
+def test_one_process_has_no_replicas(activations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from csae.cli import cli
+
+    monkeypatch.setattr(sys, "argv", ["csae"])
+    with pytest.raises(UserError, match="--data-ranks: given 2 in one process; needed torchrun"):
+        cli([str(of) for of in arguments(activations, tmp_path / "run", "--data-ranks", 2)], standalone_mode=False)
