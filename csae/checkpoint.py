@@ -14,7 +14,7 @@ from collections.abc import Container, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -42,6 +42,9 @@ from csae.saving import CONFIG, check_config, own_rows
 from csae.tensors import CHECKSUM, read_header, save_tensors
 from csae.topk_sae import TopKSAE
 
+if TYPE_CHECKING:
+    from csae.distributed.ranks import Ranks
+
 ARCHITECTURES: dict[str, type[SAE]] = {"topk": TopKSAE, "contextual": ContextualSAE}
 # Before the names of tensors that are no parameter's: in a file of their own, or by themselves in DCP's.
 BESIDE, OF_OPTIMIZER = "training/", "optimizer/"
@@ -50,10 +53,11 @@ DEAD = "dead"  # of those: numbers of features, which belong to the rows
 _writer = ThreadPoolExecutor(1, "checkpoint")
 
 
-def load_sae(name: str | Path, device: torch.device | str = "cpu") -> SAE:
+def load_sae(name: str | Path, device: torch.device | str = "cpu", ranks: Ranks | None = None) -> SAE:
     """The SAE of a run, a saved folder or a hub id, of any architecture, in evaluation mode.
 
-    A run that has not finished gives the SAE of its last checkpoint. Raises UserError where there is none, where it is
+    A run that has not finished gives the SAE of its last checkpoint. ranks: it is sharded over them, and all call this;
+    none reads more than its rows. Raises UserError where there is none, where it is
     truncated or of another program, or where its files contradict each other.
     """
     folder = Path(name)
@@ -80,8 +84,15 @@ def load_sae(name: str | Path, device: torch.device | str = "cpu") -> SAE:
         )
     check_config(config, job.get("sae", {}), config_file, RUN)
     source = folder if folder.is_dir() else name
+    own: dict[str, Any] = {}
+    if ranks is not None:
+        from csae.distributed.shard import Shard
+
+        if not isinstance(config.get("d_sae"), int):
+            raise UserError(f"{config_file}: d_sae is {shown(repr(config.get('d_sae')))[:60]}; needed a whole number")
+        own = {"shard": Shard(config["d_sae"], ranks)}
     try:
-        sae = ARCHITECTURES[arch].from_pretrained(str(source), map_location=str(device))
+        sae = ARCHITECTURES[arch].from_pretrained(str(source), map_location=str(device), **own)
     except UserError:
         raise
     except (TypeError, ValueError, FileNotFoundError) as error:

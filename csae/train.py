@@ -150,7 +150,7 @@ def _steps(runs: Sequence[Training], batches: Batches, stop: threading.Event) ->
             except (UserError, BrokenPipeError, FailedElsewhere):
                 _checkpoints(runs, step, state, batches, problems)
                 raise
-            if ready.step.batches:
+            if ready.step.batches and (hosts.alone or not asked):
                 state, done = ready.step.state, step + 1
                 for run in runs:
                     if run.first <= step:
@@ -159,7 +159,7 @@ def _steps(runs: Sequence[Training], batches: Batches, stop: threading.Event) ->
                 _show(bar, runs, done)
             except BrokenPipeError:  # whoever read it is gone: as after Ctrl-C
                 stop.set()
-            if hosts.alone:  # several ranks agree before a step
+            if hosts.alone:  # several ranks agree before a step: one more could take too long for torchrun
                 asked = stop.is_set()
             if problems or asked:
                 _checkpoints(runs, done, state, batches, problems)

@@ -112,7 +112,7 @@ def jobs_of(
         run = out / _name(place, setting, settings) if several else out
         init = None
         if measured is None:
-            sae, init = _begun(context, options["init"], of_places[place])
+            sae, init = _begun(context, options["init"], of_places[place], hosts)
         else:
             torch.manual_seed(options["seed"])
             make = partial(_made, setting.sae, of_places[place], place)
@@ -131,13 +131,22 @@ def _made(config: SAEConfig, source: ActivationSource, place: Place) -> SAE:
     return config.make(source.d_in, d_out_of(source))
 
 
-def _begun(context: click.Context, name: str, source: ActivationSource) -> tuple[SAE, dict[str, Any]]:
+def _begun(context: click.Context, name: str, source: ActivationSource, hosts: Hosts) -> tuple[SAE, dict[str, Any]]:
     """The SAE to begin with, and what run.json says of it. Raises UserError where it is not as the options say."""
     from csae.checkpoint import load_sae
+
+    if hosts.ranks is None:
+        sae = load_sae(name)
+        return sae, _about_begun(context, name, sae, source)
+    about = hosts.from_first(lambda: _about_begun(context, name, load_sae(name), source))
+    return load_sae(name, ranks=hosts.ranks), about
+
+
+def _about_begun(context: click.Context, name: str, sae: SAE, source: ActivationSource) -> dict[str, Any]:
+    """What run.json says of the SAE to begin with. Raises UserError where it is not as the options say."""
     from csae.tensors import checksum
     from csae.trained_on import model_name
 
-    sae = load_sae(name)
     widths = [("d_in", source.d_in, sae.d_in), ("d_out", d_out_of(source), getattr(sae, "d_out", sae.d_in))]
     for what, wanted, has in widths:
         if wanted != has:
@@ -154,7 +163,7 @@ def _begun(context: click.Context, name: str, source: ActivationSource) -> tuple
             if value != has:
                 raise UserError(f"--{option}: given {value}; the SAE of --init has {has}: leave the option out")
     weights = {name: tensor.cpu() for name, tensor in sae.state_dict().items()}
-    return sae, {"name": model_name(str(name)), "sha256": checksum(weights)}
+    return {"name": model_name(str(name)), "sha256": checksum(weights)}
 
 
 def _name(place: Place, setting: Setting, settings: Sequence[Setting]) -> str:

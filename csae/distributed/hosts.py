@@ -21,8 +21,7 @@ T = TypeVar("T")
 
 def ranks_of(sae: SAE) -> Ranks | None:
     """The ranks that a sharded SAE is spread over; None of a whole one."""
-    shard = getattr(sae, "shard", None)
-    return None if shard is None else shard.ranks
+    return None if sae.shard is None else sae.shard.ranks
 
 
 class Hosts:

@@ -2,7 +2,8 @@
 
 Ranks leave notes for each other in the store that torchrun keeps:
 
-    csae/RESTART/options         of rank 0
+    csae/RESTART/options/RANK    which it was given
+    csae/RESTART/different       what rank 0 says of all of them
     csae/RESTART/process/RANK    which process it is
     csae/RESTART/over/RANK       it ended by itself, well or not
     csae/RESTART/told            how many had something to tell: the first one does
@@ -167,18 +168,29 @@ def _begin(options: dict[str, Any]) -> None:
         return
     store.set(_key("process", _rank()), f"{_place()} {os.getpid()}")
     threading.Thread(target=_look_after_others, args=(store,), name="csae-ranks", daemon=True).start()
-    own = json.loads(json.dumps(options, default=str))
+    store.set(_key("options", _rank()), json.dumps(options, default=str))
     if _rank() == 0:
-        store.set(_key("options"), json.dumps(own))
-        return
-    store.wait([_key("options")], AS_LATE)
-    first = json.loads(store.get(_key("options")))
-    for name in sorted(own.keys() | first.keys()):
-        if own.get(name) != first.get(name):
-            raise UserError(
-                f"--{name.replace('_', '-')}: rank {_rank()} was given {_said(own.get(name))}, rank 0 "
-                f"{_said(first.get(name))}; needed the same command on all ranks"
-            )
+        store.set(_key("different"), _difference(store))
+    store.wait([_key("different")], AS_LATE)
+    different = store.get(_key("different")).decode()
+    if different:
+        raise UserError(different)
+
+
+def _difference(store: dist.TCPStore) -> str:
+    """What rank 0 has to say of the options of all ranks; nothing where they are the same."""
+    first: dict[str, Any] = {}
+    for rank in range(n_processes()):
+        store.wait([_key("options", rank)], AS_LATE)
+        own = json.loads(store.get(_key("options", rank)))
+        first = first or own
+        for name in sorted(own.keys() | first.keys()):
+            if own.get(name) != first.get(name):
+                return (
+                    f"--{name.replace('_', '-')}: rank {rank} was given {_said(own.get(name))}, rank 0 "
+                    f"{_said(first.get(name))}; needed the same command on all ranks"
+                )
+    return ""
 
 
 def _look_after_others(store: dist.TCPStore) -> None:
