@@ -28,9 +28,11 @@ from csae.data.activations import ActivationSource, ModelActivations, held_out
 from csae.data.language_model import LanguageModel
 from csae.data.loading import smollm2
 from csae.data.text import TokenWindows, beginning
+from csae.distributed.hosts import Hosts
+from csae.distributed.ranks import Ranks
 from csae.errors import UserError
-from csae.files import write_json
-from csae.progress import Progress, track
+from csae.files import read_json, write_json
+from csae.progress import Progress, quiet, track
 
 KS = (4, 8, 16, 32, 64)
 LAYERS = (6, 12, 20)
@@ -55,6 +57,7 @@ def run_evidence(
     device: str | None = None,
     limit: int | None = None,
     progress: Progress = track,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Train, evaluate and measure everything, and write the report; returns what is in evidence.json.
 
@@ -65,13 +68,15 @@ def run_evidence(
         budget: of each SAE.
         languages: a folder with a folder of .txt files for each language, in place of Debian's books.
         limit: train at most this many SAEs, in the order of `grid.cells`.
+        ranks: each calls this with the same arguments, and makes a share of the SAEs and measurements.
 
     Raises UserError where the model or a text is missing, or `out` holds evidence of another model or budget.
     """
     _check(ks, layers, corpora, seeds, limit)
     out, budget = Path(out), budget or Budget()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    lm = LanguageModel.load(smollm2() if model is None else model, device=device)
+    hosts = Hosts(ranks)
+    lm = LanguageModel.load(hosts.from_first(smollm2) if model is None else model, device=device)
     if beginning(lm.tokenizer):
         raise UserError(
             f"model {lm.name!r} wants texts to begin with a beginning of sequence, and these windows begin with none: "
@@ -79,7 +84,8 @@ def run_evidence(
         )
     for layer in layers:
         lm.block(layer)
-    about = _about(out, lm, budget)
+    progress = progress if hosts.is_first else quiet
+    about = hosts.from_first(lambda: _about(out, lm, budget))
     evidence: dict[str, Any] = {"about": about, "runs": []}
     chosen = grid.cells(ks, layers, corpora, range(seeds))[:limit]
     opened: dict[tuple[str, int], ActivationSource] = {}
@@ -87,35 +93,89 @@ def run_evidence(
     def source_of(cell: Cell) -> ActivationSource:
         where = (cell.corpus, cell.layer)
         if where not in opened:
-            opened[where] = grid.activations(out, lm, *where, budget, languages, progress)
+            opened[where] = grid.activations(out, lm, *where, budget, languages, progress, ranks)
         return opened[where]
 
-    for number, cell in enumerate(progress(chosen, "SAEs")):
-        evidence["runs"].append(grid.run(out, cell, source_of(cell), lm, budget))
-        evidence["headline"] = grid.headline(evidence["runs"])
+    def others(parts: Parts) -> dict[str, Any]:
+        return _others(parts, out, lm, chosen, budget, languages, source_of, progress)
+
+    if ranks is not None:
+        # Each rank makes what falls to it; rank 0 finds all of it in the files then.
+        for cell in chosen:
+            source_of(cell)  # made by all ranks together
+        missing = hosts.from_first(lambda: [cell for cell in chosen if not grid.is_done(out, cell)])
+        for cell in progress(missing[ranks.rank :: ranks.size], "SAEs of this rank"):
+            grid.run(out, cell, source_of(cell), lm, budget)
+        hosts.gather(None)
+        others(Parts(out / "parts", (ranks.rank, ranks.size)))
+        hosts.gather(None)
+    if hosts.is_first:
+        for number, cell in enumerate(progress(chosen, "SAEs")):
+            evidence["runs"].append(grid.run(out, cell, source_of(cell), lm, budget))
+            evidence["headline"] = grid.headline(evidence["runs"])
+            write_json(out / grid.FOUND, evidence)
+            if number % 10 == 9:  # to be looked at meanwhile
+                page.write_page(out / "report.html", evidence)
+        evidence |= others(Parts(out / "parts"))
         write_json(out / grid.FOUND, evidence)
-        if number % 10 == 9:  # to be looked at meanwhile
-            page.write_page(out / "report.html", evidence)
-    evidence["redundancy"] = [
-        {"corpus": corpus, "layer": layer}
-        | _part(out, f"redundancy-{corpus}-layer{layer}", partial(_redundancy, source, progress))
-        for (corpus, layer), source in opened.items()
-    ]
-    evidence["power"] = [
-        _named(cell) | _part(out, f"power-{cell.name}", partial(_power, out, cell, source_of(cell)))
-        for cell in chosen
-        if cell.arch in (CURRENT, PAST) and cell.seed == 0 and (cell.corpus, cell.layer, cell.k) == _first(chosen)
-    ]
-    evidence["long"] = _long_windows(out, lm, chosen, budget, progress)
-    evidence["synthetic"] = [
-        _part(out, f"synthetic-{case.name}", partial(synthetic.run, case, progress=progress))
-        for case in synthetic.cases()
-    ]
-    evidence["switches"] = _switches(out, lm, chosen, budget, languages, progress)
-    write_json(out / grid.FOUND, evidence)
-    page.write_figures(out / "figures", evidence)
-    page.write_page(out / "report.html", evidence)
-    return evidence
+        page.write_figures(out / "figures", evidence)
+        page.write_page(out / "report.html", evidence)
+    hosts.gather(None)
+    return evidence if hosts.is_first else read_json(out / grid.FOUND)
+
+
+class Parts:
+    """Measurements with a file each: made once, and read from it from then on.
+
+    share: (rank, size), where this is one of several processes. It makes those that fall to it; of the others it gives
+    nothing where they are not there.
+    """
+
+    def __init__(self, folder: Path, share: tuple[int, int] = (0, 1)) -> None:
+        self.folder, self.share, self.asked = folder, share, 0
+
+    def __call__(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        rank, size = self.share
+        is_mine = self.asked % size == rank
+        self.asked += 1
+        file = self.folder / f"{name}.json"
+        if not file.is_file():
+            if not is_mine:
+                return {}
+            write_json(file, make())
+        return read_json(file)
+
+
+def _others(
+    parts: Parts,
+    out: Path,
+    lm: LanguageModel,
+    chosen: Sequence[Cell],
+    budget: Budget,
+    languages: Path | None,
+    source_of: Callable[[Cell], ActivationSource],
+    progress: Progress,
+) -> dict[str, Any]:
+    """All measurements but the runs."""
+    places = {(cell.corpus, cell.layer): cell for cell in chosen}
+    return {
+        "redundancy": [
+            {"corpus": corpus, "layer": layer}
+            | parts(f"redundancy-{corpus}-layer{layer}", partial(_redundancy, source_of(cell), progress))
+            for (corpus, layer), cell in places.items()
+        ],
+        "power": [
+            _named(cell) | parts(f"power-{cell.name}", partial(_power, out, cell, source_of(cell)))
+            for cell in chosen
+            if cell.arch in (CURRENT, PAST) and cell.seed == 0 and (cell.corpus, cell.layer, cell.k) == _first(chosen)
+        ],
+        "long": _long_windows(parts, out, lm, chosen, budget, progress),
+        "synthetic": [
+            parts(f"synthetic-{case.name}", partial(synthetic.run, case, progress=progress))
+            for case in synthetic.cases()
+        ],
+        "switches": _switches(parts, out, lm, chosen, budget, languages, progress),
+    }
 
 
 def _check(ks: Sequence[int], layers: Sequence[int], corpora: Sequence[str], seeds: int, limit: int | None) -> None:
@@ -161,14 +221,6 @@ def _about(out: Path, lm: LanguageModel, budget: Budget) -> dict[str, Any]:
     return about | now
 
 
-def _part(out: Path, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A measurement: made once, and read from its file from then on."""
-    file = out / "parts" / f"{name}.json"
-    if not file.is_file():
-        write_json(file, make())
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
 def _first(chosen: Sequence[Cell]) -> tuple[str, int, int]:
     return chosen[0].corpus, chosen[0].layer, chosen[0].k
 
@@ -193,7 +245,7 @@ def _power(out: Path, cell: Cell, source: ActivationSource) -> dict[str, Any]:
 
 
 def _long_windows(
-    out: Path, lm: LanguageModel, chosen: Sequence[Cell], budget: Budget, progress: Progress
+    parts: Parts, out: Path, lm: LanguageModel, chosen: Sequence[Cell], budget: Budget, progress: Progress
 ) -> list[dict[str, Any]]:
     """SAEs on windows longer than those trained on. The English text is that of training, in longer windows."""
     n_ctx = LONGER * budget.n_ctx
@@ -209,13 +261,7 @@ def _long_windows(
     first = TokenWindows(windows.tokens[:LONG_WINDOWS], windows.documents[:LONG_WINDOWS])
     source = ModelActivations(lm, cells[0].layer, first, 1)
     return [
-        _named(cell)
-        | _part(
-            out,
-            f"long-{cell.name}",
-            partial(_long, out, cell, source, budget, progress),
-        )
-        for cell in cells
+        _named(cell) | parts(f"long-{cell.name}", partial(_long, out, cell, source, budget, progress)) for cell in cells
     ]
 
 
@@ -224,6 +270,7 @@ def _long(out: Path, cell: Cell, source: ActivationSource, budget: Budget, progr
 
 
 def _switches(
+    parts: Parts,
     out: Path,
     lm: LanguageModel,
     chosen: Sequence[Cell],
@@ -252,5 +299,5 @@ def _switches(
                 grid.trained(out, cell), source, windows, held.regions, held.languages, held.names, progress=progress
             )
 
-        found.append({"name": cell.name} | _part(out, f"switches-{cell.name}", measured) | {"arch": cell.arch})
+        found.append({"name": cell.name} | parts(f"switches-{cell.name}", measured) | {"arch": cell.arch})
     return found

@@ -33,6 +33,8 @@ from csae.data.cache import write_cache
 from csae.data.language_model import LanguageModel
 from csae.data.shard_activations import ShardActivations
 from csae.demo import wide_as
+from csae.distributed.hosts import Hosts
+from csae.distributed.ranks import Ranks
 from csae.evaluate import evaluate
 from csae.files import write_json
 from csae.progress import Progress, quiet
@@ -127,19 +129,21 @@ def activations(
     budget: Budget,
     languages: Path | None = None,
     progress: Progress = quiet,
+    ranks: Ranks | None = None,
 ) -> ActivationSource:
     """The activations of a corpus at a layer, from a cache in `out`, which is made first if it is not there.
 
-    languages: a folder for `texts.read_languages`, for "multilingual".
+    languages: a folder for `texts.read_languages`, for "multilingual". ranks: all call this, and share the work.
     """
+    hosts = Hosts(ranks)
     folder = out / "activations" / f"{corpus}-layer{layer}"
-    if not folder.exists():
+    if not hosts.from_first(folder.exists):
         needed = windows_needed(budget) * budget.n_ctx
         token_windows = texts.windows(corpus, lm.tokenizer, budget.n_ctx, needed, languages, progress=progress)
         unfinished = folder.with_name(folder.name + ".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)  # a kill cut it short
-        write_cache(ModelActivations(lm, layer, token_windows), unfinished, progress=progress)
-        unfinished.rename(folder)
+        hosts.from_first(lambda: shutil.rmtree(unfinished, ignore_errors=True))  # a kill cut it short
+        write_cache(ModelActivations(lm, layer, token_windows), unfinished, progress=progress, ranks=ranks)
+        hosts.from_first(lambda: unfinished.rename(folder) and None)
     return ShardActivations(folder)
 
 
@@ -154,12 +158,17 @@ def make(cell: Cell, d_in: int, d_sae: int) -> SAE:
     return TopKSAE(**sizes) if cell.arch in (TOPK, WIDE) else BASELINES[cell.arch](**sizes)
 
 
+def is_done(out: Path, cell: Cell) -> bool:
+    """Whether `run` finds the results of a cell."""
+    return (out / "runs" / cell.name / FOUND).is_file()
+
+
 def run(
     out: Path, cell: Cell, source: ActivationSource, lm: LanguageModel, budget: Budget, progress: Progress = quiet
 ) -> dict[str, Any]:
     """Train and evaluate the SAE of a cell, or read its earlier results; returns its entry of `runs`."""
     folder = out / "runs" / cell.name
-    if (folder / FOUND).is_file():
+    if is_done(out, cell):
         return json.loads((folder / FOUND).read_text(encoding="utf-8"))
     train_windows, test_windows = held_out(source.n_windows, HELD_OUT)
     sae = make(cell, source.d_in, budget.d_sae)

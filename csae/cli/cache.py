@@ -10,13 +10,24 @@ from typing import TYPE_CHECKING, Any
 import click
 import torch
 
-from csae.cli.options import BOS, DATASET, DEVICE, KEEP_FIRST, MODEL, N_CTX, TEXT, device_of, origin_of, place_options
+from csae.cli.options import (
+    BOS,
+    DATASET,
+    DEVICE,
+    KEEP_FIRST,
+    LONG,
+    MODEL,
+    N_CTX,
+    TEXT,
+    device_of,
+    origin_of,
+    place_options,
+)
 from csae.errors import UserError, shown
 
 if TYPE_CHECKING:
     from csae.distributed import Ranks
 
-LONG = 7 * 24 * 3600.0  # seconds; ranks meet only where they begin and end, and one may have more to do
 UNITS = {"": 1, "B": 1} | {
     f"{letter}{kind}B": base**power
     for power, letter in enumerate("KMGT", start=1)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from csae.cli.options import DEVICE
+from csae.cli.options import DEVICE, LONG
 from csae.errors import UserError, shown
 
 
@@ -30,6 +30,8 @@ from csae.errors import UserError, shown
 def evidence(tokens: int | None, d_sae: int | None, n_ctx: int | None, **options: Any) -> None:
     """Measure whether the contextual SAE works, beside other SAEs: figures, and a report. Goes on if stopped.
 
+    Under torchrun, each process trains and measures a share of the SAEs.
+
     Needs a checkout of the repository: an installation leaves the evidence out.
     """
     if importlib.util.find_spec("csae.bench.evidence") is None:
@@ -38,10 +40,15 @@ def evidence(tokens: int | None, d_sae: int | None, n_ctx: int | None, **options
         )
     from csae.bench.evidence.command import run_evidence
     from csae.bench.evidence.grid import Budget
+    from csae.distributed.telling import started
 
     sizes = {name: size for name, size in (("tokens", tokens), ("d_sae", d_sae), ("n_ctx", n_ctx)) if size is not None}
     if tokens is not None:
         sizes["distinct"] = max(1, tokens // 2)
     given = {name: value for name, value in options.items() if value is not None and value != ()}
-    run_evidence(budget=Budget(**sizes), **given)
-    print(f"written: {shown(options['out'])}/evidence.json, {shown(options['out'])}/report.html")
+    with started(options, options["device"], LONG) as ranks:
+        if ranks is not None:
+            given["device"] = str(ranks.device)
+        run_evidence(budget=Budget(**sizes), ranks=ranks, **given)
+    if ranks is None or ranks.rank == 0:
+        print(f"written: {shown(options['out'])}/evidence.json, {shown(options['out'])}/report.html")

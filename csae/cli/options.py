@@ -32,6 +32,7 @@ KEEP_FIRST = click.option(
 ACTIVATIONS = click.option("--activations", type=click.Path(), help="A folder of activation shards instead of a model.")
 ELSEWHERE = click.option("--elsewhere", is_flag=True, help="Even where the SAE was trained on another model or layer.")
 DEVICE = click.option("--device", help="cuda or cpu; cuda where there is one, if not given.")
+LONG = 7 * 24 * 3600.0  # seconds: of commands whose ranks meet only where they begin and end
 TIMEOUT = click.option(
     "--timeout",
     type=click.FloatRange(min=1),
