@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from csae.adam import Adam
 from csae.distributed.collectives import gather
 from csae.errors import UserError
-from csae.sae import SAE
 from csae.tables import TABLES
+
+if TYPE_CHECKING:  # these import this package
+    from csae.adam import Adam
+    from csae.sae import SAE
 
 # Numbers at a time: what is made of them takes four times the memory of float32.
 BLOCK = 1 << 22

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,10 +14,12 @@ from csae.distributed.ranks import Ranks, split
 from csae.distributed.trace import ShardedTrace
 from csae.ops import sparse_decode
 from csae.ops.recurrence import Over
-from csae.sae import SAE
 from csae.tables import owning
 
-AnySAE = TypeVar("AnySAE", bound=SAE)
+if TYPE_CHECKING:
+    from csae.sae import SAE  # it imports this package
+
+AnySAE = TypeVar("AnySAE", bound="SAE")
 
 
 class Shard:
