@@ -27,21 +27,24 @@ import torch.distributed as dist
 
 from csae.distributed import Ranks, joined
 
-from .data import Skip
+from . import scale_page
+from .data import Built, Skip
 from .harness import Report, device_name, versions
-from .measure import median_and_spread
+from .measure import map_large_blocks, median_and_spread, peak_bytes
 from .scale_count import Collectives, purpose, socket_bytes
 from .scale_steps import IMPLEMENTATIONS, SPARSIFY, Sizes
 
+CPU = torch.device("cpu")
 PROCESSES = (1, 2, 3, 4)
 D_SAE = (4096, 16384, 65536, 262144)
 SMALL = Sizes(n=768, T=64, d_in=64, d_sae=0, k=16)
 """that fit many features on a machine without GPUs"""
-LARGE = Sizes(n=96, T=8, d_in=4096, d_sae=2048, k=64, precision="bfloat16")
-"""the width and k of the projection; counted, not timed"""
+LARGE = Sizes(n=768, T=64, d_in=4096, d_sae=2048, k=64, precision="bfloat16")
+"""the width and k of the projection: what is sent and the memory are looked at, not the time"""
 ROUNDS = 5
+HERE = Path(__file__).parent
 TIMEOUT_S = 300.0
-QUICK = {"processes": (1, 2), "d_sae": (256, 512), "rounds": 1}
+QUICK_LARGE = Sizes(n=24, T=2, d_in=256, d_sae=512, k=16, precision="bfloat16")
 
 
 class Job(NamedTuple):
@@ -50,7 +53,10 @@ class Job(NamedTuple):
     impl: str
     sizes: Sizes
     rounds: int
-    """steps that are timed; none: only counted"""
+    """steps that are timed; none: the peak of memory is measured instead"""
+
+
+Say = Callable[[str], None]
 
 
 def run(
@@ -59,23 +65,29 @@ def run(
     rounds: int = ROUNDS,
     small: Sizes = SMALL,
     large: Sizes = LARGE,
-    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+    say: Say = lambda line: print(line, file=sys.stderr, flush=True),
+    start: Callable[[int, Sequence[Job], Say], list[dict[str, Any]]] | None = None,
 ) -> Report:
     """Every implementation, on each number of processes, at each d_sae.
 
+    start: gives the results of jobs on so many processes; by torchrun if not given.
+
     Returns device, cores, versions, rounds, and results: a dict for each job and number of processes, with `sent`
-    (a list of `scale_count.Sent`) and `bytes`, `socket_bytes`, `held`, `fvu`, `median_ms`, `spread_ms`, or `skipped`.
-    Bytes are the mean over ranks; `bytes_most` is the largest.
+    (a list of `scale_count.Sent`) and `bytes`, `socket_bytes`, `held`, `peak`, `fvu`, `median_ms`, `spread_ms`, or
+    `skipped`. What is sent is the mean over ranks, and `bytes_most` that of the rank that sends most; `held` and `peak`
+    (beyond what is held before a step) are of the rank that has most.
     """
     jobs = [Job(impl, small._replace(d_sae=F), rounds) for F in d_sae for impl in IMPLEMENTATIONS]
     grown = (large, large._replace(n=2 * large.n), large._replace(d_sae=2 * large.d_sae))
     counted = [Job(impl, sizes, 0) for impl in IMPLEMENTATIONS if impl != SPARSIFY for sizes in grown]
+    several = [R for R in processes if R > 1]
+    few_and_many = {min(several, default=0), max(several, default=0)}
     started, results = time.perf_counter(), []
     for R in processes:
         say(f"{time.perf_counter() - started:4.0f} s  {R} processes")
-        results += _torchrun(R, jobs + (counted if R > 1 else []), say)
+        results += (start or _torchrun)(R, jobs + (counted if R in few_and_many else []), say)
     return {
-        "device": device_name(torch.device("cpu")),
+        "device": device_name(CPU),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "versions": versions(),
         "rounds": rounds,
@@ -83,7 +95,7 @@ def run(
     }
 
 
-def _torchrun(R: int, jobs: Sequence[Job], say: Callable[[str], None]) -> list[dict[str, Any]]:
+def _torchrun(R: int, jobs: Sequence[Job], say: Say) -> list[dict[str, Any]]:
     """The results of jobs on R processes."""
     with tempfile.TemporaryDirectory() as folder:
         asked, found = Path(folder, "jobs.json"), Path(folder, "results.jsonl")
@@ -112,23 +124,25 @@ def _torchrun(R: int, jobs: Sequence[Job], say: Callable[[str], None]) -> list[d
 def work(asked: Path, found: Path) -> None:
     """Do the jobs in the file `asked` on this rank, with the others; rank 0 writes a line for each to `found`."""
     jobs = [Job(impl, Sizes(*sizes), rounds) for impl, sizes, rounds in json.loads(asked.read_text())]
-    with (
-        joined("cpu", TIMEOUT_S) as ranks,
-        open(found if ranks is None or ranks.rank == 0 else os.devnull, "a") as lines,
-    ):
+    with joined("cpu", TIMEOUT_S) as ranks, open(found if is_first(ranks) else os.devnull, "a") as lines:
         for job in jobs:
-            R = 1 if ranks is None else ranks.size
-            result = {"processes": R, "impl": job.impl, "sizes": job.sizes._asdict()}
-            lines.write(json.dumps(result | measure(job, ranks)) + "\n")
+            lines.write(json.dumps(measure(job, ranks)) + "\n")
             lines.flush()
+
+
+def is_first(ranks: Ranks | None) -> bool:
+    return ranks is None or ranks.rank == 0
 
 
 def measure(job: Job, ranks: Ranks | None) -> dict[str, Any]:
     """What a step sends, holds, gives and takes. All ranks call it."""
+    about = {"processes": 1 if ranks is None else ranks.size, "impl": job.impl, "sizes": job.sizes._asdict()}
     try:
         step = IMPLEMENTATIONS[job.impl](job.sizes, ranks)
     except Skip as reason:
-        return {"skipped": str(reason)}
+        return about | {"skipped": str(reason)}
+    if not job.rounds:
+        map_large_blocks()  # for the memory's sake; it takes time
     for _ in range(2):  # DDP makes its buckets anew after the first
         fvu = step.run()
     _wait(ranks)
@@ -147,10 +161,11 @@ def measure(job: Job, ranks: Ranks | None) -> dict[str, Any]:
         "sent": counted.sent,
         "socket_bytes": None if before is None or after is None else after - before,
         "held": step.held(),
+        "peak": None if job.rounds else peak_bytes(Built(step.run, dict), CPU),
         "fvu": fvu,
         "took": took,
     }
-    return _of_all([own] if ranks is None else _everyones(own, ranks))
+    return about | _of_all([own] if ranks is None else _everyones(own, ranks))
 
 
 def _of_all(each: list[dict[str, Any]]) -> dict[str, Any]:
@@ -172,6 +187,7 @@ def _of_all(each: list[dict[str, Any]]) -> dict[str, Any]:
         if any(own["socket_bytes"] is None for own in each)
         else sum(own["socket_bytes"] for own in each) / R,
         "held": {what: max(own["held"][what] for own in each) for what in each[0]["held"]},
+        "peak": None if any(own["peak"] is None for own in each) else max(own["peak"] for own in each),
         "fvu": sum(own["fvu"] for own in each) / R,
     }
     slowest = [max(times) for times in zip(*(own["took"] for own in each), strict=True)]
@@ -214,15 +230,22 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=PROCESSES)
     parser.add_argument("--d-sae", type=int, nargs="+", default=D_SAE)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--quick", action="store_true", help="on 2 processes, in small")
     parser.add_argument("--out", type=Path, default=Path("scale.json"))
+    parser.add_argument("--page", action="store_true", help="only write the tables of docs/scale.md")
     parser.add_argument("--worker", type=Path, nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         work(*args.worker)
-        return
-    found = run(args.processes, args.d_sae, args.rounds)
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(table(found))
+    elif args.page:
+        report = json.loads((HERE / "results" / "scale" / "cpu.json").read_text())
+        page = HERE.parent / "docs" / "scale.md"
+        page.write_text(scale_page.filled(page.read_text(), report))
+    else:
+        quick = ((2,), (256, 1024), 1, SMALL, QUICK_LARGE)
+        found = run(*quick) if args.quick else run(args.processes, args.d_sae, args.rounds)
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        print(table(found))
 
 
 if __name__ == "__main__":

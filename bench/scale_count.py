@@ -163,20 +163,36 @@ def socket_bytes() -> int | None:
 
 
 PURPOSES = {
+    "trace.py:ShardedTrace._everyone": "x to all owners",
+    "codes.py:Owners.merged": "candidates home",
+    "codes.py:Owners.own": "codes to all owners",
+    "trace.py:_Decoded.forward": "sums of rows home",
+    "trace.py:_Decoded.backward": "gradients of sums to all owners",
+    "trace.py:ShardedTrace._rows_of": "gradients of sums to all owners",
+    "trace.py:_Encoded.backward": "gradients of x home",
+    "trace.py:ShardedTrace._summed": "gradients of replicated parameters",
+    "trace.py:ShardedTrace._over_rows": "gradients of replicated parameters",
+    "trace.py:_Total.forward": "sums of the loss",
+    "shard.py:Shard.fired": "features that fired",
+    "shard.py:Shard.owners_of_dead": "which features are dead",
     "graph.py:_engine_run_backward": "gradients",  # DDP starts its all-reduces from C++
-    "scale_steps.py:over_ranks": "which features fired, and the FVU",
+    "scale_steps.py:ddp_sparsify.<locals>.over_ranks": "features that fired, and the FVU",
 }
-"""what a collective is for, by the innermost function on the stack that is listed here, as "file:function\""""
+"""what a collective is for, by the innermost of these functions on the stack, as "file:function\""""
 
 
 def purpose(frame: FrameType | None) -> str:
-    """What the collective is for that is asked for here. A function of csae.distributed goes by its own name."""
+    """What the collective is for that is asked for here: of PURPOSES, or a function of csae.distributed by its name."""
+    own = None
     while frame is not None:
-        where = Path(frame.f_code.co_filename)
-        found = PURPOSES.get(f"{where.name}:{frame.f_code.co_name}")
+        where, name = Path(frame.f_code.co_filename), frame.f_code.co_qualname
+        found = PURPOSES.get(f"{where.name}:{name}")
         if found is not None:
             return found
-        if where.parent.name == "distributed" and where.parent.parent.name == "csae" and where.name != "collectives.py":
-            return f"{where.name}:{frame.f_code.co_name}"
+        ours = where.parts[-3:-1] == ("csae", "distributed")
+        if own is not None and not ours:
+            return own
+        if ours and own is None and where.name != "collectives.py":
+            own = f"{where.name}:{name}"
         frame = frame.f_back
-    return "other"
+    return own or "other"

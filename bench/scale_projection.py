@@ -7,6 +7,7 @@ processes agree with that. Times are those bytes over a link's speed, and operat
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -32,7 +33,8 @@ MEMORY = 3.0e12
 """bytes/s of a GPU's memory, as a copy reaches on an H100"""
 ADAM_BYTES = 28
 """that a step of Adam reads and writes for each float32 parameter: its gradient is made and used in place"""
-GPU_BYTES = {"80 GB": 80e9, "141 GB": 141e9}
+GPU_BYTES = {"80 GB": 75e9, "141 GB": 135e9}
+"""what is left of an H100's and an H200's memory for tensors"""
 
 
 class Law(NamedTuple):
@@ -56,11 +58,33 @@ class Law(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Bytes that a rank holds between steps, for each feature that it owns."""
+    """Memory of a rank."""
 
     weights: float
+    """bytes between steps, for each feature that it owns"""
     moments: float
     gradients: float
+    all_tokens: float
+    """bytes at the peak of a step, for each token of the batch: of what a rank has of all tokens"""
+    own_tokens: float
+    """and for each token of its own windows"""
+
+
+def formula(sizes: dict[str, Any], R: int) -> dict[str, float]:
+    """Bytes that a rank sends in a step of a TopK SAE, by purpose: what the design says, for this dtype.
+
+    Numbers have the width of the product's dtype; a candidate is a value and an index of 4 bytes each.
+    """
+    n, d, k = sizes["n"], sizes["d_in"], sizes["k"]
+    width = 2 if sizes["precision"] == "bfloat16" else 4
+    whole = {
+        "x to all owners": n * d * width,
+        "candidates home": n * k * (4 + 4),
+        "codes to all owners": n * k * (4 + 4),
+        "sums of rows home": n * d * 4,
+        "gradients of sums to all owners": n * d * width,
+    }
+    return {purpose: size * (R - 1) / R for purpose, size in whole.items()}
 
 
 def laws(report: Report, impl: str, R: int) -> list[Law]:
@@ -78,12 +102,28 @@ def laws(report: Report, impl: str, R: int) -> list[Law]:
     return found
 
 
-def kept(report: Report, impl: str, R: int) -> Kept:
-    """What an implementation holds for each feature that a rank owns (data parallel: all of them)."""
-    base, _, more_features = _three(report, impl, R)
+def kept(report: Report, impl: str) -> Kept:
+    """What an implementation holds for each feature that a rank owns (data parallel: all of them), and each token."""
+    few, many = _processes(report, impl)
+    base, _, more_features = _three(report, impl, many)
     features = more_features["sizes"]["d_sae"] - base["sizes"]["d_sae"]
-    owned = features / (R if sharded(impl) else 1)
-    return Kept(*((more_features["held"][what] - base["held"][what]) / owned for what in Kept._fields))
+    owned = features / (many if sharded(impl) else 1)
+    weights, moments, gradients = (
+        (more_features["held"][what] - base["held"][what]) / owned for what in ("weights", "moments", "gradients")
+    )
+    slopes = [_peak_of_a_token(report, impl, R) for R in (few, many)]
+    own = few * slopes[0]  # data parallel: a rank has its own tokens only
+    if sharded(impl):
+        own = (slopes[0] - slopes[1]) / (1 / few - 1 / many)
+    return Kept(weights, moments, gradients, slopes[1] - own / many if sharded(impl) else 0.0, own)
+
+
+def _peak_of_a_token(report: Report, impl: str, R: int) -> float:
+    """By how many bytes the peak of a step grows with each token of the batch."""
+    base, more_tokens, _ = _three(report, impl, R)
+    if base["peak"] is None or more_tokens["peak"] is None:
+        raise LookupError(f"{impl} on {R} processes: its peak of memory was not measured; it is on Linux")
+    return (more_tokens["peak"] - base["peak"]) / (more_tokens["sizes"]["n"] - base["sizes"]["n"])
 
 
 def sharded(impl: str) -> bool:
@@ -96,28 +136,54 @@ def encodes(impl: str) -> int:
     return 2 if "contextual" in impl else 1
 
 
-def project(report: Report, impl: str, R: int) -> Iterator[dict[str, Any]]:
-    """For each number of GPUs and d_sae: bytes a GPU, and seconds of each part of a step. R: whose counts are used."""
-    found, held = laws(report, impl, R), kept(report, impl, R)
-    d_in = _three(report, impl, R)[0]["sizes"]["d_in"]
+def project(report: Report, impl: str) -> Iterator[dict[str, Any]]:
+    """For each number of GPUs and d_sae: bytes of memory and bytes sent of a GPU, and seconds of a step's parts."""
+    found, held = laws(report, impl, _processes(report, impl)[1]), kept(report, impl)
+    d_in = _three(report, impl, _processes(report, impl)[1])[0]["sizes"]["d_in"]
     for gpus in GPUS:
         for F in D_SAE:
             own = F / gpus if sharded(impl) else F
-            # Data parallel: each GPU multiplies its own tokens by all features. As many operations.
-            product = encodes(impl) * 2 * N * d_in * F / gpus
-            parameters = own * held.weights / 4
+            memory = {what: own * getattr(held, what) for what in ("weights", "moments", "gradients")}
+            memory["activations"] = N * (held.all_tokens + held.own_tokens / gpus)
             sent = sum(law.bytes(N, F, gpus) for law in found)
             yield {
                 "gpus": gpus,
                 "d_sae": F,
-                "weights": own * held.weights,
-                "moments": own * held.moments,
-                "gradients": own * held.gradients,
+                **memory,
+                "all": sum(memory.values()),
                 "sent": sent,
                 "sent_s": sent / (NVLINK if gpus <= NODE else INFINIBAND),
-                "product_s": product / PRODUCT,
-                "adam_s": parameters * ADAM_BYTES / MEMORY,
+                # Data parallel: each GPU multiplies its own tokens by all features. As many operations.
+                "product_s": encodes(impl) * 2 * N * d_in * F / gpus / PRODUCT,
+                "adam_s": memory["weights"] / 4 * ADAM_BYTES / MEMORY,
             }
+
+
+def break_even(report: Report, impl: str, speed: float) -> float:
+    """Features a GPU for which what grows with tokens takes as long to send as the product; of many GPUs."""
+    R = _processes(report, impl)[1]
+    d_in = _three(report, impl, R)[0]["sizes"]["d_in"]
+    sending = sum(law.by_token for law in laws(report, impl, R)) / speed
+    return sending / (encodes(impl) * 2 * d_in / PRODUCT)
+
+
+def fits(n: float) -> str:
+    """The smallest GPU that so many bytes fit."""
+    return next((name for name, size in GPU_BYTES.items() if n <= size), "no")
+
+
+def _processes(report: Report, impl: str) -> tuple[int, int]:
+    """The fewest and the most processes on which an implementation was counted at several sizes."""
+    counted = []
+    for R in sorted({r["processes"] for r in report["results"] if r["processes"] > 1}):
+        with contextlib.suppress(LookupError):
+            _three(report, impl, R)
+            counted.append(R)
+    if len(counted) < 2:
+        raise LookupError(
+            f"{impl}: counted at several sizes on {counted or 'no'} processes; needed two numbers of them"
+        )
+    return counted[0], counted[-1]
 
 
 def _three(report: Report, impl: str, R: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

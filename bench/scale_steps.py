@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from csae import SAE, ContextualSAE, TopKSAE
 from csae.config import TrainConfig
 from csae.data.activations import Batch
-from csae.distributed import Ranks
+from csae.distributed import Ranks, sharded
 from csae.step import adam, train_step
 
 from .data import Skip
@@ -75,11 +75,6 @@ def csae_contextual(sizes: Sizes, ranks: Ranks | None) -> Step:
 
 def _ours(make: Callable[[], SAE], sizes: Sizes, ranks: Ranks | None) -> Step:
     """The step of `csae train`: sharded where there are several ranks."""
-    try:
-        from csae.distributed import sharded  # type: ignore[attr-defined]
-    except ImportError:
-        raise Skip("soon") from None
-
     torch.manual_seed(0)
     sae = make() if ranks is None else sharded(make, ranks)
     config = TrainConfig(steps=100, lr=LR, precision=sizes.precision)

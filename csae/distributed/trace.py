@@ -56,8 +56,8 @@ class ShardedTrace(Trace):
 
     def encode(self, x: Tensor, mask: Tensor | None, found: tuple[Tensor, Tensor] | None = None) -> _Code:
         everyone = self._everyone(x)
-        x, W_enc = autocast_to(x, self.sae.W_enc.detach())
         values, indices = self.encoder()(x) if found is None else found
+        x, W_enc = autocast_to(x, self.sae.W_enc.detach())
         (values,) = autocast_to(values.detach())
         own = self.shard.owners.own(*_flat(values if mask is None else _masked(values, mask), indices))
         kept = own.values
