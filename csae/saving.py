@@ -18,6 +18,7 @@ from csae.distributed.agreement import by_first, together
 from csae.errors import UserError
 from csae.files import read_json, write_file, write_with_config
 from csae.parts import INDEX, METADATA, WEIGHTS, Weights, indexed, remove_shards, whole_files
+from csae.tables import TABLES, owning
 from csae.tensors import Header, save_tensors
 from csae.trained_on import KEY, TrainedOn, card
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 CONFIG, CARD = "config.json", "README.md"
 # The tensors with a row a feature: several ranks have some rows each.
-ROWS = ("W_enc", "b_enc", "W_dec", "W_mem", "tokens_since_fired")
+ROWS = (*TABLES, "tokens_since_fired")
 OUR_CARD = "library_name: csae"  # a line of each card that is written here
 
 AnySaved = TypeVar("AnySaved", bound="Saved")
@@ -198,25 +199,14 @@ def _saved_config(header: Header) -> dict[str, Any]:
 
 
 def without_tensors(kind: type[AnySaved], arguments: dict[str, Any], shard: Shard | None = None) -> AnySaved:
-    """An SAE that is made with these arguments, on the meta device: it takes no memory, and draws nothing."""
-    with torch.device("meta"):
+    """An SAE that is made with these arguments, on the meta device: it takes no memory, and draws nothing.
+
+    shard: it has only those rows; all of them if not given.
+    """
+    with torch.device("meta"), owning(None if shard is None else shard.ranks.rows):
         sae = kind(**arguments)
-    if shard is not None:
-        cut(sae, shard)
-    return sae
-
-
-def cut(sae: Saved, shard: Shard) -> None:
-    """Keep only the rows of a shard."""
-    for name, tensor in sae.state_dict().items():
-        if name in ROWS:
-            rows = tensor[shard.rows.start : shard.rows.stop].clone()
-            delattr(sae, name)
-            if tensor.is_floating_point():
-                sae.register_parameter(name, nn.Parameter(rows))
-            else:
-                sae.register_buffer(name, rows)
     sae.shard = shard
+    return sae
 
 
 def shapes(sae: nn.Module) -> dict[str, tuple[int, ...]]:

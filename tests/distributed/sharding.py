@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from csae import ContextualSAE, TopKSAE
+from csae.distributed import Ranks, sharded
 from csae.sae import SAE
-from csae.saving import ROWS, cut
+from csae.saving import ROWS
 
 D_SAE = {"contextual": 9, "topk": 10}  # on four ranks 3, 3, 3, 0 rows and 3, 3, 3, 1
 
@@ -23,10 +22,9 @@ def new(arch: str) -> SAE:
     return ContextualSAE(6, D_SAE[arch], 3, n_heads=2, d_head=4, d_value=5, d_memory=7, query="past")
 
 
-def sharded(sae: SAE, ranks: Any) -> SAE:
-    if ranks is not None:
-        cut(sae, SimpleNamespace(rows=ranks.rows(sae.d_sae), ranks=ranks))
-    return sae
+def here(arch: str, ranks: Ranks | None) -> SAE:
+    """The whole SAE, or the rows of one of several ranks."""
+    return new(arch) if ranks is None else sharded(lambda: new(arch), ranks)
 
 
 def whole(seed: int, name: str, sae: SAE, like: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from processes import run
-from sharding import new, rows_of, sharded, whole
+from sharding import here, new, rows_of, whole
 from torch import Tensor
 
 from csae.adam import Adam
@@ -26,7 +26,7 @@ def job(sae: SAE) -> dict[str, Any]:
 
 def filled(seed: int, arch: str, ranks: Any) -> tuple[SAE, Adam, dict[str, Tensor]]:
     """An SAE with made-up weights and moments, and what is saved beside, the same whole ones on any number of ranks."""
-    sae = sharded(new(arch), ranks)
+    sae = here(arch, ranks)
     optimizer = Adam(sae, moments=torch.bfloat16 if arch == "contextual" else torch.float32)
     tensors = dict(sae.state_dict())
     for parameter, state in optimizer.state.items():

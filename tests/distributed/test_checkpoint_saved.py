@@ -8,7 +8,6 @@ import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from test_checkpoint import ARCHITECTURES, filled
 
 from csae import TopKSAE
 from csae.checkpoint import load_sae
+from csae.distributed import Shard
 from csae.errors import FailedElsewhere, UserError
 from csae.push import write_folder
 from csae.sae import SAE
@@ -41,8 +41,7 @@ def _load(ranks: Any, folders: list[Path]) -> bool:
     for folder in folders:
         for arch in ARCHITECTURES:
             expected = filled(1, arch, None)[0].state_dict()
-            rows = range(0) if ranks is None else ranks.rows(new(arch).d_sae)
-            shard = None if ranks is None else SimpleNamespace(rows=rows, ranks=ranks)
+            shard = None if ranks is None else Shard(new(arch).d_sae, ranks)
             sae = type(new(arch)).from_pretrained(folder / arch, shard=shard)
             assert sae.trained_on == TrainedOn(model="some/model", layer=3)
             assert sae.config == new(arch).config
@@ -192,7 +191,7 @@ def _said(ranks: Any, work: Callable[..., object], *given: Any) -> str:
 
 
 def _load_rows(ranks: Any, folder: Path) -> None:
-    TopKSAE.from_pretrained(folder, shard=SimpleNamespace(rows=ranks.rows(10), ranks=ranks))
+    TopKSAE.from_pretrained(folder, shard=Shard(10, ranks))
 
 
 def test_one_rank_says_it(saved: dict[int, Path], tmp_path: Path) -> None:
