@@ -1,6 +1,6 @@
 """Every kernel on small, awkward cases, to be run under compute-sanitizer.
 
-    compute-sanitizer --tool memcheck python -m csae.bench.sanitize
+    compute-sanitizer --tool memcheck python -m csae.bench.sanitize [WORDS]      cases with all WORDS in their names
 
 On a machine without a GPU, with TRITON_INTERPRET=1, the same cases run in Triton's interpreter.
 """
@@ -8,9 +8,11 @@ On a machine without a GPU, with TRITON_INTERPRET=1, the same cases run in Trito
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +21,19 @@ from csae.kernels.pairs import Table
 
 # n, d_in, d_sae, k: no multiple of any block; widths in 16 bytes and not.
 SHAPES = ((5, 24, 67, 3), (9, 7, 40, 40), (130, 136, 300, 17))
+# Rows too long for a program to hold, in 16 bytes and not. The interpreter would take a minute.
+LONG = ((6, 8200, 20, 3), (5, 2051, 20, 3))
+# For the products alone: loads of 16 bytes, TMA with many tiles a program and a last block of d_in that is not full,
+# several ranges, and enough features for topk_threshold.py's own kernels. Too large for the interpreter.
+WIDE = ((4096, 64, 16384, 17), (4096, 200, 16384, 17))
 WINDOWS = ((1, 3, 1, 5, 7), (2, 70, 2, 16, 8), (1, 130, 1, 72, 40))  # B, T, H, d_head, d_value
 LOWEST = torch.iinfo(torch.int64).min
 
 
-def cases(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Each case with its name."""
+def cases(
+    device: torch.device, dtypes: tuple[torch.dtype, ...], large: bool = True
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Each case with its name. large: those of WIDE and LONG too."""
     topk, threshold, sums, rows, look_back = (
         import_module(f"csae.kernels.triton.{name}")
         for name in ("topk_encode", "topk_threshold", "sparse_decode", "feature_rows", "lookback_attention")
@@ -34,17 +43,23 @@ def cases(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[tup
         return torch.randn(*shape, device=device).to(dtype)
 
     for dtype in dtypes:
-        for n, d_in, d_sae, k in SHAPES:
+        for n, d_in, d_sae, k in WIDE if large else ():
+            named = f"{str(dtype).removeprefix('torch.')} n={n} d_in={d_in} d_sae={d_sae} k={k}"
+            x, W_enc, b_enc = normal(n, d_in, dtype=dtype), normal(d_sae, d_in, dtype=dtype), normal(d_sae, dtype=dtype)
+            yield f"topk_encode {named}", partial(topk.topk_encode, x, W_enc, b_enc, k)
+            yield f"topk_threshold {named}", partial(threshold.topk_encode, x, W_enc, b_enc, k)
+            misled = b_enc.clone()
+            misled[: d_sae // threshold.SAMPLE] += 1000  # the sample has all of the largest: every row falls back
+            yield f"topk_threshold, misled {named}", partial(threshold.topk_encode, x, W_enc, misled, k)
+            a, W_a = normal(n, d_in, dtype=dtype), normal(d_sae, d_in, dtype=dtype)
+            yield f"second encode {named}", partial(_twice, topk, (x, W_enc, b_enc), a, W_a, k)
+        for n, d_in, d_sae, k in (*SHAPES, *LONG) if large else SHAPES:
             named = f"{str(dtype).removeprefix('torch.')} n={n} d_in={d_in} d_sae={d_sae} k={k}"
             x, W_enc, b_enc = normal(n, d_in, dtype=dtype), normal(d_sae, d_in, dtype=dtype), normal(d_sae, dtype=dtype)
             yield f"topk_encode {named}", partial(topk.topk_encode, x, W_enc, b_enc, k)
             yield f"topk_threshold {named}", partial(threshold.topk_encode, x, W_enc, b_enc, k)
             a, W_a = normal(n, 12, dtype=dtype), normal(d_sae, 12, dtype=dtype)
-
-            def twice(arguments=(x, W_enc, b_enc), a=a, W_a=W_a, k=k) -> object:
-                return topk.encode_again(topk.encode_and_keep(*arguments, k)[2], a, W_a, k)
-
-            yield f"second encode {named}", twice
+            yield f"second encode {named}", partial(_twice, topk, (x, W_enc, b_enc), a, W_a, k)
             # One index is outside the table: it must not be followed.
             values, indices = normal(n, k, dtype=dtype), torch.randint(d_sae, (n, k), device=device)
             indices[0, 0], indices[-1, -1] = d_sae, LOWEST
@@ -91,22 +106,30 @@ def cases(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[tup
             yield f"look-back {str(dtype).removeprefix('torch.')} B={B} T={T} H={H} d={d_head}, {d_value}", look
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+def _twice(topk: Any, arguments: tuple[Tensor, ...], a: Tensor, W_a: Tensor, k: int) -> object:
+    return topk.encode_again(topk.encode_and_keep(*arguments, k)[2], a, W_a, k)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*")
+    words = parser.parse_args().words
     torch.manual_seed(0)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     # Triton's interpreter can't compute with bfloat16.
     dtypes = (torch.float32, torch.bfloat16) if cuda else (torch.float32,)
     done = 0
-    for name, run in cases(device, dtypes):
-        print(name, flush=True)
-        run()
-        if cuda:
-            torch.cuda.synchronize()
-        done += 1
+    for name, run in cases(device, dtypes, large=cuda):
+        if all(word in name for word in words):
+            print(name, flush=True)
+            run()
+            if cuda:
+                torch.cuda.synchronize()
+            done += 1
     print(f"{done} cases ran")
+    return 0 if done else 2
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

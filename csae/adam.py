@@ -97,6 +97,7 @@ class Adam(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)  # in the dtype of the parameters
         for parameter, state in self.state.items():
+            state["step"] = state["step"].to(parameter.device)  # torch leaves it where it was saved from
             if self.names[parameter] in TABLES:
                 state |= {key: state[key].to(self.moments) for key in ("exp_avg", "exp_avg_sq")}
         self.forget_steps()

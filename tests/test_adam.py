@@ -144,6 +144,15 @@ def test_state_goes_through_a_state_dict(moments: torch.dtype) -> None:
     assert second.state[other.W_dec]["exp_avg"].dtype == moments
 
 
+def test_a_state_from_another_device_is_moved_whole() -> None:
+    """`step` too: by its device the kernels of a step are chosen. The other device is meta, which is everywhere."""
+    saved = Adam(topk()).state_dict()
+    optimizer = Adam(topk().to("meta"))
+    optimizer.load_state_dict(copy.deepcopy(saved))
+    for state in optimizer.state.values():
+        assert {name: tensor.device.type for name, tensor in state.items()} == dict.fromkeys(state, "meta")
+
+
 def test_groups_have_their_own_rate_and_schedulers_work() -> None:
     sae = contextual()
     optimizer = Adam(sae, lr=1e-2, look_back_lr=0.5)

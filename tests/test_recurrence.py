@@ -6,7 +6,9 @@ import copy
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,6 +116,32 @@ def test_a_position_that_is_captured_and_run_again(
     if query == "past" and look_back is None:
         decoded = sae.decode(expected.code, mask=mask, documents=documents)
         torch.testing.assert_close(decoded, expected.x_hat, rtol=1e-4, atol=1e-4)
+
+
+def test_a_position_is_captured_on_the_device_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the current one, where the graph would be empty. CUDA is faked: which device is current, and a capture."""
+    current, captured = ["cuda:0"], []
+
+    @contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        current.append(str(chosen))
+        yield
+        current.pop()
+
+    @contextmanager
+    def graph(_: object, stream: str) -> Iterator[None]:
+        captured.append((current[-1], stream))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda chosen: f"a stream of {chosen}")
+    done = []
+    recurrence._captured(torch.device("cuda:1"), lambda: done.append(current[-1]))
+    assert captured == [("cuda:1", "a stream of cuda:1")]
+    assert done == ["cuda:1"]
+    assert current == ["cuda:0"]
 
 
 def test_a_state_can_be_branched() -> None:

@@ -191,7 +191,7 @@ def _positions(
         and not torch.cuda.is_current_stream_capturing()
     )
     state = memory, takes_part, past, position
-    past = replay(run, chunk, *state, _captured) if captured else _loop(run, chunk, *state)
+    past = replay(run, chunk, *state, partial(_captured, memory.device)) if captured else _loop(run, chunk, *state)
     code = chunk.values.flatten(0, 1), chunk.indices.flatten(0, 1)
     x_hat = run.gather_sum(*code, by.W_dec).view(chunk.c.shape) + chunk.c + by.b_dec
     found = (memory.new_empty(0), chunk.indices.new_empty(0)) if x is None else (chunk.values, chunk.indices)
@@ -340,9 +340,13 @@ def replay(
     return past
 
 
-def _captured(work: Callable[[], None]) -> Callable[[], None]:
-    """Capture `work` as a CUDA graph, without running it. A call of the result runs it."""
+def _captured(device: torch.device, work: Callable[[], None]) -> Callable[[], None]:
+    """Capture `work` on a device as a CUDA graph, without running it. A call of the result runs it.
+
+    Left to itself torch captures what is launched on one stream of the current device, which may be another: the graph
+    would be empty.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
         work()
     return graph.replay

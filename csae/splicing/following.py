@@ -255,9 +255,14 @@ def _bits(values: Tensor) -> Tensor:
 
 
 def _settle(held: Tensor) -> None:
-    """Wait for caches that are moved to the host and back: they are on a CUDA stream of their own."""
+    """Wait for caches that are moved to the host and back: they are on a CUDA stream of their own.
+
+    Which device a cache on the host came from is not known, so each one that this process uses is waited for.
+    """
     if held.device.type == "cpu" and torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+        for device in range(torch.cuda.device_count()):
+            if torch.cuda.memory_reserved(device):  # waiting would open any other
+                torch.cuda.synchronize(device)
 
 
 def _referred(cache: Any) -> Any:

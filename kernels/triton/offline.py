@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -94,7 +94,7 @@ def _only_on() -> dict[str, set[str]]:
 
 
 def compile_for(variant: Variant, target: str) -> Compiled | None:
-    """Compile for one of TARGETS, with pointers aligned to 16 bytes, as `Variant.launch` demands.
+    """Compile for one of TARGETS.
 
     None if the variant is not launched on that GPU: it was tuned for other GPUs, it takes TMA descriptors and the GPU
     has no TMA, or the module's `on_amd`, which gives the form for an AMD GPU, gives none.
@@ -107,15 +107,7 @@ def compile_for(variant: Variant, target: str) -> Compiled | None:
         variant = module.on_amd(variant)
         if variant is None:
             return None
-    signature = variant.signature()
-    pointers = [position for position, type_ in enumerate(signature.values()) if type_.startswith("*")]
-    source = ASTSource(
-        variant.kernel,
-        signature=signature,
-        constexprs=variant.constants,
-        attrs={(position,): [["tt.divisibility", 16]] for position in pointers},
-    )
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    source, options = source_of(variant)
     kernel = triton.compile(source, target=gpu, options=options)
     if gpu.backend == "hip":
         return _of_amdgcn(kernel.asm["amdgcn"], kernel.metadata.shared)
@@ -124,6 +116,22 @@ def compile_for(variant: Variant, target: str) -> Compiled | None:
         file.flush()
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
         return _of_sass(_run("nvdisasm", "--print-code", file.name), usage, kernel.metadata.shared)
+
+
+def source_of(variant: Variant) -> tuple[ASTSource, dict[str, int]]:
+    """A variant's source and options as a launch gives them to the compiler, so that triton's cache has it for both.
+
+    Pointers are aligned to 16 bytes, as `Variant.launch` demands.
+    """
+    signature = variant.signature()
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for position, (name, type_) in enumerate(signature.items()):
+        if type_.startswith("*"):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        elif isinstance(variant.constants.get(name), str):
+            attributes[(position,)] = []  # a launch takes a constant string for an attribute, and finds none in it
+    source = ASTSource(variant.kernel, signature=signature, constexprs=variant.constants, attrs=attributes)
+    return source, {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
 
 
 def _run(tool: str, *arguments: str) -> str:

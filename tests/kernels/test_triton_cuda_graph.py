@@ -135,9 +135,12 @@ def test_adam_rows(moments: torch.dtype, lazy: bool) -> None:
     assert_replays(step, tensors(1, d_sae), tensors(7, 3))
 
 
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
 @pytest.mark.parametrize("query", ["current", "past"])
-def test_the_recurrence(query: str) -> None:
-    """Captured once for each power of two of positions, and the same as on the CPU."""
+def test_the_recurrence(query: str, device: str) -> None:
+    """Captured once for each power of two of positions, and the same as on the CPU, also if another GPU is current."""
+    if torch.device(device).index >= torch.cuda.device_count():
+        pytest.skip("a single GPU")
     torch.manual_seed(0)
     sae = ContextualSAE(24, 96, 4, n_heads=2, d_head=8, d_value=8, query=query).eval()
     with torch.no_grad():
@@ -145,5 +148,5 @@ def test_the_recurrence(query: str) -> None:
     acts = torch.randn(3, 150, 24)
     documents = (torch.arange(150) // 60).expand(3, 150)
     expected = sae(acts, None, documents)
-    found = sae.to("cuda")(acts.to("cuda"), None, documents.to("cuda"))
+    found = sae.to(device)(acts.to(device), None, documents.to(device))
     torch.testing.assert_close(found.x_hat.cpu(), expected.x_hat, rtol=1e-3, atol=1e-3)
