@@ -58,19 +58,23 @@ class Owners(NamedTuple):
     def merged(self, encode: Callable[[Tensor, int], Code], x: Tensor, k: int) -> Code:
         """The code [n, k] of the tokens at home: the k best of all rows, equal ones by lower index.
 
-        encode: x [N, d] and a number m -> values and indices [N, m] of the m best own rows. x: that of all tokens.
+        encode: x [N, d] and a number m -> values and indices [N, m] of the m best own rows, values in float32 or wider:
+            rounded ones might be equal. The code's are in the dtype of x, which is that of all tokens.
 
         A slot of value zero may name another feature than it does on one device: those below zero come home as zero.
         """
         m, most = min(k, self.owned), min(k, max(self.counts))
-        values, rows = encode(x, m) if m else (x.new_empty(len(x), 0), x.new_empty(len(x), 0, dtype=torch.int64))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        none = x.new_empty(len(x), 0, dtype=wide), x.new_empty(len(x), 0, dtype=torch.int64)
+        values, rows = encode(x, m) if m else none
         # Where there are fewer rows, the rest comes after all others: values are zero or more.
         values = torch.nn.functional.pad(values, (0, most - m), value=-1)
         features = torch.nn.functional.pad(rows + self.first, (0, most - m))
         R = len(self.counts)
         got = exchange(_packed(values, features).unflatten(0, (R, len(x) // R)), self.group)
         values, features = (of.transpose(0, 1).flatten(1) for of in _unpacked(got, values.dtype))
-        return _best(values, features, k)
+        values, features = _best(values, features, k)
+        return values.to(x.dtype), features
 
     def own(self, values: Tensor, indices: Tensor) -> Own:
         """The own part of codes [n, k] that have their home here and elsewhere."""

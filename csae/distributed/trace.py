@@ -18,10 +18,10 @@ from torch.autograd import Function
 from csae.distributed.codes import Own, Owners
 from csae.distributed.collectives import gather, total
 from csae.factors import Coded, Decoded, Trace
-from csae.ops import sparse_decode, topk_encode
+from csae.ops import sparse_decode
 from csae.ops.checks import autocast_to
 from csae.ops.sparse_decode import decode_backward
-from csae.ops.topk_encode import Encode, encoder
+from csae.ops.topk_encode import Encode, encode_wide, encoder
 
 if TYPE_CHECKING:
     from csae.distributed.shard import Shard
@@ -46,10 +46,14 @@ class ShardedTrace(Trace):
 
     def encoder(self) -> Encode:
         W_enc, b_enc, k, owners = self.sae.W_enc, self.sae.b_enc, self.sae.k, self.shard.owners
-        own = encoder(W_enc, b_enc, min(k, owners.owned)) if owners.owned else None
+        (like,) = autocast_to(W_enc.detach()[:0])
+        again = encoder(W_enc, b_enc, min(k, owners.owned)) if owners.owned and not _is_half(like) else None
+
+        def own(x: Tensor, m: int) -> _Code:
+            return encode_wide(x, W_enc, b_enc, m) if again is None else again(x)
 
         def encode(x: Tensor) -> _Code:
-            values, indices = owners.merged(lambda x, m: own(x), self._everyone(x), k)  # type: ignore[misc]
+            values, indices = owners.merged(own, self._everyone(x), k)
             return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
 
         return encode
@@ -70,7 +74,7 @@ class ShardedTrace(Trace):
         owners = self.shard.owners_of_dead(dead)
         everyone = self._everyone(x)
         rows, bias = self._rows("W_enc", dead), self.sae.b_enc.detach()[dead]
-        values, indices = owners.merged(lambda x, m: topk_encode(x, rows, bias, m), everyone, k)
+        values, indices = owners.merged(lambda x, m: encode_wide(x, rows, bias, m), everyone, k)
         values, indices = values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
         own = owners.own(*_flat(values if mask is None else _masked(values, mask), indices))
         # Where none is dead here, no slot is active.
@@ -170,6 +174,10 @@ class _Decoded(Function):
         d_all = ctx.owners.everyone(d_out)
         ctx.everywhere.append(d_all)
         return decode_backward(d_all, values, rows, table), None, None, None, None
+
+
+def _is_half(x: Tensor) -> bool:
+    return x.dtype in (torch.bfloat16, torch.float16)
 
 
 def _flat(values: Tensor, indices: Tensor) -> _Code:

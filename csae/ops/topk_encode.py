@@ -111,6 +111,28 @@ def _(grad_values, values, indices, x, W_enc, need_x, need_W, need_b):
 no_gradient("topk_encode_backward")
 
 
+def encode_wide(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`topk_encode` with values as they were selected: in float32 for half precision. No gradient flows."""
+    x, W_enc, b_enc = autocast_to(x.detach(), W_enc.detach(), b_enc.detach())
+    return _encode_wide(x, W_enc, b_enc, k)
+
+
+@operator("encode_wide")
+def _encode_wide(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    rows, wide = x.reshape(x.shape[:-1].numel(), x.shape[-1]), torch.promote_types(x.dtype, torch.float32)
+    values, indices = kernels("topk_encode", x.device, x.dtype).topk_encode(rows, W_enc, b_enc, k, dtype=wide)
+    return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
+
+
+@fake("encode_wide")
+def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    shape, wide = (*x.shape[:-1], k), torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(shape, dtype=wide), x.new_empty(shape, dtype=torch.int64)
+
+
+no_gradient("encode_wide")
+
+
 def _setup_context(ctx, inputs, output):
     x, W_enc, _, _ = inputs
     values, indices = output

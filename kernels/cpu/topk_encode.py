@@ -26,15 +26,17 @@ CANDIDATES_BYTES = 8 << 20
 TILE_ROWS = 2048
 
 
-def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """x [n, d_in], W_enc [d_sae, d_in], b_enc [d_sae] -> values [n, k] in x's dtype, indices [n, k] int64.
+def topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """x [n, d_in], W_enc [d_sae, d_in], b_enc [d_sae] -> values [n, k] in `dtype` or x's, indices [n, k] int64.
 
     Of one dtype, float32, bfloat16 or float16. Selection is on float32 pre-activations.
     """
     if x.shape[0] >= topk_coarse.LEAST_ROWS and topk_coarse.worthwhile(W_enc, k):
-        return encode_by_table(x, W_enc, b_enc, k, [], None)[:2]
+        return encode_by_table(x, W_enc, b_enc, k, [], None, dtype)[:2]
     values, indices = encode(x, W_enc, b_enc, k, INNER)
-    return values.to(x.dtype), indices
+    return values.to(dtype or x.dtype), indices
 
 
 def round_table(W_enc: Tensor, b_enc: Tensor, k: int) -> list[Tensor]:
@@ -49,7 +51,13 @@ def round_table(W_enc: Tensor, b_enc: Tensor, k: int) -> list[Tensor]:
 
 
 def encode_by_table(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, table: list[Tensor], last: Tensor | None
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    table: list[Tensor],
+    last: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """topk_encode by `topk_coarse`, and in float32 for the rows that it leaves unsettled.
 
@@ -76,7 +84,7 @@ def encode_by_table(
         if not settled.all():
             left = (~settled).nonzero().squeeze(1)
             found[0][left], found[1][left] = encode(acts[left], W_enc, bias, k, INNER)
-    return values.to(x.dtype), indices, reached
+    return values.to(dtype or x.dtype), indices, reached
 
 
 def _tile(x: Tensor, d_sae: int, k: int) -> tuple[int, int]:

@@ -32,13 +32,15 @@ class Inner(NamedTuple):
     """a new tensor of this shape, of the other's dtype and device"""
 
 
-def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """x [n, d_in], W_enc [d_sae, d_in], b_enc [d_sae] -> values [n, k] in x's dtype, indices [n, k] int64.
+def topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """x [n, d_in], W_enc [d_sae, d_in], b_enc [d_sae] -> values [n, k] in `dtype` or x's, indices [n, k] int64.
 
     Selection is on float32 pre-activations (float64 for float64 input), whatever the input's dtype.
     """
     values, indices = encode(x, W_enc, b_enc, k, INNER)
-    return values.to(x.dtype), indices
+    return values.to(dtype or x.dtype), indices
 
 
 def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, inner: Inner) -> tuple[Tensor, Tensor]:

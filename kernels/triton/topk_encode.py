@@ -72,12 +72,17 @@ def bytes_a_row(width: int, k: int) -> int:
 
 
 def topk_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, product: Variant | None = None
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    product: Variant | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k largest of relu(x W_enc^T + b_enc) of each row, largest first, equal ones by lower index first.
 
     x [n, d_in], W_enc [d_sae, d_in] in the dtype of x (float32, bfloat16 or float16), b_enc [d_sae], 1 <= k <= d_sae
-    -> values [n, k] in the dtype of x, indices [n, k] int64.
+    -> values [n, k] in `dtype` or that of x, indices [n, k] int64.
 
     Selection is on the float32 accumulator. Products of float32 are float32 if torch.get_float32_matmul_precision() is
     "highest", and TF32 otherwise. A row with a NaN among its pre-activations gives k NaN at indices 0..k-1. Memory
@@ -91,9 +96,9 @@ def topk_encode(
     keys = torch.empty(n, k, dtype=torch.int32, device=x.device)
     columns = torch.empty_like(keys)
     if n == 0:
-        return x.new_empty(0, k), columns.long()
+        return x.new_empty(0, k, dtype=dtype), columns.long()
     search(x, W_enc, bias, keys, columns, product or best_product(x, d_sae))
-    return ordered(keys, columns, x.dtype)
+    return ordered(keys, columns, dtype or x.dtype)
 
 
 def search(

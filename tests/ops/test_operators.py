@@ -67,7 +67,7 @@ def calls(name: str, B: int, T: int, form: Callable[[Tensor], Tensor]) -> Iterat
     """Arguments of an operator, for B windows of T positions that lie as `form` has them."""
     by, x, (values, indices) = Weights(*map(form, weights().tensors())), form(normal(B, T, 6)), encoded(B, T)
     n = B * T
-    if name == "topk_encode":
+    if name in ("topk_encode", "encode_wide"):
         yield x, by.W_enc, by.b_enc, K
     elif name == "topk_encode_backward":
         for needed in ((True, True, True), (False, True, False), (True, False, False), (False, False, True)):

@@ -348,3 +348,20 @@ def test_encoder_is_topk_encode(autocast: bool, n: int) -> None:
             assert torch.equal(indices, wanted[1])
     with pytest.raises(TypeError, match=r"W_enc: given dtype torch.float32; needed torch.float64 as x has"):
         encoder(W, b, 5)(x.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("d_sae", [40, 3000])
+def test_wide_values_are_those_of_the_selection(dtype: torch.dtype, d_sae: int) -> None:
+    """As many ranks compare them: in half precision many would be equal."""
+    from csae.ops.topk_encode import encode_wide
+
+    generator = torch.Generator().manual_seed(0)
+    x, W, b = (torch.randn(*size, generator=generator).to(dtype) for size in ((70, 16), (d_sae, 16), (d_sae,)))
+    values, indices = encode_wide(x, W, b, 5)
+    rounded = topk_encode(x, W, b, 5)
+    assert values.dtype == torch.promote_types(dtype, torch.float32)
+    assert torch.equal(indices, rounded[1])
+    assert torch.equal(values.to(dtype), rounded[0])
+    expected = (x.double() @ W.double().T + b.double()).gather(1, indices).relu()
+    torch.testing.assert_close(values.double(), expected, rtol=1e-5, atol=1e-5)
