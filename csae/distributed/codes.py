@@ -1,9 +1,9 @@
 """Codes over the ranks that own the features: each token's home has its whole code, an owner the part of its rows.
 
     x                 -> everyone   all-gather: owners get the x of all tokens
-    candidates        -> merged     all-to-all: the k best of each rank come home, where the k best of all are taken
+    candidates        -> encoded    all-to-all: the k best of each rank come home, where the k best of all are taken
     code              -> own        all-gather: owners get the codes of all tokens, and keep what names their rows
-    sums of own rows  -> home       all-to-all: the sums come home, and are added in the order of ranks
+    sums of own rows  -> decoded    all-to-all: the sums come home, and are added in the order of ranks
 
 n tokens have their home on a rank, the same number on each; N = R n are all of them, in the order of ranks.
 """
@@ -17,7 +17,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from csae.distributed.collectives import exchange, gather, sum_home
+from csae.distributed.collectives import exchanging, gather, gathering, in_order
+from csae.ops import sparse_decode
+
+# Tokens of all ranks at a time: their product takes a GPU milliseconds, where a message takes a fraction of one.
+PIECE = 1 << 14
 
 Code = tuple[Tensor, Tensor]  # values and indices
 
@@ -55,26 +59,42 @@ class Owners(NamedTuple):
         """x [n, d] of the tokens at home -> that of all tokens, [N, d]."""
         return gather(x, self.group).flatten(0, 1)
 
-    def merged(self, encode: Callable[[Tensor, int], Code], x: Tensor, k: int) -> Code:
-        """The code [n, k] of the tokens at home: the k best of all rows, equal ones by lower index.
+    def encoded(self, encode: Callable[[Tensor, int], Code], x: Tensor, k: int) -> tuple[Tensor, Code]:
+        """The x [N, d] of all tokens, and the code [n, k] of the tokens at home, which have x [n, d].
+
+        A code is the k best of all rows, equal ones by lower index. A slot of value zero may name another feature than
+        it does on one device: those below zero come home as zero. While the x of some tokens are multiplied, those of
+        the next travel, and the candidates of the last.
 
         encode: x [N, d] and a number m -> values and indices [N, m] of the m best own rows, values in float32 or wider:
-            rounded ones might be equal. The code's are in the dtype of x, which is that of all tokens.
-
-        A slot of value zero may name another feature than it does on one device: those below zero come home as zero.
+            rounded ones might be equal. The code's are in the dtype of x.
         """
-        m, most = min(k, self.owned), min(k, max(self.counts))
+        pieces = self._pieces(x)
+        coming, came, candidates = [gathering(pieces[0], self.group)], [], []
+        for number in range(len(pieces)):
+            if number + 1 < len(pieces):
+                coming.append(gathering(pieces[number + 1], self.group))
+            came.append(coming[number].wait())  # [R, piece, d]
+            sent = self._candidates(encode, came[-1].flatten(0, 1), k)
+            candidates.append(exchanging(sent.unflatten(0, (len(self.counts), len(pieces[number]))), self.group))
         wide = torch.promote_types(x.dtype, torch.float32)
-        none = x.new_empty(len(x), 0, dtype=wide), x.new_empty(len(x), 0, dtype=torch.int64)
-        values, rows = encode(x, m) if m else none
+        codes = [_best(_unpacked(sent.wait(), wide), k) for sent in candidates]
+        values, indices = (torch.cat(parts) for parts in zip(*codes, strict=True))
+        everyone = came[0] if len(came) == 1 else torch.cat(came, dim=1)
+        return everyone.flatten(0, 1), (values.to(x.dtype), indices)
+
+    def _candidates(self, encode: Callable[[Tensor, int], Code], x: Tensor, k: int) -> Tensor:
+        """x [N, d] -> the best of own rows for each, as a message [N, bytes]."""
+        m, most = min(k, self.owned), min(k, max(self.counts))
+        none = x.new_empty(len(x), 0, dtype=torch.promote_types(x.dtype, torch.float32))
+        values, rows = encode(x, m) if m else (none, none.to(torch.int64))
         # Where there are fewer rows, the rest comes after all others: values are zero or more.
         values = torch.nn.functional.pad(values, (0, most - m), value=-1)
-        features = torch.nn.functional.pad(rows + self.first, (0, most - m))
-        R = len(self.counts)
-        got = exchange(_packed(values, features).unflatten(0, (R, len(x) // R)), self.group)
-        values, features = (of.transpose(0, 1).flatten(1) for of in _unpacked(got, values.dtype))
-        values, features = _best(values, features, k)
-        return values.to(x.dtype), features
+        return _packed(values, torch.nn.functional.pad(rows + self.first, (0, most - m)))
+
+    def _pieces(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x [n, ...] -> the same a piece at a time."""
+        return x.split(max(1, PIECE // len(self.counts)))
 
     def own(self, values: Tensor, indices: Tensor) -> Own:
         """The own part of codes [n, k] that have their home here and elsewhere."""
@@ -96,14 +116,24 @@ class Owners(NamedTuple):
         )
         return Own(*(of[:, :m].contiguous() for of in found))
 
-    def home(self, sums: Tensor) -> Tensor:
-        """sums [N, d] over own rows, for all tokens -> the sums [n, d] over all rows, for the tokens at home."""
+    def decoded(self, values: Tensor, rows: Tensor, table: Tensor) -> Tensor:
+        """The sums [n, d] of all rows for the tokens at home, from the own part [N, m] of all codes.
+
+        table: the own rows, [rows, d]. While some sums travel, the next are made.
+        """
         R = len(self.counts)
-        return sum_home(sums.unflatten(0, (R, len(sums) // R)), self.group)
+        parts = (self._pieces(of.unflatten(0, (R, len(of) // R)).transpose(0, 1)) for of in (values, rows))
+        coming = []
+        for own, of_rows in zip(*parts, strict=True):  # [piece, R, m]
+            own, of_rows = (of.transpose(0, 1) for of in (own, of_rows))
+            sums = sparse_decode(own.flatten(0, 1), of_rows.flatten(0, 1), table)
+            coming.append(exchanging(sums.unflatten(0, own.shape[:2]), self.group))
+        return torch.cat([in_order(sums.wait()) for sums in coming])
 
 
-def _best(values: Tensor, features: Tensor, k: int) -> Code:
-    """The k best of candidates [n, R m] in the order of features, as `topk_encode` gives them, NaN included."""
+def _best(candidates: Code, k: int) -> Code:
+    """The k best [n, k] of the candidates of each rank, [R, n, m], as `topk_encode` gives them, NaN included."""
+    values, features = (of.transpose(0, 1).flatten(1) for of in candidates)  # in the order of features
     values, where = values.sort(dim=1, descending=True, stable=True)
     values, indices = values[:, :k].contiguous(), features.gather(1, where[:, :k])
     broken = values[:, :1].isnan()

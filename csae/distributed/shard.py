@@ -12,7 +12,6 @@ from csae.distributed.codes import Owners
 from csae.distributed.collectives import gather, total
 from csae.distributed.ranks import Ranks, split
 from csae.distributed.trace import ShardedTrace
-from csae.ops import sparse_decode
 from csae.ops.recurrence import Over
 from csae.tables import owning
 
@@ -46,7 +45,7 @@ class Shard:
 
         def gather_sum(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
             own = self.owners.own(values, indices)
-            return self.owners.home(sparse_decode(own.values, own.rows, table))
+            return self.owners.decoded(own.values, own.rows, table)
 
         return Over(self.trace(sae, ()).encoder(), gather_sum, capturable=False)
 

@@ -8,7 +8,7 @@ holds of a code is therefore an owner's part of it, not the code at home.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,6 @@ from torch.autograd import Function
 from csae.distributed.codes import Own, Owners
 from csae.distributed.collectives import gather, total
 from csae.factors import Coded, Decoded, Trace
-from csae.ops import sparse_decode
 from csae.ops.checks import autocast_to
 from csae.ops.sparse_decode import decode_backward
 from csae.ops.topk_encode import Encode, encode_wide, encoder
@@ -53,14 +52,13 @@ class ShardedTrace(Trace):
             return encode_wide(x, W_enc, b_enc, m) if again is None else again(x)
 
         def encode(x: Tensor) -> _Code:
-            values, indices = owners.merged(own, self._everyone(x), k)
-            return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
+            return self._encoded(owners, own, x, k)
 
         return encode
 
     def encode(self, x: Tensor, mask: Tensor | None, found: tuple[Tensor, Tensor] | None = None) -> _Code:
-        everyone = self._everyone(x)
         values, indices = self.encoder()(x) if found is None else found
+        everyone = self._everyone(x)
         x, W_enc = autocast_to(x, self.sae.W_enc.detach())
         (values,) = autocast_to(values.detach())
         own = self.shard.owners.own(*_flat(values if mask is None else _masked(values, mask), indices))
@@ -72,14 +70,12 @@ class ShardedTrace(Trace):
 
     def encode_dead(self, x: Tensor, dead: Tensor, k: int, mask: Tensor | None) -> _Code:
         owners = self.shard.owners_of_dead(dead)
-        everyone = self._everyone(x)
         rows, bias = self._rows("W_enc", dead), self.sae.b_enc.detach()[dead]
-        values, indices = owners.merged(lambda x, m: encode_wide(x, rows, bias, m), everyone, k)
-        values, indices = values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
+        values, indices = self._encoded(owners, lambda x, m: encode_wide(x, rows, bias, m), x, k)
         own = owners.own(*_flat(values if mask is None else _masked(values, mask), indices))
         # Where none is dead here, no slot is active.
         features = dead[own.rows] if owners.owned else own.rows
-        self._note_own(everyone, own.values, indices, own, features, aux=True)
+        self._note_own(self._everyone(x), own.values, indices, own, features, aux=True)
         return values, indices
 
     def decode(self, table: str, code: _Code, most_active: int | None = None, features: Tensor | None = None) -> Tensor:
@@ -91,6 +87,13 @@ class ShardedTrace(Trace):
         out = out.view(*code[1].shape[:-1], rows.shape[1])
         self.decoded.append(Decoded(table, number, most_active, out, everywhere))
         return out
+
+    def _encoded(self, owners: Owners, own: Callable[[Tensor, int], _Code], x: Tensor, k: int) -> _Code:
+        """The code [..., k] of x [..., d] at home, by what `own` selects on each rank."""
+        (sent,) = autocast_to(x.detach())
+        everyone, (values, indices) = owners.encoded(own, sent.reshape(-1, x.shape[-1]), k)
+        self._sent = x, everyone
+        return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
 
     def _everyone(self, x: Tensor) -> Tensor:
         """x [..., d] of the tokens at home -> that of all, [N, d], in the dtype of the product."""
@@ -154,7 +157,7 @@ class _Encoded(Function):
     def backward(ctx: Any, d_values: Tensor) -> tuple[Tensor, None, None, None]:
         values, rows, W_enc = ctx.saved_tensors
         d_values = torch.where(values <= 0, 0, d_values)
-        return ctx.owners.home(sparse_decode(d_values, rows, W_enc)).view(ctx.shape), None, None, None
+        return ctx.owners.decoded(d_values, rows, W_enc).view(ctx.shape), None, None, None
 
 
 class _Decoded(Function):
@@ -166,7 +169,7 @@ class _Decoded(Function):
     ) -> Tensor:
         ctx.save_for_backward(values, rows, table)
         ctx.owners, ctx.everywhere = owners, everywhere
-        return owners.home(sparse_decode(values, rows, table))
+        return owners.decoded(values, rows, table)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None, None, None]:
