@@ -3,9 +3,10 @@
     python -m csae.bench.gpu [--fresh] [--peers FOLDER] [--minutes 10]
     python -m csae.bench.gpu --rehearse      as far as a machine without a GPU allows, in tiny sizes
 
-In turn: build in place, without pip; the tests marked gpu; compute-sanitizer's memcheck and racecheck on small cases of
-every kernel; the fastest tiles of each kernel, into kernels/triton/tuned.json; the benchmark at shapes A, B and C, into
-bench/results/<device>.json and bench/RESULTS.md; and kernels/RESOURCES.md again, with the tiles that were chosen.
+In turn: build in place, without pip; the tests marked gpu, among them a sharded SAE on one rank of NCCL;
+compute-sanitizer's memcheck and racecheck on small cases of every kernel; the fastest tiles of each kernel, into
+kernels/triton/tuned.json; the benchmark at shapes A, B and C, into bench/results/<device>.json and bench/RESULTS.md;
+and kernels/RESOURCES.md again, with the tiles that were chosen.
 
 A stage that is done is left out the next time, unless the code or the device has changed. So a run that was cut short
 is continued by the next one. build/gpu keeps the logs and the list of stages that are done. Every stage is stopped when
@@ -98,11 +99,11 @@ def build(here: Here, seconds: float) -> str:
 
 
 def tests(here: Here, seconds: float) -> str:
-    """The tests marked gpu. Only those of tests/kernels: others import packages that may be missing here."""
+    """The tests marked gpu: of kernels, and of NCCL. Other files import packages that may be missing here."""
     if importlib.util.find_spec("pytest") is None:
         raise Skip("pytest is not installed")
     command = ["-m", "pytest", "-o", "addopts=", "-q", "-m", "gpu and not slow", "-p", "no:cacheprovider"]
-    command += ["--confcutdir=tests/kernels", "tests/kernels"]
+    command += ["--confcutdir=tests/kernels", "tests/kernels", "tests/distributed/test_one_rank.py"]
     if here.rehearse:
         command.append("--collect-only")
     elif importlib.util.find_spec("xdist") is not None:  # compiling keeps many cores busy

@@ -43,10 +43,10 @@ class Sent(NamedTuple):
 class Collectives(TorchDispatchMode):
     """Counts the collectives that are started in a `with` block by this thread, and in autograd's threads for it.
 
-    purpose: names what a collective is for, from the innermost frame of Python that asked for it.
+    purpose: names what a collective is for, from its kind and the innermost frame of Python that asked for it.
     """
 
-    def __init__(self, purpose: Callable[[FrameType], str]) -> None:
+    def __init__(self, purpose: Callable[[str, FrameType], str]) -> None:
         super().__init__()
         self.purpose = purpose
         self.found: dict[tuple[str, str], tuple[int, float]] = {}
@@ -70,7 +70,7 @@ class Collectives(TorchDispatchMode):
             raise NotImplementedError(f"{name}: a collective that is not counted; needed one of {', '.join(KINDS)}")
         group = dist.ProcessGroup.unbox(given["process_group"])
         sent = known.sent(given, group.size(), group.rank())
-        which = known.kind, self.purpose(sys._getframe(2))
+        which = known.kind, self.purpose(known.kind, sys._getframe(2))
         calls, so_far = self.found.get(which, (0, 0.0))
         self.found[which] = calls + 1, so_far + sent
 
@@ -163,8 +163,9 @@ def socket_bytes() -> int | None:
 
 
 PURPOSES = {
+    "codes.py:Owners.encoded all-gather": "x to all owners",
     "trace.py:ShardedTrace._everyone": "x to all owners",
-    "codes.py:Owners.merged": "candidates home",
+    "codes.py:Owners.encoded all-to-all": "candidates home",
     "codes.py:Owners.own": "codes to all owners",
     "trace.py:_Decoded.forward": "sums of rows home",
     "trace.py:_Decoded.backward": "gradients of sums to all owners",
@@ -178,21 +179,22 @@ PURPOSES = {
     "graph.py:_engine_run_backward": "gradients",  # DDP starts its all-reduces from C++
     "scale_steps.py:ddp_sparsify.<locals>.over_ranks": "features that fired, and the FVU",
 }
-"""what a collective is for, by the innermost of these functions on the stack, as "file:function\""""
+"""what a collective is for, by the innermost of these functions on the stack: "file:function", or with its kind"""
 
 
-def purpose(frame: FrameType | None) -> str:
-    """What the collective is for that is asked for here: of PURPOSES, or a function of csae.distributed by its name."""
+def purpose(kind: str, frame: FrameType | None) -> str:
+    """What a collective is for that is asked for here: of PURPOSES, or a function of csae.distributed by its name."""
     own = None
     while frame is not None:
         where, name = Path(frame.f_code.co_filename), frame.f_code.co_qualname
-        found = PURPOSES.get(f"{where.name}:{name}")
+        here = f"{where.name}:{name}"
+        found = PURPOSES.get(here) or PURPOSES.get(f"{here} {kind}")
         if found is not None:
             return found
         ours = where.parts[-3:-1] == ("csae", "distributed")
         if own is not None and not ours:
             return own
         if ours and own is None and where.name != "collectives.py":
-            own = f"{where.name}:{name}"
+            own = here
         frame = frame.f_back
     return own or "other"
