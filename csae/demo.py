@@ -39,7 +39,7 @@ from csae.data.shard_activations import ShardActivations
 from csae.data.shards import ABOUT_FILE
 from csae.data.text import beginning, python_prose, read_documents, tokenize
 from csae.errors import UserError, shown
-from csae.evaluate import EVAL, evaluate, table
+from csae.evaluate import EVAL, Subject, evaluate_together, table
 from csae.evaluate_run import HELD_OUT, keep_held_out_fvu
 from csae.features.build import build_index
 from csae.features.effects import effects_of
@@ -143,11 +143,12 @@ def run_demo(
     train_together(jobs, IndexedBatches(source, train_windows, config))
     rows: list[dict[str, Any]] = []
     figures: list[dict[str, Any]] = []
-    for name, sae in saes.items():
-        _say(f"{name}: evaluating on {len(test_windows)} held-out windows")
-        found = evaluate(sae, source, test_windows, lm=lm, layer=layer, ce_windows=CE_WINDOWS, progress=progress)
+    _say(f"evaluating on {len(test_windows)} held-out windows")
+    subjects = [Subject(sae, name, layer=layer) for name, sae in saes.items()]
+    evaluated = evaluate_together(subjects, source, test_windows, lm, ce_windows=CE_WINDOWS, progress=progress)
+    for name, found in zip(saes, evaluated, strict=True):
         found |= {"data": prose, "which": HELD_OUT}
-        keep_held_out_fvu(runs[name], sae, found)
+        keep_held_out_fvu(runs[name], saes[name], found)
         write_json(runs[name] / EVAL, found)
         rows.append(found | {"name": name})
         # In results.json tokens_per_s is the speed of training, of this SAE's steps alone.

@@ -1,4 +1,4 @@
-"""How well an SAE reconstructs activations it was not trained on, and what that does to the language model.
+"""How well SAEs reconstruct activations they were not trained on, and what that does to the language model.
 
 The figure of a contextual SAE is that of its exact form, the recurrence. The sweeps, in which it was trained,
 stand beside it, and the gap between the two is a figure of its own.
@@ -6,26 +6,24 @@ stand beside it, and the gap between the two is a figure of its own.
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from csae.contextual_sae import ContextualSAE
-from csae.data.activations import ActivationSource, Batch, Place, d_out_of
+from csae.cross_entropy import BatchLosses, CrossEntropies
+from csae.data.activations import ActivationSource, ActivationSources, Batch, Place, d_out_of
 from csae.data.language_model import LanguageModel
 from csae.data.places import in_words, places_in
 from csae.errors import UserError, shown
+from csae.evaluation_table import data_in_words, table
 from csae.progress import Progress, quiet
-from csae.sae import SAE, Output
+from csae.reconstruction import Reconstruction, Wanted, run_form
+from csae.sae import SAE
 from csae.trained_on import TrainedOn, check_place
 
-if TYPE_CHECKING:
-    from rich.table import Table
+__all__ = ["Subject", "data_in_words", "evaluate", "evaluate_together", "run_form", "table"]
 
 EVAL = "eval.json"
 BATCH_WINDOWS = 16
@@ -33,7 +31,18 @@ CE_WINDOWS = 16
 CE_BATCH_WINDOWS = 4  # the language model's logits are B * T * vocabulary numbers
 
 
-@torch.no_grad()
+class Subject(NamedTuple):
+    """An SAE to evaluate together with others."""
+
+    sae: SAE
+    name: str = ""
+    """for messages"""
+    at: Place | None = None
+    """which place of the source it reads; None where the source has one place"""
+    layer: int | str | Place | None = None
+    """where in the language model that is, as `evaluate` takes it"""
+
+
 def evaluate(
     sae: SAE,
     source: ActivationSource,
@@ -81,163 +90,145 @@ def evaluate(
     in the mask, activations that are all the same; where `lm` or the source don't fit the SAE, or are of another place
     than it was trained on.
     """
+    found = evaluate_together(
+        [Subject(sae, layer=layer)], source, windows, lm, batch_windows, ce_windows, progress, elsewhere
+    )
+    return found[0]
+
+
+@torch.no_grad()
+def evaluate_together(
+    subjects: Sequence[Subject],
+    source: ActivationSource | ActivationSources,
+    windows: Sequence[int],
+    lm: LanguageModel | None = None,
+    batch_windows: int = BATCH_WINDOWS,
+    ce_windows: int = CE_WINDOWS,
+    progress: Progress = quiet,
+    elsewhere: bool = False,
+) -> list[dict[str, Any]]:
+    """What `evaluate` gives for each of several SAEs on the same windows: the same numbers, in less time.
+
+    The windows are read once for all SAEs and places, and the losses of the language model alone (ce_clean, and ce_zero
+    at a place) are made once. All SAEs lie on one device. Raises UserError as `evaluate`, with the name of the SAE.
+    """
+    several: Any = source  # of one place, or of several: then each SAE says which
+    of = [several if subject.at is None else several.at(subject.at) for subject in subjects]
+    here = [TrainedOn.of(one.describe()) for one in of]
+    places: list[Place | None] = []
+    for subject, one, trained_on in zip(subjects, of, here, strict=True):
+        with _named(subject, subjects):
+            places.append(_checked(subject, one, trained_on, lm, elsewhere))
+    devices = {subject.sae.W_dec.device for subject in subjects}
+    if len(devices) > 1:
+        raise ValueError(f"subjects: given SAEs on {', '.join(map(str, devices))}; needed all on one device")
+    was_training = [subject.sae.training for subject in subjects]
+    for subject in subjects:
+        subject.sae.eval()
+    try:
+        found = _reconstructions(subjects, source, windows, batch_windows, progress)
+        if lm is not None:
+            spliced = [place for place in places if place is not None]
+            of_lm = _cross_entropies(subjects, source, windows[:ce_windows], lm, spliced, progress)
+            found = [one | more for one, more in zip(found, of_lm, strict=True)]
+    finally:
+        for subject, training in zip(subjects, was_training, strict=True):
+            subject.sae.train(training)
+    names = ("data", "model", "layer", "hook", "hook_to", "n_ctx")
+    return [one | {name: getattr(about, name) for name in names} for one, about in zip(found, here, strict=True)]
+
+
+def _reconstructions(
+    subjects: Sequence[Subject],
+    source: ActivationSource | ActivationSources,
+    windows: Sequence[int],
+    batch_windows: int,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    wanted = {subject.at: Wanted() for subject in subjects}
+    sums = [Reconstruction(subject.sae) for subject in subjects]
+    for start in progress(range(0, len(windows), batch_windows), "evaluating"):
+        batches = _read(source, windows[start : start + batch_windows], subjects)
+        x = {at: wanted[at].add(batch) for at, batch in batches.items()}
+        for subject, one in zip(subjects, sums, strict=True):
+            one.add(batches[subject.at], x[subject.at])
+    found = []
+    for subject, one in zip(subjects, sums, strict=True):
+        with _named(subject, subjects):
+            found.append(one.figures(wanted[subject.at], len(windows)))
+    return found
+
+
+def _cross_entropies(
+    subjects: Sequence[Subject],
+    source: ActivationSource | ActivationSources,
+    windows: Sequence[int],
+    lm: LanguageModel,
+    places: Sequence[Place],
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    sums = [CrossEntropies(subject.sae, place) for subject, place in zip(subjects, places, strict=True)]
+    for start in progress(range(0, len(windows), CE_BATCH_WINDOWS), "cross-entropy"):
+        batches = _read(source, windows[start : start + CE_BATCH_WINDOWS], subjects)
+        losses = BatchLosses(lm)
+        for subject, one in zip(subjects, sums, strict=True):
+            with _named(subject, subjects):
+                one.add(batches[subject.at], losses, (subject.at, one.place))
+    found = []
+    for subject, one in zip(subjects, sums, strict=True):
+        with _named(subject, subjects):
+            found.append(one.figures(lm, len(windows)))
+    return found
+
+
+def _read(
+    source: ActivationSource | ActivationSources, windows: Sequence[int], subjects: Sequence[Subject]
+) -> dict[Place | None, Batch]:
+    """The same windows at each place that is asked for, on the SAEs' device."""
+    wanted = list(dict.fromkeys(subject.at for subject in subjects))
+    read: dict[Any, Batch] = {None: source.read(windows)} if None in wanted else {}  # type: ignore[union-attr]
+    if any(at is not None for at in wanted):
+        read |= source.read_all(windows)  # type: ignore[union-attr]
+    batches = {}
+    for at in wanted:
+        if not read[at].acts.isfinite().all():
+            raise UserError(f"NaN or Inf in the activations of windows {windows[0]} to {windows[-1]}: make them again")
+        parts = (None if part is None else part.to(subjects[0].sae.W_dec.device) for part in read[at])
+        batches[at] = Batch(*parts)  # type: ignore[arg-type]
+    return batches
+
+
+@contextmanager
+def _named(subject: Subject, among: Sequence[Subject]) -> Iterator[None]:
+    """Puts the name of an SAE before what is wrong with it, where there are several."""
+    try:
+        yield
+    except UserError as error:
+        if len(among) < 2 or not subject.name:
+            raise
+        raise UserError(f"{shown(subject.name)}: {error}") from error
+
+
+def _checked(
+    subject: Subject, source: ActivationSource, here: TrainedOn, lm: LanguageModel | None, elsewhere: bool
+) -> Place | None:
+    """The place of the language model to splice into, if there is one.
+
+    Raises UserError where the SAE and the source, or the model, don't fit.
+    """
+    sae = subject.sae
     _check_finite_weights(sae)
-    here = TrainedOn.of(source.describe())
     names = str if lm is None else lm.hook_points.one_name
     check_place(sae.trained_on, here.model, here.layer, here.hook, elsewhere, here.hook_to, names)
     if source.d_in != sae.d_in:
         raise UserError(f"the activations are {source.d_in} wide, the SAE {sae.d_in}: they don't belong together")
     if d_out_of(source) != sae.d_out:
         raise UserError(f"the targets are {d_out_of(source)} wide, the SAE's {sae.d_out}: they don't belong together")
-    place = None if lm is None else _place_of(lm, source, sae, layer)
-    if lm is not None and place is not None:
-        check_place(sae.trained_on, lm.name, None, place.hook, elsewhere, place.to, names)
-    was_training = sae.training
-    sae.eval()
-    try:
-        result = _reconstruction(sae, source, windows, batch_windows, progress)
-        if lm is not None and place is not None:
-            result |= _cross_entropies(sae, source, windows[:ce_windows], lm, place, progress)
-    finally:
-        sae.train(was_training)
-    return result | {name: getattr(here, name) for name in ("data", "model", "layer", "hook", "hook_to", "n_ctx")}
-
-
-class _Form:
-    """Running sums over batches for one form of an SAE: exact, or in sweeps."""
-
-    def __init__(self, sae: SAE, exact: bool) -> None:
-        self.sae, self.exact = sae, exact
-        self.squared_error = self.cosines = self.seconds = 0.0
-        self.active = 0
-        self.fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.W_dec.device)
-
-    def add(self, batch: Batch) -> None:
-        acts = batch.acts
-        start = _now(acts.device)
-        out = run_form(self.sae, acts, batch.mask, batch.documents, self.exact)
-        self.seconds += _now(acts.device) - start
-        wanted = acts if batch.target is None else batch.target
-        x, x_hat = wanted[batch.mask].double(), out.x_hat[batch.mask].double()  # [tokens, d_out]
-        self.squared_error += float((x - x_hat).square().sum())
-        self.cosines += float(torch.cosine_similarity(x, x_hat, dim=1).sum())
-        active = out.code.values[batch.mask] > 0  # [tokens, k]
-        self.active += int(active.sum())
-        self.fired[out.code.indices[batch.mask][active]] = True
-
-    def figures(self, tokens: int, variance: float) -> dict[str, float]:
-        return {
-            "fvu": self.squared_error / variance,
-            "l0": self.active / tokens,
-            "cosine": self.cosines / tokens,
-            "tokens_per_s": tokens / max(self.seconds, 1e-9),
-        }
-
-
-def run_form(sae: SAE, acts: Tensor, mask: Tensor, documents: Tensor, exact: bool) -> Output:
-    """The output of an SAE on windows [B, T, d_in], in the exact form or in sweeps where it has two forms."""
-    if isinstance(sae, ContextualSAE):
-        return sae(acts, mask, documents, exact=exact)
-    return sae(acts, mask, documents)
-
-
-def _reconstruction(
-    sae: SAE, source: ActivationSource, windows: Sequence[int], batch_windows: int, progress: Progress
-) -> dict[str, Any]:
-    contextual = isinstance(sae, ContextualSAE)
-    forms = [_Form(sae, exact=True)] + ([_Form(sae, exact=False)] if contextual else [])
-    device = sae.W_dec.device
-    b: Tensor | None = None
-    total, squares, tokens = torch.zeros(sae.d_out, dtype=torch.float64, device=device), 0.0, 0
-    for start in progress(range(0, len(windows), batch_windows), "evaluating"):
-        batch = _read(source, windows[start : start + batch_windows], device)
-        centred = (batch.acts if batch.target is None else batch.target)[batch.mask].double()
-        # The sums for the variance are taken around the first batch's mean, so that a large mean costs no digits.
-        b = centred.mean(dim=0) if b is None and len(centred) else b
-        centred = centred if b is None else centred - b
-        total += centred.sum(dim=0)
-        squares += float(centred.square().sum())
-        tokens += len(centred)
-        for form in forms:
-            form.add(batch)
-    if tokens == 0:
-        raise UserError(f"the mask leaves out every position of the {len(windows)} windows: nothing to evaluate on")
-    variance = squares - float(total.square().sum()) / tokens
-    if not variance > 1e-12 * squares:  # below this the difference is rounding only
-        raise UserError("the activations to evaluate on are all the same: there is no variance to explain")
-    exact = forms[0].figures(tokens, variance)
-    result = {
-        "arch": sae.arch,
-        "k": sae.k,
-        "d_in": sae.d_in,
-        "d_sae": sae.d_sae,
-        "n_params": sae.n_params,
-        "windows": len(windows),
-        "tokens": tokens,
-        **exact,
-        "dead": sae.dead_features().numel() / sae.d_sae,
-        "silent": 1 - int(forms[0].fired.sum()) / sae.d_sae,
-    }
-    if isinstance(sae, ContextualSAE):
-        in_sweeps = forms[1].figures(tokens, variance)
-        result |= {"query": sae.query, "sweeps": sae.sweeps, "fvu_exact": exact["fvu"]}
-        result |= {f"{name}_sweeps": figure for name, figure in in_sweeps.items()}
-        result["gap"] = exact["fvu"] / in_sweeps["fvu"] - 1 if in_sweeps["fvu"] > 0 else 0.0
-    for name, figure in result.items():
-        if isinstance(figure, float) and not math.isfinite(figure):
-            raise UserError(f"{name} is {figure}: the SAE's reconstruction overflows; train it again, at a lower lr")
-    return result
-
-
-def _cross_entropies(
-    sae: SAE, source: ActivationSource, windows: Sequence[int], lm: LanguageModel, place: Place, progress: Progress
-) -> dict[str, Any]:
-    contextual = isinstance(sae, ContextualSAE)
-    names = ["ce_clean", "ce_zero", "ce_sae"] + (["ce_sae_sweeps"] if contextual else [])
-    sums = dict.fromkeys(names, 0.0)
-    tokens = 0
-    for start in progress(range(0, len(windows), CE_BATCH_WINDOWS), "cross-entropy"):
-        batch = _read(source, windows[start : start + CE_BATCH_WINDOWS], sae.W_dec.device)
-        if batch.tokens is None:
-            raise UserError("the activations come without token ids, which the cross-entropy needs: cache them anew")
-        counted = batch.mask[:, :-1].to(lm.device)  # position t is counted by its loss on token t + 1
-        tokens += int(counted.sum())
-        for name in names:
-            losses = _spliced_losses(sae, batch, lm, place, name)
-            sums[name] += float(losses[counted].double().sum())
-    if tokens == 0:
-        raise UserError(f"the mask leaves out every position of the {len(windows)} windows for the cross-entropy")
-    result: dict[str, Any] = {"ce_tokens": tokens} | {name: total / tokens for name, total in sums.items()}
-    for name in names:
-        if not math.isfinite(result[name]):
-            raise UserError(f"{name} is {result[name]}: the language model overflows in {lm.model.dtype}: use float32")
-    harm = result["ce_zero"] - result["ce_clean"]
-    for form in ["", "_sweeps"] if contextual else [""]:
-        recovered = (result["ce_zero"] - result["ce_sae" + form]) / harm if harm > 0 else None
-        result["loss_recovered" + form] = recovered
-    return result
-
-
-def _spliced_losses(sae: SAE, batch: Batch, lm: LanguageModel, place: Place, name: str) -> Tensor:
-    """The losses [B, T - 1] of one of the cross-entropies of `evaluate`."""
-    assert batch.tokens is not None
-    if name == "ce_clean":
-        return lm.cross_entropy(batch.tokens)
-
-    def reconstruct(acts: Tensor) -> Tensor:
-        if name == "ce_zero":
-            return acts.new_zeros(*acts.shape[:-1], sae.d_out)
-        acts_here = acts.to(sae.W_dec)
-        return run_form(sae, acts_here, batch.mask, batch.documents, exact=name == "ce_sae").x_hat.to(acts)
-
-    return lm.cross_entropy(batch.tokens, place.hook, reconstruct, batch.mask, place.to)
-
-
-def _read(source: ActivationSource, windows: Sequence[int], device: torch.device) -> Batch:
-    batch = source.read(windows)
-    if not batch.acts.isfinite().all():
-        raise UserError(f"NaN or Inf in the activations of windows {windows[0]} to {windows[-1]}: make them again")
-    return Batch(*(None if part is None else part.to(device) for part in batch))  # type: ignore[arg-type]
+    if lm is None:
+        return None
+    place = _place_of(lm, source, sae, subject.layer)
+    check_place(sae.trained_on, lm.name, None, place.hook, elsewhere, place.to, names)
+    return place
 
 
 def _place_of(lm: LanguageModel, source: ActivationSource, sae: SAE, given: int | str | Place | None) -> Place:
@@ -266,78 +257,3 @@ def _check_finite_weights(sae: SAE) -> None:
             raise UserError(
                 f"NaN or Inf in {name} of the SAE: its files are damaged or its training failed; copy or train it again"
             )
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def table(results: Sequence[dict[str, Any]]) -> Table:
-    """A row for each SAE, and for a contextual one a second row for the form in sweeps.
-
-    results: as `evaluate` or `csae.evaluate_run` gives them; where there is a key `name`, it is shown instead of arch.
-    Below it stands what was evaluated on.
-    """
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-    from rich.text import Text
-
-    with_lm = any("ce_sae" in result for result in results)
-    headers = ["SAE", "k", "d_sae", "params", "FVU", "L0", "dead", "cosine", "eval\ntokens/s"]
-    rows = Table(box=box.SIMPLE_HEAD, padding=0, caption=Text(_evaluated_on(results)), caption_justify="left")
-    for header in headers + (["CE", "loss\nrecovered"] if with_lm else []):
-        # Where a terminal is narrow, a name may break, a figure not.
-        figure = header != "SAE"
-        rows.add_column(header, justify="right" if figure else "left", no_wrap=figure, min_width=None if figure else 11)
-    for result in results:
-        contextual = "fvu_sweeps" in result
-        for form in ["", "_sweeps"] if contextual else [""]:
-            name = shown(result.get("name", result["arch"]))
-            if contextual:
-                name += f", {result['sweeps']} sweeps" if form else ", exact"
-            row = [
-                escape(name),
-                str(result["k"]),
-                str(result["d_sae"]),
-                f"{result['n_params'] / 1e6:.2f}M",
-                f"{result['fvu' + form]:.4f}",
-                f"{result['l0' + form]:.1f}",
-                f"{result['dead']:.1%}",
-                f"{result['cosine' + form]:.4f}",
-                f"{result['tokens_per_s' + form]:,.0f}",
-            ]
-            if with_lm:
-                recovered = result.get("loss_recovered" + form)
-                row.append(f"{result['ce_sae' + form]:.3f}" if "ce_sae" in result else "-")
-                row.append("-" if recovered is None else f"{recovered:.1%}")
-            rows.add_row(*row)
-    return rows
-
-
-def _evaluated_on(results: Sequence[dict[str, Any]]) -> str:
-    """What each SAE was evaluated on, once where it is the same for all."""
-    said = [data_in_words(result) for result in results]
-    if len(set(said)) <= 1:
-        return said[0] if said else ""
-    names = [shown(result.get("name", result["arch"])) for result in results]
-    return "\n".join(f"{name}: {what}" for name, what in zip(names, said, strict=True))
-
-
-def data_in_words(result: dict[str, Any]) -> str:
-    """On which windows of what an SAE was evaluated, from its figures."""
-    count, trained, left_out = result["windows"], result.get("trained_windows"), result.get("left_out_windows")
-    which = {"held out": "held-out windows", "not trained on": "windows that it did not train on"}
-    said = f"on {count} {which.get(result.get('which', ''), 'windows')} of {result.get('data') or 'activations'}"
-    of = TrainedOn(model=result.get("model"), layer=result.get("layer"), hook=result.get("hook"))
-    if of.model is not None or of.layer is not None:
-        said += f", {dataclasses.replace(of, hook_to=result.get('hook_to')).place()}"
-    if trained:
-        said += f"; {trained} of them are windows that it trained on"
-    if left_out:
-        said += f"; {left_out} that it trained on were left out"
-    if result.get("which") == "unknown":
-        said += "; which it trained on can't be told"
-    return said

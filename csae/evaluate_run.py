@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 from csae.data.activations import ActivationSource, held_out
 from csae.data.language_model import LanguageModel
-from csae.data.places import PLACE_KEYS, places_in
+from csae.data.places import PLACE_KEYS, Place, places_in
 from csae.data.seen import Seen, hashes_of, read_seen
-from csae.data.sources import check_said, open_model, open_source
-from csae.errors import UserError
-from csae.evaluate import evaluate
+from csae.data.sources import check_said, joined, open_model, open_source, same_windows
+from csae.errors import UserError, shown
+from csae.evaluate import Subject, evaluate_together
 from csae.files import read_json, write_json
 from csae.progress import Progress, quiet
 from csae.run import RUN
@@ -75,12 +75,89 @@ def evaluate_run(
 
     Raises UserError where it is not known what to evaluate on, or all of it was trained on.
     """
-    job = _read_job(Path(run))
-    origin, is_other = _origin(run, sae, job, given or {})
+    how = (given, n_windows, ce_windows, trained_windows, elsewhere, device, progress, opened)
+    return evaluate_runs([(run, sae)], *how)[0]
+
+
+def evaluate_runs(
+    runs: Sequence[tuple[Path | str, SAE]],
+    given: dict[str, Any] | None = None,
+    n_windows: int = 256,
+    ce_windows: int = 16,
+    trained_windows: bool = False,
+    elsewhere: bool = False,
+    device: str | None = None,
+    progress: Progress = quiet,
+    opened: dict[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """What `evaluate_run` gives for each of several runs, in less time.
+
+    Runs that are evaluated on the same windows are evaluated together: the language model reads these once for all
+    places, and makes its own losses once (`csae.evaluate.evaluate_together`).
+    """
     opened = {} if opened is None else opened
+    asked = [
+        _asked(run, sae, given or {}, n_windows, trained_windows, elsewhere, device, progress, opened)
+        for run, sae in runs
+    ]
+    found: list[dict[str, Any]] = [{} for _ in asked]
+    for numbers in _alike(asked):
+        together = [asked[number] for number in numbers]
+        source, places = joined([one.source for one in together])
+        subjects = [
+            Subject(one.sae, shown(one.run), place, one.layer) for one, place in zip(together, places, strict=True)
+        ]
+        first = together[0]
+        results = evaluate_together(
+            *(subjects, source, first.chosen.windows, first.lm),
+            ce_windows=ce_windows,
+            progress=progress,
+            elsewhere=elsewhere,
+        )
+        for number, one, result in zip(numbers, together, results, strict=True):
+            chosen = one.chosen
+            said = {"which": chosen.which, "trained_windows": chosen.trained, "left_out_windows": chosen.left_out}
+            found[number] = result | {"data": one.data} | said
+    return found
+
+
+class _Asked(NamedTuple):
+    """A run, and what it is evaluated on."""
+
+    run: Path | str
+    sae: SAE
+    source: ActivationSource
+    lm: LanguageModel | None
+    layer: Place | None
+    chosen: Chosen
+    data: str | None
+
+
+def _alike(asked: Sequence[_Asked]) -> list[list[int]]:
+    """The numbers of the runs that can be evaluated together: the same windows, read from the same."""
+    groups: dict[Any, list[int]] = {}
+    for number, one in enumerate(asked):
+        key = (same_windows(one.source), id(one.lm), one.sae.W_dec.device, tuple(one.chosen.windows))
+        groups.setdefault(key, []).append(number)
+    return list(groups.values())
+
+
+def _asked(
+    run: Path | str,
+    sae: SAE,
+    given: dict[str, Any],
+    n_windows: int,
+    trained_windows: bool,
+    elsewhere: bool,
+    device: str | None,
+    progress: Progress,
+    opened: dict[str, Any],
+) -> _Asked:
+    job = _read_job(Path(run))
+    origin, is_other = _origin(run, sae, job, given)
     source, lm = _open(origin, device, progress, opened)
     if not elsewhere:
-        check_said({**(given or {}), "activations": origin.get("activations")}, source)
+        check_said({**given, "activations": origin.get("activations")}, source)
     same_data = not is_other and _same_data(job.get("data"), source.describe())
     held = None if is_other else job["origin"].get("held_out")
     of_stream = not is_other and job["origin"].get("stream") is True  # then all of the source was held out
@@ -98,18 +175,7 @@ def evaluate_run(
             f"{run}: it trained on all {chosen.left_out} windows of {name or 'these activations'}: give other data, or "
             "--trained-windows to evaluate on them all the same"
         )
-    found = evaluate(
-        sae,
-        source,
-        chosen.windows,
-        lm,
-        next(iter(places_in(origin)), None),
-        ce_windows=ce_windows,
-        progress=progress,
-        elsewhere=elsewhere,
-    )
-    said = {"which": chosen.which, "trained_windows": chosen.trained, "left_out_windows": chosen.left_out}
-    return found | {"data": name} | said
+    return _Asked(run, sae, source, lm, next(iter(places_in(origin)), None), chosen, name)
 
 
 def choose_windows(

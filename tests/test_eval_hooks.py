@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from csae.data.activations import ModelActivations
 from csae.data.language_model import LanguageModel
 from csae.data.places import Place
 from csae.data.text import TokenWindows
+from csae.errors import UserError
 from csae.evaluate import evaluate
+from csae.evaluate_run import evaluate_run, evaluate_runs
 
 SMALL = ["--d-sae", "32", "--k", "3", "--batch-windows", "2", "--tokens", "400", "--device", "cpu"]
 
@@ -79,6 +82,90 @@ def test_runs_are_evaluated_where_each_reads(
     assert found["stream"]["fvu"] == found["same stream"]["fvu"]
     assert (found["transcoder"]["hook"], found["transcoder"]["hook_to"]) == ("mlp.in:1", "mlp.out:1")
     assert all("ce_sae" in one and one["which"] == "held out" for one in found.values())
+
+
+def untimed(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: figure for name, figure in found.items() if not name.startswith("tokens_per_s")}
+
+
+def test_several_runs_are_evaluated_in_one_go_to_the_same_figures(
+    tiny_model_path: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = ["--model", tiny_model_path, "--text", text, "--n-ctx", "16", "--held-out", "0.2"]
+    places = {
+        "topk": ["--layer", "2", "--arch", "topk"],
+        "contextual": ["--layer", "2"],
+        "mlp": ["--hook", "layers.1.mlp"],
+        "transcoder": ["--from", "mlp.in:1", "--to", "mlp.out:1"],
+    }
+    for name, where in places.items():
+        csae("train", "-o", tmp_path / name, *data, *where, *SMALL)
+    alone = {}
+    for name in places:
+        csae("eval", tmp_path / name, "--device", "cpu", "--ce-windows", "3")
+        alone[name] = untimed(json.loads((tmp_path / name / "eval.json").read_text()))
+
+    counts = {"read": 0, "cross_entropy": 0}
+
+    def count(name: str) -> None:
+        method = getattr(LanguageModel, name)
+
+        def counted(self: LanguageModel, *args: Any) -> Any:
+            counts[name] += 1
+            return method(self, *args)
+
+        monkeypatch.setattr(LanguageModel, name, counted)
+
+    for name in counts:
+        count(name)
+    folders = [tmp_path / name for name in places]
+    csae("eval", *folders, "--device", "cpu", "--ce-windows", "3")
+    for name in places:
+        assert untimed(json.loads((tmp_path / name / "eval.json").read_text())) == alone[name]
+    # One clean pass, one of zeros for each of three places, and each contextual SAE has two forms.
+    assert counts["cross_entropy"] == 1 + 3 + 1 + 3 * 2
+    together, counts["read"] = counts["read"], 0
+    csae("eval", folders[0], "--device", "cpu", "--ce-windows", "3")
+    assert together == counts["read"], "the model reads the windows once for all places"
+    monkeypatch.setattr(sys.modules["csae.cli.evaluate"], "AT_ONCE_BYTES", 1)
+    csae("eval", *folders, "--device", "cpu", "--ce-windows", "3")
+    for name in places:
+        assert untimed(json.loads((tmp_path / name / "eval.json").read_text())) == alone[name]
+
+
+def test_of_several_runs_the_one_that_is_broken_is_named(tiny_model_path: Path, text: Path, tmp_path: Path) -> None:
+    data = ["--model", tiny_model_path, "--text", text, "--n-ctx", "16", "--held-out", "0.2", "--layer", "2"]
+    for name in ("one", "other"):
+        csae("train", "-o", tmp_path / name, *data, *SMALL)
+    saes = {name: load_sae(tmp_path / name) for name in ("one", "other")}
+    with torch.no_grad():
+        saes["other"].W_dec[0, 0] = float("nan")
+    with pytest.raises(UserError, match=r"other: NaN or Inf in W_dec of the SAE"):
+        evaluate_runs([(tmp_path / name, sae) for name, sae in saes.items()], device="cpu")
+
+
+def test_saved_activations_of_several_places_share_the_passes(
+    tiny_model_path: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = ["--model", tiny_model_path, "--text", text, "--n-ctx", "16"]
+    hooks = ["--hook", "mlp.out:0", "--hook", "mlp.out:1"]
+    csae("cache", "-o", tmp_path / "acts", *data, *hooks, "--device", "cpu")
+    saes = {}
+    for hook in ("mlp.out:0", "mlp.out:1"):
+        run = tmp_path / hook[-1]
+        csae("train", "-o", run, "--activations", tmp_path / "acts", "--hook", hook, "--held-out", "0.2", *SMALL)
+        saes[run] = load_sae(run)
+    given = {"model": str(tiny_model_path)}
+    alone = [untimed(evaluate_run(run, sae, given, ce_windows=2, device="cpu")) for run, sae in saes.items()]
+    passes: list[bool] = []
+    monkeypatch.setattr(
+        LanguageModel,
+        "cross_entropy",
+        lambda self, *args, of=LanguageModel.cross_entropy: passes.append(len(args) == 1) or of(self, *args),
+    )
+    together = evaluate_runs(list(saes.items()), given, ce_windows=2, device="cpu")
+    assert [untimed(found) for found in together] == alone
+    assert (len(passes), sum(passes)) == (5, 1)
 
 
 @torch.no_grad()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -22,6 +23,11 @@ from csae.cli.options import (
     place_options,
 )
 from csae.errors import UserError
+
+if TYPE_CHECKING:
+    from csae.sae import SAE
+
+AT_ONCE_BYTES = 4e9  # of SAEs that are in memory together
 
 
 @click.command(name="eval")
@@ -47,9 +53,8 @@ def evaluate(
     On the windows that a run held out; or on other activations or text if given, without the windows that the run
     trained on. With a language model also the next-token cross-entropy with the reconstruction spliced in.
     """
-    from csae.checkpoint import load_sae
     from csae.evaluate import EVAL, table
-    from csae.evaluate_run import evaluate_run, keep_held_out_fvu
+    from csae.evaluate_run import evaluate_runs, keep_held_out_fvu
     from csae.files import check_writable, write_json
     from csae.progress import track
 
@@ -61,13 +66,30 @@ def evaluate(
     folders = [Path(run) for run in runs if Path(run).is_dir()]
     for folder in folders:
         check_writable(folder / EVAL)
-    opened: dict[str, Any] = {}
     results = []
+    opened: dict[str, Any] = {}
+    for some in _at_once(runs, device):
+        every = evaluate_runs(some, given, windows, ce_windows, **how, device=device, progress=track, opened=opened)
+        for (run, sae), found in zip(some, every, strict=True):
+            if Path(run) in folders:
+                write_json(Path(run) / EVAL, found)
+                keep_held_out_fvu(Path(run), sae, found)
+            results.append({"name": Path(run).name or Path(run).resolve().name} | found)
+    Console().print(table(results))
+
+
+def _at_once(runs: Sequence[str], device: str) -> Iterator[list[tuple[str, SAE]]]:
+    """The runs with their SAEs, as many at once as fit into AT_ONCE_BYTES, but one at least."""
+    from csae.checkpoint import load_sae
+
+    some: list[tuple[str, SAE]] = []
+    size = 0
     for run in runs:
         sae = load_sae(run, device)
-        found = evaluate_run(run, sae, given, windows, ce_windows, **how, device=device, progress=track, opened=opened)
-        if Path(run) in folders:
-            write_json(Path(run) / EVAL, found)
-            keep_held_out_fvu(Path(run), sae, found)
-        results.append({"name": Path(run).name or Path(run).resolve().name} | found)
-    Console().print(table(results))
+        of_sae = sum(tensor.nbytes for tensor in sae.state_dict().values())
+        if some and size + of_sae > AT_ONCE_BYTES:
+            yield some
+            some, size = [], 0
+        some.append((run, sae))
+        size += of_sae
+    yield some

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from csae.data.activations import ActivationSource, ModelActivations
+from csae.data.activations import ActivationSource, ActivationSources, ModelActivations, OfPlaces
 from csae.data.language_model import LanguageModel
 from csae.data.places import PLACE_KEYS, Place, in_words, matching, places_in
 from csae.data.raw_text import READING, windows_of_dataset
@@ -93,6 +94,35 @@ def _of_shards(folder: str, keep_first: bool, wanted: list[Place]) -> ShardActiv
             raise UserError(f"--from, --to: {len(from_)} and {len(to)} places of the activations; needed as many")
         chosen |= {Place(hook, None if to is None else to[number]): None for number, hook in enumerate(from_)}
     return ShardActivations(folder, keep_first, list(chosen))
+
+
+def same_windows(source: ActivationSource) -> Any:
+    """A key that is equal for sources which `joined` can join; each other source has its own."""
+    if type(source) is ModelActivations:
+        return id(source.lm), id(source.token_windows), source.batch_size, source.keep_first
+    if type(source) is ShardActivations:
+        return source.folder.resolve(), source.keep_first
+    return id(source)
+
+
+def joined(
+    sources: Sequence[ActivationSource],
+) -> tuple[ActivationSource | ActivationSources, list[Place | None]]:
+    """One source of all the places of several that have the same windows, and the place of each in it.
+
+    The place is None where they have but one, and where the sources are all the same.
+    """
+    first = sources[0]
+    if not isinstance(first, (ModelActivations, ShardActivations)):
+        return first, [None] * len(sources)
+    places = [one.places[0] for one in sources if isinstance(one, OfPlaces)]
+    several = list(dict.fromkeys(places))
+    if len(several) == 1:
+        return first, [None] * len(sources)
+    if isinstance(first, ModelActivations):
+        whole = ModelActivations(first.lm, several, first.token_windows, first.batch_size, first.keep_first)
+        return whole, [*places]
+    return ShardActivations(first.folder, first.keep_first, several), [*places]
 
 
 def check_said(given: dict[str, Any], source: ActivationSource) -> None:
