@@ -69,6 +69,7 @@ BATCH_WINDOWS = 8
 LR = 4e-3
 DEAD_AFTER = 200_000
 EVAL_WINDOWS = 100
+EVAL_BATCH_TOKENS = 12_800  # the exact form takes a quarter less time a token than at a third of that
 CE_WINDOWS = 4  # each costs passes through the whole language model
 PASSAGES = 3
 
@@ -145,7 +146,8 @@ def run_demo(
     figures: list[dict[str, Any]] = []
     _say(f"evaluating on {len(test_windows)} held-out windows")
     subjects = [Subject(sae, name, layer=layer) for name, sae in saes.items()]
-    evaluated = evaluate_together(subjects, source, test_windows, lm, ce_windows=CE_WINDOWS, progress=progress)
+    at_once = max(1, EVAL_BATCH_TOKENS // n_ctx)
+    evaluated = evaluate_together(subjects, source, test_windows, lm, at_once, CE_WINDOWS, progress)
     for name, found in zip(saes, evaluated, strict=True):
         found |= {"data": prose, "which": HELD_OUT}
         keep_held_out_fvu(runs[name], saes[name], found)

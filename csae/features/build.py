@@ -48,7 +48,7 @@ from csae.sae import SAE, Code, Output
 from csae.trained_on import TrainedOn, check_place, data_name, model_name
 
 BLOCK_TOKENS = 65_536
-BATCH_WINDOWS = 16
+BATCH_TOKENS = 16_384  # encoded at once: the exact form takes a third less time a token than at a quarter of that
 ROWS = 32  # positions of a window whose shares of c are made at once
 
 
@@ -160,8 +160,9 @@ def _add_block(
     texts: list[tuple[int, bytes]] = []
     starts: list[np.ndarray] = []
     counted = 0
-    for start in range(0, len(windows), BATCH_WINDOWS):
-        batch = source.read(windows[start : start + BATCH_WINDOWS])
+    at_once = max(1, BATCH_TOKENS // source.n_ctx)
+    for start in range(0, len(windows), at_once):
+        batch = source.read(windows[start : start + at_once])
         if batch.tokens is None:
             raise UserError("the activations come without token ids, so there is no text to show: cache them anew")
         at = (first + start) * source.n_ctx
