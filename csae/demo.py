@@ -35,6 +35,7 @@ from csae.data.cache import write_cache
 from csae.data.dtypes import resolved_dtype
 from csae.data.language_model import LanguageModel
 from csae.data.loading import smollm2
+from csae.data.places import in_words, layer_of
 from csae.data.shard_activations import ShardActivations
 from csae.data.shards import ABOUT_FILE
 from csae.data.text import beginning, python_prose, read_documents, tokenize
@@ -42,7 +43,7 @@ from csae.errors import UserError, shown
 from csae.evaluate import EVAL, Subject, evaluate_together, table
 from csae.evaluate_run import HELD_OUT, keep_held_out_fvu
 from csae.features.build import build_index
-from csae.features.effects import effects_of
+from csae.features.effects import effects_of, writes_to_stream
 from csae.features.index import FEATURES, FeatureIndex
 from csae.features.labels import read_labels
 from csae.files import write_json
@@ -78,7 +79,7 @@ def run_demo(
     out: Path | str = Path("demo"),
     model: str | None = None,
     text: Path | str | None = None,
-    layer: int = LAYER,
+    layer: int | None = None,
     k: int = K,
     d_sae: int = D_SAE,
     tokens: int = TOKENS,
@@ -90,6 +91,7 @@ def run_demo(
     device: str | None = None,
     lm_dtype: str = "auto",
     progress: Progress = track,
+    hook: str | None = None,
 ) -> dict[str, Any]:
     """Trains a TopK SAE, a wider one and a contextual one on the same tokens; gives what is in results.json.
 
@@ -97,13 +99,14 @@ def run_demo(
         out: the folder for all that is made.
         model: what LanguageModel.load takes; by default SmolLM2-135M from its PyPI package.
         text: a file or folder of text; by default the prose that comes with Python.
-        layer: the activations are the residual stream after this many blocks.
+        layer: the activations are the residual stream after this many blocks; LAYER if neither it nor `hook` is given.
         k, d_sae: of the TopK and the contextual SAE. The wider TopK SAE has the same k, and as many features
             as it takes to have as many parameters as the contextual one.
         tokens: to train on; each is seen `epochs` times. Less where the text is shorter.
         eval_windows: windows held out for the figures; no more than a fifth of all.
         device: of the language model and of training; CUDA where there is one, otherwise the CPU.
         lm_dtype: of the language model, one of `csae.data.dtypes.LM_DTYPES`.
+        hook: the hook point of the activations (`csae.data.hook_points`), instead of `layer`.
 
     Raises UserError where the model or the text is missing or does not fit, or `out` holds another demo.
     """
@@ -112,11 +115,14 @@ def run_demo(
     for name, size in {"tokens": tokens, "epochs": epochs, "eval_windows": eval_windows}.items():
         if size < 1:
             raise UserError(f"{name}: given {size}; needed at least 1")
+    if layer is not None and hook is not None:
+        raise UserError("--layer, --hook: both given; needed one of them")
     out = Path(out)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _say("language model: loading")
     dtype = getattr(torch, resolved_dtype(lm_dtype, torch.device(device)))
     lm = LanguageModel.load(smollm2() if model is None else model, device=device, dtype=dtype)
+    point = lm.hook(hook or (LAYER if layer is None else layer))
     documents = python_prose() if text is None else read_documents(text)
     wanted = tokens + eval_windows * n_ctx
     begin = beginning(lm.tokenizer)
@@ -124,11 +130,11 @@ def run_demo(
     # Before the long steps, so that sizes that do not fit are reported at once.
     n_windows = len(token_windows.tokens)
     train_windows, test_windows = held_out(n_windows, max(1, min(eval_windows, n_windows // 5)))
-    activations = ModelActivations(lm, layer, token_windows)
+    activations = ModelActivations(lm, point.name, token_windows)
     config = TrainConfig(
         steps=max(1, epochs * (len(train_windows) // batch_windows)), batch_windows=batch_windows, lr=LR, seed=seed
     )
-    saes = _make_saes(lm.d_in, d_sae, k, seed)
+    saes = _make_saes(point.width, d_sae, k, seed)
     runs = {name: out / "runs" / name for name in saes}
 
     cached = out / "activations"
@@ -145,7 +151,7 @@ def run_demo(
     rows: list[dict[str, Any]] = []
     figures: list[dict[str, Any]] = []
     _say(f"evaluating on {len(test_windows)} held-out windows")
-    subjects = [Subject(sae, name, layer=layer) for name, sae in saes.items()]
+    subjects = [Subject(sae, name) for name, sae in saes.items()]
     at_once = max(1, EVAL_BATCH_TOKENS // n_ctx)
     evaluated = evaluate_together(subjects, source, test_windows, lm, at_once, CE_WINDOWS, progress)
     for name, found in zip(saes, evaluated, strict=True):
@@ -160,7 +166,9 @@ def run_demo(
     results = {
         "model": model_name(lm.name),
         "lm_dtype": str(lm.model.dtype).removeprefix("torch."),
-        "layer": layer,
+        "layer": layer_of(point.name),
+        "hook": point.name,
+        "place": in_words(point.name),
         "tokens": config.steps * batch_windows * n_ctx,
         "distinct_tokens": len(train_windows) * n_ctx,
         "n_ctx": n_ctx,
@@ -189,7 +197,7 @@ def _write_report(
     """The page: the SAEs compared, and passages of held-out text under the contextual one, the TopK one beside it."""
     contextual, n_ctx = saes["contextual"], results["n_ctx"]
     chosen = passages(source, windows, lm.tokenizer, PASSAGES)
-    effects = effects_of(lm)
+    effects = effects_of(lm) if writes_to_stream(contextual, lm) else None
     facts = view(contextual, chosen, lm, n_ctx, saes["topk"], progress, effects=effects)
     index_file = runs["contextual"] / FEATURES
     build_index(
@@ -197,7 +205,7 @@ def _write_report(
     )
     with FeatureIndex(index_file) as index:
         indexed = from_index(index, [int(feature) for feature in facts["features"]])
-    about = {name: results[name] for name in ("text", "model", "n_ctx")} | {"place": f"layer {results['layer']}"}
+    about = {name: results[name] for name in ("text", "model", "n_ctx", "place")}
     about |= {"run": "contextual", "beside": "topk", "trained_on": n_ctx, "whole": True}
     labels = read_labels(runs["contextual"], contextual.d_sae)
     write_view(path, about, facts, comparison(results, runs), indexed, labels)

@@ -48,7 +48,7 @@ def test_demo_twice(
     out = options["out"]
     assert json.loads((out / "results.json").read_text()) == results
     assert set(results) >= {"model", "layer", "tokens", "saes"}
-    assert results["layer"] == 2
+    assert (results["layer"], results["hook"]) == (2, "resid.out:1")
     topk, wide, contextual = results["saes"]
     assert [sae["arch"] for sae in results["saes"]] == ["topk", "topk-wide", "contextual"]
     for sae in results["saes"]:
@@ -70,6 +70,7 @@ def test_demo_twice(
     assert data["index"]["features"].keys() >= data["features"].keys() != set()
     assert data["beside"]["figures"]["arch"] == "topk"
     assert "How much each SAE misses" in html
+    assert html.count("layer 2 (resid.out:1)") >= 2, "in the comparison and above the text"
     printed = capsys.readouterr()
     assert "topk-wide" in printed.out
     assert str(out / "report.html") in printed.err
@@ -129,3 +130,18 @@ def test_wide_as(d_in: int) -> None:
     for n_params in (50_000, 50_001, 4_868_944):
         d_sae = wide_as(n_params, d_in)
         assert TopKSAE(d_in, d_sae, 1).n_params >= n_params > TopKSAE(d_in, d_sae - 1, 1).n_params
+
+
+def test_a_demo_at_another_hook_point(options: dict[str, Any]) -> None:
+    del options["layer"]
+    results = run_demo(**options, hook="model.layers.1.mlp")
+    assert (results["layer"], results["hook"]) == (None, "mlp.out:1")
+    assert all("loss_recovered" in sae for sae in results["saes"])
+    html = (options["out"] / "report.html").read_text()
+    assert "mlp.out:1" in html
+    assert "layer None" not in html
+    assert load_sae(options["out"] / "runs" / "contextual").trained_on.hook == "mlp.out:1"
+    with pytest.raises(UserError, match="holds the activations of another demo"):
+        run_demo(**options, layer=2)
+    with pytest.raises(UserError, match="--layer, --hook: both given"):
+        run_demo(**options, layer=2, hook="mlp.out:1")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from csae.cli.options import DEVICE, TEXT
+from csae.cli.options import AT, DEVICE, TEXT
 from csae.data.dtypes import LM_DTYPES
 
 
@@ -15,7 +15,8 @@ from csae.data.dtypes import LM_DTYPES
 @click.option("--out", "-o", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Folder.")
 @click.option("--model", help="Any other language model than SmolLM2-135M.")
 @TEXT
-@click.option("--layer", type=int, help="Read the residual stream after this many blocks.")
+@click.option("--layer", type=int, help="Read the residual stream after this many blocks: 12 is --hook resid.out:11.")
+@click.option("--hook", help=f"Read {AT}; `csae hooks MODEL` lists them.")
 @click.option("--k", type=int, help="Active features a token.")
 @click.option("--d-sae", type=int, help="Number of features.")
 @click.option("--tokens", type=click.IntRange(min=1), help="Tokens of text to train on.")

@@ -81,7 +81,7 @@ def inputs(tmp_path: Path) -> dict[str, Any]:
         (runs[found["arch"]] / "metrics.jsonl").write_text(text)
     results = {
         "model": "some/<model>",
-        "layer": 12,
+        "place": "layer 12 (resid.out:11)",
         "tokens": 838_000,
         "distinct_tokens": 419_000,
         "n_ctx": 256,
