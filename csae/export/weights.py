@@ -10,8 +10,9 @@ from csae.contextual_sae import ContextualSAE
 from csae.data.language_model import LanguageModel
 from csae.data.places import layer_of
 from csae.errors import UserError
-from csae.export.places import for_dictionary_learning, for_sae_lens, hook_of, module_path, needed_hook
+from csae.export.places import for_sae_lens, module_path, needed_hook
 from csae.files import check_new
+from csae.interop.places import hook_of
 from csae.sae import SAE
 
 LIBRARIES = interop.LIBRARIES
@@ -39,10 +40,8 @@ def export_weights(sae: SAE, to: str, folder: Path, model: Callable[[], Language
         return folder
     check_new(folder)
     hook, metadata = hook_of(sae), {}
-    if hook is not None and to == "dictionary_learning":
-        metadata = for_dictionary_learning(hook)
-    elif hook is not None and layer_of(hook) is None:
-        metadata = for_sae_lens(model(), hook)
+    if hook is not None and to == "sae_lens" and layer_of(hook) is None:
+        metadata = for_sae_lens(model(), hook)  # as the model has it
     interop.save(to, sae, folder, metadata, elsewhere=True)  # the place is the run's own, in other words
     return folder
 

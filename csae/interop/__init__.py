@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from csae.contextual_sae import ContextualSAE
+from csae.interop.places import our_name
 from csae.sae import SAE
 from csae.topk_sae import TopKSAE
 from csae.trained_on import check_place, named_in
@@ -57,7 +58,10 @@ def save(
         metadata: what else the library's config is to say, such as which model the activations come from.
             SAELens: model_name, hook_name, context_size, prepend_bos and the like. dictionary_learning: lm_name,
             layer, submodule_name. sparsify has no place for it. What the SAE was trained on (`sae.trained_on`) is
-            written in any case, and comes back with `load`; it fills in these names where they are not given.
+            written in any case, and comes back with `load`; it fills in these names where they are not given
+            (`csae.interop.places`). Of MLPs and attention these are the usual ones; where a model has norms behind
+            those, as Gemma 2, TransformerLens's hook_mlp_out is another tensor: `csae export`, which looks at the
+            model, names the right one.
         elsewhere: write it also where metadata names another model, layer or hook point than it was trained on. Their
             layers count from 0: our layer 12 is their block 11.
 
@@ -67,7 +71,7 @@ def save(
     module, metadata = _module(library), metadata or {}
     named = named_in(metadata)
     if named is not None:
-        check_place(sae.trained_on, named.model, named.layer, named.hook, elsewhere)
+        check_place(sae.trained_on, named.model, named.layer, named.hook, elsewhere, names=our_name)
     module.save(sae, Path(folder), metadata)
 
 

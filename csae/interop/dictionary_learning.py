@@ -20,11 +20,11 @@ from torch import Tensor
 
 from csae.errors import UserError
 from csae.files import read_json
+from csae.interop.places import for_dictionary_learning, hook_of
 from csae.interop.source import find, record, trained_on, write
 from csae.interop.weights import Weights, check_names, topk_sae, topk_weights
 from csae.sae import SAE
 from csae.topk_sae import TopKSAE
-from csae.trained_on import RESIDUAL
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 NAMES = ("encoder.weight", "encoder.bias", "decoder.weight", "b_dec")  # in the order of `Weights`
@@ -59,10 +59,8 @@ def save(sae: SAE, folder: Path, metadata: dict[str, Any]) -> None:
     tensors = dict(zip(NAMES, (W_enc, b_enc, W_dec.T.contiguous(), b_dec), strict=True))
     tensors |= {"k": torch.tensor(sae.k, dtype=torch.int32), "threshold": torch.tensor(-1.0)}
     sizes = {"activation_dim": sae.d_in, "dict_size": sae.d_sae, "k": sae.k}
-    on = sae.trained_on
-    names: dict[str, Any] = {}
-    if on is not None and on.hook == RESIDUAL and on.layer is not None:
-        names = {"layer": on.layer - 1, "submodule_name": f"resid_post_layer_{on.layer - 1}"}
+    on, hook = sae.trained_on, hook_of(sae)
+    names = {} if hook is None else for_dictionary_learning(hook)
     if on is not None and on.model is not None:
         names["lm_name"] = on.model
     metadata = names | metadata | record(sae)

@@ -24,6 +24,7 @@ from torch import Tensor
 from csae.contextual_sae import ContextualSAE
 from csae.errors import UserError
 from csae.files import read_json
+from csae.interop.places import for_sae_lens, hook_of
 from csae.interop.source import find, read_tensors, record, trained_on, write
 from csae.interop.weights import (
     DTYPES,
@@ -37,7 +38,6 @@ from csae.interop.weights import (
 )
 from csae.sae import SAE
 from csae.topk_sae import TopKSAE
-from csae.trained_on import RESIDUAL
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 FORMAT = "6.54.0"  # the version of SAELens whose files these are
@@ -91,8 +91,9 @@ def save(sae: SAE, folder: Path, metadata: dict[str, Any]) -> None:
     if on is not None:
         known = {"model_name": on.model, "context_size": on.n_ctx, "prepend_bos": on.bos}
         names = {name: value for name, value in known.items() if value is not None}
-        if on.hook == RESIDUAL and on.layer is not None and on.layer > 0:
-            names["hook_name"] = f"blocks.{on.layer - 1}.hook_resid_post"
+    hook = hook_of(sae)
+    if hook is not None and "hook_name" not in metadata:
+        names |= for_sae_lens(hook)
     metadata = names | metadata | record(sae)
     config |= {
         "dtype": str(sae.W_dec.dtype).removeprefix("torch."),

@@ -52,6 +52,46 @@ def test_the_library_s_own_names_are_filled_in(library, file, expected, tmp_path
 
 
 @pytest.mark.parametrize(
+    ("hook", "sae_lens", "dictionary_learning"),
+    [
+        ("mlp.out:11", {"hook_name": "blocks.11.hook_mlp_out"}, (11, "mlp_out_layer_11")),
+        ("attn.out:0", {"hook_name": "blocks.0.hook_attn_out"}, (0, "attn_out_layer_0")),
+        ("resid.in:0", {"hook_name": "blocks.0.hook_resid_pre"}, (0, "resid_in_layer_0")),
+        ("blocks.3.hook_mlp_out", {"hook_name": "blocks.3.hook_mlp_out"}, (3, "mlp_out_layer_3")),
+        ("mlp_out_layer_3", {"hook_name": "blocks.3.hook_mlp_out"}, (3, "mlp_out_layer_3")),
+        (
+            "model.layers.3.mlp.down_proj",
+            {"hook_name": "model.layers.3.mlp.down_proj", "model_class_name": "AutoModelForCausalLM"},
+            (None, "model.layers.3.mlp.down_proj"),
+        ),
+        ("my activations", {}, (None, "my activations")),
+    ],
+)
+def test_names_of_other_hook_points_are_filled_in(hook, sae_lens, dictionary_learning, tmp_path):
+    sae = topk()
+    sae.trained_on = TrainedOn(model="org/lm", hook=hook)
+    interop.save("sae_lens", sae, tmp_path / "a")
+    metadata = json.loads((tmp_path / "a" / "cfg.json").read_text())["metadata"]
+    assert {key: value for key, value in metadata.items() if key in ("hook_name", "model_class_name")} == sae_lens
+    interop.save("dictionary_learning", sae, tmp_path / "b")
+    trainer = json.loads((tmp_path / "b" / "config.json").read_text())["trainer"]
+    assert (trainer.get("layer"), trainer["submodule_name"]) == dictionary_learning
+    assert interop.load("dictionary_learning", tmp_path / "b").trained_on == sae.trained_on
+    if sae_lens and hook != "resid.in:0":  # the same place by another name is no other place
+        interop.save("sae_lens", sae, tmp_path / "a", {"hook_name": sae_lens["hook_name"]})
+
+
+@pytest.mark.parametrize("hook", ["mlp.in:11", "attn.in:2", "model.layers.3.mlp.down_proj.in"])
+def test_a_place_that_saelens_has_no_name_for_is_refused(hook, tmp_path):
+    sae = topk()
+    sae.trained_on = TrainedOn(model="org/lm", hook=hook)
+    with pytest.raises(UserError, match=rf"{hook}: SAELens has no name for what a module is given: give metadata"):
+        interop.save("sae_lens", sae, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    interop.save("sae_lens", sae, tmp_path, {"hook_name": "blocks.11.hook_mlp_in"}, elsewhere=True)
+
+
+@pytest.mark.parametrize(
     ("library", "metadata"),
     [
         ("sae_lens", {"model_name": "other"}),
