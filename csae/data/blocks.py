@@ -211,6 +211,12 @@ def with_hidden(output: Any, stream: Tensor) -> Any:
     return output._make(parts) if hasattr(output, "_make") else type(output)(parts)
 
 
+def in_windows(first: Tensor, windows: torch.Size) -> Tensor:
+    """What a module gives for windows [B, T]: [B * T, d], as some mixtures of experts have it, as [B, T, d]."""
+    flat = isinstance(first, Tensor) and first.dim() == 2 and len(first) == windows.numel()
+    return first.view(*windows, -1) if flat else first
+
+
 def checked_replacement(acts: Tensor, replaced: Tensor, mask: Tensor | None = None) -> Tensor:
     """What takes the place of acts [B, T, d]: `replaced`, in its dtype; with a mask [B, T] only where that is true."""
     if replaced.shape != acts.shape:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from csae.data.blocks import PROBE_TOKENS, Blocks, hidden, with_hidden
+from csae.data.blocks import PROBE_TOKENS, Blocks, hidden, in_windows, with_hidden
 from csae.data.places import SHORT_FORM, Place, matching, name_of_layer
 from csae.data.probe import Call, Probed, input_of, probe, with_input
 from csae.errors import UserError, shown
@@ -251,7 +251,16 @@ class HookPoints:
                     f"{given}the {what} of block {block} of {self._name} adds the stream to what it gives; name the "
                     f"module in {part.path} whose output you mean"
                 )
-            return f"{given}block {block} of {self._name} has no {what} to name ({part.missing}); {LISTED}"
+            inside = self._block_paths()[block].count(".") + 1
+            there = [
+                point.name
+                for point in self.all()
+                if point.block == block and (point.path.count(".") == inside or SHORT_FORM.fullmatch(point.name))
+            ]
+            return (
+                f"{given}block {block} of {self._name} has no {what} to name ({part.missing}), but "
+                f"{', '.join(there)}; {LISTED}"
+            )
         return f"{given}{self._name} has no such place; {LISTED}"
 
 
@@ -265,7 +274,7 @@ def on_read(point: HookPoint, windows: torch.Size, take: Callable[[Tensor], obje
         take(_checked(point, windows, _input(point, args, kwargs)[1]))
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        take(_checked(point, windows, hidden(output)))
+        take(_checked(point, windows, in_windows(hidden(output), windows)))
 
     if point.side == "in":
         return point.module.register_forward_pre_hook(before, with_kwargs=True)
@@ -283,7 +292,8 @@ def on_replace(point: HookPoint, windows: torch.Size, replace: Callable[[Tensor]
         return with_input(args, kwargs, key, replace(_checked(point, windows, acts)))
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return with_hidden(output, replace(_checked(point, windows, hidden(output))))
+        given = hidden(output)
+        return with_hidden(output, replace(_checked(point, windows, in_windows(given, windows))).view_as(given))
 
     if point.side == "in":
         return point.module.register_forward_pre_hook(before, with_kwargs=True)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from csae.data.blocks import Blocks, hidden, probe_tokens, run_probe
+from csae.data.blocks import Blocks, hidden, in_windows, probe_tokens, run_probe
 from csae.errors import first_line
 
 # Where several modules of a block do the same, the one that is called by the usual name is taken.
@@ -140,17 +140,22 @@ def probe(model: nn.Module, name: str, blocks: Blocks, modules: dict[str, nn.Mod
         call.ends = seen.clock
         first = hidden(output) if not isinstance(output, (tuple, list)) or len(output) else output
         call.gives = first.shape if isinstance(first, Tensor) else f"a {type(first).__name__}"
+        found = input_of(args, kwargs)
+        is_flat = isinstance(first, Tensor) and first.dim() == 2
+        if is_flat and found is not None and found[1].shape == shape:
+            first = in_windows(first, shape[:2])
         if not isinstance(first, Tensor) or first.shape != shape:
             return
         if module in blocks.modules:
             given_by[module] = first.clone()
-        found = input_of(args, kwargs)
         if found is None or found[1].shape != shape:
             return
         if module in inside and any(parameter.dim() > 1 for parameter in module.parameters()):
             seen.trying = True
             try:
-                seen.doing[module] = _try(module, args, kwargs, first.clone())
+                seen.doing[module] = doing = _try(module, args, kwargs, first.clone())
+                if is_flat and not doing.mixes and not doing.failed:  # its rows are the positions, in their order
+                    call.gives = shape
             finally:
                 seen.trying = False
 
@@ -210,7 +215,9 @@ def _run_with(
 ) -> Tensor:
     """What a module gives with another value for one of its arguments; its own hooks don't run."""
     args, kwargs = with_input(args, kwargs, key, value)
-    return hidden(module.forward(*args, **kwargs))
+    found = input_of(args, kwargs)
+    given = hidden(module.forward(*args, **kwargs))
+    return given if found is None else in_windows(given, found[1].shape[:2])
 
 
 def _parts(block: nn.Module, stream: Tensor, seen: _Pass, paths: dict[nn.Module, str]) -> dict[str, Part]:
@@ -226,7 +233,7 @@ def _parts(block: nn.Module, stream: Tensor, seen: _Pass, paths: dict[nn.Module,
                 look(module)
             elif doing.failed:
                 failed.append(f"{paths[module]} does not run by itself ({doing.failed})")
-            elif doing.mixes or doing.bends:
+            elif (doing.mixes or doing.bends) and seen.calls[module].gives == stream.shape:
                 found["attn" if doing.mixes else "mlp"].append(module)
 
     look(block)

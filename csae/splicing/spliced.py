@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from csae.contextual_sae import ContextualSAE
 from csae.data.activations import Begun, follow_mask
-from csae.data.blocks import hidden, with_hidden
+from csae.data.blocks import hidden, in_windows, with_hidden
 from csae.data.hook_points import HookPoint
 from csae.data.probe import input_of, with_input
 from csae.look_back import LookBack
@@ -345,7 +345,9 @@ def _at(
     """Runs a module with what is at a hook point of it changed."""
     if point.side == "out":
         output = forward(*args, **kwargs)
-        return with_hidden(output, change(hidden(output)))
+        given, found = hidden(output), input_of(args, kwargs)
+        acts = given if found is None else in_windows(given, found[1].shape[:2])
+        return with_hidden(output, change(acts).view_as(given))
     found = input_of(args, kwargs)
     if found is None:
         raise ValueError(f"{point.path} was given no tensor [B, T, {point.width}], which is {point.name}")

@@ -32,6 +32,7 @@ PARTS: dict[str, tuple[str | None, str | None]] = {
     "mamba2": (None, "mixer"),
     "jamba": ("feed_forward", "self_attn"),
     "lfm2": ("feed_forward", "self_attn"),
+    "llama4": ("feed_forward", "self_attn"),
     "recurrent-gemma": ("mlp_block", "temporal_block"),
     "ctrl": ("ffn", "multi_head_attention"),
     "qwen3-next": ("mlp", "self_attn"),
@@ -86,14 +87,29 @@ def test_the_parts_of_a_block_are_found_by_what_they_do(name: str, tokens: torch
             with pytest.raises(UserError, match=rf"hook '{kind}.out:1': block 1 of {name} has no") as error:
                 lm.hook(f"{kind}.out:1")
             assert "\n" not in str(error.value)
+            assert "resid.out:1; `csae hooks" in str(error.value), "it says which places there are"
             continue
         point, path = lm.hook(f"{kind}.out:1"), f"{block}.{child}"
         assert (point.path, point.width, point.block, point.side) == (path, D_IN, 1, "out")
         assert lm.hook(path).name == point.name
         assert lm.hook(f"{path}.in").name == f"{kind}.in:1"
         seen = seen_by_hooks(lm, tokens, [path, f"{path}.in"])
-        torch.testing.assert_close(lm.activations(tokens, f"{kind}.out:1"), seen[path])
+        acts = lm.activations(tokens, f"{kind}.out:1")
+        torch.testing.assert_close(acts, seen[path].view_as(acts))  # Llama 4's experts give [B * T, d]
         torch.testing.assert_close(lm.activations(tokens, f"{kind}.in:1"), seen[f"{path}.in"])
+
+
+@pytest.mark.skipif("llama4" not in ARCHITECTURES, reason="needs a transformers with Llama 4")
+def test_experts_that_give_one_row_a_position_are_replaced(tokens: torch.Tensor) -> None:
+    lm = made("llama4")
+    clean = lm.cross_entropy(tokens)
+    torch.testing.assert_close(lm.cross_entropy(tokens, "mlp.out:1", lambda acts: acts), clean)
+    zeros = lm.cross_entropy(tokens, "mlp.out:1", torch.zeros_like)
+    experts = lm.hook("mlp.out:1").module
+    handle = experts.register_forward_hook(lambda module, args, output: (torch.zeros_like(output[0]), *output[1:]))
+    torch.testing.assert_close(zeros, lm.cross_entropy(tokens))
+    handle.remove()
+    assert (zeros - clean).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("name", [name for name in ("bloom", "mpt") if name in ARCHITECTURES])
