@@ -141,9 +141,11 @@ def probe(model: nn.Module, name: str, blocks: Blocks, modules: dict[str, nn.Mod
         first = hidden(output) if not isinstance(output, (tuple, list)) or len(output) else output
         call.gives = first.shape if isinstance(first, Tensor) else f"a {type(first).__name__}"
         found = input_of(args, kwargs)
-        is_flat = isinstance(first, Tensor) and first.dim() == 2
-        if is_flat and found is not None and found[1].shape == shape:
-            first = in_windows(first, shape[:2])
+        is_flat = False
+        if isinstance(first, Tensor) and first.dim() == 2:
+            is_flat = True
+            if found is not None and found[1].shape == shape:
+                first = in_windows(first, shape[:2])
         if not isinstance(first, Tensor) or first.shape != shape:
             return
         if module in blocks.modules:
