@@ -10,7 +10,7 @@ n tokens have their home on a rank, the same number on each; N = R n are all of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -69,19 +69,37 @@ class Owners(NamedTuple):
         encode: x [N, d] and a number m -> values and indices [N, m] of the m best own rows, values in float32 or wider:
             rounded ones might be equal. The code's are in the dtype of x.
         """
-        pieces = self._pieces(x)
-        coming, came, candidates = [gathering(pieces[0], self.group)], [], []
-        for number in range(len(pieces)):
-            if number + 1 < len(pieces):
-                coming.append(gathering(pieces[number + 1], self.group))
-            came.append(coming[number].wait())  # [R, piece, d]
-            sent = self._candidates(encode, came[-1].flatten(0, 1), k)
-            candidates.append(exchanging(sent.unflatten(0, (len(self.counts), len(pieces[number]))), self.group))
-        wide = torch.promote_types(x.dtype, torch.float32)
+        came: list[Tensor] = []
+        code = self.selected(encode, self._arriving(x, came), k)
+        return (came[0] if len(came) == 1 else torch.cat(came, dim=1)).flatten(0, 1), code
+
+    def again(self, encode: Callable[[Tensor, int], Code], everyone: Tensor, k: int) -> Code:
+        """As `encoded`, of x [N, d] that came before."""
+        by_rank = everyone.unflatten(0, (len(self.counts), len(everyone) // len(self.counts)))
+        return self.selected(encode, (piece.transpose(0, 1) for piece in self._pieces(by_rank.transpose(0, 1))), k)
+
+    def selected(self, encode: Callable[[Tensor, int], Code], arriving: Iterable[Tensor], k: int) -> Code:
+        """The code of x that arrive a piece at a time, [R, piece, d]."""
+        candidates = []
+        for piece in arriving:
+            sent = self._candidates(encode, piece.flatten(0, 1), k)
+            candidates.append(exchanging(sent.unflatten(0, piece.shape[:2]), self.group))
+            dtype = piece.dtype
+        wide = torch.promote_types(dtype, torch.float32)
         codes = [_best(_unpacked(sent.wait(), wide), k) for sent in candidates]
         values, indices = (torch.cat(parts) for parts in zip(*codes, strict=True))
-        everyone = came[0] if len(came) == 1 else torch.cat(came, dim=1)
-        return everyone.flatten(0, 1), (values.to(x.dtype), indices)
+        return values.to(dtype), indices
+
+    def _arriving(self, x: Tensor, came: list[Tensor]) -> Iterator[Tensor]:
+        """x [n, d] at home -> pieces of that of all tokens, [R, piece, d], the next one on its way; kept in `came`."""
+        pieces = self._pieces(x)
+        coming = gathering(pieces[0], self.group)
+        for following in (*pieces[1:], None):
+            now = coming
+            if following is not None:
+                coming = gathering(following, self.group)
+            came.append(now.wait())
+            yield came[-1]
 
     def _candidates(self, encode: Callable[[Tensor, int], Code], x: Tensor, k: int) -> Tensor:
         """x [N, d] -> the best of own rows for each, as a message [N, bytes]."""

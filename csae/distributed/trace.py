@@ -71,11 +71,13 @@ class ShardedTrace(Trace):
     def encode_dead(self, x: Tensor, dead: Tensor, k: int, mask: Tensor | None) -> _Code:
         owners = self.shard.owners_of_dead(dead)
         rows, bias = self._rows("W_enc", dead), self.sae.b_enc.detach()[dead]
-        values, indices = self._encoded(owners, lambda x, m: encode_wide(x, rows, bias, m), x, k)
+        everyone = self.coded[-1].x  # what the encoder saw last, but for rounding: x need not travel again
+        values, indices = owners.again(lambda x, m: encode_wide(x, rows, bias, m), everyone, k)
+        values, indices = values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
         own = owners.own(*_flat(values if mask is None else _masked(values, mask), indices))
         # Where none is dead here, no slot is active.
         features = dead[own.rows] if owners.owned else own.rows
-        self._note_own(self._everyone(x), own.values, indices, own, features, aux=True)
+        self._note_own(everyone, own.values, indices, own, features, aux=True)
         return values, indices
 
     def decode(self, table: str, code: _Code, most_active: int | None = None, features: Tensor | None = None) -> Tensor:
