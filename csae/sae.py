@@ -312,7 +312,8 @@ class SAE(Saved, ABC):
         fvu = fraction_unexplained(y, residual, weight, ops.total)
         aux = fvu.new_zeros(())
         if dead is not None and ops.n_dead(dead) > 0:
-            aux = self._aux(ops, (x - suppressed - self.centre).detach(), residual.detach(), mask, weight, dead)
+            seen = x - self.centre - suppressed  # by the encoder, in its order of rounding
+            aux = self._aux(ops, seen.detach(), residual.detach(), mask, weight, dead)
         return Losses(fvu + self.aux_coef * aux, fvu, aux, code)
 
     def _aux(self, ops: Pass, x: Tensor, residual: Tensor, mask: Tensor | None, weight: Tensor, dead: Tensor) -> Tensor:

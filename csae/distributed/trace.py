@@ -71,7 +71,7 @@ class ShardedTrace(Trace):
     def encode_dead(self, x: Tensor, dead: Tensor, k: int, mask: Tensor | None) -> _Code:
         owners = self.shard.owners_of_dead(dead)
         rows, bias = self._rows("W_enc", dead), self.sae.b_enc.detach()[dead]
-        everyone = self.coded[-1].x  # what the encoder saw last, but for rounding: x need not travel again
+        everyone = self.coded[-1].x  # it is what the encoder saw last: x need not travel again
         values, indices = owners.again(lambda x, m: encode_wide(x, rows, bias, m), everyone, k)
         values, indices = values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
         own = owners.own(*_flat(values if mask is None else _masked(values, mask), indices))
