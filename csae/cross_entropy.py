@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -73,6 +74,20 @@ class CrossEntropies:
             found["ce_sae_sweeps"] = losses.reconstructed(batch, self.place, self.sae, exact=False)
         for name, of in found.items():
             self.sums[name] += float(of[counted].double().sum())
+
+    def summed(self) -> tuple[int, dict[str, float]]:
+        """What other ranks need of it."""
+        return self.tokens, self.sums
+
+    @classmethod
+    def of_ranks(cls, sae: SAE, place: Place, parts: Sequence[tuple[int, dict[str, float]]]) -> CrossEntropies:
+        """What one process would have of the batches of all of them, but for rounding of float64."""
+        whole = cls(sae, place)
+        for tokens, sums in parts:
+            whole.tokens += tokens
+            for name, of in sums.items():
+                whole.sums[name] += of
+        return whole
 
     def figures(self, lm: LanguageModel, n_windows: int) -> dict[str, Any]:
         """See `csae.evaluate.evaluate`. Raises UserError where a figure is not finite, or there is no position."""

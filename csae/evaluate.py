@@ -16,6 +16,8 @@ from csae.cross_entropy import BatchLosses, CrossEntropies
 from csae.data.activations import ActivationSource, ActivationSources, Batch, Place, d_out_of
 from csae.data.language_model import LanguageModel
 from csae.data.places import in_words, places_in
+from csae.distributed.hosts import Hosts
+from csae.distributed.ranks import Ranks
 from csae.errors import UserError, shown
 from csae.evaluation_table import data_in_words, table
 from csae.progress import Progress, quiet
@@ -106,11 +108,14 @@ def evaluate_together(
     ce_windows: int = CE_WINDOWS,
     progress: Progress = quiet,
     elsewhere: bool = False,
+    ranks: Ranks | None = None,
 ) -> list[dict[str, Any]]:
     """What `evaluate` gives for each of several SAEs on the same windows: the same numbers, in less time.
 
     The windows are read once for all SAEs and places, and the losses of the language model alone (ce_clean, and ce_zero
-    at a place) are made once. All SAEs lie on one device. Raises UserError as `evaluate`, with the name of the SAE.
+    at a place) are made once. All SAEs lie on one device. ranks: all call this, each with whole SAEs of its own, and
+    evaluate a share of the windows; all get the figures of all windows. Raises UserError as `evaluate`, with the name
+    of the SAE.
     """
     several: Any = source  # of one place, or of several: then each SAE says which
     of = [several if subject.at is None else several.at(subject.at) for subject in subjects]
@@ -126,10 +131,10 @@ def evaluate_together(
     for subject in subjects:
         subject.sae.eval()
     try:
-        found = _reconstructions(subjects, source, windows, batch_windows, progress)
+        found = _reconstructions(subjects, source, windows, batch_windows, progress, ranks)
         if lm is not None:
             spliced = [place for place in places if place is not None]
-            of_lm = _cross_entropies(subjects, source, windows[:ce_windows], lm, spliced, progress)
+            of_lm = _cross_entropies(subjects, source, windows[:ce_windows], lm, spliced, progress, ranks)
             found = [one | more for one, more in zip(found, of_lm, strict=True)]
     finally:
         for subject, training in zip(subjects, was_training, strict=True):
@@ -144,18 +149,25 @@ def _reconstructions(
     windows: Sequence[int],
     batch_windows: int,
     progress: Progress,
+    ranks: Ranks | None,
 ) -> list[dict[str, Any]]:
-    wanted = {subject.at: Wanted() for subject in subjects}
-    sums = [Reconstruction(subject.sae) for subject in subjects]
-    for start in progress(range(0, len(windows), batch_windows), "evaluating"):
-        batches = _read(source, windows[start : start + batch_windows], subjects)
-        x = {at: wanted[at].add(batch) for at, batch in batches.items()}
-        for subject, one in zip(subjects, sums, strict=True):
-            one.add(batches[subject.at], x[subject.at])
+    def summed() -> tuple[dict[Place | None, Any], list[Any]]:
+        wanted = {subject.at: Wanted() for subject in subjects}
+        sums = [Reconstruction(subject.sae) for subject in subjects]
+        for start in progress(_starts(windows, batch_windows, ranks), "evaluating"):
+            batches = _read(source, windows[start : start + batch_windows], subjects)
+            x = {at: wanted[at].add(batch) for at, batch in batches.items()}
+            for subject, one in zip(subjects, sums, strict=True):
+                one.add(batches[subject.at], x[subject.at])
+        return {at: of.summed() for at, of in wanted.items()}, [one.summed() for one in sums]
+
+    parts = Hosts(ranks).all(summed)
+    wanted = {at: Wanted.of_ranks([of_rank[at] for of_rank, _ in parts]) for at in parts[0][0]}
     found = []
-    for subject, one in zip(subjects, sums, strict=True):
+    for number, subject in enumerate(subjects):
+        whole = Reconstruction.of_ranks(subject.sae, [of_rank[number] for _, of_rank in parts])
         with _named(subject, subjects):
-            found.append(one.figures(wanted[subject.at], len(windows)))
+            found.append(whole.figures(wanted[subject.at], len(windows)))
     return found
 
 
@@ -166,19 +178,31 @@ def _cross_entropies(
     lm: LanguageModel,
     places: Sequence[Place],
     progress: Progress,
+    ranks: Ranks | None,
 ) -> list[dict[str, Any]]:
-    sums = [CrossEntropies(subject.sae, place) for subject, place in zip(subjects, places, strict=True)]
-    for start in progress(range(0, len(windows), CE_BATCH_WINDOWS), "cross-entropy"):
-        batches = _read(source, windows[start : start + CE_BATCH_WINDOWS], subjects)
-        losses = BatchLosses(lm)
-        for subject, one in zip(subjects, sums, strict=True):
-            with _named(subject, subjects):
-                one.add(batches[subject.at], losses, (subject.at, one.place))
+    def summed() -> list[Any]:
+        sums = [CrossEntropies(subject.sae, place) for subject, place in zip(subjects, places, strict=True)]
+        for start in progress(_starts(windows, CE_BATCH_WINDOWS, ranks), "cross-entropy"):
+            batches = _read(source, windows[start : start + CE_BATCH_WINDOWS], subjects)
+            losses = BatchLosses(lm)
+            for subject, one in zip(subjects, sums, strict=True):
+                with _named(subject, subjects):
+                    one.add(batches[subject.at], losses, (subject.at, one.place))
+        return [one.summed() for one in sums]
+
+    parts = Hosts(ranks).all(summed)
     found = []
-    for subject, one in zip(subjects, sums, strict=True):
+    for number, (subject, place) in enumerate(zip(subjects, places, strict=True)):
+        whole = CrossEntropies.of_ranks(subject.sae, place, [of_rank[number] for of_rank in parts])
         with _named(subject, subjects):
-            found.append(one.figures(lm, len(windows)))
+            found.append(whole.figures(lm, len(windows)))
     return found
+
+
+def _starts(windows: Sequence[int], at_once: int, ranks: Ranks | None) -> Sequence[int]:
+    """Where this rank's batches begin. They are those of one process, so that each gives the same numbers."""
+    starts = range(0, len(windows), at_once)
+    return starts if ranks is None else starts[ranks.rank :: ranks.size]
 
 
 def _read(

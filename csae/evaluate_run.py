@@ -89,11 +89,12 @@ def evaluate_runs(
     device: str | None = None,
     progress: Progress = quiet,
     opened: dict[str, Any] | None = None,
+    ranks: Ranks | None = None,
 ) -> list[dict[str, Any]]:
     """What `evaluate_run` gives for each of several runs, in less time.
 
     Runs that are evaluated on the same windows are evaluated together: the language model reads these once for all
-    places, and makes its own losses once (`csae.evaluate.evaluate_together`).
+    places, and makes its own losses once (`csae.evaluate.evaluate_together`). ranks: all call this, with the same runs.
     """
     opened = {} if opened is None else opened
     asked = [
@@ -113,6 +114,7 @@ def evaluate_runs(
             ce_windows=ce_windows,
             progress=progress,
             elsewhere=elsewhere,
+            ranks=ranks,
         )
         for number, one, result in zip(numbers, together, results, strict=True):
             chosen = one.chosen

@@ -85,6 +85,24 @@ def check_memory(needs: Sequence[Need], device: str | torch.device, moments: str
         )
 
 
+def check_loads(run: str | Path, device: str | torch.device, ranks: Ranks | None = None) -> None:
+    """Raises UserError where a saved SAE can't be loaded whole in the memory that is available, by each of the ranks.
+
+    Of a folder that holds no saved SAE, or is none, nothing is said. All ranks have to call it.
+    """
+    folder = Path(run)
+    files = sorted(folder.glob("model*.safetensors")) if folder.is_dir() else []
+    device = torch.device(device)
+    asked = {_place(device): (sum(file.stat().st_size for file in files), available(device))}
+    for (host, kind), n_ranks, needed, there in _on_each_place(asked, ranks):
+        if there is not None and needed > there:
+            by, fewer = ("", "") if ranks is None else (f" of {host}, by {n_ranks} ranks", "fewer ranks, or ")
+            raise UserError(
+                f"{folder}: to load it takes {_gb(needed)} of memory on {kind}{by}, and {_gb(there)} are available: "
+                f"needed {fewer}a device or a machine with more"
+            )
+
+
 def available(device: torch.device) -> int | None:
     """The bytes that can still be had on a device; None where that can't be told."""
     if device.type == "cuda":

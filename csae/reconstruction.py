@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,15 @@ def run_form(sae: SAE, acts: Tensor, mask: Tensor, documents: Tensor, exact: boo
     if isinstance(sae, ContextualSAE):
         return sae(acts, mask, documents, exact=exact)
     return sae(acts, mask, documents)
+
+
+class Summed(NamedTuple):
+    """The sums of `Wanted`: what other ranks need of it."""
+
+    tokens: int
+    squares: float
+    b: Tensor | None
+    total: Tensor | None
 
 
 class Wanted:
@@ -41,6 +51,25 @@ class Wanted:
         self.squares += float(centred.square().sum())
         self.tokens += len(wanted)
         return wanted
+
+    def summed(self) -> Summed:
+        """What other ranks need of it."""
+        return Summed(self.tokens, self.squares, *(None if x is None else x.cpu() for x in (self.b, self.total)))
+
+    @classmethod
+    def of_ranks(cls, parts: Sequence[Summed]) -> Wanted:
+        """What one process would have of the batches of all of them, but for rounding of float64."""
+        whole = cls()
+        for part in parts:  # in their order, so that all ranks have the same bits
+            if part.b is None or part.total is None:
+                continue
+            if whole.b is None or whole.total is None:
+                whole.b, whole.total = part.b, torch.zeros_like(part.total)
+            moved = part.b - whole.b
+            whole.total = whole.total + part.total + part.tokens * moved
+            whole.squares += part.squares + float(2 * (moved @ part.total) + part.tokens * moved.square().sum())
+            whole.tokens += part.tokens
+        return whole
 
     def variance(self, n_windows: int) -> float:
         """The squared distances from the mean, summed. Raises UserError where there is none."""
@@ -65,6 +94,19 @@ class Reconstruction:
         """wanted: what `Wanted.add` gave for this batch."""
         for form in self.forms:
             form.add(batch, wanted)
+
+    def summed(self) -> list[tuple[Any, ...]]:
+        """What other ranks need of it."""
+        return [form.summed() for form in self.forms]
+
+    @classmethod
+    def of_ranks(cls, sae: SAE, parts: Sequence[list[tuple[Any, ...]]]) -> Reconstruction:
+        """What one process would have of the batches of all of them, but for rounding of float64."""
+        whole = cls(sae)
+        for part in parts:
+            for form, sums in zip(whole.forms, part, strict=True):
+                form.take(*sums)
+        return whole
 
     def figures(self, wanted: Wanted, n_windows: int) -> dict[str, Any]:
         """See `csae.evaluate.evaluate`. Raises UserError where a figure is not finite."""
@@ -114,6 +156,17 @@ class _Form:
         active = out.code.values[batch.mask] > 0  # [tokens, k]
         self.active += int(active.sum())
         self.fired[out.code.indices[batch.mask][active]] = True
+
+    def summed(self) -> tuple[Any, ...]:
+        return self.squared_error, self.cosines, self.seconds, self.active, self.fired.cpu()
+
+    def take(self, squared_error: float, cosines: float, seconds: float, active: int, fired: Tensor) -> None:
+        """More sums, of another rank."""
+        self.squared_error += squared_error
+        self.cosines += cosines
+        self.seconds += seconds
+        self.active += active
+        self.fired |= fired.to(self.fired.device)
 
     def figures(self, tokens: int, variance: float) -> dict[str, float]:
         return {

@@ -16,6 +16,7 @@ from csae.cli.options import (
     DEVICE,
     ELSEWHERE,
     KEEP_FIRST,
+    LONG,
     MODEL,
     TEXT,
     device_of,
@@ -25,6 +26,7 @@ from csae.cli.options import (
 from csae.errors import UserError
 
 if TYPE_CHECKING:
+    from csae.distributed.ranks import Ranks
     from csae.sae import SAE
 
 AT_ONCE_BYTES = 4e9  # of SAEs that are in memory together
@@ -51,40 +53,62 @@ def evaluate(
     """Evaluate trained SAEs: a table, and eval.json in each run's folder.
 
     On the windows that a run held out; or on other activations or text if given, without the windows that the run
-    trained on. With a language model also the next-token cross-entropy with the reconstruction spliced in.
+    trained on. With a language model also the next-token cross-entropy with the reconstruction spliced in. Under
+    torchrun, each process evaluates whole SAEs on a share of the windows.
     """
-    from csae.evaluate import EVAL, table
-    from csae.evaluate_run import evaluate_runs, keep_held_out_fvu
-    from csae.files import check_writable, write_json
-    from csae.progress import track
+    from csae.distributed.telling import started
 
-    device = device_of(options["device"])
     for name, count in (("--windows", windows), ("--ce-windows", ce_windows)):
         if count < 1:
             raise UserError(f"{name}: given {count}; needed at least 1")
-    given, how = given_of(options), {"trained_windows": trained_windows, "elsewhere": elsewhere}
+    asked = {"windows": windows, "ce_windows": ce_windows, "trained_windows": trained_windows, "elsewhere": elsewhere}
+    with started(options | asked | {"runs": runs}, options["device"], LONG) as ranks:
+        _evaluate(runs, options, ranks, **asked)
+
+
+def _evaluate(
+    runs: Sequence[str],
+    options: dict[str, Any],
+    ranks: Ranks | None,
+    windows: int,
+    ce_windows: int,
+    **how: bool,
+) -> None:
+    from csae.distributed.hosts import Hosts
+    from csae.evaluate import EVAL, table
+    from csae.evaluate_run import evaluate_runs, keep_held_out_fvu
+    from csae.files import check_writable, write_json
+    from csae.progress import quiet, track
+
+    hosts = Hosts(ranks)
+    device = device_of(options["device"]) if ranks is None else str(ranks.device)
+    given, progress = given_of(options), track if hosts.is_first else quiet
     folders = [Path(run) for run in runs if Path(run).is_dir()]
-    for folder in folders:
-        check_writable(folder / EVAL)
+    hosts.from_first(lambda: [check_writable(folder / EVAL) for folder in folders] and None)
     results = []
     opened: dict[str, Any] = {}
-    for some in _at_once(runs, device):
-        every = evaluate_runs(some, given, windows, ce_windows, **how, device=device, progress=track, opened=opened)
-        for (run, sae), found in zip(some, every, strict=True):
+    for some in _at_once(runs, device, ranks):
+        every = evaluate_runs(
+            some, given, windows, ce_windows, **how, device=device, progress=progress, opened=opened, ranks=ranks
+        )
+        for (run, sae), found in zip(some, every, strict=True) if hosts.is_first else ():
             if Path(run) in folders:
                 write_json(Path(run) / EVAL, found)
                 keep_held_out_fvu(Path(run), sae, found)
             results.append({"name": Path(run).name or Path(run).resolve().name} | found)
-    Console().print(table(results))
+    if hosts.is_first:
+        Console().print(table(results))
 
 
-def _at_once(runs: Sequence[str], device: str) -> Iterator[list[tuple[str, SAE]]]:
+def _at_once(runs: Sequence[str], device: str, ranks: Ranks | None) -> Iterator[list[tuple[str, SAE]]]:
     """The runs with their SAEs, as many at once as fit into AT_ONCE_BYTES, but one at least."""
     from csae.checkpoint import load_sae
+    from csae.memory import check_loads
 
     some: list[tuple[str, SAE]] = []
     size = 0
     for run in runs:
+        check_loads(run, device, ranks)
         sae = load_sae(run, device)
         of_sae = sum(tensor.nbytes for tensor in sae.state_dict().values())
         if some and size + of_sae > AT_ONCE_BYTES:
