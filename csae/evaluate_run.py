@@ -14,6 +14,7 @@ from csae.data.language_model import LanguageModel
 from csae.data.places import PLACE_KEYS, Place, places_in
 from csae.data.seen import Seen, hashes_of, read_seen
 from csae.data.sources import check_said, joined, open_model, open_source, same_windows
+from csae.distributed.ranks import Ranks
 from csae.errors import UserError, shown
 from csae.evaluate import Subject, evaluate_together
 from csae.files import read_json, write_json

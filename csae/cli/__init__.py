@@ -38,7 +38,7 @@ from csae.distributed.telling import n_processes
 
 __all__ = ["cli", "main"]
 
-IN_SEVERAL_PROCESSES = ("train", "cache", "evidence", "info")
+IN_SEVERAL_PROCESSES = ("train", "eval", "cache", "evidence", "info")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -61,9 +61,10 @@ def evaluate(
     for name, count in (("--windows", windows), ("--ce-windows", ce_windows)):
         if count < 1:
             raise UserError(f"{name}: given {count}; needed at least 1")
-    asked = {"windows": windows, "ce_windows": ce_windows, "trained_windows": trained_windows, "elsewhere": elsewhere}
-    with started(options | asked | {"runs": runs}, options["device"], LONG) as ranks:
-        _evaluate(runs, options, ranks, **asked)
+    counts = {"windows": windows, "ce_windows": ce_windows}
+    how = {"trained_windows": trained_windows, "elsewhere": elsewhere}
+    with started({**options, **counts, **how, "runs": runs}, options["device"], LONG) as ranks:
+        _evaluate(runs, options, ranks, windows, ce_windows, **how)
 
 
 def _evaluate(
@@ -84,7 +85,12 @@ def _evaluate(
     device = device_of(options["device"]) if ranks is None else str(ranks.device)
     given, progress = given_of(options), track if hosts.is_first else quiet
     folders = [Path(run) for run in runs if Path(run).is_dir()]
-    hosts.from_first(lambda: [check_writable(folder / EVAL) for folder in folders] and None)
+
+    def check_folders() -> None:
+        for folder in folders:
+            check_writable(folder / EVAL)
+
+    hosts.from_first(check_folders)
     results = []
     opened: dict[str, Any] = {}
     for some in _at_once(runs, device, ranks):
