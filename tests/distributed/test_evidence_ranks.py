@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from processes import run
 
-SPEEDS = ("tokens_per_s", "tokens_per_s_sweeps", "train_seconds")
+SPEEDS = ("tokens_per_s", "tokens_per_s_sweeps", "train_seconds", "seconds")
 
 
 def _evidence(ranks: Any, out: Path, model: str) -> tuple[dict[str, Any], list[str]]:
