@@ -12,7 +12,7 @@ from test_cli import csae
 import csae.memory as memory
 from csae.config import SAEConfig, TrainConfig
 from csae.errors import UserError
-from csae.memory import Need, available, check_memory
+from csae.memory import Need, available, check_loads, check_memory
 from csae.step import adam
 
 CPU = torch.device("cpu")
@@ -147,3 +147,23 @@ def test_train_refuses_before_it_makes_anything(tmp_path: Path, capsys, tiny_mod
     assert code == 2
     assert "--d-sae: to train needs " in err.splitlines()[-1]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_saved_sae_that_can_not_be_loaded_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (1, 2):
+        (tmp_path / f"model-0000{number}-of-00002.safetensors").write_bytes(bytes(600_000_000 // 1000))
+    monkeypatch.setattr(memory, "available", lambda device: 1_200_000)
+    check_loads(tmp_path, "cpu")
+    check_loads("no/folder", "cpu")
+    monkeypatch.setattr(memory, "available", lambda device: 1_199_999)
+    with pytest.raises(UserError) as error:
+        check_loads(tmp_path, "cpu")
+    assert one_line(error).startswith(f"{tmp_path}: to load it takes 0.0 GB of memory on cpu, and 0.0 GB are available")
+
+    def gather(found: list, mine: dict) -> None:
+        found[:] = [mine] * 3
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(memory, "available", lambda device: 3_000_000)
+    with pytest.raises(UserError, match=r"by 3 ranks, .*: needed fewer ranks, or a device or a machine with more"):
+        check_loads(tmp_path, "cpu", Ranks())
