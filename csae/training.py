@@ -31,6 +31,7 @@ from csae.data.activations import Batch, Place
 from csae.data.background import Ready
 from csae.data.batches import Batches
 from csae.data.seen import log, open_log, settle
+from csae.distributed import check_replicas
 from csae.distributed.hosts import Hosts, ranks_of
 from csae.errors import UserError
 from csae.extend import Earlier, earlier_job, extend, keep_source, of_source, source_of
@@ -290,8 +291,8 @@ class Training:
     def checkpoint(self, done: int, state: dict[str, Tensor] | None, batches: Batches) -> None:
         """Write a checkpoint after `done` steps. state: of the batches then. Raises UserError as `step` does."""
         self.checked(batches)
+        self._check_trained()
         with self.hosts.together():
-            self._check_trained()
             if self.hosts.is_first:
                 sync(self.metrics)  # a checkpoint is never ahead of its metrics
                 sync(self.seen)
@@ -311,7 +312,7 @@ class Training:
                     f"the mask lets no two positions of a step take part, in any of {self.config.steps}: "
                     f"nothing to train on"
                 )
-            self._check_trained()
+        self._check_trained()
         assert self.sae.trained_on is not None
         train_fvu = self.line.get("fvu_exact", self.line.get("fvu"))
         self.sae.trained_on = dataclasses.replace(self.sae.trained_on, train_fvu=train_fvu)
@@ -352,10 +353,12 @@ class Training:
             print(f"{path}: kept: {reason}", file=sys.stderr)
 
     def _check_trained(self) -> None:
-        """Raises UserError where weights are not finite, before they replace the last checkpoint."""
-        broken = _not_finite(self.sae)
-        if broken:
-            raise UserError(f"{self.run}: {broken} holds NaN or Inf: {_smaller_lr(self.config)}")
+        """Raises UserError where weights are not finite, or ranks differ, before they replace the last checkpoint."""
+        with self.hosts.together():
+            broken = _not_finite(self.sae)
+            if broken:
+                raise UserError(f"{self.run}: {broken} holds NaN or Inf: {_smaller_lr(self.config)}")
+        check_replicas(self.sae, self.optimizer)
 
 
 def _place(job: Job, batches: Batches) -> Place:

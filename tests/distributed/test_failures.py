@@ -177,6 +177,25 @@ def test_a_full_disk_of_rank_0(activations: Path, tmp_path: Path) -> None:
     check(found, "metrics.jsonl: can't be written: the disk is full", failed=0)
 
 
+def _differs(rank: int) -> None:
+    import csae.training
+
+    before = csae.training.train_step
+
+    def train_step(sae: Any, *given: Any) -> Any:
+        if rank == 1:
+            with torch.no_grad():
+                sae.b_dec[0] += 1e-7
+        return before(sae, *given)
+
+    csae.training.train_step = train_step
+
+
+def test_ranks_whose_numbers_differ(activations: Path, tmp_path: Path) -> None:
+    given = arguments(activations, tmp_path / "run", "--checkpoint-every", 2)
+    check(ended(2, tmp_path, given, _differs), "b_dec: ranks 0 and 1 should have the same numbers, and differ")
+
+
 def _a_bug(rank: int) -> None:
     def do() -> None:
         raise IndexError("a mistake of ours")
