@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch.distributed as dist
 
@@ -143,10 +143,12 @@ def tell_torchrun(line: str) -> None:
 
 
 class _Notes:
-    """The connection to the store."""
+    """The connection to the store, and what was read there."""
 
     opened: dist.TCPStore | None = None
     failed = False
+    processes: ClassVar[dict[int, int | None]] = {}
+    """of ranks; None where one of that number could be another's here"""
 
     @classmethod
     def store(cls) -> dist.TCPStore | None:
@@ -214,7 +216,7 @@ def _gone_ranks(wait: float = 0.0) -> list[int]:
     store, until = _Notes.store(), time.monotonic() + wait
     while store is not None:
         try:
-            gone = [rank for rank in range(n_processes()) if _is_gone(store, rank)]
+            gone = [rank for rank in _neighbours() if _is_gone(store, rank)]
         except RuntimeError:
             return []
         if gone or time.monotonic() > until:
@@ -224,18 +226,28 @@ def _gone_ranks(wait: float = 0.0) -> list[int]:
 
 
 def _is_gone(store: dist.TCPStore, rank: int) -> bool:
-    if rank == _rank() or not store.check([_key("process", rank)]):
-        return False
-    place, _, pid = store.get(_key("process", rank)).decode().rpartition(" ")
-    if place != _place():
+    if rank not in _Notes.processes:
+        if not store.check([_key("process", rank)]):
+            return False
+        place, _, pid = store.get(_key("process", rank)).decode().rpartition(" ")
+        _Notes.processes[rank] = int(pid) if place == _place() else None
+    process = _Notes.processes[rank]
+    if process is None:
         return False
     try:
-        os.kill(int(pid), 0)
+        os.kill(process, 0)
     except ProcessLookupError:
         return not store.check([_key("over", rank)])
     except OSError:
         pass
     return False
+
+
+def _neighbours() -> list[int]:
+    """The other ranks that this machine's torchrun started; all of them where it does not say."""
+    n = int(os.environ.get("LOCAL_WORLD_SIZE") or 0)
+    first = _rank() - int(os.environ.get("LOCAL_RANK") or 0)
+    return [rank for rank in (range(first, first + n) if n else range(n_processes())) if rank != _rank()]
 
 
 def _ended(ranks: list[int]) -> str:

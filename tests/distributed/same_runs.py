@@ -11,7 +11,7 @@ from tiny_runs import lines, timeless
 from csae.checkpoint import load_sae
 
 
-def check_same_run(found_in: Path, expected_in: Path, bits: bool = False) -> None:
+def check_same_run(found_in: Path, expected_in: Path, bits: bool = False, atol: float = 1e-5) -> None:
     """run.json and windows.bin are the same; metrics and weights nearly, or with `bits` exactly."""
     for file in ("run.json", "windows.bin"):
         assert (found_in / file).read_bytes() == (expected_in / file).read_bytes(), file
@@ -29,4 +29,4 @@ def check_same_run(found_in: Path, expected_in: Path, bits: bool = False) -> Non
     for name, tensor in load_sae(expected_in).state_dict().items():
         if bits:
             assert torch.equal(tensors[name], tensor), name
-        torch.testing.assert_close(tensors[name], tensor, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(tensors[name], tensor, rtol=1e-4, atol=atol)
