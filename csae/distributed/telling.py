@@ -89,9 +89,9 @@ def end(error: BaseException, told: tuple[str | None, int] | None) -> NoReturn:
         os._exit(code)  # what is still to be done in order might wait for a rank that is gone
 
 
-def is_first_to_tell(failed: bool = True) -> bool:
+def is_first_to_tell(failed: bool = True, store: dist.TCPStore | None = None) -> bool:
     """Whether no other rank has told why it ends. Without a store that answers, each tells."""
-    store = _Notes.store()
+    store = store or _Notes.store()
     if store is None:
         return True
     try:
@@ -116,7 +116,7 @@ def lost(error: BaseException) -> str | None:
     if not isinstance(error, RuntimeError) or memory_problem(error) is not None:
         return None
     if not isinstance(error, dist.DistError) and not (
-        _comes_from_torch_distributed(error.__traceback__) and BROKEN.search(str(error))
+        _comes_from_a_collective(error.__traceback__) and BROKEN.search(str(error))
     ):
         return None
     found = _peers_lost()
@@ -128,7 +128,7 @@ def lost(error: BaseException) -> str | None:
 
 
 def _peers_lost() -> str | None:
-    gone = _gone_ranks(wait=2.0)
+    gone = _gone_ranks(_Notes.store(), wait=2.0)
     return _ended(gone) if gone else None
 
 
@@ -157,11 +157,15 @@ class _Notes:
             return None
         if cls.opened is None:
             try:
-                host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-                cls.opened = dist.TCPStore(host, port, is_master=False, timeout=CONNECT, wait_for_workers=False)
+                cls.opened = _connected()
             except (KeyError, ValueError, RuntimeError):
                 cls.failed = True
         return cls.opened
+
+
+def _connected() -> dist.TCPStore:
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(host, port, is_master=False, timeout=CONNECT, wait_for_workers=False)
 
 
 def _begin(options: dict[str, Any]) -> None:
@@ -169,7 +173,8 @@ def _begin(options: dict[str, Any]) -> None:
     if store is None:
         return
     store.set(_key("process", _rank()), f"{_place()} {os.getpid()}")
-    threading.Thread(target=_look_after_others, args=(store,), name="csae-ranks", daemon=True).start()
+    # A connection of its own: who waits on one keeps the others from it.
+    threading.Thread(target=_look_after_others, args=(_connected(),), name="csae-ranks", daemon=True).start()
     store.set(_key("options", _rank()), json.dumps(options, default=str))
     if _rank() == 0:
         store.set(_key("different"), _difference(store))
@@ -198,8 +203,8 @@ def _difference(store: dist.TCPStore) -> str:
 def _look_after_others(store: dist.TCPStore) -> None:
     try:
         while not store.check([_key("over", _rank())]):
-            gone = [] if store.check([_key("failed")]) else _gone_ranks()
-            if gone and is_first_to_tell():
+            gone = [] if store.check([_key("failed")]) else _gone_ranks(store)
+            if gone and is_first_to_tell(store=store):
                 line = f"csae: {_ended(gone)}"
                 print(f"\n{line}", file=sys.stderr, flush=True)
                 tell_torchrun(line)
@@ -211,9 +216,9 @@ def _look_after_others(store: dist.TCPStore) -> None:
         return
 
 
-def _gone_ranks(wait: float = 0.0) -> list[int]:
+def _gone_ranks(store: dist.TCPStore | None, wait: float = 0.0) -> list[int]:
     """The ranks on this machine whose process is gone without a note. wait: so many seconds for one at least."""
-    store, until = _Notes.store(), time.monotonic() + wait
+    until = time.monotonic() + wait
     while store is not None:
         try:
             gone = [rank for rank in _neighbours() if _is_gone(store, rank)]
@@ -255,9 +260,9 @@ def _ended(ranks: list[int]) -> str:
     return f"{names} ended without a word (killed, or out of memory): {GO_ON}"
 
 
-def _comes_from_torch_distributed(trace: TracebackType | None) -> bool:
+def _comes_from_a_collective(trace: TracebackType | None) -> bool:
     while trace is not None:
-        if trace.tb_frame.f_globals.get("__name__", "").startswith("torch.distributed"):
+        if trace.tb_frame.f_globals.get("__name__", "").startswith(("torch.distributed", "csae.distributed")):
             return True
         trace = trace.tb_next
     return False
