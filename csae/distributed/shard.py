@@ -80,7 +80,7 @@ def sharded(make: Callable[[], AnySAE], ranks: Ranks) -> AnySAE:
     """The SAE that `make` makes, with this rank's rows of its tables only. No rank ever has a whole table.
 
     From the same seed of torch's generator on the CPU, the rows are those of the SAE on one device, bit by bit, and
-    all else is the same on all ranks.
+    all else is the same on all ranks. `initialise` is to be given the same numbers on all of them too.
     """
     with owning(ranks.rows):
         sae = make()
