@@ -58,9 +58,9 @@ class Weights:
     """of the files"""
 
     def load(self, own: Mapping[str, range], ranks: Ranks | None = None) -> dict[str, Tensor]:
-        """All tensors, on the CPU; of those named in `own` these rows only, no other is read from the disk.
+        """All tensors, on the CPU; of those named in `own` these rows only.
 
-        ranks: they share the comparison of files with their checksums; so they have to agree afterwards.
+        ranks: each compares some of the files with their checksums, in blocks. So they have to agree afterwards.
 
         Raises UserError where a file is not as it was written.
         """
