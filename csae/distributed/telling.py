@@ -39,7 +39,7 @@ CONNECT = timedelta(seconds=10)
 AS_LATE = timedelta(seconds=300)  # as others may be: they import the same libraries
 # What gloo and NCCL say when a rank is gone, in a RuntimeError.
 BROKEN = re.compile(r"connect|peer|timed out|timeout|broken pipe|socket|abort|remote process", re.IGNORECASE)
-GO_ON = "the same command goes on from the last checkpoint"
+GO_ON = "the same command goes on from what is saved"
 
 
 @contextmanager
@@ -73,7 +73,9 @@ def end(error: BaseException, told: tuple[str | None, int] | None) -> NoReturn:
     code = 1 if told is None else told[1]
     try:
         if not isinstance(error, FailedElsewhere):
-            line = lost(error) or (_peers_lost() if isinstance(error, KeyboardInterrupt) else None)
+            # click, and who says what is saved, raise another error of it.
+            interrupted = isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt)
+            line = lost(error) or (_peers_lost() if interrupted else None)
             if line is not None:
                 told = f"csae: {line}", 1
             if is_first_to_tell(failed=not isinstance(error, Stopped)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -128,3 +129,29 @@ def test_killed_at_any_moment_and_resumed_on_other_ranks(tmp_path: Path) -> None
     _, err = running.communicate(timeout=60)
     assert running.returncode == 0, err
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for the ranks in /proc")
+def test_a_killed_rank_is_told_in_one_line(tiny_model_path: Path, tmp_path: Path) -> None:
+    draw = random.Random(0)
+    rows = [{"text": " ".join(str(draw.randrange(10**6)) for _ in range(40))} for _ in range(8000)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ["--dataset", str(tmp_path / "rows.jsonl"), "--n-ctx", "16", "--max-bytes", "20MB"]
+    where = ["--model", str(tiny_model_path), "--layer", "2", "--device", "cpu", "-o", str(tmp_path / "acts")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command = ["-m", "csae", "cache", *data, *where]
+    running = subprocess.Popen([*torchrun, "2", *command], stderr=subprocess.PIPE, text=True)
+    for line in running.stderr:
+        if "caching" in line:
+            break
+    os.kill(ranks_of(running.pid)[1], signal.SIGKILL)
+    _, err = running.communicate(timeout=60)
+    said = [line for line in err.splitlines() if line.strip().startswith("csae: ")]
+    assert said == ["csae: rank 1 ended without a word (killed, or out of memory): the same command goes on from what "
+                    "is saved"]  # fmt: skip
+    for size, name in (("3", "acts"), ("1", "alone")):
+        where[-1] = str(tmp_path / name)
+        done = subprocess.run([*torchrun, size, "-m", "csae", "cache", *data, *where], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "acts") == contents(tmp_path / "alone")
