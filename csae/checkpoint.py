@@ -57,8 +57,10 @@ def load_sae(name: str | Path, device: torch.device | str = "cpu", ranks: Ranks 
     """The SAE of a run, a saved folder or a hub id, of any architecture, in evaluation mode.
 
     A run that has not finished gives the SAE of its last checkpoint. ranks: it is sharded over them, and all call this;
-    none reads more than its rows. Raises UserError where there is none, where it is
-    truncated or of another program, or where its files contradict each other.
+    none has more than its rows in memory.
+
+    Raises UserError where there is none, where it is truncated or of another program, or where its files contradict
+    each other.
     """
     folder = Path(name)
     job: dict[str, Any] = {}
