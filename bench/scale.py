@@ -42,7 +42,7 @@ SMALL = Sizes(n=768, T=64, d_in=64, d_sae=0, k=16)
 LARGE = Sizes(n=768, T=64, d_in=4096, d_sae=2048, k=64, precision="bfloat16")
 """the width and k of the projection: what is sent and the memory are looked at, not the time"""
 ROUNDS = 5
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 TIMEOUT_S = 300.0
 QUICK_LARGE = Sizes(n=24, T=2, d_in=256, d_sae=512, k=16, precision="bfloat16")
 

@@ -65,9 +65,9 @@ class Kept(NamedTuple):
     moments: float
     gradients: float
     all_tokens: float
-    """bytes at the peak of a step, for each token of the batch: of what a rank has of all tokens"""
+    """bytes at the peak of a step, for each token of the batch, at most; where ranks own rows"""
     own_tokens: float
-    """and for each token of its own windows"""
+    """the same for each token of its own windows, where ranks have those only"""
 
 
 def formula(sizes: dict[str, Any], R: int) -> dict[str, float]:
@@ -111,11 +111,11 @@ def kept(report: Report, impl: str) -> Kept:
     weights, moments, gradients = (
         (more_features["held"][what] - base["held"][what]) / owned for what in ("weights", "moments", "gradients")
     )
-    slopes = [_peak_of_a_token(report, impl, R) for R in (few, many)]
-    own = few * slopes[0]  # data parallel: a rank has its own tokens only
+    # The larger one, since peaks of resident memory are rough; and the share of own tokens falls with the ranks.
+    slopes = {R: _peak_of_a_token(report, impl, R) for R in (few, many)}
     if sharded(impl):
-        own = (slopes[0] - slopes[1]) / (1 / few - 1 / many)
-    return Kept(weights, moments, gradients, slopes[1] - own / many if sharded(impl) else 0.0, own)
+        return Kept(weights, moments, gradients, max(slopes.values()), 0.0)
+    return Kept(weights, moments, gradients, 0.0, max(R * slope for R, slope in slopes.items()))
 
 
 def _peak_of_a_token(report: Report, impl: str, R: int) -> float:

@@ -137,12 +137,12 @@ def test_laws_are_found_again_from_counts():
         assert laws["x"][2:] == (16, 0, 0)
         assert laws["tables"][2:] == (0, 100, 7)
         assert laws["sums"].bytes(5, 6, 8) == 7 * 4
-    assert scale_projection.kept(report, "csae TopK") == (68, 136, 0, 5, 16)
+    assert scale_projection.kept(report, "csae TopK") == (68, 136, 0, 5 + 16 / 2, 0)
     rows = list(scale_projection.project(report, "csae TopK"))
     first = next(row for row in rows if (row["gpus"], row["d_sae"]) == (16, 2**20))
     n = scale_projection.N
     assert first["weights"] == 68 * 2**16
-    assert first["activations"] == n * (5 + 1)
+    assert first["activations"] == n * 13
     assert first["sent"] == pytest.approx(15 / 16 * (16 * n + 100 * 2**20 + 7) + 15 * 4)
     assert first["sent_s"] == first["sent"] / scale_projection.INFINIBAND
     assert first["product_s"] == 2 * n * 8 * 2**20 / 16 / scale_projection.PRODUCT
