@@ -72,7 +72,13 @@ def joined(device: str | None, timeout_s: float, data: int = 1) -> Iterator[Rank
     own = _own_device(device)
     backend = "nccl" if own.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group(backend, timeout=timeout, device_id=own if own.type == "cuda" else None)
+    device_id = own if own.type == "cuda" else None
+    store = _store_of_this_start(timeout)
+    if store is None:
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+    else:
+        rank = int(os.environ["RANK"])
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id)
     yield ranks_of_world(own, timeout, data)
     # Not after an error: NCCL may wait here for ranks that are gone. The end of the process closes all connections.
     dist.destroy_process_group()
@@ -110,6 +116,19 @@ def _group(members: list[int], size: int, timeout: timedelta) -> ProcessGroup:
     world = dist.group.WORLD
     assert world is not None
     return world if len(members) == size else dist.new_group(members, timeout=timeout)
+
+
+def _store_of_this_start(timeout: timedelta) -> dist.Store | None:
+    """What torchrun keeps for its processes; None where it does not.
+
+    It keeps the same for those that it starts again, with the addresses of those before: torch 2.13 would connect to
+    them. So each start has names of its own.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    kept = dist.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", kept)
 
 
 def _own_device(device: str | None) -> torch.device:

@@ -107,6 +107,7 @@ def is_first_to_tell(failed: bool = True, store: dist.TCPStore | None = None) ->
 
 def over() -> None:
     """Leave a note that this rank ends by itself."""
+    _Notes.is_over.set()
     store = _Notes.store()
     if store is not None:
         with suppress(RuntimeError):
@@ -149,6 +150,8 @@ class _Notes:
 
     opened: dist.TCPStore | None = None
     failed = False
+    is_over = threading.Event()
+    """set when this rank ends by itself"""
     processes: ClassVar[dict[int, int | None]] = {}
     """of ranks; None where one of that number could be another's here"""
 
@@ -204,18 +207,20 @@ def _difference(store: dist.TCPStore) -> str:
 
 def _look_after_others(store: dist.TCPStore) -> None:
     try:
-        while not store.check([_key("over", _rank())]):
+        while not _Notes.is_over.wait(EVERY):
             gone = [] if store.check([_key("failed")]) else _gone_ranks(store)
             if gone and is_first_to_tell(store=store):
                 line = f"csae: {_ended(gone)}"
                 print(f"\n{line}", file=sys.stderr, flush=True)
                 tell_torchrun(line)
             if store.check([_key("failed")]):
-                time.sleep(GRACE)
-                os._exit(1)
-            time.sleep(EVERY)
-    except RuntimeError:  # the store is gone, and with it what could be known
-        return
+                if not _Notes.is_over.wait(GRACE):
+                    os._exit(1)
+                return
+    except RuntimeError:  # the store is gone, and with it torchrun: nobody else would end this process
+        if not _Notes.is_over.wait(GRACE):
+            print(f"\ncsae: torchrun on the first machine is gone: {GO_ON}", file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 def _gone_ranks(store: dist.TCPStore | None, wait: float = 0.0) -> list[int]:

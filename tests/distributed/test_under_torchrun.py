@@ -54,15 +54,20 @@ def torchrun(size: int, arguments: list[str], *how: str) -> Iterator[subprocess.
         text=True,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     try:
         yield process
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        end(process)
         process.communicate()
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Kill torchrun and its processes, which have groups of their own."""
+    for pid in [*(workers(process) if process.poll() is None else []), process.pid]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def workers(process: subprocess.Popen[str]) -> list[int]:
@@ -77,7 +82,7 @@ def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
         if (run / "metrics.jsonl").is_file() and len(lines(run)) >= step:
             return
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    end(process)
     raise AssertionError(f"step {step} was not reached: {process.communicate()[1]}")
 
 
