@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +94,29 @@ def test_runs_of_a_language_model(runs: dict[str, Path]) -> None:
                 if not name.startswith("tokens_per_s"):
                     expected = pytest.approx(figure, rel=1e-12) if isinstance(figure, float) else figure
                     assert one[name] == expected, name
+
+
+@pytest.mark.slow
+def test_a_run_of_two_ranks_is_evaluated_by_one_and_by_three(tiny_model_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("The quick brown fox jumps over the lazy dog, and sleeps in the sun. " * 200)
+    data = ["--model", str(tiny_model_path), "--text", str(tmp_path / "a.txt"), "--layer", "2", "--n-ctx", "16"]
+    size = ["--arch", "topk", "--d-sae", "41", "--k", "4", "--tokens", "2000", "--held-out", "0.3"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    folder = tmp_path / "run"
+    commands = [
+        [*torchrun, "2", "-m", "csae", "train", *data, *size, "--device", "cpu", "-o", str(folder)],
+        [sys.executable, "-m", "csae", "eval", "--device", "cpu", str(folder)],
+        [*torchrun, "3", "-m", "csae", "eval", "--device", "cpu", str(folder)],
+    ]
+    figures = []
+    for command in commands:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        if "eval" in command:
+            assert done.stdout.count("run ") == 1  # one table
+            figures.append(json.loads((folder / "eval.json").read_text()))
+    alone, by_three = figures
+    for name, figure in alone.items():
+        if name != "tokens_per_s":
+            expected = pytest.approx(figure, rel=1e-12) if isinstance(figure, float) else figure
+            assert by_three[name] == expected, name
