@@ -166,6 +166,7 @@ PURPOSES = {
     "codes.py:Owners.encoded all-gather": "x to all owners",
     "trace.py:ShardedTrace._everyone": "x to all owners",
     "codes.py:Owners.encoded all-to-all": "candidates home",
+    "codes.py:Owners.again": "candidates home",
     "codes.py:Owners.own": "codes to all owners",
     "trace.py:_Decoded.forward": "sums of rows home",
     "trace.py:_Decoded.backward": "gradients of sums to all owners",

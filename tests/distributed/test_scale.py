@@ -8,10 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from processes import run
 
+from csae import TopKSAE
 from csae.bench import scale, scale_page, scale_projection
+from csae.bench.scale_count import Collectives, purpose
 from csae.bench.scale_steps import IMPLEMENTATIONS, SPARSIFY, Sizes
+from csae.distributed import sharded
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "scale.md"
@@ -71,10 +75,10 @@ def test_what_we_send_is_what_the_design_says(report, R):
     for sizes in (SMALL._replace(d_sae=MANY), LARGE):
         found = by_purpose(result(report, OURS[0], R, sizes.d_sae, sizes))
         formula = scale_projection.formula(sizes._asdict(), R)
-        for purpose, expected in formula.items():
+        for what, expected in formula.items():
             # A value in bfloat16 has 2 bytes, where the design has 4.
-            assert found[purpose] <= expected, purpose
-            assert sizes.precision == "bfloat16" or found[purpose] == expected, purpose
+            assert found[what] <= expected, what
+            assert sizes.precision == "bfloat16" or found[what] == expected, what
         rest = set(found) - set(formula)
         assert found["features that fired"] == pytest.approx(sizes.n * sizes.k * 4 * (R - 1) / R, abs=8 * R)
         assert rest - {"features that fired", "sums of the loss", "gradients of replicated parameters"} <= {
@@ -111,6 +115,30 @@ def test_what_is_counted_leaves_the_sockets(report):
         if "skipped" not in found and found["socket_bytes"] is not None:
             calls = sum(one["calls"] for one in found["sent"])
             assert found["bytes"] <= found["socket_bytes"] <= 1.02 * found["bytes"] + 500 * (calls + 2)
+
+
+def with_dead(ranks, d_in, k, k_aux):
+    """Bytes that a rank sends for AuxK, for each token, times ranks / (ranks - 1)."""
+    n, sent = 32, []
+    sae = sharded(lambda: TopKSAE(d_in, 96, k, k_aux), ranks)
+    x = torch.randn(2, n // ranks.size // 2, d_in)
+    for dead in (0, 30):
+        sae.tokens_since_fired[:dead] = sae.dead_after
+        found = sae.dead_features()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            sae.gradients(x, dead=found)
+            with Collectives(purpose) as collectives:
+                sae.gradients(x, dead=found)
+        sent.append(sum(one.bytes for one in collectives.sent))
+    return (sent[1] - sent[0]) / n * ranks.size / (ranks.size - 1)
+
+
+def test_auxk_sends_a_second_code_and_its_sums():
+    d_in, k, k_aux = 40, 4, 20
+    more = run(2, with_dead, d_in, k, k_aux)
+    # Candidates, codes, sums and their gradients; and the loss's two numbers of each rank.
+    for found in more:
+        assert found == pytest.approx(k_aux * (8 + 6) + 2 * d_in * 2, abs=2)
 
 
 def counted(n, d_sae, R, sent, held, peak, d_in=8):
