@@ -210,7 +210,7 @@ def bad(name, tmp_path, model, text):
         "no option": ["train", "--layres", "3"],
         "no number": ["train", "-o", tmp_path / "run", "--k", "many"],
         "demo without model": ["demo", "-o", tmp_path / "demo", "--model", tmp_path / "nowhere"],
-        "demo with empty text": ["demo", "-o", tmp_path / "demo", "--model", model, "--text", empty],
+        "demo with empty text": ["demo", "-o", tmp_path / "demo", "--model", model, "--layer", "2", "--text", empty],
     }[name]
 
 
