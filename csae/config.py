@@ -103,6 +103,8 @@ class TrainConfig:
                 raise UserError(f"{name}: given {getattr(self, name)!r}; needed a whole number, at least {least}")
             if getattr(self, name) < least:
                 raise UserError(f"{name}: given {getattr(self, name)}; needed at least {least}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise UserError(f"seed: given {str(self.seed)[:40]}; needed a whole number, 0 to 2^63 - 1")
         for name in ("lr", "look_back_lr"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name}: given {getattr(self, name)}; needed a positive number")

@@ -7,9 +7,10 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -48,8 +49,9 @@ NO_PERMISSION = {
 # Some libraries give a text without a number.
 IN_WORDS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EMFILE, errno.ESTALE)
 TEXTS = {os.strerror(number): number for number in IN_WORDS}
+UNFINISHED = ".unfinished"  # the folder in which `filled` keeps files until all are written
 # torch.save says no more than this of a disk that is full, of a quota and of a limit.
-UNFINISHED = ("PytorchStreamWriter failed", "iostream error", "inline_container.cc")
+NOT_TAKEN = ("PytorchStreamWriter failed", "iostream error", "inline_container.cc")
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -115,6 +117,38 @@ def check_new(folder: Path) -> None:
     with reading(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder}: not empty: give a new folder")
+
+
+@contextmanager
+def filled(folder: Path) -> Iterator[Path]:
+    """A folder to write files to; they are in `folder`, which is new or empty, when all of them are written.
+
+    After an error none of them is there. What a kill leaves in it is removed by the next call. Raises UserError where
+    the folder holds something else, another process fills it, or it can't be written.
+    """
+    existed, working = folder.is_dir(), folder / UNFINISHED
+    if not (working.is_dir() and os.listdir(folder) == [UNFINISHED]):
+        check_new(folder)
+    with ExitStack() as stack:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.name != "nt":  # Windows opens no folders
+                opened = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, opened)
+                lock(opened, folder, "writing to it")
+            shutil.rmtree(working, ignore_errors=True)
+            check_new(folder)  # another process may have filled it meanwhile
+            working.mkdir()
+        try:
+            yield working
+            with writing(folder):
+                for entry in sorted(working.iterdir()):
+                    os.rename(entry, folder / entry.name)
+        finally:
+            shutil.rmtree(working, ignore_errors=True)
+            if not existed:
+                with suppress(OSError):
+                    folder.rmdir()  # it is empty after an error
 
 
 def write_with_config(
@@ -264,7 +298,7 @@ def disk_problem(error: BaseException | None, doing: str = "write") -> str | Non
             return NO_PERMISSION[doing]
         if number in ADVICE:
             return _for_reading(ADVICE[number]) if doing == "read" else ADVICE[number]
-        if any(words in str(error) for words in UNFINISHED):
+        if any(words in str(error) for words in NOT_TAKEN):
             return "the disk did not take all of it, it may be full: free some space, or choose another folder"
         if isinstance(error, OSError) and error.strerror and number is not None:
             return f"{error.strerror}: choose another folder" if doing == "write" else error.strerror

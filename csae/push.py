@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from csae.checkpoint import load_sae
 from csae.errors import UserError, first_line
 from csae.evaluate import EVAL
-from csae.files import check_new, read_json, write_file, writing
+from csae.files import filled, read_json, write_file, writing
 from csae.model_card import model_card
 from csae.parts import INDEX, WEIGHTS
 from csae.run import read_run
@@ -35,16 +35,16 @@ def write_folder(run: Path | str, repo_id: str, folder: Path | str) -> list[str]
         raise UserError(f"{run}: no such folder; needed that of a run or of a saved SAE")
     if not (run / CONFIG).is_file() or not any((run / weights).is_file() for weights in (WEIGHTS, INDEX)):
         raise UserError(f"{run}: no trained SAE here ({CONFIG} and {WEIGHTS} are needed): train it to the end first")
-    check_new(folder)
-    sae, job = load_sae(run), read_run(run)
-    figures = read_json(run / EVAL) if (run / EVAL).is_file() else {}
-    sae.save_pretrained(folder)
-    if figures:
-        with writing(folder / EVAL):
-            shutil.copyfile(run / EVAL, folder / EVAL)
-    by_hand = (run / CARD).is_file() and not is_our_card(run / CARD)
-    text = (run / CARD).read_text(encoding="utf-8") if by_hand else model_card(sae, repo_id, job, figures)
-    write_file(folder / CARD, lambda path: path.write_text(text, encoding="utf-8"))
+    with filled(folder) as working:
+        sae, job = load_sae(run), read_run(run)
+        figures = read_json(run / EVAL) if (run / EVAL).is_file() else {}
+        sae.save_pretrained(working)
+        if figures:
+            with writing(working / EVAL):
+                shutil.copyfile(run / EVAL, working / EVAL)
+        by_hand = (run / CARD).is_file() and not is_our_card(run / CARD)
+        text = (run / CARD).read_text(encoding="utf-8") if by_hand else model_card(sae, repo_id, job, figures)
+        write_file(working / CARD, lambda path: path.write_text(text, encoding="utf-8"))
     return sorted(file.name for file in folder.iterdir())
 
 

@@ -11,6 +11,7 @@ from csae.checkpoint import load_sae
 from csae.data import dtypes
 from csae.data.dtypes import multiplies_bfloat16, resolved_dtype
 from csae.evaluate_run import evaluate_run
+from csae.run import read_run
 
 LITTLE = [*SMALL, "--tokens", "640", "--log-every", "4", "--lm-dtype", "float32"]
 
@@ -76,6 +77,16 @@ def test_several_learning_rates_and_a_toml_file(from_model, tmp_path, capsys):  
         ("k: [\n", "not YAML"),
         ("k: many\n", "'many' is not a valid integer"),
         ("seed: [1, 2]\n", "seed: given [1, 2]; needed one value"),
+        ("k: {a: 1}\n", "k: given {'a': 1}; needed one value or more"),
+        ("k: [[4]]\n", "k: given [4]; needed one value or more"),
+        ("k: []\n", "k: given []; needed one value or more"),
+        ("k: [4, null]\n", "k: given [4, None]; needed one value or more"),
+        ("from: [a]\n", "from: given ['a']; needed one value"),
+        ("k: [4, 3.5]\n", "k: given 3.5; needed a whole number"),
+        ("tokens: true\n", "tokens: given True; needed a whole number"),
+        ("lr: true\n", "lr: given True; needed a number"),
+        ("k: 4\nseed: 1\nk: 3\n", "not YAML (k is given twice)"),
+        ("n_ctx: 4\nn-ctx: 3\n", "an option is given both with - and with _"),
         ("out: here\n", "out: no option of csae train"),
     ],
 )
@@ -87,6 +98,16 @@ def test_a_config_file_that_cannot_be_followed_is_one_line(content, message, tmp
     assert message in err
     assert "Traceback" not in err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_place_of_the_command_line_takes_the_place_of_that_in_a_file(from_model, tmp_path, capsys):  # noqa: F811
+    assert csae("train", *from_model, *LITTLE, "-o", tmp_path / "first", capsys=capsys)[0] == 0
+    file = tmp_path / "first" / "config.yaml"
+    for number, place in enumerate([["--hook", "mlp.out:0"], ["--from", "mlp.in:0", "--to", "mlp.out:0"]]):
+        run = tmp_path / str(number)
+        code, _, err = csae("train", "--config", file, *place, "-o", run, capsys=capsys)
+        assert code == 0, err
+        assert [read_run(run)["origin"].get(name) for name in ("layer", "hook")] == [None, place[1]]
 
 
 def test_a_run_begins_with_the_weights_of_another(from_model, tmp_path, capsys):  # noqa: F811

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import resource
+import signal
 import stat
 from contextlib import contextmanager
 
@@ -11,9 +12,11 @@ from safetensors.torch import save_file
 
 from csae.errors import UserError, shown
 from csae.files import (
+    UNFINISHED,
     check_readable,
     check_writable,
     disk_problem,
+    filled,
     parse_json,
     read_json,
     reading,
@@ -214,3 +217,36 @@ def test_what_can_not_be_written_is_told_before_the_work(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"page.html: can't be written: a part of that path is a file"):
         check_writable(tmp_path / "file" / "page.html")
+
+
+def fill(folder):
+    with filled(folder) as working:
+        (working / "first").touch()
+        (folder / "first").unlink()  # it is not there yet
+
+
+def test_a_folder_is_filled_whole_or_not_at_all(tmp_path):
+    for folder in (tmp_path / "new", tmp_path):
+        with pytest.raises(FileNotFoundError):
+            fill(folder)
+    assert list(tmp_path.iterdir()) == []
+    with filled(tmp_path / "new") as working:
+        (working / "first").touch()
+        with pytest.raises(UserError, match="another process is writing to it"), filled(tmp_path / "new"):
+            pass
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["first"]
+    with pytest.raises(UserError, match="not empty"), filled(tmp_path / "new"):
+        pass
+
+
+def test_what_a_kill_left_in_a_folder_goes_when_it_is_filled(tmp_path):
+    process = os.fork()
+    if not process:
+        with filled(tmp_path / "new") as working:
+            (working / "half").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(process, 0)
+    assert [file.name for file in (tmp_path / "new").iterdir()] == [UNFINISHED]
+    with filled(tmp_path / "new") as working:
+        (working / "whole").touch()
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["whole"]

@@ -356,6 +356,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
         ({"decay": float("nan")}, "warmup, decay: given 0.05 and nan; needed shares"),
         ({"batch_windows": 2.5}, "batch_windows: given 2.5; needed a whole number, at least 1"),
         ({"steps": float("nan")}, "steps: given nan; needed a whole number, at least 1"),
+        ({"seed": -1}, "seed: given -1; needed a whole number, 0 to 2^63 - 1"),
+        ({"seed": 10**20}, "seed: given 100000000000000000000; needed a whole number, 0 to 2^63 - 1"),
         ({"precision": "float16"}, "precision: given 'float16'; needed one of 'float32', 'bfloat16'"),
         ({"moments": "float16"}, "moments: given 'float16'; needed one of 'float32', 'bfloat16'"),
         ({"exact_from": -0.1}, "exact_from: given -0.1; needed a share of the steps, 0 to 1 (never)"),

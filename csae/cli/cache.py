@@ -51,7 +51,9 @@ UNITS = {"": 1, "B": 1} | {
 )
 @click.option("--max-tokens", type=int, help="Use at most so many tokens of the text.")
 @click.option("--max-bytes", help="Store as many windows as fit in so much, such as 20GB or 500MiB.")
-@click.option("--shuffle", type=int, metavar="SEED", help="Store the windows in an order drawn by this seed.")
+@click.option(
+    "--shuffle", type=click.IntRange(min=0), metavar="SEED", help="Store the windows in an order drawn by this seed."
+)
 @click.option("--append", is_flag=True, help="Add the windows that are not there yet to a folder that is.")
 @click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), default="float16", show_default=True)
 @DEVICE

@@ -16,6 +16,7 @@ from csae.errors import UserError, first_line, shown
 from csae.files import reading
 from csae.versions import pip_install
 
+PLACE = ("layer", "hook", "hook_from", "hook_to")
 # Where a run lies, and on which devices, is not part of what it is.
 NOT_KEPT = ("out", "config", "device", "lm_device", "timeout", "data_ranks")
 
@@ -35,7 +36,7 @@ def read_config(file: Path, names: dict[str, str]) -> dict[str, Any]:
                 import yaml
             except ImportError as error:
                 raise UserError(f"reading {file} needs PyYAML: {pip_install('cli')}") from error
-            found = yaml.safe_load(content)
+            found = yaml.load(content, _loader(yaml))
     except UserError:
         raise
     except Exception as error:
@@ -44,12 +45,42 @@ def read_config(file: Path, names: dict[str, str]) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{file}: needed options and their values, such as `k: 32`")
     by_key = {str(key).replace("-", "_"): value for key, value in found.items()}
+    if len(by_key) < len(found):
+        raise UserError(f"{file}: an option is given both with - and with _: leave one of them out")
     unknown = sorted(key for key in by_key if key not in names)
     if unknown:
         raise UserError(
             f"{file}: {shown(', '.join(unknown))}: no option of csae train; needed some of {', '.join(sorted(names))}"
         )
     return {names[key]: value for key, value in by_key.items() if value is not None}
+
+
+def _loader(yaml: Any) -> Any:
+    """PyYAML's safe loader, but for keys that are given twice: it takes the last one and says nothing."""
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc, name-defined]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value]
+            twice = next((key for key in keys if keys.count(key) > 1), None)
+            if twice is not None:
+                raise ValueError(f"{shown(twice)} is given twice")
+            return super().construct_mapping(node, deep)
+
+    return Loader
+
+
+def _check_values(file: Path, name: str, of: click.Parameter, values: list[Any]) -> None:
+    """Raises UserError where click would take a value for another one, or end in an error of its own."""
+    needed = "one value or more" if isinstance(of, click.Option) and of.multiple else "one value"
+    if not values or any(value is None or isinstance(value, (list, dict)) for value in values):
+        given = values[0] if len(values) == 1 else values
+        raise UserError(f"{file}: {name}: given {shown(given)[:60]}; needed {needed}")
+    for value in values:
+        whole = not isinstance(value, float) or value.is_integer()
+        if isinstance(of.type, click.types.IntParamType) and (isinstance(value, bool) or not whole):
+            raise UserError(f"{file}: {name}: given {shown(value)}; needed a whole number")
+        if isinstance(of.type, click.types.FloatParamType) and isinstance(value, bool):
+            raise UserError(f"{file}: {name}: given {shown(value)}; needed a number")
 
 
 def _take(context: click.Context, option: click.Parameter, file: Path | None) -> Path | None:
@@ -59,14 +90,26 @@ def _take(context: click.Context, option: click.Parameter, file: Path | None) ->
     # --from is `hook_from` in the code, and `from` in a file.
     names = {max(of.opts, key=len).lstrip("-").replace("-", "_"): str(of.name) for of in options}
     found = read_config(file, names)
+    in_file = {name: key for key, name in names.items()}
     for of in options:
-        if isinstance(of, click.Option) and of.multiple and of.name in found:
-            value = found[of.name]
-            found[of.name] = value if isinstance(value, list) else [value]
-        elif of.name in found and isinstance(found[of.name], (list, dict)):
-            raise UserError(f"{file}: {of.name}: given {shown(found[of.name])[:60]}; needed one value")
+        if of.name not in found:
+            continue
+        value = found[of.name]
+        several = isinstance(of, click.Option) and of.multiple
+        values = value if several and isinstance(value, list) else [value]
+        _check_values(file, in_file[of.name], of, values)
+        found[of.name] = values if several else value
     context.default_map = {**(context.default_map or {}), **found}
     return file
+
+
+def place_of_the_command_line(context: click.Context) -> dict[str, Any]:
+    """The options of a place in the file, emptied, where the command line gives a place: it wins as a whole."""
+    by = {of.name: context.get_parameter_source(str(of.name)) for of in context.command.params if of.name in PLACE}
+    if click.core.ParameterSource.COMMANDLINE not in by.values():
+        return {}
+    in_file = [name for name, source in by.items() if source is click.core.ParameterSource.DEFAULT_MAP]
+    return {str(name): () if isinstance(context.params[str(name)], tuple) else None for name in in_file}
 
 
 CONFIG_FILE = click.option(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import torch
 
-from csae.cli.config_file import CONFIG_FILE
+from csae.cli.config_file import CONFIG_FILE, place_of_the_command_line
 from csae.cli.options import (
     ACTIVATIONS,
     BOS,
@@ -106,6 +106,7 @@ def train(context: click.Context, **options: Any) -> None:
     from csae.data.activations import check_share
     from csae.distributed.telling import n_processes, started
 
+    options |= place_of_the_command_line(context)
     if options["data_ranks"] > 1 and n_processes() == 1:
         raise UserError(f"--data-ranks: given {options['data_ranks']} in one process; needed torchrun, with more")
     check_logs(options["logs"])

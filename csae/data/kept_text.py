@@ -25,7 +25,7 @@ from csae.data.packing import Packing, Text, TokenWindows
 from csae.data.retrying import read_on
 from csae.data.row_tokens import tell_left_out
 from csae.data.shards import KEPT_TEXT, read_about
-from csae.data.stream import HOPELESS, TokenStream, add_rows
+from csae.data.stream import TokenStream, add_rows, check_useful
 from csae.data.token_cache import tokenizer_rules
 from csae.errors import UserError
 from csae.files import is_running, write_json, writing
@@ -126,9 +126,7 @@ def _windows(stream: TokenStream) -> Iterator[Text]:
         for line in found.bad:
             bad += 1
             tell_left_out(line, bad, stream.say)
-        useless = 0 if found.lengths else useless + found.n_rows
-        if useless >= HOPELESS and found.bad:
-            raise UserError(f"{found.bad[-1]}; none of the last {useless:,} rows can be used: check the data set")
+        useless = check_useful(found, useless)
         add_rows(packing, found)
         yield packing.cut()
     yield packing.cut(at_end=True)

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from csae.data.activations import Batch, OfPlaces, Place, sink_mask
-from csae.data.places import described_place, name_of_layer
-from csae.data.shards import ShardReader, read_places
+from csae.data.places import described_place
+from csae.data.shards import ShardReader, hook_of, read_places
 from csae.errors import UserError, shown
-from csae.trained_on import RESIDUAL
 
 ANYWHERE = "activations"
 """the hook point of shards that don't say of which they are"""
@@ -58,6 +57,7 @@ class ShardActivations(OfPlaces):
         indices = [int(window) for window in window_indices]
         self.prefetch(indices)
         read = {hook: self._hooks[hook].read(indices) for hook in self._read_hooks()}
+        self._check_same_windows(read)
         batches = {}
         for place in self.places:
             batches[place] = given = read[place.hook]
@@ -86,6 +86,16 @@ class ShardActivations(OfPlaces):
         if len(self.places) > 1:
             return about | {"places": [described_place(place) for place in self.places]}
         return about | described_place(self.places[0]) | {"d_in": self.d_in, "d_out": self.d_out}
+
+    def _check_same_windows(self, read: dict[str, Batch]) -> None:
+        known = {hook: batch.tokens for hook, batch in read.items() if batch.tokens is not None}
+        for hook, tokens in known.items():
+            first = next(iter(known))
+            if not torch.equal(tokens, known[first]):
+                raise UserError(
+                    f"activations {str(self.folder)!r}: the windows of {shown(hook)} have other tokens than those of "
+                    f"{shown(first)}: copy the folder again"
+                )
 
     def _read_hooks(self) -> list[str]:
         return list(dict.fromkeys(hook for place in self.places for hook in place if hook is not None))
@@ -119,10 +129,7 @@ class _OneHook:
 
     @property
     def hook(self) -> str:
-        hook, layer = self.about.get("hook"), self.about.get("layer")
-        if isinstance(hook, str) and hook != RESIDUAL:
-            return hook
-        return name_of_layer(layer) if isinstance(layer, int) and layer >= 1 else ANYWHERE
+        return hook_of(self.about) or ANYWHERE
 
     def read(self, indices: Sequence[int]) -> Batch:
         windows = [self._reader.read(window) for window in indices]

@@ -35,10 +35,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from csae.data.places import name_of_layer
 from csae.errors import UserError, shown
 from csae.files import check_readable, check_utf8, parse_json, reading
 from csae.progress import Progress, quiet
 from csae.tensors import CHECKSUM, load_tensors, read_header
+from csae.trained_on import RESIDUAL
 
 ABOUT_FILE = "activations.json"
 KEPT_TEXT = ".text"  # a folder of a stream's windows (`csae.data.kept_text`), while their activations are written
@@ -226,7 +228,22 @@ def read_places(folder: str | Path) -> dict[str, str]:
     names = isinstance(places, dict) and all(isinstance(name, str) for name in places.values())
     if not names or any(Path(name).name != name for name in places.values()):
         raise UserError(f"{file}: places is {shown(repr(places))[:60]}; needed an object of hook points and folders")
+    for hook, name in places.items():
+        said = hook_of(read_about(Path(folder) / name / ABOUT_FILE))
+        if said not in (None, hook):
+            raise UserError(
+                f"{file}: {shown(name)} is to hold {shown(hook)}, and says that it holds {shown(said)}: were folders "
+                "renamed? Copy them again"
+            )
     return places
+
+
+def hook_of(about: dict[str, Any]) -> str | None:
+    """The hook point of shards, as their activations.json says it; None where it does not."""
+    hook, layer = about.get("hook"), about.get("layer")
+    if isinstance(hook, str) and hook != RESIDUAL:
+        return hook
+    return name_of_layer(layer) if isinstance(layer, int) and layer >= 1 else None
 
 
 def _check_complete(files: Sequence[Path]) -> None:

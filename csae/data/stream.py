@@ -56,7 +56,8 @@ class TokenStream:
         workers: int = 1,
         say: Callable[[str], None] = say_on_stderr,
     ) -> None:
-        for name, value, least in (("shuffle", shuffle, 1), ("held_out", held_out, 0), ("workers", workers, 0)):
+        least_of = {"shuffle": (shuffle, 1), "held_out": (held_out, 0), "workers": (workers, 0), "seed": (seed, 0)}
+        for name, (value, least) in least_of.items():
             if value < least:
                 raise UserError(f"{name}: given {value}; needed {least} or more")
         self.rows, self.to_tokens, self.n_ctx, self.begin = rows, to_tokens, n_ctx, tuple(begin)
@@ -86,16 +87,26 @@ class TokenStream:
         return out.as_windows(self.begin)
 
     def first(self, n: int) -> TokenWindows:
-        """The first n windows of the data set, in its order; fewer where it has no more. The stream stays as it is."""
+        """The first n windows of the data set, in its order; fewer where it has no more. The stream stays as it is.
+
+        Raises UserError where the data set can't be read, or no row of its first HOPELESS can be used.
+        """
         packing = Packing(self.n_ctx, self.begin)
         found = [Text.empty(0, self.n_ctx)]
+        useless = n_bad = 0
+        bad = ""
         for chunk in read_on(self.rows, {}, self.to_tokens.columns, self.say):
-            add_rows(packing, self.to_tokens(chunk))
+            tokenized = self.to_tokens(chunk)
+            useless = check_useful(tokenized, useless)
+            n_bad, bad = n_bad + len(tokenized.bad), (tokenized.bad or [bad])[-1]
+            add_rows(packing, tokenized)
             found.append(packing.cut())
             if sum(len(part.tokens) for part in found) >= n:
                 break
         else:
             found.append(packing.cut(at_end=True))
+            if bad and not any(len(part.tokens) for part in found):
+                self.say(f"{bad}: left out" + (f", as the last of {n_bad:,} rows" if n_bad > 1 else ""))
         return Text(*(np.concatenate(parts)[:n] for parts in zip(*found, strict=True))).as_windows(self.begin)
 
     def state(self) -> dict[str, Tensor]:
@@ -223,16 +234,19 @@ class TokenStream:
         counts = self.counts
         counts["rows"] += found.n_rows
         counts["tokens"] += len(found.tokens)
-        counts["useless"] = 0 if found.lengths else counts["useless"] + found.n_rows
-        if counts["round"]:
-            return  # all of it was told
-        for line in found.bad:
-            counts["bad_rows"] += 1
-            tell_left_out(line, counts["bad_rows"], self.say)
-        if counts["useless"] >= HOPELESS and found.bad:
-            raise UserError(
-                f"{found.bad[-1]}; none of the last {counts['useless']:,} rows can be used: check the data set"
-            )
+        if not counts["round"]:  # else all of it was told
+            for line in found.bad:
+                counts["bad_rows"] += 1
+                tell_left_out(line, counts["bad_rows"], self.say)
+        counts["useless"] = check_useful(found, counts["useless"])
+
+
+def check_useful(found: Tokenized, useless: int) -> int:
+    """How many rows in a row give no text, after `useless` of them. Raises UserError where they are too many."""
+    useless = 0 if found.lengths else useless + found.n_rows
+    if useless >= HOPELESS and found.bad:
+        raise UserError(f"{found.bad[-1]}; none of the last {useless:,} rows can be used: check the data set")
+    return useless
 
 
 def add_rows(packing: Packing, found: Tokenized) -> None:

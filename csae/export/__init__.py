@@ -9,7 +9,6 @@ what arrives where.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,13 @@ from csae.errors import UserError
 from csae.export import delphi, neuronpedia
 from csae.export.codes import About, read_codes
 from csae.export.weights import LIBRARIES, export_weights
+from csae.files import filled
 from csae.progress import Progress, quiet
 from csae.run import read_origin, read_trained_on
 from csae.sae import SAE
 from csae.trained_on import TrainedOn, check_place, data_name
 
-OF_ACTIVATIONS: dict[str, Callable[..., list[Path]]] = {"neuronpedia": neuronpedia.write, "delphi": delphi.write}
+OF_ACTIVATIONS = {"neuronpedia": (neuronpedia.folders, neuronpedia.write), "delphi": (delphi.folders, delphi.write)}
 TARGETS = (*LIBRARIES, *OF_ACTIVATIONS)
 DATA = ("activations", "text", "dataset")
 
@@ -45,7 +45,8 @@ def export(
     Args:
         run: its folder, that of a saved SAE, or a hub id.
         to: one of TARGETS.
-        folder: where to, made where it is not there; files of the same names are replaced.
+        folder: where to; new or empty, but that sparsify and delphi have a folder in it for each place. It is written
+            whole or not at all.
         given: another model, or other text for feature activations, as `csae.data.sources.open_source` takes them; by
             default those of the run.
         n_windows: for feature activations: at most so many, from the start of the text.
@@ -67,9 +68,13 @@ def export(
     here = TrainedOn.of(about)
     names = lm.hook_points.one_name
     check_place(sae.trained_on, lm.name, here.layer, here.hook, hook_to=here.hook_to, names=names)
-    codes = read_codes(sae, source, range(min(n_windows, source.n_windows)), progress)
-    name = Path(run).resolve().name
-    return OF_ACTIVATIONS[to](folder, sae, lm, codes, About(name, data_name({**about, **origin}) or ""), progress)
+    of_export = About(Path(run).resolve().name, data_name({**about, **origin}) or "")
+    folders, write = OF_ACTIVATIONS[to]
+    filling, to_load = folders(folder, sae, lm)
+    with filled(filling) as working:
+        codes = read_codes(sae, source, range(min(n_windows, source.n_windows)), progress)
+        write(working, sae, lm, codes, of_export, progress)
+    return [to_load]
 
 
 def _model(run: Path | str, sae: SAE, given: dict[str, Any], device: str | None) -> LanguageModel:

@@ -23,24 +23,24 @@ from csae.data.language_model import LanguageModel
 from csae.errors import UserError
 from csae.export.codes import About, Codes
 from csae.export.places import module_path, needed_hook
-from csae.files import check_new, write_file, write_json
+from csae.files import write_file, write_json
 from csae.progress import Progress, quiet
 from csae.sae import SAE
 
 SPLITS = 5  # delphi's own number
 
 
-def write(
-    folder: Path, sae: SAE, lm: LanguageModel, codes: Codes, about: About, progress: Progress = quiet
-) -> list[Path]:
-    """Writes the cache; gives the folder that `LatentDataset` takes."""
+def folders(out: Path, sae: SAE, lm: LanguageModel) -> tuple[Path, Path]:
+    """The folder of the hook point, which `write` fills, and the one that `LatentDataset` takes."""
+    return out / "latents" / module_path(lm, lm.hook(needed_hook(sae))), out / "latents"
+
+
+def write(folder: Path, sae: SAE, lm: LanguageModel, codes: Codes, about: About, progress: Progress = quiet) -> None:
+    """Writes the cache of a hook point to its folder."""
     features, places, values = codes.active()
     if not len(features):
         raise UserError("no feature is active on this text: give another text, or more --windows")
     N, T = codes.tokens.shape
-    hookpoint = module_path(lm, lm.hook(needed_hook(sae)))
-    into = folder / "latents" / hookpoint
-    check_new(into)
     tokens = codes.tokens.numpy()
     bounds = torch.linspace(0, sae.d_sae, min(SPLITS, sae.d_sae) + 1).long().tolist()
     for first, end in progress(list(pairwise(bounds)), "writing"):
@@ -55,7 +55,7 @@ def write(
             "activations": values[start:stop][order].numpy(),
             "tokens": tokens,
         }
-        write_file(into / f"{first}_{end - 1}.safetensors", partial(save_file, parts))
+        write_file(folder / f"{first}_{end - 1}.safetensors", partial(save_file, parts))
     config = {
         "dataset_repo": about.data,
         "dataset_split": "train",
@@ -67,5 +67,4 @@ def write(
         "n_splits": len(bounds) - 1,
         "model_name": lm.name,
     }
-    write_json(into / "config.json", config)
-    return [folder / "latents"]
+    write_json(folder / "config.json", config)

@@ -25,7 +25,7 @@ from csae.data.pieces import token_piece, token_pieces
 from csae.errors import UserError
 from csae.export.codes import About, Codes
 from csae.export.places import needed_hook
-from csae.files import check_new, write_file
+from csae.files import write_file
 from csae.progress import Progress, quiet
 from csae.sae import SAE
 from csae.trained_on import model_name
@@ -36,11 +36,13 @@ PASSAGE = 128  # tokens
 BINS, LOGITS, NEURONS = 50, 10, 3
 
 
-def write(
-    folder: Path, sae: SAE, lm: LanguageModel, codes: Codes, about: About, progress: Progress = quiet
-) -> list[Path]:
-    """Writes the dashboards; gives the folder, which Neuronpedia's converter takes."""
-    check_new(folder)
+def folders(out: Path, sae: SAE, lm: LanguageModel) -> tuple[Path, Path]:
+    """The folder that `write` fills, and the one that Neuronpedia's converter takes: the same."""
+    return out, out
+
+
+def write(folder: Path, sae: SAE, lm: LanguageModel, codes: Codes, about: About, progress: Progress = quiet) -> None:
+    """Writes the dashboards."""
     point = lm.hook(needed_hook(sae))
     reader = _Reader(codes, lm.tokenizer)
     alive = [feature for feature in range(sae.d_sae) if reader.count(feature)]
@@ -77,7 +79,6 @@ def write(
     skipped = sorted(set(range(sae.d_sae)) - set(alive))
     said = {**head, "layer": str(head["layer"]), "sae_set": about.name, "log_sparsity": -6, "skipped_indexes": skipped}
     _write_json(folder / "skipped_indexes.json", said)
-    return [folder]
 
 
 class _Reader:

@@ -11,7 +11,7 @@ from csae.data.language_model import LanguageModel
 from csae.data.places import layer_of
 from csae.errors import UserError
 from csae.export.places import for_sae_lens, module_path, needed_hook
-from csae.files import check_new
+from csae.files import filled
 from csae.interop.places import hook_of
 from csae.sae import SAE
 
@@ -35,14 +35,14 @@ def export_weights(sae: SAE, to: str, folder: Path, model: Callable[[], Language
         )
     if to == "sparsify":
         folder = folder / _sparsify_name(sae, model())
-        check_new(folder)
-        interop.save(to, sae, folder)
+        with filled(folder) as working:
+            interop.save(to, sae, working)
         return folder
-    check_new(folder)
     hook, metadata = hook_of(sae), {}
     if hook is not None and to == "sae_lens" and layer_of(hook) is None:
         metadata = for_sae_lens(model(), hook)  # as the model has it
-    interop.save(to, sae, folder, metadata, elsewhere=True)  # the place is the run's own, in other words
+    with filled(folder) as working:
+        interop.save(to, sae, working, metadata, elsewhere=True)  # the place is the run's own, in other words
     return folder
 
 

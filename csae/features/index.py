@@ -309,7 +309,10 @@ def read_about(rows: sqlite3.Connection) -> dict[str, Any]:
     """What an index says that it is of; empty where the file has no tables. sqlite3.Error where it is no index."""
     if not rows.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
         return {}
-    return {name: json.loads(value) for name, value in rows.execute("SELECT name, value FROM about")}
+    found = dict(rows.execute("SELECT name, value FROM about"))
+    if not all(isinstance(value, str) for value in found.values()):  # of a damaged page
+        raise sqlite3.DatabaseError("its table `about` holds no text")
+    return {name: json.loads(value) for name, value in found.items()}
 
 
 @contextmanager

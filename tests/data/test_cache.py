@@ -183,6 +183,29 @@ def test_a_hook_point_without_its_last_windows(tmp_path: Path) -> None:
         ShardActivations(tmp_path)
 
 
+def test_hook_points_whose_folders_were_swapped(tmp_path: Path) -> None:
+    small(Source(list(range(10)), places=PLACES), tmp_path)
+    one, other = (tmp_path / name for name in ("resid.out-1", "mlp.out-1"))
+    for old, new in ((one, tmp_path / "kept"), (other, one), (tmp_path / "kept", other)):
+        old.rename(new)
+    for read in (ShardActivations, check_shards):
+        with pytest.raises(UserError, match=r"is to hold resid\.out:1, and says that it holds mlp\.out:1") as error:
+            read(tmp_path)
+        one_line(error)
+
+
+def test_a_hook_point_with_two_shards_swapped(tmp_path: Path) -> None:
+    small(Source(list(range(10)), places=PLACES), tmp_path)
+    one, other = sorted((tmp_path / "mlp.out-1").glob("*.safetensors"))[:2]
+    for old, new in ((one, tmp_path / "kept"), (other, one), (tmp_path / "kept", other)):
+        old.rename(new)
+    for place in (Place("resid.out:1", "mlp.out:1"), None):
+        source = ShardActivations(tmp_path, places=None if place is None else [place])
+        with pytest.raises(UserError, match=r"the windows of mlp\.out:1 have other tokens than those of resid\.out:1"):
+            source.read_all([0])
+    ShardActivations(tmp_path, places=[Place("mlp.out:1")]).read_all([0])
+
+
 @pytest.mark.parametrize("places", ["[]", '{"a": 1}', '{"a": "../b"}', '{"a": "b/c"}', '"x"'])
 def test_damaged_places(tmp_path: Path, places: str) -> None:
     (tmp_path / "activations.json").write_text(f'{{"places": {places}}}')

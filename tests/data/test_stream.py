@@ -152,6 +152,16 @@ def test_many_bad_rows_are_told_less_and_less(tmp_path: Path) -> None:
     assert told[-1].endswith("one of 100 so far")
 
 
+def test_why_a_data_set_has_too_few_windows_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    file = write_lines(tmp_path / "a.jsonl", [{"text": i} for i in range(20)])
+    assert len(stream_of(file, say=told.append).first(3).tokens) == 0
+    assert told == [f"{file}, line 20: text is 19; needed a text: left out, as the last of 20 rows"]
+    monkeypatch.setattr(streams, "HOPELESS", 10)
+    with pytest.raises(UserError, match="none of the last 20 rows can be used"):
+        stream_of(file).first(3)
+
+
 def test_a_data_set_of_bad_rows_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_lines(tmp_path / "a.jsonl", [*as_rows(texts_of(5)), *[{"text": 1}] * 3000])
     with pytest.raises(UserError, match=r"text is 1; needed a text; none of the last 1,\d+ rows can be used") as error:
@@ -269,7 +279,7 @@ def test_states_of_another_stream(lines: Path) -> None:
         one_line(error)
 
 
-@pytest.mark.parametrize(("name", "value"), [("shuffle", 0), ("held_out", -1), ("workers", -1)])
+@pytest.mark.parametrize(("name", "value"), [("shuffle", 0), ("held_out", -1), ("workers", -1), ("seed", -1)])
 def test_bad_sizes(lines: Path, name: str, value: int) -> None:
     with pytest.raises(UserError, match=f"{name}: given {value}; needed"):
         stream_of(lines, **{name: value})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 
 import pytest
@@ -197,3 +198,17 @@ def test_command(runs, tmp_path, capsys):
     shutil.rmtree(tmp_path / "out")
     command("export", runs["topk"], "--to", "delphi", "-o", tmp_path / "out", "--windows", 3, "--device", "cpu")
     assert read(tmp_path / "out" / "latents" / "layers.1" / "config.json")["n_tokens"] == 3 * 32
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_nothing_is_there_before_all_of_it_is(runs, tmp_path, monkeypatch, to):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    rename = os.rename
+    monkeypatch.setattr("csae.files.os.rename", stop)
+    with pytest.raises(KeyboardInterrupt):
+        export(runs["topk"], to, tmp_path / "out", n_windows=3)
+    assert [file for file in tmp_path.rglob("*") if not file.is_dir()] == []
+    monkeypatch.setattr("csae.files.os.rename", rename)
+    export(runs["topk"], to, tmp_path / "out", n_windows=3)
