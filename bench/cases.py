@@ -20,6 +20,7 @@ from csae.ops import lookback_attention, sparse_decode, topk_encode
 
 from . import attention, ours, peers, plain
 from .data import Built, Data, Shape
+from .peer_topk import TOPK
 from .step import LR, SLOWER, direction
 
 Build = Callable[[Data], Built]
@@ -208,6 +209,7 @@ ENCODE = Case(
         "mm": plain.product,
         "PyTorch dense": plain.encode(plain.dense_encode),
         "PyTorch dense, compiled": plain.compiled_encode,
+        **TOPK,
     },
 )
 DECODE = Case(

@@ -6,12 +6,14 @@ A round runs every implementation once, so that a noisy machine disturbs all ali
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import importlib.metadata
 import json
 import os
 import platform
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -36,7 +38,15 @@ SECONDS_TO_BUILD = 180
 WARM_UP = 2
 
 Report = dict[str, Any]
-"""What `run` gives, as JSON has it: device, versions, threads, ceilings, rounds, results."""
+"""What `run` gives, as JSON has it: device, type, versions, threads, ceilings, rounds, results."""
+
+
+class Broken(Exception):
+    """An implementation left the CUDA device in a state in which this process can't use it."""
+
+    def __init__(self, impl: str, reason: str) -> None:
+        super().__init__(f"{impl} broke the device: {reason}")
+        self.impl, self.reason = impl, reason
 
 
 def run(
@@ -45,6 +55,8 @@ def run(
     dtype: str | None = None,
     device: str | None = None,
     rounds: int | None = None,
+    implementations: Sequence[str] = (),
+    memory: bool = True,
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
 ) -> Report:
     """Measure, and print what is being measured.
@@ -56,13 +68,18 @@ def run(
             training step's weights are float32.
         device: cuda where there is one, if not given.
         rounds: 7 on a CPU, 20 on CUDA, if not given.
+        implementations: their names; all if none.
+        memory: whether to measure it; on a CPU another process does, which takes seconds.
+
+    Where an implementation breaks the CUDA device for this process, the run ends: the report has its name and the
+    error as `broke`, and each result that is missing says so.
 
     Raises:
         UserError: an unknown name, or fewer rounds than one.
     """
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cuda = on.type == "cuda"
-    chosen = _chosen(cases)
+    chosen = _with(_chosen(cases), implementations)
     sizes = [_named("shape", name, SHAPES) for name in shapes or (("A", "B", "C") if cuda else ("small",))]
     dtype = dtype or ("bfloat16" if cuda else "float32")
     number = _named("dtype", dtype, DTYPES)
@@ -73,12 +90,20 @@ def run(
     started = time.perf_counter()
     results: list[dict[str, Any]] = []
     ceiling = Ceilings(0.0, 0.0)
+    broke: Broken | None = None
     for shape in sizes:
         for case in chosen:
             say(f"{time.perf_counter() - started:4.0f} s  {shape.name}: {case.name}")
             # Measured again before each case, and the best is kept: noise must not raise the floor of the whole run.
+            if broke:
+                results += _not_run(case, Data(shape, number, on), broke)
+                continue
             ceiling = Ceilings(*map(max, ceiling, ceilings(on, number, clock)))
-            results += measure(case, Data(shape, number, on), rounds, clock)
+            try:
+                results += measure(case, Data(shape, number, on), rounds, clock, memory)
+            except Broken as error:
+                broke = error
+                results += _not_run(case, Data(shape, number, on), broke)
     for result in results:
         if "median_ms" in result:
             work = CASES[result["case"]].floor(SHAPES[result["shape"]["name"]], number.itemsize)
@@ -86,11 +111,13 @@ def run(
             result["share_of_floor"] = result["floor_ms"] / result["median_ms"]
     return {
         "device": device_name(on),
+        "type": on.type,
         "versions": versions(),
         "threads": torch.get_num_threads(),
         "rounds": rounds,
         "ceilings": {"dtype": dtype, **ceiling._asdict()},
         "results": results,
+        **({"broke": {"impl": broke.impl, "reason": broke.reason}} if broke else {}),
     }
 
 
@@ -100,11 +127,11 @@ def floor_ms(parts: list[Work], ceiling: Ceilings) -> float:
     return 1000 * sum(seconds)
 
 
-def measure(case: Case, data: Data, rounds: int, clock: Clock) -> list[dict[str, Any]]:
+def measure(case: Case, data: Data, rounds: int, clock: Clock, memory: bool = True) -> list[dict[str, Any]]:
     """The results of one case, without the floor."""
     passed, skipped = check(case, data)
-    times, failed = _times(passed, data, rounds, clock)
-    peaks = _peaks(case, data, list(times))
+    times, walls, failed = _times(passed, data, rounds, clock)
+    peaks = _peaks(case, data, list(times)) if memory else {}
     skipped |= failed
     medians = {name: median_and_spread(taken) for name, taken in times.items()}
     base = medians[OURS][0] if OURS in medians else None
@@ -122,6 +149,7 @@ def measure(case: Case, data: Data, rounds: int, clock: Clock) -> list[dict[str,
                 "median_ms": median,
                 "spread_ms": spread,
                 "peak_bytes": peaks.get(name),
+                **({"wall_ms": statistics.median(walls[name])} if name in walls else {}),
                 "ratio_to_ours": None if base is None else median / base,
             }
         else:
@@ -157,23 +185,24 @@ def check(case: Case, data: Data) -> tuple[dict[str, Build], dict[str, str]]:
             passed[name] = build
         except Exception as error:
             skipped[name] = _reason(error)
-        finally:
-            found = {}
-            if data.device.type == "cuda":
-                _release(data.device)
+            _check_alive(data.device, name, skipped[name])
+        found = {}
+        if data.device.type == "cuda":
+            _release(data.device)
     _release(data.device)
     return passed, skipped
 
 
 def _times(
     builds: dict[str, Build], data: Data, rounds: int, clock: Clock
-) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Milliseconds of each implementation in each round, and why some could not be timed."""
+) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, str]]:
+    """Milliseconds of each implementation in each round; those with the host's time, on CUDA; why some have none."""
     # A GPU has no memory for all of them, each with its weights and moments. There each is built again in every round,
     # which takes little time.
     keep = data.device.type != "cuda"
     kept: dict[str, Built] = {}
     times: dict[str, list[float]] = {}
+    walls: dict[str, list[float]] = {}
     failed: dict[str, str] = {}
     for _ in range(rounds):
         for name, build in builds.items():
@@ -186,16 +215,18 @@ def _times(
                     for _ in range(WARM_UP):
                         built.run()
                 times.setdefault(name, []).append(clock(built.run))
+                if not keep:
+                    walls.setdefault(name, []).append(clock.wall(built.run))
                 if keep:
                     kept[name] = built
             except Exception as error:
                 failed[name] = _reason(error)
                 times.pop(name, None)
-            finally:
-                built = None
-                if not keep:
-                    _release(data.device)
-    return times, failed
+                _check_alive(data.device, name, failed[name])
+            built = None
+            if not keep:
+                _release(data.device)
+    return times, walls, failed
 
 
 def _peaks(case: Case, data: Data, names: list[str]) -> dict[str, int | None]:
@@ -232,6 +263,29 @@ def _peak(build: Build, data: Data) -> int | None:
         return None  # it ran before; here there may be too little memory
     finally:
         _release(data.device)
+
+
+def _check_alive(device: torch.device, impl: str, reason: str) -> None:
+    """Raises Broken where the device no longer answers: an illegal access, for one, ends all use by this process."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except Exception as error:
+            raise Broken(impl, reason) from error
+
+
+def _not_run(case: Case, data: Data, broke: Broken) -> list[dict[str, Any]]:
+    """The results of a case after the device was broken."""
+    return [
+        {
+            "case": case.name,
+            "shape": data.shape.as_json(),
+            "dtype": _dtype_name(data.dtype),
+            "impl": name,
+            "skipped": broke.reason if name == broke.impl else f"not run: {broke}",
+        }
+        for name in case.implementations
+    ]
 
 
 def _release(device: torch.device) -> None:
@@ -279,6 +333,21 @@ def _chosen(parts: Sequence[str]) -> list[Case]:
         if not any(part in name for name in CASES):
             raise UserError(f"case: given {part!r}; needed a part of one of {', '.join(map(repr, CASES))}")
     return [case for name, case in CASES.items() if any(part in name for part in parts)]
+
+
+def _with(cases: list[Case], implementations: Sequence[str]) -> list[Case]:
+    """The cases with these implementations only; all if none."""
+    if not implementations:
+        return cases
+    known = {name: name for case in cases for name in case.implementations}
+    for name in implementations:
+        _named("implementation", name, known)
+    return [
+        dataclasses.replace(
+            case, implementations={name: of for name, of in case.implementations.items() if name in implementations}
+        )
+        for case in cases
+    ]
 
 
 def _named(what: str, name: str, known: dict[str, Any]) -> Any:

@@ -16,6 +16,10 @@ from csae.kernels import cpu
 
 from .data import Built
 
+# Of the clock by which the device sleeps: 2 GHz or a little less.
+CYCLES_PER_MS = 2_000_000
+LONGEST_WAIT_MS = 50.0
+
 
 class Ceilings(NamedTuple):
     """The highest rates of the device."""
@@ -29,26 +33,36 @@ class Ceilings(NamedTuple):
 class Clock:
     """Milliseconds of a function on a device.
 
-    On CUDA by events, after the L2 cache was emptied. Emptying it also keeps the device busy while the host launches
-    the function, so that the time of the host isn't counted.
+    On CUDA by events, after the L2 cache was emptied, with the device kept busy until the host has launched the
+    function: the time of the host isn't counted, unless the function waits for the device. `wall` counts it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.flush = torch.empty(256 << 20, dtype=torch.uint8, device=device) if device.type == "cuda" else None
+        self.host_ms = 1.0  # that the host took to launch the last function
 
     def __call__(self, run: Callable[[], object]) -> float:
         if self.flush is None:
-            start = time.perf_counter()
-            run()
-            return 1000 * (time.perf_counter() - start)
+            return self.wall(run)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.flush.zero_()
+        torch.cuda._sleep(int(CYCLES_PER_MS * min(LONGEST_WAIT_MS, 1.5 * self.host_ms + 0.1)))
         begin.record()
+        start = time.perf_counter()
         run()
+        self.host_ms = 1000 * (time.perf_counter() - start)
         end.record()
         end.synchronize()
         return begin.elapsed_time(end)
+
+    def wall(self, run: Callable[[], object]) -> float:
+        """By the host's clock, from the call until the device has finished."""
+        start = time.perf_counter()
+        run()
+        if self.flush is not None:
+            torch.cuda.synchronize(self.device)
+        return 1000 * (time.perf_counter() - start)
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, clock: Clock) -> Ceilings:

@@ -1,16 +1,17 @@
-"""Targets for a GPU, as ratios within one run; and bench/RESULTS.md, which shows what was measured."""
+"""Targets for a GPU, as ratios within one run; and bench/RESULTS.md: what was predicted, and what was measured."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from . import predictions as kernels
 from . import report
 from .cases import BACKWARD, CONTEXTUAL_STEP, DECODE, ENCODE, LOOK_BACK, OURS, TOPK_STEP, Case
 from .harness import Report
 
-ON = "NVIDIA H100"  # the targets are for this one
 SHAPES = ("A", "B", "C")
 
 
@@ -80,50 +81,82 @@ TARGETS = (
 )
 
 
-def rows(found: Report | None) -> list[list[str]]:
-    """Rows of the table: the target, its limit, and the ratio at each shape; `!` marks a missed target."""
+def rows(of: Callable[[Target, str], float | None]) -> list[list[str]]:
+    """Rows of a table: the target, its limit, and what `of` gives at each shape; `!` marks a missed target."""
     table = []
     for target in TARGETS:
         cells = [target.what, target.words()]
         for shape in SHAPES:
-            ratio = None if found is None else target.of(found, shape)
+            ratio = of(target, shape)
             missed = ratio is not None and not target.reached(ratio)
-            cells.append("not measured" if ratio is None else f"{ratio:.2f}{' !' if missed else ''}")
+            cells.append("" if ratio is None else f"{ratio:.2f}{' !' if missed else ''}")
         table.append(cells)
     return table
 
 
+def measured(found: Report) -> list[list[str]]:
+    """`rows` of what was measured."""
+    return rows(lambda target, shape: target.of(found, shape))
+
+
 def short(found: Report) -> str:
-    """The same table as plain text, a line for each target."""
-    lines = [[f"{found['ceilings']['dtype']}; ! misses the target", "target", *SHAPES], *rows(found)]
+    """The same table as plain text, a line for each target; then each kernel's time beside its prediction."""
+    lines = [[f"{found['ceilings']['dtype']}; ! misses the target", "target", *SHAPES], *measured(found)]
     return "\n".join(
         [
             found["device"],
             *(f"{what:<52}{target:<15}" + "".join(f"{c:>14}" for c in cells) for what, target, *cells in lines),
+            *(["", *kernels.table(found["kernels"])] if found.get("kernels") else []),
         ]
     )
 
 
 def markdown(folder: Path) -> str:
-    """bench/RESULTS.md from the JSON files of a folder: the targets, and then every device's whole table."""
+    """bench/RESULTS.md from the JSON files of a folder.
+
+    What was predicted, a table a device; what was measured, a table a device; then every device's whole table.
+    """
     runs = [report.read(file) for file in sorted(folder.glob("*.json"))]
-    on_target = next((found for found in runs if found["device"].startswith(ON)), None)
-    measured = f"{on_target['device']}" if on_target else f"{ON}: not measured"
+    gpus = [found for found in runs if found.get("type") == "cuda"]
+    predictions = json.loads(kernels.PREDICTIONS.read_text())["devices"]
     lines = [
-        "# Measured",
+        "# Predicted and measured",
         "",
-        "Written by `make gpu` and `python -m csae.bench.targets` from `bench/results/*.json`. "
-        "Shapes (n, d_in, d_sae, k):",
-        "A is (8192, 768, 32768, 32), B (8192, 2304, 65536, 64), C (8192, 4096, 131072, 64). Products in bfloat16,",
-        "weights in float32. Every number is a ratio of medians of one run; `!` marks a target that is missed.",
-        "",
-        f"| {measured} | target | " + " | ".join(SHAPES) + " |",
-        "|" + " --- |" * (2 + len(SHAPES)),
-        *("| " + " | ".join(cells) + " |" for cells in rows(on_target)),
+        "Written by `make gpu` and `python -m csae.bench.targets` from `bench/results/*.json` and",
+        "`bench/predictions.json`. Shapes (n, d_in, d_sae, k): A is (8192, 768, 32768, 32), B (8192, 2304, 65536, 64),",
+        "C (8192, 4096, 131072, 64). Products in bfloat16, weights in float32. Every number is a ratio of medians of one",
+        "run, or of predicted times; `!` marks a target that is missed.",
     ]
+    for device, of_device in predictions.items():
+        ratios = of_device["ratios"]
+        lines += ["", f"## Predicted: {device}", "", f"Not measured. From {of_device['source']}.", ""]
+        lines += _markdown(
+            rows(lambda target, shape, ratios=ratios: ratios.get(target.what, {}).get(shape)), "predicted"
+        )
+        lines += ["", "| ms | " + " | ".join(SHAPES) + " |", "|" + " --- |" * (1 + len(SHAPES))]
+        lines += [
+            f"| {row} | " + " | ".join(f"{ms[s]:g}" for s in SHAPES) + " |" for row, ms in of_device["ms"].items()
+        ]
+    if not gpus:
+        lines += ["", "## Measured on a GPU", "", "Nothing yet: no kernel here has run on a GPU."]
+    for found in gpus:
+        lines += ["", f"## Measured: {found['device']}", "", *_markdown(measured(found), "measured")]
+        if found.get("kernels"):
+            lines += ["", "Each kernel's own time, beside its prediction where there is one for this device:", ""]
+            lines += ["```", *kernels.table(found["kernels"]), "```"]
     for found in runs:
-        lines += ["", f"## {found['device']}", "", "```", report.table(found), "```"]
+        lines += ["", f"## All of {found['device']}", "", "```", report.table(found), "```"]
     return "\n".join(lines) + "\n"
+
+
+def _markdown(table: list[list[str]], what: str) -> list[str]:
+    """Lines of a table of `rows`, without those that have no number."""
+    some = [cells for cells in table if any(cells[2:])]
+    return [
+        f"| {what} | target | " + " | ".join(SHAPES) + " |",
+        "|" + " --- |" * (2 + len(SHAPES)),
+        *("| " + " | ".join(cells) + " |" for cells in some),
+    ]
 
 
 def main() -> None:

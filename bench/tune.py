@@ -1,9 +1,10 @@
 """Find the fastest tiles of the Triton kernels on this device, and write them where the launchers read them.
 
-    python -m csae.bench.tune [--shapes A B C] [--seconds 120] [--into kernels/triton/tuned.json]
+    python -m csae.bench.tune [--shapes A B C] [--ops NAMES] [--seconds 120] [--into kernels/triton/tuned.json]
 
 Each op is timed as a whole, with each candidate of each kernel that it launches; all other kernels have their default
-form. A form that can't be compiled or launched is left out. When the time is up, what was found so far is written.
+form. A form that can't be compiled or launched is left out. What was found so far is written after each op at each
+shape, so that little is lost where the run is stopped. Entries of forms that this run didn't try are kept.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -132,8 +133,10 @@ def try_candidates(
         entries[str(form.default)] = tuning.changes(form.default, form.other)
         try:
             form.shares.append(_median(op, clock) / whole)
-        except triton.runtime.errors.TritonError:
+        except (triton.runtime.errors.TritonError, RuntimeError):  # the latter of CUDA, for a launch that it refuses
             form.shares.append(math.inf)  # it doesn't fit the device
+            if clock.device.type == "cuda":
+                torch.cuda.synchronize(clock.device)  # raises where the device is lost: nothing after it would count
         finally:
             del entries[str(form.default)]
 
@@ -150,9 +153,18 @@ def chosen(timed: dict[tuple[str, str], Timed]) -> list[tuple[Timed, float]]:
 
 
 def tune(
-    shapes: list[Shape], device: torch.device, dtype: torch.dtype, seconds: float, most: int | None, into: Path
+    shapes: list[Shape],
+    device: torch.device,
+    dtype: torch.dtype,
+    seconds: float,
+    most: int | None,
+    into: Path,
+    names: Sequence[str] = (),
 ) -> list[str]:
-    """Write the table of this device to `into`; returns lines to print. most: how many candidates a variant."""
+    """Write the table of this device to `into`; returns lines to print.
+
+    most: how many candidates a variant. names: ops to tune; all if none.
+    """
     until = time.monotonic() + seconds
     clock = Clock(device)
     entries: dict[str, dict[str, int]] = {}
@@ -162,7 +174,7 @@ def tune(
     for shape in shapes:
         data = Data(shape, dtype, device)
         known = {name for name, _ in timed}
-        defaults = {str(default): default for _, op in ops(data) for default in launched(op)}
+        defaults = {str(default): default for _, op in _chosen(data, names) for default in launched(op)}
         offered = [
             (default, other)
             for name, default in defaults.items()
@@ -172,21 +184,35 @@ def tune(
         fit = {str(other) for other in compilable([other for _, other in offered], device)}
         timed |= {(str(d), str(o)): Timed(d, o, []) for d, o in offered if str(o) in fit}
         said.append(f"{shape.name}: {len(defaults)} variants, {len(offered)} candidates, {len(fit)} of them fit")
-        for _, op in ops(data):
+        for _, op in _chosen(data, names):
             try_candidates(op, timed, entries, clock, until)
+            write(timed, device, into)
         del data, op
         if device.type == "cuda":
             torch.cuda.empty_cache()
     if time.monotonic() > until:
         said.append(f"the {seconds:.0f} s were up: what was not tried keeps its default")
+    return said + [f"{share:.3f} of the op's time: {form.other} for {form.default}" for form, share in chosen(timed)]
+
+
+def write(timed: dict[tuple[str, str], Timed], device: torch.device, into: Path) -> None:
+    """Write the best of the forms that were timed; entries of others, and of other devices, stay as they are."""
+    table = json.loads(into.read_text()) if into.exists() else {}
+    entries = table.setdefault(tuning.device_name(device), {})
     for form, share in chosen(timed):
-        said.append(f"{share:.3f} of the op's time: {form.other} for {form.default}")
+        entries.pop(str(form.default), None)
         if share < WORTH:
             entries[str(form.default)] = tuning.changes(form.default, form.other)
-    table = json.loads(into.read_text()) if into.exists() else {}
-    table[tuning.device_name(device)] = entries
-    into.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
-    return said
+    new = into.with_suffix(".new")
+    new.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
+    os.replace(new, into)  # at once: a run that is stopped here leaves the table before
+
+
+def _chosen(data: Data, names: Sequence[str]) -> Iterator[tuple[str, Op]]:
+    """The ops with these names, or with more words after a comma; all if none."""
+    for name, op in ops(data):
+        if not names or name.partition(",")[0] in names:
+            yield name, op
 
 
 def _median(op: Op, clock: Clock) -> float:
@@ -199,13 +225,14 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=[*SHAPES, "tiny"], default=["A", "B", "C"])
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--into", type=Path, default=tuning.PATH)
+    parser.add_argument("--ops", nargs="+", default=(), help="names of ops; all, if not given")
     parser.add_argument("--most", type=int, help="candidates of a variant; all, if not given")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shapes = [TINY if name == "tiny" else SHAPES[name] for name in args.shapes]
     # Triton's interpreter can't compute with bfloat16.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    print(*tune(shapes, device, dtype, args.seconds, args.most, args.into), sep="\n")
+    print(*tune(shapes, device, dtype, args.seconds, args.most, args.into, args.ops), sep="\n")
 
 
 if __name__ == "__main__":

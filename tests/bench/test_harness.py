@@ -181,10 +181,57 @@ def test_rounds_are_interleaved():
     def build(name):
         return lambda data: Built(lambda: turns.append(name), dict)
 
-    times, failed = harness._times({name: build(name) for name in "ab"}, Data(TINY, torch.float32, CPU), 3, Clock(CPU))
+    times, walls, failed = harness._times(
+        {name: build(name) for name in "ab"}, Data(TINY, torch.float32, CPU), 3, Clock(CPU)
+    )
     assert "".join(turns[-4:]) == "abab"
     assert [len(taken) for taken in times.values()] == [3, 3]
-    assert failed == {}
+    assert failed == walls == {}
+
+
+def test_a_device_that_is_broken_ends_the_run_and_says_by_what(monkeypatch, no_peaks):
+    """An illegal access fails whatever this process asks of CUDA later: no other implementation is to blame."""
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
+    monkeypatch.setattr(harness, "ceilings", lambda *_: CEILINGS)
+    lost = []
+
+    def breaks(data):
+        lost.append(True)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def alive(device, impl, reason):
+        if lost:
+            raise harness.Broken(impl, reason)
+
+    names = [name for name in ENCODE.implementations if name not in ("csae", "mm")]
+    spoilt = without(ENCODE, *names, breaks=breaks)
+    monkeypatch.setitem(
+        CASES,
+        ENCODE.name,
+        dataclasses.replace(
+            spoilt, implementations={name: spoilt.implementations[name] for name in ("csae", "breaks", "mm")}
+        ),
+    )
+    monkeypatch.setattr(harness, "_check_alive", alive)
+    report = harness.run(["tiny"], ["topk_encode", "sparse_decode"], device="cpu", rounds=1, say=str)
+    assert report["broke"] == {
+        "impl": "breaks",
+        "reason": "RuntimeError: CUDA error: an illegal memory access was encountered",
+    }
+    said = {(result["case"], result["impl"]): result["skipped"] for result in report["results"]}
+    assert said[ENCODE.name, "breaks"].startswith("RuntimeError: CUDA error")
+    others = {reason for (_, impl), reason in said.items() if impl != "breaks"}
+    assert len(others) == 1
+    assert others.pop().startswith("not run: breaks broke the device: RuntimeError")
+
+
+def test_only_the_implementations_that_are_asked_for_are_run(monkeypatch, no_peaks):
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
+    monkeypatch.setattr(harness, "ceilings", lambda *_: CEILINGS)
+    report = harness.run(["tiny"], ["topk_encode"], device="cpu", rounds=1, implementations=["csae", "mm"], say=str)
+    assert [result["impl"] for result in report["results"]] == ["csae", "mm"]
+    with pytest.raises(UserError, match="implementation: given 'cublas'"):
+        harness.run(["tiny"], ["topk_encode"], device="cpu", implementations=["cublas"])
 
 
 @pytest.mark.parametrize(
