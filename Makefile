@@ -1,5 +1,5 @@
 # `make demo` and `make test` do all the set-up they need. Other targets: test-slow, test-peers, test-versions, lint,
-# docs, memory, bench, bench-peers, gpu, wheel, lock, clean.
+# docs, memory, bench, bench-peers, gpu, gpu-kernels, wheel, lock, clean.
 
 PYTHON ?= python3
 # What is installed is what was tested: constraints.txt names a version of everything, `make lock` renews it. torch comes
@@ -24,7 +24,7 @@ ready = .venv/.ready
 peers_bin = .venv-peers/bin
 peers_ready = .venv-peers/.ready
 
-.PHONY: demo test test-slow test-peers test-versions lint docs memory gpu bench peers bench-peers wheel lock clean
+.PHONY: demo test test-slow test-peers test-versions lint docs memory gpu gpu-kernels bench peers bench-peers wheel lock clean
 
 demo: $(ready)
 	$(bin)/csae demo
@@ -48,9 +48,14 @@ docs: $(ready)
 memory: $(ready)
 	$(bin)/python -m csae.bench.memory
 
-# On a machine with an NVIDIA GPU, with the environment or with the Python that is there. PEERS=folder of wheels.
+# On a machine with an NVIDIA GPU, with the environment or with the Python that is there; run twice. OUT=folder for a copy
+# of all results; PEERS=folder of wheels; COMPILED=folder that `make gpu-kernels` filled, without a GPU.
 gpu:
-	$(or $(wildcard $(bin)/python),$(PYTHON)) -m csae.bench.gpu $(if $(PEERS),--peers $(PEERS))
+	$(or $(wildcard $(bin)/python),$(PYTHON)) -m csae.bench.gpu $(if $(OUT),--out $(OUT)) $(if $(PEERS),--peers $(PEERS)) \
+		$(if $(COMPILED),--compiled $(COMPILED))
+
+gpu-kernels: $(ready)
+	$(bin)/python -m csae.bench.compiled $(or $(COMPILED),build/compiled)
 
 bench: $(ready)
 	$(bin)/csae bench

@@ -1,6 +1,6 @@
 """The cases of `make gpu`, in order: what a GPU is asked for first, if it is here for five minutes only.
 
-smoke      that the device works; every op at A in bfloat16 beside plain PyTorch; a TMA program with many tiles; memcheck
+smoke      the device; every op at A in bfloat16 beside plain PyTorch; a TMA program with many tiles; memcheck
 kernels    each kernel's own time at A, B and C, beside its prediction (kernel_times.py)
 steps      the TopK step, the encode and the contextual step: ours, the product alone, and dense PyTorch; then other ops
 tests      the tests marked gpu, a file at a time
@@ -34,8 +34,7 @@ from .peer_topk import TOPK
 Found = tuple[str, dict[str, Any]]
 
 SIZES = ("A", "B", "C")
-TINY = "rehearsal"
-SHAPES[TINY] = tune.TINY
+SHAPES[tune.TINY.name] = tune.TINY  # for a rehearsal
 ROUNDS = 10
 
 # Plain PyTorch that each op is held against before anything is timed.
@@ -66,12 +65,12 @@ TESTS = ("many_tiles", "topk_encode", "topk_threshold", "sparse_decode", "featur
 
 def listed(here: Here) -> list[Part]:
     """The cases in order."""
-    sizes: Sequence[str] = (TINY,) if here.rehearse else SIZES
+    sizes: Sequence[str] = (tune.TINY.name,) if here.rehearse else SIZES
     first = sizes[0]
     smoke = [
         Part("smoke: device", 40, device),
         *(Part(f"smoke: {name}, {first}", 20, smoke_of, (name, first)) for name in BESIDE),
-        Part("smoke: TMA with many tiles", 20, tests, ("many_tiles", "bfloat16 and 200")),
+        Part("smoke: TMA with many tiles", 20, run_tests, ("many_tiles", "bfloat16 and 200")),
         Part("smoke: memcheck", 30, memcheck, ("topk_encode bfloat16 n=130",)),
     ]
     if here.rehearse:  # as many of each kind as show that it runs
@@ -79,7 +78,7 @@ def listed(here: Here) -> list[Part]:
             *smoke,
             Part("kernels: look-back, rehearsal", 120, kernels, (first, ("gather_sum", "look-back"))),
             Part("steps: topk_encode forward, rehearsal", 60, measure, (ENCODE.name, first, (OURS, "mm"))),
-            Part("tests: cuda_graph", 60, tests, ("cuda_graph",)),
+            Part("tests: cuda_graph", 60, run_tests, ("cuda_graph", "")),
             Part("tune: product and selection", 120, tuned, (("topk_encode",), sizes)),
             Part("others: PyTorch dense, rehearsal", 60, measure, (ENCODE.name, first, (OURS, "PyTorch dense"))),
         ]
@@ -88,7 +87,7 @@ def listed(here: Here) -> list[Part]:
         *(Part(f"kernels: {size}", 30, kernels, (size, ())) for size in sizes),
         *(Part(f"steps: {name}, {size}", 30, measure, (name, size, impls)) for name, impls in FIRST.items()
           for size in sizes),
-        *(Part(f"tests: {name}", 40, tests, (name,)) for name in TESTS),
+        *(Part(f"tests: {name}", 40, run_tests, (name, "")) for name in TESTS),
         Part("tune: product and selection", 60, tuned, (("topk_encode",), sizes)),
         *(Part(f"tuned: {name}, {size}", 20, measure, (name, size, FIRST[name][:3]))
           for name in (ENCODE.name, TOPK_STEP.name) for size in sizes),
@@ -195,7 +194,7 @@ def measure(here: Here, keep: Keep, case: str, shape: str, impls: Sequence[str])
     )
 
 
-def tests(here: Here, keep: Keep, name: str, words: str = "") -> Found:
+def run_tests(here: Here, keep: Keep, name: str, words: str) -> Found:
     """The tests of one file."""
     if importlib.util.find_spec("pytest") is None:
         raise Skip("pytest is not installed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,15 +125,13 @@ def markdown(folder: Path) -> str:
         "",
         "Written by `make gpu` and `python -m csae.bench.targets` from `bench/results/*.json` and",
         "`bench/predictions.json`. Shapes (n, d_in, d_sae, k): A is (8192, 768, 32768, 32), B (8192, 2304, 65536, 64),",
-        "C (8192, 4096, 131072, 64). Products in bfloat16, weights in float32. Every number is a ratio of medians of one",
-        "run, or of predicted times; `!` marks a target that is missed.",
+        "C (8192, 4096, 131072, 64). Products in bfloat16, weights in float32. Every number is a ratio of medians of",
+        "one run, or of predicted times; `!` marks a target that is missed.",
     ]
     for device, of_device in predictions.items():
         ratios = of_device["ratios"]
         lines += ["", f"## Predicted: {device}", "", f"Not measured. From {of_device['source']}.", ""]
-        lines += _markdown(
-            rows(lambda target, shape, ratios=ratios: ratios.get(target.what, {}).get(shape)), "predicted"
-        )
+        lines += _markdown(rows(partial(_ratio, ratios)), "predicted")
         lines += ["", "| ms | " + " | ".join(SHAPES) + " |", "|" + " --- |" * (1 + len(SHAPES))]
         lines += [
             f"| {row} | " + " | ".join(f"{ms[s]:g}" for s in SHAPES) + " |" for row, ms in of_device["ms"].items()
@@ -147,6 +146,10 @@ def markdown(folder: Path) -> str:
     for found in runs:
         lines += ["", f"## All of {found['device']}", "", "```", report.table(found), "```"]
     return "\n".join(lines) + "\n"
+
+
+def _ratio(ratios: dict[str, dict[str, float]], target: Target, shape: str) -> float | None:
+    return ratios.get(target.what, {}).get(shape)
 
 
 def _markdown(table: list[list[str]], what: str) -> list[str]:

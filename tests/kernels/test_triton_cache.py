@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,3 +71,60 @@ def test_the_sanitizer_reaches_every_kernel(monkeypatch: pytest.MonkeyPatch) -> 
     assert {"_pre_acts gated", "_merge gated", "_pre_acts in units of 8", "_append in units of 4"} <= reached
     assert max(tiles_of_a_program) > 10
     assert max(starts) > 0
+
+
+@pytest.mark.parametrize("libtriton", ["the same", "of another Python"])
+def test_kernels_that_are_carried_are_found(libtriton: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled into a folder, moved to another machine, and launched there: nothing is compiled."""
+    import triton
+    from fake_driver import fake_gpu, launch
+    from triton.runtime.cache import triton_key
+
+    from csae.bench import compiled
+
+    forms = [variant for variant in compiled.forms("sm_90") if "_pre_acts[bfloat16" in str(variant)][:1]
+    assert {type(form.constants["PRECISION"]) for form in forms} == {str}
+    monkeypatch.setattr(compiled, "forms", lambda target: forms)
+    for name in ("TRITON_CACHE_DIR", "TRITON_STORE_BINARY_ONLY"):  # `make` sets them
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
+    carried = tmp_path / "carried"
+    said = compiled.make(carried, "sm_90", [], 1)
+    assert said.startswith("1 kernels for sm_90")
+    if libtriton != "the same":  # as a wheel for another Python has it: another key, and folders of other names
+        file = carried / compiled.MADE_WITH
+        made_with = json.loads(file.read_text())
+        library = next((Path(triton.__path__[0]) / "_C").glob("libtriton.*"))
+        other = made_with["key"].replace(hashlib.sha256(library.read_bytes()).hexdigest(), "0" * 64)
+        assert other != made_with["key"]
+        for _, rest in compiled._keys("sm_90"):
+            (carried / compiled._name(triton_key() + rest)).rename(carried / compiled._name(other + rest))
+        file.write_text(json.dumps(made_with | {"key": other}))
+    moved = tmp_path / "moved"
+    carried.rename(moved)
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "there"))
+    monkeypatch.delenv("TRITON_STORE_BINARY_ONLY")
+    assert compiled.install(moved) == "1 compiled kernels carried along"
+    hits = []
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **given: hits.append(given["cache_hit"]))
+    with fake_gpu():
+        for form in forms:
+            launch(form)
+    assert hits == [True]
+
+
+def test_kernels_of_another_triton_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.cache import triton_key
+
+    from csae.bench import compiled
+    from csae.errors import UserError
+
+    with pytest.raises(UserError, match="holds no kernels"):
+        compiled.install(tmp_path)
+    other = {"triton": "3.7.0", "key": triton_key().replace("3.", "4.", 1), "target": "sm_90"}
+    (tmp_path / compiled.MADE_WITH).write_text(json.dumps(other))
+    assert compiled.install(tmp_path) == "compiled kernels left out: made with triton 3.7.0, not with the one here"
+    (tmp_path / compiled.MADE_WITH).write_text(json.dumps({"triton": "", "key": triton_key(), "target": "sm_90"}))
+    monkeypatch.setattr(compiled, "forms", lambda target: [])
+    assert compiled.install(tmp_path).startswith("compiled kernels left out: none in ")
