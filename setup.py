@@ -147,6 +147,7 @@ setup(
     package_data={
         "csae": ["py.typed"],
         "csae.pages": ["templates/*"],
+        "csae.bench": ["predictions.json"],
         "csae.kernels.triton": ["tuned.json"],
     },
     include_package_data=False,

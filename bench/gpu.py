@@ -199,9 +199,9 @@ def go_on(cases: Sequence[Case], here: Here, until: float, say: Callable[[str], 
 
 def _read(here: Here, code: str) -> dict[str, Any]:
     """What the run before wrote, here or into `here.out`; new if there is none, or none of this code."""
-    for folder in (here.state, here.out):
-        file = folder and folder / "state.json"
-        if file and file.exists():
+    for folder in filter(None, (here.state, here.out)):
+        file = folder / "state.json"
+        if file.exists():
             state: dict[str, Any] = json.loads(file.read_text())
             if state["code"] == code:
                 if folder == here.out and (folder / "tuned.json").exists():

@@ -59,8 +59,13 @@ LAST = {  # where it has to be compiled, or is another library's
     ENCODE.name: ("PyTorch dense, compiled",),
     LOOK_BACK.name: ("FlexAttention, compiled", "FlexAttention, compiled, null as a key"),
 }
-TESTS = ("many_tiles", "topk_encode", "topk_threshold", "sparse_decode", "feature_rows", "lookback_attention",
-         "cuda_graph", "models")  # fmt: skip
+TESTS = (
+    *(f"kernels/test_triton_{name}" for name in (
+        "many_tiles", "topk_encode", "topk_threshold", "sparse_decode", "feature_rows", "lookback_attention",
+        "cuda_graph", "models",
+    )),
+    "distributed/test_one_rank",  # a sharded SAE on one rank of NCCL
+)  # fmt: skip
 
 
 def listed(here: Here) -> list[Part]:
@@ -70,7 +75,7 @@ def listed(here: Here) -> list[Part]:
     smoke = [
         Part("smoke: device", 40, device),
         *(Part(f"smoke: {name}, {first}", 20, smoke_of, (name, first)) for name in BESIDE),
-        Part("smoke: TMA with many tiles", 20, run_tests, ("many_tiles", "bfloat16 and 200")),
+        Part("smoke: TMA with many tiles", 20, run_tests, ("kernels/test_triton_many_tiles", "bfloat16 and 200")),
         Part("smoke: memcheck", 30, memcheck, ("topk_encode bfloat16 n=130",)),
     ]
     if here.rehearse:  # as many of each kind as show that it runs
@@ -78,7 +83,7 @@ def listed(here: Here) -> list[Part]:
             *smoke,
             Part("kernels: look-back, rehearsal", 120, kernels, (first, ("gather_sum", "look-back"))),
             Part("steps: topk_encode forward, rehearsal", 60, measure, (ENCODE.name, first, (OURS, "mm"))),
-            Part("tests: cuda_graph", 60, run_tests, ("cuda_graph", "")),
+            Part("tests: cuda_graph", 60, run_tests, ("kernels/test_triton_cuda_graph", "")),
             Part("tune: product and selection", 120, tuned, (("topk_encode",), sizes)),
             Part("others: PyTorch dense, rehearsal", 60, measure, (ENCODE.name, first, (OURS, "PyTorch dense"))),
         ]
@@ -124,7 +129,11 @@ def device(here: Here, keep: Keep) -> Found:
     """The device's name and rates; the carried kernels are put where triton looks for them."""
     on = _on(here)
     name = harness.device_name(on)
-    empty = {"device": name, "type": "cuda" if not here.rehearse else "rehearsal", "versions": harness.versions()}
+    empty: dict[str, Any] = {
+        "device": name,
+        "type": "cuda" if not here.rehearse else "rehearsal",
+        "versions": harness.versions(),
+    }
     empty |= {"threads": torch.get_num_threads(), "rounds": ROUNDS, "results": []}
     rates = ceilings(on, DTYPES[_dtype(here)], Clock(on)) if not here.rehearse else (1.0, 1.0)
     rate = {"dtype": _dtype(here), "operations_per_s": rates[0], "bytes_per_s": rates[1]}
@@ -199,8 +208,8 @@ def run_tests(here: Here, keep: Keep, name: str, words: str) -> Found:
     if importlib.util.find_spec("pytest") is None:
         raise Skip("pytest is not installed")
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-m", "gpu and not slow"]
-    # Only tests/kernels: others import packages that may be missing here.
-    command += ["-p", "no:cacheprovider", "--confcutdir=tests/kernels", f"tests/kernels/test_triton_{name}.py"]
+    # The other conftest.py import packages that may be missing here.
+    command += ["-p", "no:cacheprovider", "--confcutdir=tests/kernels", f"tests/{name}.py"]
     command += ["-k", words] if words else []
     if here.rehearse:
         return f"would run: {shlex.join(command[1:])}", {}
