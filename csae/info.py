@@ -11,7 +11,7 @@ import torch
 
 import csae
 from csae import versions
-from csae.ops.backend import cpu, has_matrix_units, triton
+from csae.ops.backend import cpu, triton
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "huggingface-hub", "transformers", "datasets")
 
@@ -55,8 +55,9 @@ def facts() -> list[Fact]:
         found.append(Fact("no Triton", triton.why_not() or ""))
     if cpu.available():
         found.append(Fact("native library", str(cpu.describe()["isa"]), str(cpu.describe()["library"])))
-        units = "bfloat16 (AMX): topk_encode's large products, settled in float32"
-        found.append(Fact("matrix units", units if has_matrix_units() else "none"))
+        by = {"amx": "AMX", "avx512_bf16": "AVX512-BF16"}.get(str(cpu.describe()["isa"]))
+        units = "none" if by is None else f"by {by}: topk_encode's large products, settled in float32"
+        found.append(Fact("bfloat16 products", units))
     else:
         found.append(Fact("no native library", cpu.why_not() or ""))
     return found

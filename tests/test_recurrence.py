@@ -415,7 +415,7 @@ def test_what_is_no_state_is_refused() -> None:
 @pytest.mark.parametrize("query", ["current", "past"])
 def test_steps_by_the_encoders_table(query: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once enough was encoded the weights are rounded, once, whether or not this CPU has units for them."""
-    monkeypatch.setattr(library, "has_matrix_units", lambda: True)
+    monkeypatch.setattr(library, "multiplies_bfloat16", lambda: True)
     torch.manual_seed(0)
     sae = ContextualSAE(130, 1700, 4, n_heads=2, d_head=3, d_value=5, query=query).eval()
     acts = torch.randn(2, 150, 130)

@@ -17,9 +17,9 @@ import torch
 
 from csae.versions import DISTRIBUTION
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 PATH = Path(__file__).with_name("libcsae_cpu.so")
-ISAS = ("portable", "avx2", "avx512", "amx")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 # csae_type in src/csae_cpu.h
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -260,6 +260,11 @@ def describe() -> dict[str, str | int | None]:
         "openmp": openmp.decode() if openmp else None,
         "threads": torch.get_num_threads(),
     }
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the library is loaded and multiplies bfloat16 matrices faster than float32 ones."""
+    return available() and ISAS[native().csae_isa()] in ("avx512_bf16", "amx")
 
 
 def has_matrix_units() -> bool:

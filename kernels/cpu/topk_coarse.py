@@ -1,4 +1,4 @@
-"""Encode and select on a CPU that multiplies bfloat16 matrices several times as fast as float32 ones (AMX).
+"""Encode and select on a CPU that multiplies bfloat16 matrices faster than float32 ones (AMX, AVX512-BF16).
 
 A product of rounded numbers gives an upper bound for each pre-activation. The features with the largest ones are
 multiplied again in float32, until the next bound is below the k-th largest: that proves that no other feature is among
@@ -67,7 +67,7 @@ def worthwhile(W_enc: Tensor, k: int) -> bool:
     """Whether this is a gain for LEAST_ROWS or more, W_enc being [d_sae, d_in]."""
     d_sae, d_in = W_enc.shape
     large = LEAST_WIDTH <= d_in <= MOST_WIDTH and d_sae >= LEAST_COLUMNS_PER_CANDIDATE * candidates(k)
-    return W_enc.dtype in STORED and large and library.has_matrix_units()
+    return W_enc.dtype in STORED and large and library.multiplies_bfloat16()
 
 
 def width(d_in: int) -> int:

@@ -1,7 +1,8 @@
 """topk_encode on the CPU: the product is torch's, the selection native.
 
 It is `csae.kernels.portable.topk_encode` with another inner loop: a short list of candidates a row is kept from tile to
-tile, so that a tile costs one comparison an entry. Large products go to `topk_coarse`, where this CPU has matrix units.
+tile, so that a tile costs one comparison an entry. Large products go to `topk_coarse`, where this CPU
+multiplies bfloat16 faster.
 """
 
 from __future__ import annotations

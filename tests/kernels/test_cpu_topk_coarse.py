@@ -31,7 +31,7 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         found.append(proven)
         return proven, reached
 
-    monkeypatch.setattr(library, "has_matrix_units", lambda: True)
+    monkeypatch.setattr(library, "multiplies_bfloat16", lambda: True)
     monkeypatch.setattr(topk_coarse, "LEAST_SAMPLED", 1)
     monkeypatch.setattr(topk_coarse, "topk_encode", noted)
     return found
@@ -70,7 +70,7 @@ def test_it_is_the_definition(n: int, d_in: int, d_sae: int, k: int, settled: li
 def test_the_same_features_as_by_the_product_in_float32(settled: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     x, W_enc, b_enc = given(2)
     values, indices = topk_encode.topk_encode(x, W_enc, b_enc, K)
-    monkeypatch.setattr(library, "has_matrix_units", lambda: False)
+    monkeypatch.setattr(library, "multiplies_bfloat16", lambda: False)
     wanted = topk_encode.topk_encode(x, W_enc, b_enc, K)
     assert torch.equal(indices, wanted[1])
     torch.testing.assert_close(values, wanted[0])
@@ -133,7 +133,7 @@ def test_numbers_that_are_none_or_far_off(value: float, where: str, monkeypatch:
     x, W_enc, b_enc = given(7)
     {"x": x, "W_enc": W_enc, "b_enc": b_enc}[where][3] = value
     values, indices = topk_encode.topk_encode(x, W_enc, b_enc, K)
-    monkeypatch.setattr(library, "has_matrix_units", lambda: False)
+    monkeypatch.setattr(library, "multiplies_bfloat16", lambda: False)
     wanted = topk_encode.topk_encode(x, W_enc, b_enc, K)
     torch.testing.assert_close(values, wanted[0], equal_nan=True)
     assert torch.equal(indices, wanted[1])

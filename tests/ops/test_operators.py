@@ -139,7 +139,7 @@ DIFFERENTIABLE += ["multiply"]
 def coarsely(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table of rounded weights is made, whether or not this CPU has units for it."""
     if cpu.available():
-        monkeypatch.setattr(library, "has_matrix_units", lambda: True)
+        monkeypatch.setattr(library, "multiplies_bfloat16", lambda: True)
         monkeypatch.setattr(topk_coarse, "LEAST_SAMPLED", 4)
 
 

@@ -11,7 +11,7 @@
 #include <unistd.h>
 #endif
 
-const int csae_abi_version = 7;
+const int csae_abi_version = 8;
 
 namespace csae {
 namespace {
@@ -40,6 +40,12 @@ bool supports(Isa isa) {
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     }
 #endif
+#if CSAE_HAS_BF16
+    // On AMD's cores only: there it is measured to be a gain.
+    if (isa == Isa::bf16) {
+        return supports(Isa::avx512) && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd");
+    }
+#endif
 #if CSAE_HAS_AMX
     if (isa == Isa::amx) return supports(Isa::avx512) && amx_is_allowed();
 #endif
@@ -47,7 +53,7 @@ bool supports(Isa isa) {
 }
 
 Isa best() {
-    for (const Isa isa : {Isa::amx, Isa::avx512, Isa::avx2}) {
+    for (const Isa isa : {Isa::amx, Isa::bf16, Isa::avx512, Isa::avx2}) {
         if (supports(isa)) return isa;
     }
     return Isa::portable;
@@ -64,7 +70,8 @@ Isa current_isa() { return chosen.load(std::memory_order_relaxed); }
 int csae_isa() { return static_cast<int>(csae::current_isa()); }
 
 int csae_use_isa(int isa) {
-    if (isa < 0 || isa > 3 || !csae::supports(static_cast<csae::Isa>(isa))) return csae_bad_argument;
+    if (isa < 0 || isa > static_cast<int>(csae::Isa::amx) || !csae::supports(static_cast<csae::Isa>(isa)))
+        return csae_bad_argument;
     csae::chosen.store(static_cast<csae::Isa>(isa), std::memory_order_relaxed);
     return csae_ok;
 }

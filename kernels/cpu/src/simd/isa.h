@@ -9,6 +9,14 @@
 #define CSAE_X86 0
 #endif
 
+// AVX512-BF16 needs a compiler with its intrinsics.
+#if CSAE_X86 && (defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10)
+#define CSAE_HAS_BF16 1
+#define CSAE_BF16 __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,popcnt")))
+#else
+#define CSAE_HAS_BF16 0
+#endif
+
 // AMX needs a compiler with its intrinsics, and a system that is known to grant its use.
 #if CSAE_X86 && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define CSAE_HAS_AMX 1
@@ -23,8 +31,9 @@
 
 namespace csae {
 
-// Each includes the ones before it. amx: AVX-512, and AMX for products of bfloat16 matrices.
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, amx = 3 };
+// Each includes the ones before it, but amx not bf16. bf16 is AVX-512 with AVX512-BF16 for products of bfloat16
+// matrices; amx is AVX-512 with AMX for them.
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, bf16 = 3, amx = 4 };
 
 Isa current_isa();
 

@@ -1,11 +1,12 @@
-// AMX: matrix units that multiply bfloat16, with eight tile registers of 16 rows of 64 bytes.
+// AMX: matrix units that multiply bfloat16, with eight tile registers of 16 rows of 64 bytes. Other instruction sets
+// read tables in the layout that suits it.
 #pragma once
 
 #include <cstdint>
 
 #include "simd/isa.h"
 
-#if CSAE_HAS_AMX
+#if CSAE_X86
 #if !defined(__clang__)
 // GCC's own header leaves the unused operand of some intrinsics uninitialised on purpose.
 #pragma GCC diagnostic ignored "-Wuninitialized"
