@@ -113,7 +113,7 @@ def _killed(rank: int) -> None:
 def test_a_rank_that_is_killed(activations: Path, tmp_path: Path, size: int) -> None:
     found = ended(size, tmp_path, arguments(activations, tmp_path / "run"), _killed)
     assert found[1].code == -signal.SIGKILL
-    check(found, "rank 1 ended without a word (killed, or out of memory): the same command goes on from the last")
+    check(found, "rank 1 ended without a word (killed, or out of memory): the same command goes on from what is saved")
 
 
 def _refused_windows(rank: int) -> None:
