@@ -59,7 +59,7 @@ from csae.topk_sae import TopKSAE
 from csae.train import Job, train_together
 from csae.trained_on import model_name
 
-TOKENS = 300_000
+TOKENS = 200_000
 EPOCHS = 2
 N_CTX = 256
 LAYER = 12
