@@ -38,7 +38,7 @@ TESTS = [
     "tests/splicing",
     "tests/pages",
 ]
-PARALLEL = ["-n", str(min(8, 1 + (os.cpu_count() or 1))), "--dist", "worksteal"]  # as in the Makefile
+PARALLEL = ["-n", "logical", "--maxprocesses", "8", "--dist", "worksteal"]  # as in the Makefile
 
 
 class Environment(NamedTuple):
