@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,18 +70,14 @@ def train(trains: Sequence[str], out: Path, kill_at: int | None, choose: random.
             done = min((trained(run) for run in runs_of(out)), default=0)
             if kill_at is not None and killed is None and done >= kill_at:
                 children = children_of(process.pid) if ranks > 1 else [process.pid]
-                if children:
-                    signal_to(choose.choice(children))
+                with suppress(ProcessLookupError, IndexError):  # it has ended meanwhile
+                    os.kill(choose.choice(children), signal.SIGKILL)
                     killed = done, time.perf_counter()
     if killed is not None:
         return Kill(ranks, killed[0], round(time.perf_counter() - killed[1], 1))
     if process.returncode:
         raise RuntimeError(f"{out}: training on {ranks} ranks ended with status {process.returncode}; see {log.name}")
     return None
-
-
-def signal_to(pid: int) -> None:
-    subprocess.run(["kill", f"-{signal.SIGKILL.value}", str(pid)], check=False)
 
 
 def runs_of(out: Path) -> list[Path]:

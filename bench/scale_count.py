@@ -67,7 +67,7 @@ class Collectives(TorchDispatchMode):
     def _count(self, namespace: str, name: str, given: dict[str, Any]) -> None:
         known = KINDS.get(name)
         if known is None:
-            raise NotImplementedError(f"{name}: a collective that is not counted; needed one of {', '.join(KINDS)}")
+            raise ValueError(f"{name}: a collective that is not counted; needed one of {', '.join(KINDS)}")
         group = dist.ProcessGroup.unbox(given["process_group"])
         sent = known.sent(given, group.size(), group.rank())
         which = known.kind, self.purpose(known.kind, sys._getframe(2))
