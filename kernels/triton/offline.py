@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
+from packaging.version import Version
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -41,6 +42,8 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
 WITH_TMA = ("sm_90", "sm_100")
+# A launch lists the attributes of constants too, of which there are none: of strings only before triton 3.7.
+_LISTS_CONSTANTS = Version(triton.__version__) >= Version("3.7")
 
 
 class Compiled(NamedTuple):
@@ -118,7 +121,7 @@ def compile_for(variant: Variant, target: str) -> Compiled | None:
         return _of_sass(_run("nvdisasm", "--print-code", file.name), usage, kernel.metadata.shared)
 
 
-def source_of(variant: Variant) -> tuple[ASTSource, dict[str, int]]:
+def source_of(variant: Variant) -> tuple[ASTSource, dict[str, int | bool]]:
     """A variant's source and options as a launch gives them to the compiler, so that triton's cache has it for both.
 
     Pointers are aligned to 16 bytes, as `Variant.launch` demands.
@@ -128,10 +131,10 @@ def source_of(variant: Variant) -> tuple[ASTSource, dict[str, int]]:
     for position, (name, type_) in enumerate(signature.items()):
         if type_.startswith("*"):
             attributes[(position,)] = [["tt.divisibility", 16]]
-        elif isinstance(variant.constants.get(name), str):
-            attributes[(position,)] = []  # a launch takes a constant string for an attribute, and finds none in it
+        elif type_ == "constexpr" and (_LISTS_CONSTANTS or isinstance(variant.constants[name], str)):
+            attributes[(position,)] = []
     source = ASTSource(variant.kernel, signature=signature, constexprs=variant.constants, attrs=attributes)
-    return source, {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    return source, variant.options()
 
 
 def _run(tool: str, *arguments: str) -> str:

@@ -94,7 +94,11 @@ class Variant(NamedTuple):
                 raise ValueError(f"{name}: given an address off a 16-byte boundary; needed one on it (see `aligned`)")
         first = arguments[0]
         with torch.cuda.device_of(first.base if isinstance(first, TensorDescriptor) else first):
-            self.kernel[grid](*arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+            self.kernel[grid](*arguments, **self.constants, **self.options())
+
+    def options(self) -> dict[str, int | bool]:
+        """The compiler's options. a * b + c rounds once, said here because triton 3.10 changes what it does unasked."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
     def signature(self) -> dict[str, str]:
         """Triton's name for the type of each argument."""
