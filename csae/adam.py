@@ -152,6 +152,7 @@ class Adam(torch.optim.Optimizer):
         step = states[names[0]]["step"]
         hyper, lazy_hyper = _hyper(group, step)
         seed = step.to(torch.int64).reshape(1)
+        first_row = 0 if self.sae.shard is None else self.sae.shard.rows.start
         shared: dict[int, tuple[Pairs, list[Table]]] = {}  # tables with the same pairs, by the pairs' id
         for name in names:
             given, state = gradients[name], states[name]
@@ -164,7 +165,7 @@ class Adam(torch.optim.Optimizer):
             table = Table(param, exp_avg, exp_avg_sq, own.weights, own.rows, unit_rows=name == "W_dec")
             shared.setdefault(id(own.pairs), (own.pairs, []))[1].append(table)
         for pairs, tables in shared.values():
-            adam_rows(pairs, tables, lazy_hyper if self.lazy else hyper, seed, self.lazy)
+            adam_rows(pairs, tables, lazy_hyper if self.lazy else hyper, seed, self.lazy, first_row)
 
     def _check(self, gradients: dict[str, Tensor | Factors]) -> None:
         of = getattr(gradients, "of", None)

@@ -30,7 +30,7 @@ def sort_pairs(features: Tensor, tokens: Tensor, d_sae: int) -> Pairs:
     return Pairs(*_sort_pairs(features, tokens, d_sae))
 
 
-def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, lazy: bool) -> None:
+def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, lazy: bool, first_row: int = 0) -> None:
     """Update the tables and their moments in place.
 
     Args:
@@ -40,10 +40,11 @@ def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, la
             1 - beta2. A tensor, so that a captured graph can be replayed with another learning rate.
         seed: [1] int64, the step's number: for the stochastic rounding of bfloat16 moments.
         lazy: leave rows without a pair as they are (`torch.optim.SparseAdam`), or not (`torch.optim.Adam`).
+        first_row: the number of the tables' first row, where they are part of larger ones. The rounding goes by it.
     """
     columns = zip(*tables, strict=True)
     params, exp_avgs, exp_avg_sqs, weights, rows, unit_rows = (list(column) for column in columns)
-    _adam_rows(*pairs, params, exp_avgs, exp_avg_sqs, weights, rows, unit_rows, hyper, seed, lazy)
+    _adam_rows(*pairs, params, exp_avgs, exp_avg_sqs, weights, rows, unit_rows, hyper, seed, lazy, first_row)
 
 
 @operator("sort_pairs")
@@ -70,15 +71,17 @@ def _adam_rows(
     hyper: Tensor,
     seed: Tensor,
     lazy: bool,
+    first_row: int = 0,
 ) -> None:
     increment_version([*params, *exp_avgs, *exp_avg_sqs])
     tables = list(map(Table, params, exp_avgs, exp_avg_sqs, weights, rows, unit_rows))
     dtype = params[0].dtype if params else torch.float32
-    kernels("feature_rows", hyper.device, dtype).adam_rows(Pairs(order, tokens, ends), tables, hyper, seed, lazy)
+    pairs = Pairs(order, tokens, ends)
+    kernels("feature_rows", hyper.device, dtype).adam_rows(pairs, tables, hyper, seed, lazy, first_row)
 
 
 @fake("adam_rows")
-def _(order, tokens, ends, params, exp_avgs, exp_avg_sqs, weights, rows, unit_rows, hyper, seed, lazy):
+def _(order, tokens, ends, params, exp_avgs, exp_avg_sqs, weights, rows, unit_rows, hyper, seed, lazy, first_row=0):
     return None
 
 

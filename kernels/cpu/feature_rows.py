@@ -50,12 +50,13 @@ def feature_sums(pairs: Pairs, weights: list[Tensor], rows: list[Tensor]) -> lis
     return [o.to(own_rows.dtype) for o, own_rows in zip(out, rows, strict=True)]
 
 
-def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, lazy: bool) -> None:
+def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, lazy: bool, first_row: int = 0) -> None:
     """One step of Adam on each table, in place; autograd is not told. Denormal numbers count as zero.
 
     hyper: [6] float32: lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), eps, 1 - beta1, beta2, 1 - beta2.
     seed: [1] int64, the number of the step, for the stochastic rounding of bfloat16 moments.
     lazy: rows without pairs stay as they are, as in torch.optim.SparseAdam.
+    first_row: the number of the tables' first row, where they are part of larger ones; that rounding goes by it.
     """
     sorted_pairs = _sorted(pairs)
     factors = [
@@ -65,7 +66,7 @@ def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, la
     natives = [_adam_table(f"tables[{i}]", table, *factors[i], sorted_pairs.d_sae) for i, table in enumerate(tables)]
     check_strided("hyper", hyper, torch.float32, (6,))
     check_strided("seed", seed, torch.int64, (1,))
-    step = AdamStep(*hyper.tolist(), int(seed) & 0xFFFFFFFF, lazy)
+    step = AdamStep(*hyper.tolist(), int(seed) & 0xFFFFFFFF, lazy, first_row)
     status = native().csae_adam_rows(
         *(ctypes.byref(sorted_pairs), (AdamTable * len(natives))(*natives), len(natives), ctypes.byref(step)),
         torch.get_num_threads(),

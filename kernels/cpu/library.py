@@ -17,7 +17,7 @@ import torch
 
 from csae.versions import DISTRIBUTION
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 PATH = Path(__file__).with_name("libcsae_cpu.so")
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
@@ -114,6 +114,7 @@ class AdamStep(ctypes.Structure):
         *((name, c_float) for name in ("one_minus_beta1", "beta2", "one_minus_beta2")),
         ("seed", c_uint32),
         ("lazy", c_int),
+        ("first_row", c_uint32),
     )
 
 

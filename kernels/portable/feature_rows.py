@@ -36,23 +36,24 @@ def feature_sums(pairs: Pairs, weights: list[Tensor], rows: list[Tensor]) -> lis
     ]
 
 
-def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, lazy: bool) -> None:
+def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, lazy: bool, first_row: int = 0) -> None:
     """One step of Adam on each table, in place.
 
     hyper [6]: lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), eps, 1 - beta1, beta2, 1 - beta2, on the tables' device.
     seed [1] int64: the number of the step, for the rounding of bfloat16 moments.
     lazy: a row without a pair is left as it is, as torch.optim.SparseAdam does (whose eps is outside of the
     correction: pass eps / sqrt(1 - beta2^t)). Otherwise each row is updated, as torch.optim.Adam does.
+    first_row: the number of the tables' first row, where they are part of larger ones; that rounding goes by it.
     """
     touched = (pairs.ends.diff() > 0)[:, None] if lazy else None
     for table in tables:
         gradient = _feature_sum(pairs, table.weights, table.rows).to(table.param.dtype)
         updated = (table.param, table.exp_avg, table.exp_avg_sq)
-        for old, new in zip(updated, _adam(table, gradient, hyper, seed), strict=True):
+        for old, new in zip(updated, _adam(table, gradient, hyper, seed, first_row), strict=True):
             old.copy_(new if touched is None else torch.where(touched, new, old))
 
 
-def _adam(table: Table, gradient: Tensor, hyper: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _adam(table: Table, gradient: Tensor, hyper: Tensor, seed: Tensor, first_row: int) -> tuple[Tensor, Tensor, Tensor]:
     """The new param, exp_avg and exp_avg_sq."""
     step_size, correction, eps, one_minus_beta1, beta2, one_minus_beta2 = hyper.to(gradient.dtype).unbind()
     param, exp_avg, exp_avg_sq = (tensor.to(gradient.dtype) for tensor in table[:3])
@@ -64,7 +65,8 @@ def _adam(table: Table, gradient: Tensor, hyper: Tensor, seed: Tensor) -> tuple[
     if table.unit_rows:
         param = param / param.norm(dim=1, keepdim=True).clamp_(min=LEAST_NORM)
     if table.exp_avg.dtype == torch.bfloat16:
-        return param, round_stochastically(exp_avg, seed), round_stochastically(exp_avg_sq, seed + 0x9E3779B9)
+        rounded = round_stochastically(exp_avg_sq, seed + 0x9E3779B9, first_row)
+        return param, round_stochastically(exp_avg, seed, first_row), rounded
     return param, exp_avg, exp_avg_sq
 
 
@@ -84,13 +86,14 @@ def _feature_sum(pairs: Pairs, weights: Tensor, rows: Tensor) -> Tensor:
     return sums[:d_sae]  # the last bag is of the inactive pairs
 
 
-def round_stochastically(x: Tensor, seed: Tensor) -> Tensor:
+def round_stochastically(x: Tensor, seed: Tensor, first_row: int = 0) -> Tensor:
     """x [d_sae, d] -> bfloat16: one of its two neighbours, at random, so that the mean is x.
 
-    seed [1] int64. The 16 random bits are a hash of the element's position and the seed, the same on every backend.
+    seed [1] int64. first_row: the number of the first row in the whole table. The 16 random bits are a hash of the
+    element's place in the whole table and the seed, the same on every backend and for any split of the table's rows.
     They are added below the bits that stay, and carry into them. NaN stays NaN.
     """
-    place = torch.arange(x.numel(), device=x.device).view(x.shape) & LOW_32
+    place = (torch.arange(x.numel(), device=x.device).view(x.shape) + first_row * x.shape[1]) & LOW_32
     chance = hash32(place ^ hash32(seed & LOW_32)) >> 16
     bits = x.to(torch.float32).view(torch.int32).to(torch.int64)
     rounded = ((bits + chance) >> 16).to(torch.int16).view(torch.bfloat16)

@@ -56,7 +56,7 @@ def _store_moment(p_moment, b_moment, b_elements, seed, mask):
 
 @triton.jit
 def _adam(p_avg, p_avg_sq, b_param, b_grad, hyper_ptr, seed_ptr, o_e, m_e):
-    """Store the new moments of elements o_e; return their new parameters."""
+    """Store the new moments of elements o_e of the whole table; return their new parameters."""
     step_size, correction, eps = tl.load(hyper_ptr), tl.load(hyper_ptr + 1), tl.load(hyper_ptr + 2)
     one_minus_beta1, beta2, one_minus_beta2 = tl.load(hyper_ptr + 3), tl.load(hyper_ptr + 4), tl.load(hyper_ptr + 5)
     # [FEATURES, COLUMNS]
@@ -107,6 +107,7 @@ def _adam_rows(
     piece: tl.int32,
     unit_rows: tl.int32,
     lazy: tl.int32,
+    first_row: tl.int32,
     UNIT: tl.constexpr,
     FEATURES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -128,7 +129,8 @@ def _adam_rows(
         b_param = tl.load(param_ptr + o_e, mask=m_e, other=0.0, eviction_policy="evict_first")
         if unit_rows != 0:
             b_grad -= tl.sum(b_grad * b_param, axis=1)[:, None] * b_param
-        b_param = _adam(exp_avg_ptr + o_e, exp_avg_sq_ptr + o_e, b_param, b_grad, hyper_ptr, seed_ptr, o_e, m_e)
+        o_whole = o_e + first_row.to(tl.int64) * d
+        b_param = _adam(exp_avg_ptr + o_e, exp_avg_sq_ptr + o_e, b_param, b_grad, hyper_ptr, seed_ptr, o_whole, m_e)
         if unit_rows != 0:
             b_param /= tl.maximum(tl.sqrt_rn(tl.sum(b_param * b_param, axis=1)), LEAST_NORM)[:, None]
         tl.store(param_ptr + o_e, b_param, mask=m_e, eviction_policy="evict_first")
@@ -156,6 +158,7 @@ def _adam_long_rows(
     units: tl.int32,
     piece: tl.int32,
     lazy: tl.int32,
+    first_row: tl.int32,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -187,8 +190,9 @@ def _adam_long_rows(
             # [1, COLUMNS]
             b_param = tl.load(param_ptr + o_e, mask=m_c[None, :], other=0.0)
             b_grad -= dot * b_param
+            o_whole = o_e + first_row.to(tl.int64) * d
             b_param = _adam(
-                exp_avg_ptr + o_e, exp_avg_sq_ptr + o_e, b_param, b_grad, hyper_ptr, seed_ptr, o_e, m_c[None, :]
+                exp_avg_ptr + o_e, exp_avg_sq_ptr + o_e, b_param, b_grad, hyper_ptr, seed_ptr, o_whole, m_c[None, :]
             )
             b_squares += b_param * b_param
             tl.store(param_ptr + o_e, b_param, mask=m_c[None, :])
@@ -243,7 +247,7 @@ def candidates(variant: Variant) -> list[Variant]:
     return other_forms(variant, (variant.constants["COLUMNS"],), (16, 32), 1, 4)
 
 
-def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, lazy: bool) -> None:
+def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, lazy: bool, first_row: int = 0) -> None:
     """One step of Adam on each table, in place, from its factored gradient.
 
     Args:
@@ -253,6 +257,7 @@ def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, la
         lazy: rows without a pair stay as they are, as in torch.optim.SparseAdam. SparseAdam adds eps before the bias
             correction; for the same result pass eps / sqrt(1 - beta2^t). Otherwise all rows are updated, as in
             torch.optim.Adam.
+        first_row: the number of the tables' first row, where they are part of larger ones; that rounding goes by it.
 
     Memory: as `feature_sums`, and a float32 copy of `rows` if they are float16 or no multiple of 16 bytes wide.
     """
@@ -267,10 +272,10 @@ def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, la
                     f"{name}: given {given}; needed a contiguous tensor at a multiple of 16 bytes: `clone` it"
                 )
         if table.param.numel() > 0:
-            _adam_table(pairs, table, hyper, seed, lazy)
+            _adam_table(pairs, table, hyper, seed, lazy, first_row)
 
 
-def _adam_table(pairs: Pairs, table: Table, hyper: Tensor, seed: Tensor, lazy: bool) -> None:
+def _adam_table(pairs: Pairs, table: Table, hyper: Tensor, seed: Tensor, lazy: bool, first_row: int) -> None:
     d_sae, d = table.param.shape
     rows = table.rows.float() if table.rows.dtype == torch.float16 else table.rows
     gradient, piece, unit = gradient_tensors(pairs, [(table.weights, rows)])
@@ -280,8 +285,9 @@ def _adam_table(pairs: Pairs, table: Table, hyper: Tensor, seed: Tensor, lazy: b
     if table.unit_rows and d > tiles[-1].columns:
         variant = _adam_variant(*types, unit, _SCALAR_LONG_ROW_TILE if unit == 1 else _LONG_ROW_TILE, long=True)
         variant = tuning.best(variant, rows.device)
-        variant.launch((d_sae,), *pairs, *gradient, *state, d // unit, piece, int(lazy))
+        variant.launch((d_sae,), *pairs, *gradient, *state, d // unit, piece, int(lazy), first_row)
     else:
         variant = tuning.best(_adam_variant(*types, unit, fitting(tiles, d)), rows.device)
         grid = (triton.cdiv(d_sae, variant.constants["FEATURES"]), triton.cdiv(d, variant.constants["COLUMNS"]))
-        variant.launch(grid, *pairs, *gradient, *state, d_sae, d // unit, piece, int(table.unit_rows), int(lazy))
+        numbers = (d_sae, d // unit, piece, int(table.unit_rows), int(lazy), first_row)
+        variant.launch(grid, *pairs, *gradient, *state, *numbers)

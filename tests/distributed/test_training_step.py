@@ -8,12 +8,13 @@ import pytest
 import torch
 from processes import run
 from torch import Tensor
-from trained import Case, Trained, batch, make, share, train
+from trained import Case, Trained, batch, make, share, train, trained
 
-from csae import SAE, ContextualSAE
+from csae import SAE, Adam, ContextualSAE
 from csae.data.activations import Batch
 from csae.distributed import Ranks, codes, sharded
 from csae.errors import UserError
+from csae.factors import Factors
 from csae.sae import Sweeps
 from csae.step import exact_gap
 from csae.tables import TABLES
@@ -184,7 +185,7 @@ def test_gradients(arch: str, change: str) -> None:
 
 @pytest.mark.slow
 def test_half_precision_and_small_moments_train_alike() -> None:
-    """Roundings differ: to bfloat16 before sums over ranks, and by other random bits for the moments."""
+    """Sums differ, and with them what is rounded: to bfloat16 before sums over ranks, and by chance for the moments."""
     for case in (Case(autocast=True), Case(moments=torch.bfloat16), Case("contextual", autocast=True, steps=20)):
         (one,) = run(1, _train, case)
         found = run(3, _train, case)
@@ -197,6 +198,35 @@ def test_half_precision_and_small_moments_train_alike() -> None:
 def _in_pieces(ranks: Ranks | None, case: Case) -> Trained:
     codes.PIECE = 10  # tokens: the last piece is smaller
     return train(case, ranks)
+
+
+def _rounded(ranks: Ranks | None, lazy: bool) -> Trained:
+    """Steps with the same gradients on any number of ranks."""
+    case = Case("contextual", moments=torch.bfloat16, lazy=lazy)
+    sae = make(case) if ranks is None else sharded(lambda: make(case), ranks)
+    optimizer = Adam(sae, 3e-3, lazy=lazy, moments=case.moments)
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        gradients: dict[str, Tensor | Factors] = {}
+        for name, parameter in sae.named_parameters():
+            rows = name in TABLES
+            whole = torch.randn(case.d_sae if rows else len(parameter), *parameter.shape[1:], generator=generator)
+            own = whole if sae.shard is None or not rows else whole[sae.shard.rows.start : sae.shard.rows.stop]
+            gradients[name] = torch.where(own > 0.5, own, 0)
+        optimizer.update(gradients)
+    return trained(sae, optimizer)
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["exact", "lazy"])
+def test_small_moments_are_rounded_alike_on_any_number_of_ranks(lazy: bool) -> None:
+    (one,) = run(1, _rounded, lazy)
+    assert one.moments["W_enc.exp_avg"].dtype == torch.bfloat16
+    for size in (2, 3):
+        found = run(size, _rounded, lazy)
+        for of in ("parameters", "moments"):
+            ours = whole(found, of)
+            for name, tensor in getattr(one, of).items():
+                assert torch.equal(ours[name], tensor), name
 
 
 @pytest.mark.parametrize("arch", ["topk", "contextual"])

@@ -102,10 +102,15 @@ def train(case: Case, ranks: Ranks | None, started: Callable[[SAE], None] = lamb
         sae.track(found.code, given["mask"])
         losses.append(torch.stack(found[:3]))
         codes.append(tuple(found.code))
+    return trained(sae, optimizer)._replace(losses=torch.stack(losses), codes=codes)
+
+
+def trained(sae: SAE, optimizer: Adam) -> Trained:
+    """What is here of them; no losses, no codes."""
     parameters = {name: of.detach() for name, of in sae.named_parameters()}
     moments = {
         f"{optimizer.names[of]}.{name}": state[name]
         for of, state in optimizer.state.items()
         for name in ("exp_avg", "exp_avg_sq", "step")
     }
-    return Trained(parameters, moments, sae.tokens_since_fired, torch.stack(losses), codes)
+    return Trained(parameters, moments, sae.tokens_since_fired, torch.empty(0, 3), [])

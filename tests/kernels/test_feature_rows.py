@@ -375,6 +375,21 @@ def test_moments_are_rounded_by_the_hash_in_each_isa(isa: str) -> None:
     assert torch.equal(bits(table.exp_avg_sq), rounded_by_chance(exact.exp_avg_sq, 99, 1))
 
 
+@pytest.mark.parametrize("unit_rows", [False, True], ids=["any rows", "unit rows"])
+def test_parts_of_a_table_round_as_the_whole(feature_rows: ModuleType, unit_rows: bool) -> None:
+    features, tokens, table = case(300, 9, 40, 37, moments=torch.bfloat16, unit_rows=unit_rows)
+    parts = [copy(table)._replace(weights=table.weights, rows=table.rows) for _ in range(3)]
+    feature_rows.adam_rows(
+        feature_rows.sort_pairs(features, tokens, 40), [table], hyper_of(5), torch.tensor([5]), False
+    )
+    for part, start, stop in zip(parts, (0, 17, 39), (17, 39, 40), strict=True):
+        own = part._replace(**{name: getattr(part, name)[start:stop] for name in ("param", "exp_avg", "exp_avg_sq")})
+        pairs = feature_rows.sort_pairs(torch.where(features < stop, features - start, -1), tokens, stop - start)
+        feature_rows.adam_rows(pairs, [own], hyper_of(5), torch.tensor([5]), False, first_row=start)
+        for ours, whole in zip(own[:3], table[:3], strict=True):
+            assert torch.equal(bits(ours), bits(whole[start:stop]))
+
+
 def test_rounding_has_no_bias(feature_rows: ModuleType) -> None:
     # A third of the way between two bfloat16: without chance, or with the same in each step, it stays or is off.
     x = 1 + 2**-7 / 3

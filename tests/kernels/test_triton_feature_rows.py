@@ -316,34 +316,37 @@ def hash32(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def rounded_by_chance(x: Tensor, seed: int) -> Tensor:
+def rounded_by_chance(x: Tensor, seed: int, first_row: int) -> Tensor:
     """float32 -> bfloat16: 16 bits of chance are added to the bits, of which the upper 16 stay."""
-    places = torch.arange(x.numel(), device=x.device).view(x.shape)
+    places = torch.arange(x.numel(), device=x.device).view(x.shape) + first_row * x.shape[1] & 0xFFFFFFFF
     chance = hash32(places ^ hash32(torch.tensor(seed & 0xFFFFFFFF, device=x.device))) >> 16
     bits = (x.view(torch.int32).long() & 0xFFFFFFFF) + chance
     return torch.where(x.isnan(), torch.nan, (bits >> 16).to(torch.int16).view(torch.bfloat16))
 
 
 @pytest.mark.parametrize("rows_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("seed", [1, 2**32 + 5, 2**31 + 7])
-def test_bfloat16_moments_are_rounded_by_the_hash_of_their_place(seed: int, rows_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("seed", "first_row"), [(1, 0), (2**32 + 5, 7), (2**31 + 7, 2**28 + 1)])
+@pytest.mark.parametrize("d", [24, 9000])
+def test_bfloat16_moments_are_rounded_by_the_hash_of_their_place(
+    d: int, seed: int, first_row: int, rows_dtype: torch.dtype
+) -> None:
     from csae.kernels.triton.feature_rows import adam_rows
 
     features, _, pairs = pairs_of([2, 0, 66], n=4)
-    weights, rows = random_normal(len(features), seed=1), random_normal(4, 24, dtype=rows_dtype, seed=2)
+    weights, rows = random_normal(len(features), seed=1), random_normal(4, d, dtype=rows_dtype, seed=2)
     rows[0, 3], rows[1, 4] = math.inf, math.nan
-    narrow = table_of(3, 24, weights, rows, True, torch.bfloat16)
+    narrow = table_of(3, d, weights, rows, True, torch.bfloat16)
     wide = narrow._replace(
         param=narrow.param.clone(), exp_avg=narrow.exp_avg.float(), exp_avg_sq=narrow.exp_avg_sq.float()
     )
     for table in (narrow, wide):
-        adam_rows(pairs, [table], hyper_of(2, False), torch.tensor([seed], device=DEVICE), False)
+        adam_rows(pairs, [table], hyper_of(2, False), torch.tensor([seed], device=DEVICE), False, first_row)
     torch.testing.assert_close(narrow.param, wide.param, rtol=0, atol=0, equal_nan=True)
     for got, exact, own_seed in (
         (narrow.exp_avg, wide.exp_avg, seed),
         (narrow.exp_avg_sq, wide.exp_avg_sq, seed + 0x9E3779B9),
     ):
-        torch.testing.assert_close(got, rounded_by_chance(exact, own_seed), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(got, rounded_by_chance(exact, own_seed, first_row), rtol=0, atol=0, equal_nan=True)
     assert narrow.exp_avg.isnan().any()
     assert not torch.equal(narrow.exp_avg[1], wide.exp_avg[1].to(torch.bfloat16))
 

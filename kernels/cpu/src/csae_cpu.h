@@ -159,6 +159,7 @@ struct csae_adam {
     float step_size, correction, eps, one_minus_beta1, beta2, one_minus_beta2;
     uint32_t seed;
     int lazy;
+    uint32_t first_row;  // the number of the tables' first row, where they are part of larger ones
 };
 
 // Updates each table. Returns csae_bad_index as csae_feature_sums does; then nothing was updated.

@@ -250,7 +250,8 @@ void feature_rows() {
                             between(0, 1),
                             between(0, 1),
                             static_cast<uint32_t>(random_bits()),
-                            one_in(2)};
+                            one_in(2),
+                            one_in(2) ? 0 : static_cast<uint32_t>(random_bits())};
     std::vector<AdamTable> before;
     for (const Gradient& of : gradients) {
         before.emplace_back(of, d_sae, csae_float32, one_in(2));
@@ -282,7 +283,7 @@ void feature_rows() {
             const bool updated = !step.lazy || wanted_ends[f] < wanted_ends[f + 1];
             if (updated) check_step(in_float[i], before[i], f, step);
             for (int64_t c = 0; c < d; ++c) {
-                const auto place = static_cast<uint32_t>(f * d + c);
+                const auto place = static_cast<uint32_t>((f + int64_t{step.first_row}) * d + c);
                 const AdamTable& to = in_bfloat16[i];
                 const float m = in_float[i].exp_avg(f, c), v = in_float[i].exp_avg_sq(f, c);
                 if (!updated) {

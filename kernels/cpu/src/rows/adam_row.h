@@ -8,8 +8,8 @@
 
 namespace csae {
 
-// Updates param, exp_avg, exp_avg_sq [d] by gradient [d]. place: the index of the row's first element in its table,
-// modulo 2^32. unit_row: the row has norm 1 and is normalised again.
+// Updates param, exp_avg, exp_avg_sq [d] by gradient [d]. place: the index of the row's first element in the whole
+// table, modulo 2^32. unit_row: the row has norm 1 and is normalised again.
 template <class M>
 using AdamRow = void (*)(const csae_adam& step, float* param, M* exp_avg, M* exp_avg_sq, const float* gradient,
                          int64_t d, uint32_t place, bool unit_row);

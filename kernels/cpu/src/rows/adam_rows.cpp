@@ -50,10 +50,11 @@ bool good(const csae_table& table, int64_t d_sae) {
 template <class M>
 void update(const csae_adam& step, const csae_table& table, int64_t feature, const float* gradient) {
     const int64_t d = table.gradient.d;
+    const uint32_t row = step.first_row + static_cast<uint32_t>(feature);
     adam_row<M>()(step, table.param + feature * table.param_stride,
                   static_cast<M*>(table.exp_avg) + feature * table.exp_avg_stride,
                   static_cast<M*>(table.exp_avg_sq) + feature * table.exp_avg_sq_stride, gradient, d,
-                  static_cast<uint32_t>(feature) * static_cast<uint32_t>(d), table.unit_rows != 0);
+                  row * static_cast<uint32_t>(d), table.unit_rows != 0);
 }
 
 }  // namespace
