@@ -37,6 +37,7 @@ from csae.progress import Progress, quiet, track
 KS = (4, 8, 16, 32, 64)
 LAYERS = (6, 12, 20)
 CORPORA = ("english", "multilingual")
+ALL_CORPORA = (*CORPORA, "documentation")
 SEEDS = 3
 POWER_WINDOWS = 8
 SWITCH_WINDOWS = 96
@@ -183,8 +184,8 @@ def _check(ks: Sequence[int], layers: Sequence[int], corpora: Sequence[str], see
         if not given:
             raise UserError(f"{name}: none given; needed at least one")
     for corpus in corpora:
-        if corpus not in CORPORA:
-            raise UserError(f"corpora: given {corpus!r}; needed some of {', '.join(CORPORA)}")
+        if corpus not in ALL_CORPORA:
+            raise UserError(f"corpora: given {corpus!r}; needed some of {', '.join(ALL_CORPORA)}")
     for name, number in (("seeds", seeds), ("limit", 1 if limit is None else limit), ("ks", min(ks))):
         if number < 1:
             raise UserError(f"{name}: given {number}; needed at least 1")

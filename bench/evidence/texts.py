@@ -7,12 +7,8 @@ books in English; they are left out.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from csae.bench.evidence import debian
+from csae.bench.evidence.documentation import documentation
 from csae.data.text import TokenWindows, pack, python_prose, read_documents, tokenize
 from csae.errors import UserError
 from csae.progress import Progress, quiet
@@ -27,14 +25,8 @@ from csae.progress import Progress, quiet
 # Our name for a language, and the handbook's. English first: the others are translated from it.
 LANGUAGES = {"en": "en-US", "de": "de-DE", "fr": "fr-FR", "es": "es-ES", "ja": "ja-JP", "zh-cn": "zh-CN"}
 INSTEAD = "give --texts DIR, with a folder of .txt files for each language"
-SHORTEST_PARAGRAPH = 20  # characters; below are labels and captions
 HELD_OUT_EVERY = 10
 PIECE_TOKENS = (64, 256)
-
-BLOCKS = {"p", "div", "li", "dt", "dd", "td", "th", "tr", "ul", "ol", "dl", "table", "body", "br", "hr"}
-NO_PROSE = {"pre", "head", "script", "style", "h1", "h2", "h3", "h4", "h5", "h6"}
-NO_PROSE_CLASSES = {"toc", "navheader", "navfooter", "docnav", "table", "example", "titlepage", "footnotes"}
-CJK = "[\u3000-\u9fff\uff00-\uffef]"
 
 
 def english() -> list[str]:
@@ -49,21 +41,7 @@ def multilingual(cache_dir: str | Path | None = None, progress: Progress = quiet
     kept in cache_dir (by default csae/debian-books in the user's cache folder), in the form of `read_languages`.
     Raises UserError where it can't be had.
     """
-    if cache_dir is None:
-        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "csae" / "debian-books"
-    cache_dir = Path(cache_dir)
-    if not cache_dir.is_dir():
-        try:
-            cache_dir.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache_dir.parent) as folder:
-                _store_books(Path(folder) / "packages", Path(folder) / "texts", progress)
-                try:
-                    os.rename(Path(folder) / "texts", cache_dir)  # only once it is complete
-                except OSError:
-                    if not cache_dir.is_dir():  # another process may have been faster
-                        raise
-        except OSError as error:
-            raise UserError(f"Debian's books can't be stored in {cache_dir.parent} ({error}); {INSTEAD}") from error
+    cache_dir = debian.kept("debian-books", cache_dir, lambda folder: _store_books(folder, progress), INSTEAD)
     return read_languages(cache_dir)
 
 
@@ -111,7 +89,7 @@ def windows(
 ) -> TokenWindows:
     """The windows of n_ctx tokens of a corpus to train on.
 
-    "english": documents shuffled and packed, as `csae.data.text.tokenize` does it.
+    "english", "documentation": documents shuffled and packed, as `csae.data.text.tokenize` does it.
     "multilingual": the training documents of `split`, cut into pieces of whole paragraphs, of about 64 to 256 tokens,
     and joined. The languages take turns in random order until one is used up, so most windows switch language at least
     once. A window is one document: an SAE can look back across the switches. texts: a folder for `read_languages`, in
@@ -119,8 +97,10 @@ def windows(
     """
     if name == "english":
         return tokenize(english(), tokenizer, n_ctx, max_tokens, seed, progress)
+    if name == "documentation":
+        return tokenize(documentation(progress=progress), tokenizer, n_ctx, max_tokens, seed, progress)
     if name != "multilingual":
-        raise ValueError(f"name: given {name!r}; needed 'english' or 'multilingual'")
+        raise ValueError(f"name: given {name!r}; needed 'english', 'documentation' or 'multilingual'")
     documents_by_language = multilingual(progress=progress) if texts is None else read_languages(texts)
     mixed = mix(split(documents_by_language)[0], tokenizer, seed, progress)
     return one_document_each(pack(mixed, n_ctx, max_tokens).tokens)
@@ -253,15 +233,14 @@ def _passages(documents: Iterable[list[list[int]]], n_tokens: int, after: list[i
                 passage = []
 
 
-def _store_books(packages: Path, texts: Path, progress: Progress) -> None:
-    """Download the books into the folder `packages`, and write a folder of .txt files for each language."""
+def _store_books(texts: Path, progress: Progress) -> None:
+    """Write a folder of .txt files for each language."""
     names = [f"debian-reference-{language}" for language in LANGUAGES] + ["debian-handbook"]
-    packages.mkdir()
-    for name in progress(names, "downloading Debian's books"):
-        # In a folder of its own: the name of the file is not known, it holds the version.
-        (packages / name).mkdir()
-        _run(["apt-get", "download", name], packages / name)
-        _run(["dpkg-deb", "--extract", *map(str, (packages / name).glob("*.deb")), str(packages / name)], packages)
+    with debian.unpacked(names, progress, INSTEAD) as packages:
+        _write_books(packages, texts)
+
+
+def _write_books(packages: Path, texts: Path) -> None:
     share = Path("usr/share")
     originals: set[tuple[str, ...]] = set()
     for language, handbook in LANGUAGES.items():
@@ -271,7 +250,7 @@ def _store_books(packages: Path, texts: Path, progress: Progress) -> None:
         pages += [("handbook", page) for page in sorted(html.glob("*.html"))]
         (texts / language).mkdir(parents=True)
         for book, page in pages:
-            for number, section in enumerate(sections(page.read_text(encoding="utf-8"))):
+            for number, section in enumerate(debian.sections(page.read_text(encoding="utf-8"))):
                 if language == "en":
                     originals.update(*map(_trigrams, section))
                     paragraphs = section
@@ -296,67 +275,3 @@ def untranslated(paragraph: str, originals: set[tuple[str, ...]]) -> bool:
 def _trigrams(paragraph: str) -> set[tuple[str, ...]]:
     words = re.findall(r"\w+", paragraph.lower())
     return set(zip(words, words[1:], words[2:], strict=False))
-
-
-def _run(command: list[str], folder: Path) -> None:
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
-    except FileNotFoundError as error:
-        raise UserError(
-            f"Debian's books are downloaded with {command[0]}, which this system lacks; {INSTEAD}"
-        ) from error
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(
-            f"`{' '.join(command[:2])}` failed for Debian's books ({reason}); check the network, run `apt-get update` "
-            f"as root, or {INSTEAD}"
-        )
-
-
-def sections(html: str) -> list[list[str]]:
-    """The paragraphs of a page of a book, a list for each section; without headings, tables of contents and code."""
-    page = _Page()
-    page.feed(html)
-    page.close()
-    return page.sections
-
-
-class _Page(HTMLParser):
-    """Text between two tags of block elements is a paragraph; an h2 begins a section."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sections: list[list[str]] = [[]]
-        self.text = ""
-        self.skipped: str | None = None  # the tag of the element that is left out, while inside it
-        self.depth = 0  # elements of that tag that are open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if self.skipped is not None:
-            self.depth += tag == self.skipped
-        elif tag in NO_PROSE or not NO_PROSE_CLASSES.isdisjoint((dict(attrs).get("class") or "").split()):
-            self._end_paragraph()
-            self.skipped, self.depth = tag, 1
-        elif tag in BLOCKS:
-            self._end_paragraph()
-        if tag == "h2" and self.sections[-1]:
-            self.sections.append([])
-
-    def handle_endtag(self, tag: str) -> None:
-        if self.skipped is not None:
-            self.depth -= tag == self.skipped
-            if self.depth == 0:
-                self.skipped = None
-        elif tag in BLOCKS:
-            self._end_paragraph()
-
-    def handle_data(self, data: str) -> None:
-        if self.skipped is None:
-            self.text += data
-
-    def _end_paragraph(self) -> None:
-        # A line break between two characters of a script without spaces is no space.
-        text = re.sub(rf"(?<={CJK})\s*\n\s*(?={CJK})", "", self.text.strip())
-        self.text = ""
-        if len(text) >= SHORTEST_PARAGRAPH:
-            self.sections[-1].append(" ".join(text.split()))

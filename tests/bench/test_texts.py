@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from csae.bench.evidence import texts
-from csae.bench.evidence.texts import mix, multilingual, read_languages, sections, split, switching, windows
+from csae.bench.evidence.debian import sections
+from csae.bench.evidence.texts import mix, multilingual, read_languages, split, switching, windows
 from csae.errors import UserError
 
 LETTERS = {"aa": "a", "bb": "b", "cc": "c"}
@@ -208,7 +209,7 @@ def test_english_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     made = windows("english", Characters(), 10)
     assert made.tokens.shape == (6, 10)
     assert made.documents[0, 0] != made.documents[-1, -1]
-    with pytest.raises(ValueError, match="given 'klingon'; needed 'english' or 'multilingual'"):
+    with pytest.raises(ValueError, match="given 'klingon'; needed 'english', 'documentation' or 'multilingual'"):
         windows("klingon", Characters(), 10)
 
 
