@@ -19,7 +19,12 @@ from csae.errors import UserError, shown
 @click.option("--model", help="Any other language model than SmolLM2-135M.")
 @click.option("--k", "ks", type=int, multiple=True, help="Active features a token; may be repeated. [4 8 16 32 64]")
 @click.option("--layer", "layers", type=int, multiple=True, help="May be repeated. [6 12 20]")
-@click.option("--corpus", "corpora", multiple=True, help="english or multilingual; may be repeated. [both]")
+@click.option(
+    "--corpus",
+    "corpora",
+    multiple=True,
+    help="english, multilingual or documentation; may be repeated. [the first two]",
+)
 @click.option("--seeds", type=int, help="How many. [3]")
 @click.option("--tokens", type=click.IntRange(min=1), help="Each SAE is trained on. [840000, in two passes]")
 @click.option("--d-sae", type=int, help="Number of features. [2304]")

@@ -12,6 +12,7 @@ import torch
 
 from csae.bench.evidence import texts
 from csae.bench.evidence.debian import sections
+from csae.bench.evidence.documentation import PACKAGES, documentation
 from csae.bench.evidence.texts import mix, multilingual, read_languages, split, switching, windows
 from csae.errors import UserError
 
@@ -144,6 +145,30 @@ def test_no_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="apt-get, which this system lacks; give --texts DIR"):
         multilingual(tmp_path / "books")
+
+
+def test_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    prose = "A paragraph of a manual that is long enough to be kept has more words than a label has. "
+    scripts = {
+        "apt-get": 'touch "$2_1.0_all.deb"',
+        "dpkg-deb": f"""
+            case "$2" in *handbook*) d="$3/usr/share/doc/en-US";; *) d="$3/usr/share/doc/en";; esac
+            mkdir -p "$d/folder.html"
+            for i in 1 2; do echo "<p>{prose * 5}$i</p><p>{prose}</p><p>Short label, left out</p>" > "$d/$i.html"; done
+            echo "<p>{"name_" * 100}</p><p>{prose * 2}</p>" > "$d/too-little.html"
+            """,
+    }
+    for name, script in scripts.items():
+        (programs / name).write_text(f"#!/bin/sh\n{script}\n")
+        (programs / name).chmod(stat.S_IRWXU)
+    monkeypatch.setenv("PATH", str(programs), prepend=":")
+    found = documentation(tmp_path / "manuals")
+    first, second = f"{prose * 5}1\n\n{prose.strip()}\n", f"{prose * 5}2\n"
+    assert found == [first, second] * len(PACKAGES)
+    monkeypatch.setenv("PATH", "")
+    assert documentation(tmp_path / "manuals") == found
 
 
 def test_read_languages(tmp_path: Path) -> None:
