@@ -66,7 +66,7 @@ class Attribution:
         self.output, self.weights = output, weights
         look_back = LookBack.of(sae)
         values, indices = output.code
-        values = nn.functional.pad(values[:, : sae.k_mem], (0, sae.k - sae.k_mem))
+        values = nn.functional.pad(values[:, : sae.k_mem], (0, sae.k_max - sae.k_mem))
         # Each slot by head: what it adds to c at a position that gives it all attention.
         self._written = look_back.slots(values, indices) * sae.out_scale  # [T, k, H, d_value]
         self._W_O = look_back.by_head(look_back.W_O.detach())  # [d_out, H, d_value]

@@ -14,6 +14,7 @@ from csae.ops.topk_encode import encode_again, encode_and_keep
 from csae.outputs import Bounds, Code, Output, Ran, Sweeps
 from csae.recurrence import Recurrence, State
 from csae.sae import SAE, check_bounds
+from csae.selection import only_topk
 
 # The two queries, and the steepest slope that a head begins with. With query="past", the useful positions are recent:
 # an exact FVU of 0.151, against 0.154 with a steepest slope of 1. With "current" it was 0.136 with 1, 0.137 with 3.
@@ -56,7 +57,7 @@ class ContextualSAE(SAE):
         d_head: width of a head's queries and keys.
         d_value: width of a head's values.
         d_memory: how many numbers a feature writes into the memory; keys and values are maps of them.
-        k_mem: how many features of a code are remembered, the most active ones; all k if not given. Fewer make
+        k_mem: how many features of a code are remembered, the most active ones; all if not given. Fewer make
             c easier to read, at a price in FVU.
         query: "current": queries come from the activation itself, so reconstruction needs the attention weights
             beside the codes. "past": from the reconstruction of the position before, so the codes alone rebuild
@@ -95,23 +96,29 @@ class ContextualSAE(SAE):
         dead_after: int = 10_000_000,
         d_out: int | None = None,
         skip: bool = False,
+        selection: str = "topk",
+        k_max: int | None = None,
+        l0_coef: float = 1.0,
+        bandwidth: float = 0.1,
     ) -> None:
-        super().__init__(d_in, d_sae, k, k_aux, aux_coef, dead_after, d_out, skip)
+        selecting = selection, k_max, l0_coef, bandwidth
+        super().__init__(d_in, d_sae, k, k_aux, aux_coef, dead_after, d_out, skip, *selecting)
         if query not in QUERIES:
             raise ValueError(f"query: given {query!r}; needed one of {', '.join(map(repr, QUERIES))}")
         sizes = {"n_heads": n_heads, "d_head": d_head, "d_value": d_value, "d_memory": d_memory}
-        for name, count in (sizes | {"k_mem": k if k_mem is None else k_mem, "sweeps": sweeps}).items():
+        for name, count in (sizes | {"k_mem": self.k_max if k_mem is None else k_mem, "sweeps": sweeps}).items():
             if isinstance(count, bool) or not isinstance(count, int):
                 raise TypeError(f"{name}: given {count!r}; needed a whole number")
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}: given {size}; needed at least 1")
-        if k_mem is not None and not 1 <= k_mem <= k:
-            raise ValueError(f"k_mem: given {k_mem}; needed 1 to k = {k}, or None for all")
+        if k_mem is not None and not 1 <= k_mem <= self.k_max:
+            slots = "k" if selection == "topk" else "k_max"
+            raise ValueError(f"k_mem: given {k_mem}; needed 1 to {slots} = {self.k_max}, or None for all")
         if sweeps < 0:
             raise ValueError(f"sweeps: given {sweeps}; needed 0 or more")
         self.n_heads, self.d_head, self.d_value, self.d_memory = n_heads, d_head, d_value, d_memory
-        self.k_mem = k if k_mem is None else k_mem
+        self.k_mem = self.k_max if k_mem is None else k_mem
         self.query, self.sweeps = query, sweeps
         d_query = self.d_out if query == "past" else d_in
         initial = LookBack.initial(d_in, d_sae, **sizes, steepest=QUERIES[query], d_out=d_out, d_query=d_query)
@@ -132,6 +139,7 @@ class ContextualSAE(SAE):
         return self._recurrence()
 
     def _recurrence(self) -> Recurrence:
+        only_topk(self, "exact form")
         weights = (self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.W_skip, self.centre)
         scales = (self.scale, self.out_scale)
         over = None if self.shard is None else self.shard.recurring(self)
@@ -342,7 +350,7 @@ class ContextualSAE(SAE):
         for _ in range(sweeps.times):
             if self.query == "past":
                 queries = look_back.queries(self._shifted(ops.decode("W_dec", code) + c))
-            memory = ops.decode("W_mem", code, most_active=self.k_mem if self.k_mem < self.k else None)
+            memory = ops.decode("W_mem", code, most_active=self.k_mem if self.k_mem < self.k_max else None)
             before, a = a, look_back.read(queries, memory, mask, documents)
             c, suppressed = look_back.written(a)
             left = x - suppressed

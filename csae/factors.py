@@ -23,6 +23,7 @@ from csae.ops import sparse_decode, topk_encode
 from csae.ops.adam_rows import Pairs, feature_sums, sort_pairs
 from csae.ops.checks import autocast_to
 from csae.ops.topk_encode import Encode, encoder, with_encode_gradient
+from csae.selection import only_topk
 
 _Code = tuple[Tensor, Tensor]  # values and indices, [..., k]
 
@@ -84,6 +85,7 @@ class Pass:
     """
 
     def __init__(self, sae: Any) -> None:
+        only_topk(sae, "sae")
         self.sae = sae
 
     def centred(self, x: Tensor) -> Tensor:

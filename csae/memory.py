@@ -54,7 +54,7 @@ class Need(NamedTuple):
             gradients += 0 if name in TABLES else 4 * numbers
         tokens = config.batch_windows * n_ctx
         # A table's gradient is two numbers for each pair of a token and an active feature, and its feature's number.
-        step = tokens * (ACTIVATIONS * 4 * max(sae.d_in, sae.d_out) + sae.k * (2 * 4 + 8))
+        step = tokens * (ACTIVATIONS * 4 * max(sae.d_in, sae.d_out) + sae.k_max * (2 * 4 + 8))
         return cls(weights, moments, gradients + step)
 
 

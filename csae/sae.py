@@ -18,6 +18,7 @@ from csae.ops.checks import check_k
 from csae.ops.linear import linear
 from csae.outputs import Code, Losses, Output, Ran, Sweeps
 from csae.saving import Saved, shapes, without_tensors
+from csae.selection import slots
 from csae.tables import TABLES, random_directions, rows_here
 
 if TYPE_CHECKING:
@@ -61,6 +62,12 @@ class SAE(Saved, ABC):
         dead_after: a feature is dead when it has not fired for this many tokens.
         d_out: width of a transcoder's target; None for an autoencoder.
         skip: whether a transcoder has a skip connection.
+        selection: which features a code has (`csae.selection`): "topk", k for each token; "batch" and "jumprelu", k on
+            average, by a threshold in use.
+        k_max: slots of a code, the most features that a token can have; k with "topk", min(d_sae, 4 * k) otherwise.
+        l0_coef: with "jumprelu", the weight of (L0 / k - 1)^2 in the loss.
+        bandwidth: with "jumprelu", how near to its threshold a pre-activation says something about the threshold's
+            gradient, in normalised units: less than half of this away.
     """
 
     look_back: tuple[str, ...] = ()
@@ -87,6 +94,10 @@ class SAE(Saved, ABC):
     """scalar, of a transcoder: its results are multiplied by it, where an autoencoder's are by `scale`"""
     tokens_since_fired: Tensor
     """[d_sae] int64: how many training tokens ago each feature was last active"""
+    threshold: Tensor | None
+    """what a pre-activation has to exceed, in normalised units. Of "batch" a scalar, float32 or wider: in training the
+    least value of the last batch (`track`), then what `calibrate` finds. Of "jumprelu" a parameter [d_sae]. None with
+    "topk" """
 
     def __init__(
         self,
@@ -98,6 +109,10 @@ class SAE(Saved, ABC):
         dead_after: int = 10_000_000,
         d_out: int | None = None,
         skip: bool = False,
+        selection: str = "topk",
+        k_max: int | None = None,
+        l0_coef: float = 1.0,
+        bandwidth: float = 0.1,
     ) -> None:
         super().__init__()
         counts = {"d_in": d_in, "d_sae": d_sae, "k_aux": 1 if k_aux is None else k_aux, "dead_after": dead_after}
@@ -108,10 +123,11 @@ class SAE(Saved, ABC):
             if count < 1:
                 raise ValueError(f"{name}: given {count}; needed at least 1")
         check_k(k, d_sae)
-        if isinstance(aux_coef, bool) or not isinstance(aux_coef, int | float):
-            raise TypeError(f"aux_coef: given {aux_coef!r}; needed a number")
-        if not 0 <= aux_coef < math.inf:
-            raise ValueError(f"aux_coef: given {aux_coef}; needed a number of zero or more")
+        for name, coef in {"aux_coef": aux_coef, "l0_coef": l0_coef, "bandwidth": bandwidth}.items():
+            if isinstance(coef, bool) or not isinstance(coef, int | float):
+                raise TypeError(f"{name}: given {coef!r}; needed a number")
+            if not 0 <= coef < math.inf:
+                raise ValueError(f"{name}: given {coef}; needed a number of zero or more")
         if not isinstance(skip, bool):
             raise TypeError(f"skip: given {skip!r}; needed True or False")
         if skip and d_out is None:
@@ -120,6 +136,8 @@ class SAE(Saved, ABC):
         self.d_out, self.skip = counts["d_out"], skip
         self.k_aux = max(1, self.d_out // 2) if k_aux is None else k_aux
         self.aux_coef, self.dead_after = aux_coef, dead_after
+        self.selection, self.k_max = selection, slots(selection, k, k_max, d_sae)
+        self.l0_coef, self.bandwidth = l0_coef, bandwidth
         rows = rows_here(d_sae).stop - rows_here(d_sae).start  # len() takes no number that is far too large
         directions = random_directions(d_sae, self.d_out)
         self.W_dec = nn.Parameter(directions)
@@ -127,11 +145,15 @@ class SAE(Saved, ABC):
         self.b_enc = nn.Parameter(torch.zeros(rows))
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
         self.register_parameter("W_skip", nn.Parameter(torch.zeros(self.d_out, d_in)) if skip else None)
+        if selection == "jumprelu":
+            self.threshold = nn.Parameter(torch.zeros(rows))
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("tokens_since_fired", torch.zeros(rows, dtype=torch.int64))
         # Those that may be None come last: torch.export counts them with the others.
         self.register_buffer("mean", None if d_out is None else torch.zeros(d_in))
         self.register_buffer("target_scale", None if d_out is None else torch.ones(()))
+        if selection != "jumprelu":
+            self.register_buffer("threshold", torch.zeros(()) if selection == "batch" else None)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self._arguments or name not in vars(self):

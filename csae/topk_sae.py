@@ -8,6 +8,7 @@ from csae.factors import Pass
 from csae.ops import sparse_decode, topk_encode
 from csae.outputs import Code, Ran, Sweeps
 from csae.sae import SAE
+from csae.selection import only_topk
 
 
 class TopKSAE(SAE):
@@ -25,6 +26,7 @@ class TopKSAE(SAE):
         """acts [..., d_in] -> the code [..., k]."""
         self._check_whole("encode")
         self._check_acts(acts)
+        only_topk(self, "encode")
         values, indices = topk_encode(self._normalised(acts) - self.centre, self.W_enc, self.b_enc, self.k)
         return Code(values.to(self.W_enc.dtype), indices)
 

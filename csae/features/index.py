@@ -288,7 +288,10 @@ def unpack_pieces(packed: bytes) -> list[str]:
 
 def weights_sha256(sae: SAE) -> str:
     """A hash of the tensors of an SAE and of how it uses them: of what decides which features are where."""
-    digest = hashlib.sha256(f"{sae.arch} {sae.k} {getattr(sae, 'k_mem', '')}".encode())
+    how = f"{sae.arch} {sae.k} {getattr(sae, 'k_mem', '')}"
+    if sae.selection != "topk":
+        how += f" {sae.selection} {sae.k_max}"
+    digest = hashlib.sha256(how.encode())
     for name, tensor in sorted(sae.state_dict().items()):
         if name == "tokens_since_fired":
             continue

@@ -20,6 +20,7 @@ from typing import Any
 from csae.contextual_sae import ContextualSAE
 from csae.interop.places import our_name
 from csae.sae import SAE
+from csae.selection import only_topk
 from csae.topk_sae import TopKSAE
 from csae.trained_on import check_place, named_in
 
@@ -69,6 +70,7 @@ def save(
     can't be written; what was there is still there then.
     """
     module, metadata = _module(library), metadata or {}
+    only_topk(sae, f"interop.save to {library}")
     named = named_in(metadata)
     if named is not None:
         check_place(sae.trained_on, named.model, named.layer, named.hook, elsewhere, names=our_name)

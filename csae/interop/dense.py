@@ -11,6 +11,7 @@ from csae.errors import UserError
 from csae.interop.feature_acts import FeatureActs, carried_of
 from csae.ops import topk_encode
 from csae.outputs import Code
+from csae.selection import only_topk
 from csae.topk_sae import TopKSAE
 
 
@@ -31,6 +32,7 @@ class DenseSAE(nn.Module):
         super().__init__()
         if sae.is_transcoder:
             raise UserError("sae: given a transcoder; needed an SAE without d_out: others read what they rebuild")
+        only_topk(sae, "sae")
         self.sae: TopKSAE | ContextualSAE = sae
 
     @property
