@@ -37,6 +37,78 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor
     return values, indices
 
 
+def threshold_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k_max: int) -> tuple[Tensor, Tensor]:
+    """The pre-activations v of each token with v > threshold and v > 0; the k_max largest where there are more.
+
+    x [..., d_in], W_enc [d_sae, d_in], b_enc [d_sae], threshold [] or [d_sae] -> values [..., k_max], indices
+    [..., k_max] int64.
+
+    Ordered as in `topk_encode`; behind the last both are 0. A token with a NaN as there.
+    """
+    pre_acts = x @ W_enc.T + b_enc
+    return _largest(pre_acts, (pre_acts > threshold) & (pre_acts > 0), k_max)
+
+
+def near_threshold(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float, k_max: int
+) -> tuple[Tensor, Tensor]:
+    """As `threshold_encode`, of the pre-activations v > 0 with |v - threshold| < bandwidth / 2."""
+    pre_acts = x @ W_enc.T + b_enc
+    near = (pre_acts > threshold - bandwidth / 2) & (pre_acts < threshold + bandwidth / 2)
+    return _largest(pre_acts, near & (pre_acts > 0), k_max)
+
+
+def _largest(pre_acts: Tensor, taking_part: Tensor, k_max: int) -> tuple[Tensor, Tensor]:
+    """The k_max largest of those that take part, which are positive, [..., d_sae] -> values, indices [..., k_max]."""
+    feature_acts = torch.where(taking_part, pre_acts, 0)
+    indices = feature_acts.sort(dim=-1, descending=True, stable=True).indices[..., :k_max]
+    values = feature_acts.gather(-1, indices)
+    indices = torch.where(values > 0, indices, 0)
+    broken = pre_acts.isnan().any(dim=-1, keepdim=True)
+    values = torch.where(broken, torch.full_like(values, math.nan), values)
+    indices = torch.where(broken, torch.arange(k_max, device=pre_acts.device).expand_as(indices), indices)
+    return values, indices
+
+
+def batch_topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, k_max: int, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the n tokens in the mask the n k largest positive pre-activations together, up to k_max of one token.
+
+    x [..., d_in], W_enc [d_sae, d_in], b_enc [d_sae], mask [...] bool -> values [..., k_max], indices [..., k_max]
+    int64, threshold [].
+
+    Of a token with more than k_max the k_max largest take part. Ordered as `threshold_encode`; equal ones at the border
+    of the budget by lower token first, then by lower index. threshold: the smallest value selected, 0 where fewer
+    than n k take part. A token with a NaN, in the mask, as in `threshold_encode`; it takes none of the budget.
+    """
+    values, indices = threshold_encode(x, W_enc, b_enc, x.new_zeros(()), k_max)
+    mask = torch.ones_like(values[..., 0], dtype=torch.bool) if mask is None else mask
+    values = torch.where(mask.unsqueeze(-1), values, 0)
+    budget = int(mask.sum()) * k
+    flat = torch.where(values.isnan(), 0, values).flatten()
+    order = flat.sort(descending=True, stable=True).indices[:budget]
+    selected = torch.zeros_like(flat, dtype=torch.bool)
+    selected[order] = flat[order] > 0
+    enough = budget > 0 and int(selected.sum()) == budget
+    threshold = flat[order[-1]] if enough else flat.new_zeros(())
+    selected = selected.view_as(values) | values.isnan()
+    return torch.where(selected, values, 0), torch.where(selected, indices, 0), threshold
+
+
+def threshold_gradient(
+    pre_acts: Tensor, threshold: Tensor, bandwidth: float, d_feature_acts: Tensor, d_active: Tensor
+) -> Tensor:
+    """JumpReLU's straight-through gradient of threshold [d_sae] (Rajamanoharan et al. 2024, arXiv 2407.14435).
+
+    pre_acts [n, d_sae]; d_feature_acts and d_active [n, d_sae]: the gradients of v H(v - threshold) and of
+    H(v - threshold). The kernel is a rectangle: d H / d threshold = -1 / bandwidth where v is within bandwidth / 2 of
+    its threshold, for v > 0.
+    """
+    near = ((pre_acts - threshold).abs() < bandwidth / 2) & (pre_acts > 0)
+    return -(near * (threshold * d_feature_acts + d_active)).sum(dim=0) / bandwidth
+
+
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """out_t = sum_i values_ti * W_dec[indices_ti].
 

@@ -64,11 +64,11 @@ def refuse_tangents(*tensors: Tensor | None) -> None:
             )
 
 
-def check_k(k: object, d_sae: int) -> None:
+def check_k(k: object, d_sae: int, name: str = "k", most: str = "d_sae") -> None:
     if isinstance(k, bool) or not isinstance(k, int | torch.SymInt):
-        raise TypeError(f"k: given a {type(k).__name__}; needed an int")
+        raise TypeError(f"{name}: given a {type(k).__name__}; needed an int")
     if not 1 <= k <= d_sae:
-        raise ValueError(f"k: given {k}; needed 1 <= k <= d_sae = {d_sae}")
+        raise ValueError(f"{name}: given {k}; needed 1 <= {name} <= {most} = {d_sae}")
 
 
 def autocast_to(*tensors: Tensor) -> tuple[Tensor, ...]:

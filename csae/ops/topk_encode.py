@@ -41,6 +41,13 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, device or k.
     """
+    x, W_enc, b_enc = encoded(x, W_enc, b_enc)
+    check_k(k, W_enc.shape[0])
+    return _topk_encode(x, W_enc, b_enc, k)
+
+
+def encoded(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x [..., d_in], W_enc [d_sae, d_in] and b_enc [d_sae], checked, in autocast's dtype where that is on."""
     for name, tensor in (("x", x), ("W_enc", W_enc), ("b_enc", b_enc)):
         check_tensor(name, tensor)
     x, W_enc, b_enc = autocast_to(x, W_enc, b_enc)
@@ -49,9 +56,8 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor
         raise ValueError("x: given a scalar; needed [..., d_in]")
     check_shape("W_enc", W_enc, (None, x.shape[-1]), "[d_sae, d_in]")
     check_shape("b_enc", b_enc, (W_enc.shape[0],), "[d_sae]")
-    check_k(k, W_enc.shape[0])
     refuse_tangents(x, W_enc, b_enc)
-    return _topk_encode(x, W_enc, b_enc, k)
+    return x, W_enc, b_enc
 
 
 @operator("topk_encode")
@@ -88,6 +94,8 @@ def _topk_encode_backward(
         d_x = kernels("sparse_decode", x.device, x.dtype).gather_sum(grad, indices, W_enc).view(x.shape)
     if need_W or need_b:
         n, k = indices.shape
+        # Entries without a part in the gradient are no pairs: of no feature.
+        indices = torch.where(values.reshape(n, k) <= 0, d_sae, indices)
         rows = {"W": x.reshape(n, d_in)} if need_W else {}
         rows |= {"b": x.new_ones(n, 1)} if need_b else {}
         tokens = torch.arange(n, device=x.device).unsqueeze(1).expand(n, k)
@@ -183,7 +191,7 @@ def repeated(
     table: list[Tensor],
     topk_encode: Callable[..., tuple[Tensor, Tensor]],
     round_table: Callable[..., list[Tensor]],
-    encode_by_table: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    encode_by_table: Callable[..., tuple[Tensor, Tensor, Tensor | None]],
 ) -> Encode:
     """`encoder` from its three parts, operators or kernels. table: `round_table` of the weights, or empty."""
     encoded, last = LEAST_ROWS if table else 0, None

@@ -27,7 +27,7 @@ class Inner(NamedTuple):
     tile: Callable[[Tensor, int, int], tuple[int, int]]
     """x, d_sae, k -> rows and columns of a tile"""
     select: Callable[[Iterable[tuple[slice, Tensor]], Tensor, int, Tensor, Tensor], None]
-    """as `_select`"""
+    """as `select`"""
     new: Callable[[tuple[int, ...], Tensor], Tensor]
     """a new tensor of this shape, of the other's dtype and device"""
 
@@ -56,7 +56,7 @@ def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, inner: Inner) -> tup
 
 
 def encode_and_keep(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, inner: Inner | None = None
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, inner: Inner | None = None, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """topk_encode, and all of its pre-activations for `encode_again`: [n, d_sae] in the dtype of selection."""
     inner = inner or INNER
@@ -67,13 +67,15 @@ def encode_and_keep(
     for here in slices(x.shape[0], rows):
         tiles = _updates(kept[here], bias, x[here].to(values.dtype), W_enc, columns)
         inner.select(tiles, torch.zeros_like(bias), k, values[here], indices[here])
-    return values.to(x.dtype), indices, kept
+    return values.to(dtype or x.dtype), indices, kept
 
 
-def encode_again(kept: Tensor, a: Tensor, W_a: Tensor, k: int, inner: Inner | None = None) -> tuple[Tensor, Tensor]:
+def encode_again(
+    kept: Tensor, a: Tensor, W_a: Tensor, k: int, inner: Inner | None = None, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """The k largest of kept - a W_a^T in each row, relu'd, as topk_encode has them; kept becomes kept - a W_a^T.
 
-    kept [n, d_sae] from `encode_and_keep`, a [n, r], W_a [d_sae, r] -> values [n, k] in a's dtype, indices [n, k].
+    kept [n, d_sae] from `encode_and_keep`, a [n, r], W_a [d_sae, r] -> values [n, k] in `dtype` or a's, indices [n, k].
     """
     inner = inner or INNER
     values, indices = output(a, k)
@@ -82,7 +84,18 @@ def encode_again(kept: Tensor, a: Tensor, W_a: Tensor, k: int, inner: Inner | No
     for here in slices(a.shape[0], rows):
         tiles = _updates(kept[here], None, -a[here].to(values.dtype), W_a, columns)
         inner.select(tiles, no_bias, k, values[here], indices[here])
-    return values.to(a.dtype), indices
+    return values.to(dtype or a.dtype), indices
+
+
+def select_kept(kept: Tensor, k: int, inner: Inner) -> tuple[Tensor, Tensor]:
+    """What `inner` selects of pre-activations that were kept, [n, d_sae]; values in the dtype of selection."""
+    values, indices = output(kept, k)
+    no_bias = kept.new_zeros(kept.shape[1])
+    rows, columns = inner.tile(kept, kept.shape[1], k)
+    for here in slices(kept.shape[0], rows):
+        tiles = ((block, kept[here, block]) for block in slices(kept.shape[1], columns))
+        inner.select(tiles, no_bias, k, values[here], indices[here])
+    return values, indices
 
 
 def round_table(W_enc: Tensor, b_enc: Tensor, k: int) -> list[Tensor]:
@@ -92,9 +105,13 @@ def round_table(W_enc: Tensor, b_enc: Tensor, k: int) -> list[Tensor]:
 
 def output(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """values and indices [n, k]; values in the dtype of selection."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     shape = (x.shape[0], k)
-    return x.new_empty(shape, dtype=wide), x.new_empty(shape, dtype=torch.int64)
+    return x.new_empty(shape, dtype=wide(x)), x.new_empty(shape, dtype=torch.int64)
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype of selection."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _tile(x: Tensor, d_sae: int, k: int) -> tuple[int, int]:
@@ -144,7 +161,7 @@ def _multiply(acts: Tensor, W: Tensor, out: Tensor, beta: int) -> None:
         out[:, block].addmm_(acts, W[block].to(out.dtype).T, beta=beta)
 
 
-def _select(tiles: Iterable[tuple[slice, Tensor]], bias: Tensor, k: int, values: Tensor, indices: Tensor) -> None:
+def select(tiles: Iterable[tuple[slice, Tensor]], bias: Tensor, k: int, values: Tensor, indices: Tensor) -> None:
     """The k largest of each row of the tiles + bias [d_sae], relu'd, into values and indices [rows, k].
 
     tiles: columns and pre-activations [rows, columns], in the order of columns; equal ones by lower index.
@@ -197,4 +214,4 @@ def _stable_topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return found[:, :k], where[:, :k]
 
 
-INNER = Inner(_tile, _select, lambda shape, like: like.new_empty(shape))
+INNER = Inner(_tile, select, lambda shape, like: like.new_empty(shape))

@@ -16,6 +16,7 @@ from csae import ops
 from csae.kernels import cpu
 from csae.kernels.cpu import library, topk_coarse
 from csae.ops.recurrence import Weights
+from csae.ops.threshold_encode import _threshold_table
 from csae.ops.topk_encode import _round_table
 
 for _module in pkgutil.iter_modules(ops.__path__):
@@ -84,6 +85,30 @@ def calls(name: str, B: int, T: int, form: Callable[[Tensor], Tensor]) -> Iterat
         table = _round_table(normal(1600, 130), normal(1600), K)
         for last in (None, torch.zeros(2, n)):
             yield form(normal(B, T, 130)), form(normal(1600, 130)), normal(1600), K, table, last
+    elif name.startswith(("threshold_", "near_")):
+        for threshold in (torch.tensor(0.5), form(normal(11))):
+            encoder = by.W_enc, by.b_enc, threshold
+            if name == "threshold_encode_again":
+                yield normal(n, 11), form(normal(B, T, 4)), form(normal(11, 4)), threshold, K
+            elif name == "near_threshold":
+                yield x, *encoder, 0.7, K
+            elif name not in ("threshold_table", "threshold_encode_by_table"):
+                yield x, *encoder, K
+        for threshold in (torch.tensor(20.0), form(normal(1600) + 20)):
+            wide = form(normal(1600, 130)), normal(1600), threshold, K
+            if name == "threshold_table":
+                yield wide
+            elif name == "threshold_encode_by_table":
+                yield form(normal(B, T, 130)), *wide, _threshold_table(*wide)
+    elif name.startswith("batch_"):
+        for guess in (None, torch.tensor(0.5)):
+            mask = None if guess is None else normal(n) > -1
+            if name == "batch_encode_again":
+                yield normal(n, 11), form(normal(B, T, 4)), form(normal(11, 4)), 2, K, mask, guess
+            else:
+                yield x, by.W_enc, by.b_enc, 2, K, mask, guess
+    elif name == "decode_steps":
+        yield form(torch.zeros(B, T, K)), values, indices, by.W_dec
     elif name == "sparse_decode":
         yield form(values), form(indices), by.W_dec
     elif name == "sparse_decode_backward":
@@ -132,7 +157,7 @@ NAMES = sorted(name.partition("::")[2] for name in torch._C._dispatch_get_all_op
 SIZES = {"two windows": (2, 3), "one position": (1, 1), "nothing": (0, 3), "no positions": (2, 0)}
 # Those with a gradient.
 DIFFERENTIABLE = ["topk_encode", "with_encode_gradient", "sparse_decode", "lookback_attention", "scale_heads"]
-DIFFERENTIABLE += ["multiply"]
+DIFFERENTIABLE += ["multiply", "threshold_encode", "batch_topk_encode", "decode_steps"]
 
 
 @pytest.fixture(autouse=True)
