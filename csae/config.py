@@ -38,6 +38,9 @@ class SAEConfig:
     sweeps: int = option(3, "How often training looks back at its end.")
     dead_after: int = option(10_000_000, "Tokens without firing.")
     skip: bool = option(False, "Give a transcoder a linear skip connection (Paulo et al. 2025).")
+    prefixes: tuple[int, ...] = option(
+        (), "256,1024 trains the first 256 features, and the first 1024, to rebuild alone too (Matryoshka)."
+    )
 
     def make(self, d_in: int, d_out: int | None = None) -> SAE:
         """The SAE for activations of this width, untrained; with d_out a transcoder, for a target of that width.
@@ -48,7 +51,7 @@ class SAEConfig:
         from csae.topk_sae import TopKSAE
 
         given = dataclasses.asdict(self)
-        sizes = {name: given.pop(name) for name in ("d_sae", "k", "dead_after", "skip")}
+        sizes = {name: given.pop(name) for name in ("d_sae", "k", "dead_after", "skip", "prefixes")}
         sizes["d_out"] = d_out
         sizes["d_sae"] = 8 * d_in if self.d_sae is None else self.d_sae
         if self.skip and d_out is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -100,9 +102,10 @@ class ContextualSAE(SAE):
         k_max: int | None = None,
         l0_coef: float = 1.0,
         bandwidth: float = 0.1,
+        prefixes: Sequence[int] = (),
     ) -> None:
         selecting = selection, k_max, l0_coef, bandwidth
-        super().__init__(d_in, d_sae, k, k_aux, aux_coef, dead_after, d_out, skip, *selecting)
+        super().__init__(d_in, d_sae, k, k_aux, aux_coef, dead_after, d_out, skip, *selecting, prefixes)
         if query not in QUERIES:
             raise ValueError(f"query: given {query!r}; needed one of {', '.join(map(repr, QUERIES))}")
         sizes = {"n_heads": n_heads, "d_head": d_head, "d_value": d_value, "d_memory": d_memory}
@@ -304,11 +307,12 @@ class ContextualSAE(SAE):
             part = slice(start, start + windows)
             here, of = (None if tensor is None else tensor[part] for tensor in (mask, documents))
             parts.append(self._sweep(ops, x[part], here, of, sweeps, W_a))
-        x_hats, codes, cs, suppressed = zip(*parts, strict=True)
+        x_hats, codes, cs, suppressed, groups = zip(*parts, strict=True)
         values, indices = zip(*codes, strict=True)
         c = torch.cat(cs)
         code = Code(torch.cat(values), torch.cat(indices))
-        return Ran(torch.cat(x_hats), code, c, c if self.W_I is None else torch.cat(suppressed))
+        of_groups = tuple(map(torch.cat, zip(*groups, strict=True)))
+        return Ran(torch.cat(x_hats), code, c, c if self.W_I is None else torch.cat(suppressed), of_groups)
 
     def _windows_to_keep(self, x: Tensor, sweeps: Sweeps) -> int:
         """How many windows at a time keep the pre-activations of sweep 0; none where that is no gain.
@@ -336,7 +340,7 @@ class ContextualSAE(SAE):
         if self.query == "current":
             queries = look_back.queries(x, ops.shift())
         if start is not None:
-            _, found, c, suppressed = start
+            _, found, c, suppressed, _ = start
             code = self._encoded(ops, x - suppressed, found, mask)
         else:
             suppressed = a.expand_as(x)
@@ -356,7 +360,8 @@ class ContextualSAE(SAE):
             left = x - suppressed
             found = encode(left) if W_a is None else encode_again(kept, a - before, W_a, self.k)
             code = self._encoded(ops, left, found, mask)
-        return Ran(self._with_skip(ops.decode("W_dec", code) + c + self.b_dec, x), code, c, suppressed)
+        decoded, groups = ops.reconstruct(code)
+        return Ran(self._with_skip(decoded + c + self.b_dec, x), code, c, suppressed, groups)
 
     def _encoded(self, ops: Pass, x: Tensor, found: tuple[Tensor, Tensor], mask: Tensor | None) -> Code:
         """The code of x [..., d_in], `found` without a gradient, with its gradient; empty where the mask is False."""

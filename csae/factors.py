@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from csae.matryoshka import Prefixes, by_group, pairs_by_group
 from csae.ops import sparse_decode, topk_encode
 from csae.ops.adam_rows import Pairs, feature_sums, sort_pairs
 from csae.ops.checks import autocast_to
@@ -68,6 +69,7 @@ class Decoded(NamedTuple):
     most_active: int | None  # only so many of its features were
     out: Tensor
     everywhere: list[Tensor]  # the gradient of `out` for all tokens, where it was sent
+    by_group: bool = False  # whether `out` has a row for each group of features
 
 
 class _Term(NamedTuple):
@@ -75,18 +77,21 @@ class _Term(NamedTuple):
 
     code: int  # its number
     weights: Tensor  # [n, k]
-    rows: Tensor  # [n, d]
+    rows: Tensor  # [n, d], or [n * G, d] with a row for each group of features
+    by_group: bool = False
 
 
 class Pass:
     """The ops of an SAE's forward pass, differentiated by autograd.
 
     Where a method takes a mask [...] bool, tokens that don't count add nothing to a gradient in factors.
+
+    prefixes: whose groups `reconstruct` keeps apart.
     """
 
-    def __init__(self, sae: Any) -> None:
+    def __init__(self, sae: Any, prefixes: Prefixes = ()) -> None:
         only_topk(sae, "sae")
-        self.sae = sae
+        self.sae, self.prefixes = sae, prefixes
 
     def centred(self, x: Tensor) -> Tensor:
         """x - b_dec, or a transcoder's x - mean: what `encode` takes, before what the look-back subtracts."""
@@ -132,6 +137,20 @@ class Pass:
             values, indices = values[..., :most_active], indices[..., :most_active]
         return sparse_decode(values, indices, self._rows(table, features))
 
+    def reconstruct(self, code: _Code) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What W_dec makes of a code, [..., d_out], and where there are prefixes its parts by group (`Ran.groups`)."""
+        if not self.prefixes:
+            return self.decode("W_dec", code), ()
+        groups = self._groups(code).unbind(-2)
+        decoded = groups[0]
+        for group in groups[1:]:
+            decoded = decoded + group
+        return decoded, groups
+
+    def _groups(self, code: _Code) -> Tensor:
+        """The sum of each group of features of a code that was encoded here, [..., G, d_out]."""
+        return sparse_decode(*by_group(*code, self.prefixes), self._rows("W_dec", None))
+
     def _rows(self, table: str, features: Tensor | None) -> Tensor:
         rows = getattr(self.sae, table)
         if features is None:
@@ -147,7 +166,7 @@ class Trace(Pass):
     """
 
     def __init__(self, sae: Any, trained: Collection[str]) -> None:
-        super().__init__(sae)
+        super().__init__(sae, sae.prefixes)
         self.trained = trained
         # An autoencoder's encoder sees x - b_dec.
         self.encodes_b_dec = "b_dec" in trained and sae.centre is sae.b_dec
@@ -182,6 +201,11 @@ class Trace(Pass):
         self.decoded.append(Decoded(table, self._number(code), most_active, out, []))
         return out
 
+    def _groups(self, code: _Code) -> Tensor:
+        out = super()._groups(code)
+        self.decoded.append(Decoded("W_dec", self._number(code), None, out, [], by_group=True))
+        return out
+
     def _number(self, code: _Code) -> int:
         return next(number for number, coded in enumerate(self.coded) if coded.indices is code[1])
 
@@ -209,7 +233,8 @@ class Trace(Pass):
             for one, d in zip(decoded, d_outs, strict=True):
                 assert d is not None
                 weights = self._of_all(self._active(one.code, one.most_active))
-                terms.setdefault(one.table, []).append(_Term(one.code, weights, self._of_all(self._rows_of(one, d))))
+                rows = self._of_all(self._rows_of(one, d))
+                terms.setdefault(one.table, []).append(_Term(one.code, weights, rows, one.by_group))
             factors = self._factors(terms)
             gradients: dict[str, Tensor | Factors] = dict(factors)
             gradients |= self._summed({name: d for name, d in d_dense.items() if d is not None})
@@ -262,9 +287,12 @@ class Trace(Pass):
             codes = tuple(part.code for part in parts)
             if codes not in pairs:
                 pairs[codes] = self._sorted(codes)
+            own = pairs[codes]
+            if any(part.by_group for part in parts):
+                own = pairs_by_group(own, [(len(part.weights), part.by_group) for part in parts], self.prefixes)
             weights = torch.cat([_wide(part.weights.reshape(-1)) for part in parts])
             rows = parts[0].rows if len(parts) == 1 else torch.cat([part.rows for part in parts])
-            factors[name] = Factors(pairs[codes], weights, rows)
+            factors[name] = Factors(own, weights, rows)
         return factors
 
     def _sorted(self, codes: tuple[int, ...]) -> Pairs:

@@ -18,8 +18,13 @@ def here(x: Tensor) -> Tensor:
 
 def fraction_unexplained(x: Tensor, residual: Tensor, weight: Tensor, total: Total = here) -> Tensor:
     """FVU, a scalar: x and what is missed of it [..., d_in], each position by its weight [...]."""
-    missed, spread = total(torch.stack([energy(residual, weight), energy(x - _mean(x, weight, total), weight)]))
-    return missed / spread
+    missed, of_x = total(torch.stack([energy(residual, weight), spread(x, weight, total)]))
+    return missed / of_x
+
+
+def spread(x: Tensor, weight: Tensor, total: Total = here) -> Tensor:
+    """Sum of squares of x [..., d_in] less its mean over all processes, each position here by its weight [...]."""
+    return energy(x - _mean(x, weight, total), weight)
 
 
 def energy(x: Tensor, weight: Tensor) -> Tensor:

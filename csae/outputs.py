@@ -65,6 +65,9 @@ class Ran(NamedTuple):
     """[..., d_out]"""
     suppressed: Tensor
     """[..., d_in]: what the look-back makes the encoder subtract; the same as c but for a transcoder"""
+    groups: tuple[Tensor, ...] = ()
+    """[..., d_out] each: the parts of x_hat by the groups of features between prefixes, for the loss of an SAE that has
+    prefixes"""
 
 
 class Sweeps(NamedTuple):
@@ -81,7 +84,7 @@ class Losses(NamedTuple):
     """The training loss of a batch and its parts, each a scalar."""
 
     loss: Tensor
-    """fvu + aux_coef * aux: what to call backward() on"""
+    """fvu + aux_coef * aux: what to call backward() on; with prefixes, the mean of their FVUs instead of fvu"""
     fvu: Tensor
     """fraction of the batch's variance that is unexplained, over positions in the mask"""
     aux: Tensor

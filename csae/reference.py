@@ -220,6 +220,25 @@ def topk_transcoder(
     return Encoded(x_hat, values, indices, torch.zeros_like(x_hat), torch.zeros_like(x))
 
 
+def matryoshka_fvus(
+    x: Tensor, out: Encoded, W_dec: Tensor, prefixes: tuple[int, ...], mask: Tensor | None = None
+) -> Tensor:
+    """The fraction of x's variance that each prefix leaves unexplained, and the whole reconstruction: [m + 1].
+
+    x [..., d_out]: what `out` rebuilds. Prefix p rebuilds with the features below p of the same code, and the same c,
+    biases and skip connection. The training loss of an SAE with prefixes is their mean (Bussmann et al. 2025, arXiv
+    2503.17547). mask [...] bool: which positions count.
+    """
+    counts = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if mask is None else mask
+    spread = (x[counts] - x[counts].mean(dim=0)).square().sum()
+    fvus = []
+    for prefix in (*prefixes, W_dec.shape[0]):
+        left_out = sparse_decode(torch.where(out.indices >= prefix, out.values, 0), out.indices, W_dec)
+        missed = x - (out.x_hat - left_out)
+        fvus.append(missed[counts].square().sum() / spread)
+    return torch.stack(fvus)
+
+
 class ContextualWeights(NamedTuple):
     """The parameters of a contextual SAE, and for a transcoder three more."""
 

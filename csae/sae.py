@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -14,6 +14,7 @@ from csae.errors import UserError
 from csae.factors import Gradients, Pass, Trace
 from csae.given import check_acts, check_bounds, check_dead, check_target, check_trained
 from csae.losses import energy, fraction_unexplained
+from csae.matryoshka import checked_prefixes, prefix_fvus
 from csae.ops.checks import check_k
 from csae.ops.linear import linear
 from csae.outputs import Code, Losses, Output, Ran, Sweeps
@@ -68,6 +69,8 @@ class SAE(Saved, ABC):
         l0_coef: with "jumprelu", the weight of (L0 / k - 1)^2 in the loss.
         bandwidth: with "jumprelu", how near to its threshold a pre-activation says something about the threshold's
             gradient, in normalised units: less than half of this away.
+        prefixes: ascending numbers of features: the features below each are trained to rebuild alone too, as in a
+            Matryoshka SAE (`csae.matryoshka`).
     """
 
     look_back: tuple[str, ...] = ()
@@ -113,6 +116,7 @@ class SAE(Saved, ABC):
         k_max: int | None = None,
         l0_coef: float = 1.0,
         bandwidth: float = 0.1,
+        prefixes: Sequence[int] = (),
     ) -> None:
         super().__init__()
         counts = {"d_in": d_in, "d_sae": d_sae, "k_aux": 1 if k_aux is None else k_aux, "dead_after": dead_after}
@@ -134,6 +138,7 @@ class SAE(Saved, ABC):
             raise ValueError("skip: given True without d_out; needed a transcoder: an autoencoder would copy its input")
         self.d_in, self.d_sae, self.k = d_in, d_sae, k
         self.d_out, self.skip = counts["d_out"], skip
+        self.prefixes = checked_prefixes(prefixes, d_sae)
         self.k_aux = max(1, self.d_out // 2) if k_aux is None else k_aux
         self.aux_coef, self.dead_after = aux_coef, dead_after
         self.selection, self.k_max = selection, slots(selection, k, k_max, d_sae)
@@ -177,7 +182,7 @@ class SAE(Saved, ABC):
         """
         self._check_whole("forward")
         self._check_acts(acts, mask, documents)
-        x_hat, code, c, _ = self._run(Pass(self), self._normalised(acts), mask, documents, None)
+        x_hat, code, c, *_ = self._run(Pass(self), self._normalised(acts), mask, documents, None)
         return self._output(x_hat, code, c, acts.dtype)
 
     @abstractmethod
@@ -264,7 +269,7 @@ class SAE(Saved, ABC):
         sweeps: Sweeps | None = None,
         target: Tensor | None = None,
     ) -> Losses:
-        """The training loss: fraction of variance unexplained, plus AuxK for dead features.
+        """The training loss: fraction of variance unexplained (the mean over prefixes), plus AuxK for dead features.
 
         Args:
             acts: [..., d_in] activations ([B, T, d_in] for a contextual SAE).
@@ -278,7 +283,7 @@ class SAE(Saved, ABC):
         self._check_acts(acts, mask, documents)
         check_target(self, acts, target)
         check_dead(self, dead)
-        return self._losses(Pass(self), acts, mask, documents, dead, sweeps, target)
+        return self._losses(Pass(self, self.prefixes), acts, mask, documents, dead, sweeps, target)
 
     def gradients(
         self,
@@ -327,16 +332,20 @@ class SAE(Saved, ABC):
         if mask is not None:  # what is left out may be NaN, or too large for its dtype
             x = x.masked_fill(~mask.unsqueeze(-1), 0)
             y = x if target is None else y.masked_fill(~mask.unsqueeze(-1), 0)
-        x_hat, code, _, suppressed = self._run(ops, x, mask, documents, sweeps)
+        x_hat, code, _, suppressed, groups = self._run(ops, x, mask, documents, sweeps)
         ones = torch.promote_types(x.dtype, torch.float32)  # half precision can't count tokens
         weight = x.new_ones(x.shape[:-1], dtype=ones) if mask is None else mask.to(ones)
         residual = y - x_hat
-        fvu = fraction_unexplained(y, residual, weight, ops.total)
+        if groups:
+            fvus = prefix_fvus(y, residual, groups, weight, ops.total)
+            fvu, loss = fvus[-1], fvus.mean()
+        else:
+            fvu = loss = fraction_unexplained(y, residual, weight, ops.total)
         aux = fvu.new_zeros(())
         if dead is not None and ops.n_dead(dead) > 0:
             seen = x - self.centre - suppressed  # by the encoder, in its order of rounding
             aux = self._aux(ops, seen.detach(), residual.detach(), mask, weight, dead)
-        return Losses(fvu + self.aux_coef * aux, fvu, aux, code)
+        return Losses(loss + self.aux_coef * aux, fvu, aux, code)
 
     def _aux(self, ops: Pass, x: Tensor, residual: Tensor, mask: Tensor | None, weight: Tensor, dead: Tensor) -> Tensor:
         """AuxK (Gao et al. 2024, section A.2): the residual rebuilt by the most active dead features.
@@ -352,6 +361,11 @@ class SAE(Saved, ABC):
 
     def _trace(self, trained: Collection[str]) -> Trace:
         """The pass that gives gradients in factors."""
+        if self.shard is not None and self.prefixes:
+            raise UserError(
+                f"prefixes: given {', '.join(map(str, self.prefixes))} for an SAE that several ranks share; needed an "
+                "SAE with prefixes in one process: train it without torchrun"
+            )
         return Trace(self, trained) if self.shard is None else self.shard.trace(self, trained)
 
     def _check_whole(self, what: str) -> None:

@@ -30,7 +30,15 @@ CONFIG, CARD = "config.json", "README.md"
 # The tensors with a row a feature: several ranks have some rows each.
 ROWS = (*TABLES, "tokens_since_fired")
 # Arguments that config.json doesn't mention where they have these values: SAEs that were saved before they were there.
-UNSAID = {"d_out": None, "skip": False, "selection": "topk", "k_max": None, "l0_coef": 1.0, "bandwidth": 0.1}
+UNSAID = {
+    "d_out": None,
+    "skip": False,
+    "selection": "topk",
+    "k_max": None,
+    "l0_coef": 1.0,
+    "bandwidth": 0.1,
+    "prefixes": [],
+}
 OUR_CARD = "library_name: csae"  # a line of each card that is written here
 
 AnySaved = TypeVar("AnySaved", bound="Saved")
@@ -48,8 +56,10 @@ class Saved(nn.Module, PyTorchModelHubMixin):
     @property
     def config(self) -> dict[str, Any]:
         """The content of config.json: arch, and the arguments that make an SAE like this one."""
-        given = self._arguments.items()
-        return {"arch": self.arch} | {name: of for name, of in given if name not in UNSAID or of != UNSAID[name]}
+        given = {name: list(of) if isinstance(of, tuple) else of for name, of in self._arguments.items()}  # as in JSON
+        return {"arch": self.arch} | {
+            name: of for name, of in given.items() if name not in UNSAID or of != UNSAID[name]
+        }
 
     @property
     def saved_config(self) -> dict[str, Any]:

@@ -43,5 +43,6 @@ class TopKSAE(SAE):
     def _run(self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None) -> Ran:
         zero, x = x.new_zeros(()), ops.centred(x)
         code = Code(*ops.encode(x, mask))
-        x_hat = self._with_skip(ops.decode("W_dec", code) + self.b_dec, x)
-        return Ran(x_hat, code, zero.expand_as(x_hat), zero.expand_as(x))
+        decoded, groups = ops.reconstruct(code)
+        x_hat = self._with_skip(decoded + self.b_dec, x)
+        return Ran(x_hat, code, zero.expand_as(x_hat), zero.expand_as(x), groups)

@@ -285,6 +285,7 @@ def card(sae: Any) -> str:
         "d_out": sae.d_out if sae.is_transcoder else None,
         "skip connection": sae.skip if sae.is_transcoder else None,
         "d_sae": sae.d_sae,
+        "Matryoshka prefixes": ", ".join(map(str, sae.prefixes)) or None,
         "FVU, held-out": None if on.held_out_fvu is None else f"{on.held_out_fvu:.4f}",
         "FVU, last training batch": None if on.train_fvu is None else f"{on.train_fvu:.4f}",
         "csae": on.version,

@@ -88,6 +88,7 @@ def test_several_learning_rates_and_a_toml_file(from_model, tmp_path, capsys):  
         ("k: 4\nseed: 1\nk: 3\n", "not YAML (k is given twice)"),
         ("n_ctx: 4\nn-ctx: 3\n", "an option is given both with - and with _"),
         ("out: here\n", "out: no option of csae train"),
+        ("prefixes: [4, 8.5]\n", "given [4, 8.5]; needed whole numbers with commas between them"),
     ],
 )
 def test_a_config_file_that_cannot_be_followed_is_one_line(content, message, tmp_path, capsys):
@@ -108,6 +109,24 @@ def test_a_place_of_the_command_line_takes_the_place_of_that_in_a_file(from_mode
         code, _, err = csae("train", "--config", file, *place, "-o", run, capsys=capsys)
         assert code == 0, err
         assert [read_run(run)["origin"].get(name) for name in ("layer", "hook")] == [None, place[1]]
+
+
+def test_prefixes_by_option_and_by_file(from_model, tmp_path, capsys):  # noqa: F811
+    first = ["train", *from_model, *LITTLE, "--arch", "topk", "--prefixes", "2,8", "-o", tmp_path / "first"]
+    assert csae(*first, capsys=capsys)[0] == 0
+    assert load_sae(tmp_path / "first").prefixes == (2, 8)
+    file = tmp_path / "first" / "config.yaml"
+    assert yaml.safe_load(file.read_text())["prefixes"] == [2, 8]
+    code, _, err = csae("train", "--config", file, "-o", tmp_path / "again", capsys=capsys)
+    assert code == 0, err
+    one, other = weights(tmp_path / "first"), weights(tmp_path / "again")
+    assert torch.equal(one["W_enc"], other["W_enc"])
+    begun = ["train", *from_model, "--batch-windows", "4", "--tokens", "64", "--init", tmp_path / "first"]
+    assert csae(*begun, "--prefixes", "2,8", "-o", tmp_path / "begun", capsys=capsys)[0] == 0
+    code, _, err = csae(*begun, "--prefixes", "2", "-o", tmp_path / "no", capsys=capsys)
+    assert "--prefixes: given (2,); the SAE of --init has (2, 8)" in err
+    code, _, err = csae(*first[:-4], "--prefixes", "8,2", "-o", tmp_path / "no", capsys=capsys)
+    assert (code, "prefixes: given 8, 2; needed ascending numbers" in err) == (2, True)
 
 
 def test_a_run_begins_with_the_weights_of_another(from_model, tmp_path, capsys):  # noqa: F811

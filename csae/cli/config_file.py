@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from csae.cli.options import Numbers
 from csae.data.places import PLACE_KEYS
 from csae.errors import UserError, first_line, shown
 from csae.files import reading
@@ -96,6 +97,8 @@ def _take(context: click.Context, option: click.Parameter, file: Path | None) ->
             continue
         value = found[of.name]
         several = isinstance(of, click.Option) and of.multiple
+        if isinstance(of.type, Numbers):
+            continue  # it takes a list as one value, and checks it
         values = value if several and isinstance(value, list) else [value]
         _check_values(file, in_file[of.name], of, values)
         found[of.name] = values if several else value

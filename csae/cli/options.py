@@ -42,6 +42,21 @@ TIMEOUT = click.option(
 )
 
 
+class Numbers(click.ParamType):
+    """Whole numbers with commas between them; in a file of options also a list."""
+
+    name = "N,N,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+        try:
+            if any(isinstance(part, bool) or (isinstance(part, float) and not part.is_integer()) for part in parts):
+                raise ValueError
+            return tuple(int(part) for part in parts)
+        except (TypeError, ValueError):
+            self.fail(f"given {value!r}; needed whole numbers with commas between them, such as 256,1024", param, ctx)
+
+
 def DATASET(command: Any) -> Any:
     """--dataset, and how it is read."""
     options = [
@@ -72,6 +87,8 @@ def options_of(config: type, *names: str, several: bool = False) -> Callable[[An
             how: dict[str, Any] = {"type": click.Choice(choices) if choices else kind}
             if kind is bool:
                 how = {"is_flag": True}
+            elif typing.get_origin(kinds[name]) is tuple:
+                how = {"type": Numbers(), "default": ()}
             elif field.default is not None:
                 how |= {"default": [field.default] if several else field.default, "show_default": True}
             if several:

@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 @options_of(SAEConfig, "query", several=True)
 @options_of(SAEConfig, "sweeps")
 @options_of(TrainConfig, "early_sweeps", "exact_from", "gap_every")
-@options_of(SAEConfig, "dead_after", "skip")
+@options_of(SAEConfig, "dead_after", "skip", "prefixes")
 @click.option("--tokens", type=click.IntRange(min=1), help="Tokens to train on; all of the data once if not given.")
 @options_of(TrainConfig, "batch_windows")
 @options_of(TrainConfig, "lr", several=True)
