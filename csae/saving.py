@@ -30,7 +30,7 @@ CONFIG, CARD = "config.json", "README.md"
 # The tensors with a row a feature: several ranks have some rows each.
 ROWS = (*TABLES, "tokens_since_fired")
 # Arguments that config.json doesn't mention where they have these values: SAEs that were saved before they were there.
-UNSAID = {
+UNSAID: dict[str, Any] = {
     "d_out": None,
     "skip": False,
     "selection": "topk",

@@ -160,7 +160,7 @@ def _about_begun(context: click.Context, name: str, sae: SAE, source: Activation
             raise UserError(f"--{option}: given with --init {shown(name)}, which is a topk SAE: leave it out")
         name_of = {"heads": "n_heads"}.get(field.name, field.name)
         has = sae.prefixes if name_of == "prefixes" else sae.config.get(name_of)
-        for value in asked if field.name in SEVERAL else [asked]:
+        for value in asked if field.name in SEVERAL and isinstance(asked, tuple) else [asked]:
             if value != has:
                 raise UserError(f"--{option}: given {value}; the SAE of --init has {has}: leave the option out")
     weights = {name: tensor.cpu() for name, tensor in sae.state_dict().items()}
