@@ -16,6 +16,7 @@ from csae.errors import UserError, shown
 
 ANYWHERE = "activations"
 """the hook point of shards that don't say of which they are"""
+INF_BITS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F800000}
 
 
 class ShardActivations(OfPlaces):
@@ -111,6 +112,15 @@ class ShardActivations(OfPlaces):
                 raise UserError(f"activations {str(self.folder)!r} hold {hold}; not {shown(hook)}: give another folder")
 
 
+def _largest_bits(acts: Tensor) -> Tensor:
+    """The bits, as an integer, of the largest absolute value of each position: [B, T, d_in] -> [B, T].
+
+    They are ordered as the values are; Inf is above every number, and NaN above Inf.
+    """
+    integers = torch.int32 if acts.dtype == torch.float32 else torch.int16
+    return (acts.view(integers) & torch.iinfo(integers).max).amax(dim=-1)
+
+
 class _OneHook:
     """A folder of shards."""
 
@@ -133,16 +143,15 @@ class _OneHook:
 
     def read(self, indices: Sequence[int]) -> Batch:
         windows = [self._reader.read(window) for window in indices]
-        # One operation for the batch: per window, starting threads costs more than the work.
-        acts = torch.stack([window.activations for window in windows]).float()
-        largest = acts.abs().amax(dim=-1)  # NaN where there is one
-        finite = largest.isfinite().all(dim=1)
+        stored = self._reader.activations(indices)
+        largest = _largest_bits(stored)
+        finite = (largest < INF_BITS[stored.dtype]).all(dim=1)
         if not finite.all():
             where = self._reader.where(indices[int(finite.long().argmin())])
             raise UserError(
                 f"{where}: NaN or Inf in the activations; write it again (float16 ends at 65504, bfloat16 far above)"
             )
-        mask = largest != 0
+        acts, mask = stored.float(), largest != 0
         without = [row for row, window in enumerate(windows) if window.mask is None]
         if without:
             mask[without] = sink_mask(acts[without], keep_first=self.keep_first)

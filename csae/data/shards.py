@@ -107,6 +107,23 @@ class ShardReader:
         shard, row = self._locate(window)
         return shard.read(row)
 
+    def activations(self, windows: Sequence[int]) -> Tensor:
+        """Those of windows as they are stored, [n, T, d_in]; float32 where the files differ in dtype.
+
+        Raises UserError where a file was changed, or cut short, since it was opened.
+        """
+        located = [self._locate(window) for window in windows]
+        dtypes = {shard.dtype for shard, _ in located}
+        read = torch.empty(len(located), self.n_ctx, self.d_in, dtype=dtypes.pop() if len(dtypes) == 1 else None)
+        for at, (shard, row) in enumerate(located):
+            if shard.dtype == read.dtype:
+                shard.read_into(row, read[at])
+            else:
+                own = torch.empty(self.n_ctx, self.d_in, dtype=shard.dtype)
+                shard.read_into(row, own)
+                read[at] = own
+        return read
+
     def tokens(self, window: int) -> Tensor:
         """The token ids [T] of a window alone; only where has_tokens."""
         shard, row = self._locate(window)
@@ -141,6 +158,7 @@ class Shard:
         check_readable(file)
         try:
             with reading(file):
+                self._state = _state(os.stat(file))
                 opened = safe_open(file, framework="pt")
         except SafetensorError as error:
             raise UserError(
@@ -174,6 +192,21 @@ class Shard:
     def read(self, row: int) -> Window:
         return Window(**{name: tensor[row] for name, tensor in self.tensors.items()})
 
+    def read_into(self, row: int, into: Tensor) -> None:
+        """Fills a tensor [T, d_in] of the file's dtype with the activations of a window.
+
+        By a read and not from the map: of that each page costs a fault, and a file that was cut short ends the program.
+        """
+        left = into.view(torch.uint8).reshape(-1).numpy().data
+        with reading(self.file), open(self.file, "rb", buffering=0) as file:
+            same = _state(os.fstat(file.fileno())) == self._state
+            file.seek(self._start(file) + row * len(left)) if same else None
+            while same and left:
+                count = file.readinto(left)
+                same, left = bool(count), left[count:]
+        if not same:
+            raise UserError(f"{self.file} was changed since it was opened: put it back, or start again")
+
     def prefetch(self, rows: Sequence[int]) -> None:
         if not hasattr(os, "posix_fadvise"):  # only some systems have it
             return
@@ -189,6 +222,10 @@ class Shard:
             length = int.from_bytes(file.read(8), "little")
             self._starts_at = 8 + length + json.loads(file.read(length))["activations"]["data_offsets"][0]
         return self._starts_at
+
+
+def _state(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 class Checked(NamedTuple):

@@ -14,6 +14,7 @@ from csae.data.activations import Place
 from csae.data.batches import AHEAD, IndexedBatches, batch_of
 from csae.data.shard_activations import ShardActivations
 from csae.data.shards import Shard
+from csae.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -110,3 +111,51 @@ def test_what_it_says_of_itself_is_json(tmp_path: Path) -> None:
     write(tmp_path, some_tensors(4), about={"model": "m"})
     about = ShardActivations(tmp_path).describe()
     assert json.loads(json.dumps(about)) == about
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_none_are_found(tmp_path: Path, dtype: torch.dtype, bad: float) -> None:
+    acts = some_tensors(6)["activations"].to(dtype)
+    acts[4, 3, 1] = bad
+    save_file({"activations": acts}, tmp_path / "a.safetensors")
+    source = ShardActivations(tmp_path, keep_first=True)
+    assert torch.equal(source.read([5, 0, 3]).acts, acts[[5, 0, 3]].float())
+    with pytest.raises(UserError, match=r"a.safetensors, window 4: NaN or Inf"):
+        source.read([5, 4, 3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_positions_of_zeros_of_either_sign_are_padding(tmp_path: Path, dtype: torch.dtype) -> None:
+    acts = some_tensors(1, T=4, d_in=2)["activations"].to(dtype)
+    acts[0, 1], acts[0, 2], acts[0, 3] = 0, -0.0, torch.finfo(dtype).smallest_normal
+    save_file({"activations": acts, "mask": torch.ones(1, 4, dtype=torch.bool)}, tmp_path / "a.safetensors")
+    assert ShardActivations(tmp_path).read([0]).mask.tolist() == [[True, False, False, True]]
+
+
+def test_files_of_several_dtypes_in_one_batch(tmp_path: Path) -> None:
+    acts = some_tensors(4)["activations"]
+    save_file({"activations": acts[:2].half()}, tmp_path / "a.safetensors")
+    save_file({"activations": acts[2:]}, tmp_path / "b.safetensors")
+    read = ShardActivations(tmp_path).read([3, 0, 2, 1]).acts
+    assert torch.equal(read, torch.stack([acts[3], acts[0].half().float(), acts[2], acts[1].half().float()]))
+
+
+@pytest.mark.parametrize("change", ["cut short", "replaced", "written over", "deleted"])
+def test_a_file_that_is_changed_while_it_is_used(tmp_path: Path, change: str) -> None:
+    file = tmp_path / "a.safetensors"
+    save_file(some_tensors(4), file)
+    source = ShardActivations(tmp_path)
+    source.read([3])
+    if change == "cut short":
+        os.truncate(file, file.stat().st_size // 2)
+    elif change == "replaced":
+        save_file({**some_tensors(4), "tokens": torch.ones(4, 5, dtype=torch.int32)}, tmp_path / "other")
+        os.replace(tmp_path / "other", file)
+    elif change == "written over":
+        file.write_bytes(bytes(file.stat().st_size))
+        os.utime(file, ns=(1, 1))
+    else:
+        file.unlink()
+    with pytest.raises(UserError, match="no such file" if change == "deleted" else "was changed since it was opened"):
+        source.read([3])
