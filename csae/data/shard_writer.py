@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -132,18 +132,23 @@ def begun(
     no shard yet; others may be writing one. Raises UserError where the folder holds something else.
     """
     names = [name for name in about if name or len(about) == 1]
-    with writing(folder):
-        for name, said in about.items():
-            _check_folder(folder / name, part.files(folder / name) if name in names else [], said)
-        made = [folder / name for name in about if not (folder / name / ABOUT_FILE).is_file()]
-        for name, said in about.items():
-            (folder / name).mkdir(exist_ok=True)
-            if folder / name in made:
-                write_json(folder / name / ABOUT_FILE, said)
+    made: list[Path] = []
+    ready = False
     try:
+        with writing(folder):
+            for name, said in about.items():
+                inside = () if name else names
+                _check_folder(folder / name, part.files(folder / name) if name in names else [], said, inside)
+            made = [folder / name for name in about if not (folder / name / ABOUT_FILE).is_file()]
+            for name, said in about.items():
+                (folder / name).mkdir(exist_ok=True)
+                if folder / name in made:
+                    write_json(folder / name / ABOUT_FILE, said)
+        ready = True
         yield {name: folder / name for name in names}
     except BaseException:
-        if alone and not any(listed(folder / name) for name in names):
+        there = (folder / name for name in names if (folder / name).is_dir())
+        if (alone or not ready) and not any(map(listed, there)):
             for begun in sorted(made, reverse=True):  # the folder itself last
                 with suppress(OSError):
                     (begun / ABOUT_FILE).unlink(missing_ok=True)
@@ -231,9 +236,12 @@ def _all_there(files: Sequence[Path]) -> bool:
     return all(file.is_file() for file in files)
 
 
-def _check_folder(folder: Path, files: Sequence[Path], about: dict[str, Any]) -> None:
-    """Raises UserError unless the folder is free or holds a part of this job."""
-    if not folder.exists() or all(name.startswith(KEPT_TEXT) for name in os.listdir(folder)):
+def _check_folder(folder: Path, files: Sequence[Path], about: dict[str, Any], inside: Collection[str]) -> None:
+    """Raises UserError unless the folder is free or holds a part of this job.
+
+    inside: names of the folders in it, each of which is checked too: a kill may leave them without its own file.
+    """
+    if not folder.exists() or all(name.startswith(KEPT_TEXT) or name in inside for name in os.listdir(folder)):
         return
     if not (folder / ABOUT_FILE).is_file():
         raise UserError(f"activations {str(folder)!r} is not empty; {ANOTHER}")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -284,6 +285,19 @@ def test_a_kill_leaves_nothing_that_is_read_as_whole(tmp_path: Path, at: int, ap
     small(Source(words, places=PLACES), tmp_path / "whole", append=append)
     assert contents(folder) == contents(tmp_path / "whole")
     assert words_in(folder) == words
+
+
+def test_a_kill_before_the_first_file(tmp_path: Path) -> None:
+    source = Source([1, 2, 3], places=PLACES)
+    small(source, tmp_path / "whole")
+    for left in (0, 1, 3):  # folders that have their activations.json, of three; the one that they are in has none
+        folder = tmp_path / str(left)
+        for number, name in enumerate(sorted(path.name for path in (tmp_path / "whole").iterdir() if path.is_dir())):
+            (folder / name).mkdir(parents=True)
+            if number < left:
+                shutil.copy(tmp_path / "whole" / name / "activations.json", folder / name)
+        small(source, folder)
+        assert contents(folder) == contents(tmp_path / "whole")
 
 
 def test_two_processes_at_once(tmp_path: Path) -> None:

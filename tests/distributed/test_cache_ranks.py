@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Ended, Ranks, told
 from processes import run
 
 from csae.errors import FailedElsewhere, UserError
@@ -80,6 +83,58 @@ def test_what_is_refused_is_said_once(tmp_path: Path) -> None:
     assert second[2].startswith("UserError: rank 0 has another source (n_windows: 37, here 36)")
     assert "needed" in first[3]
     assert second[3].startswith("FailedElsewhere")
+
+
+def _begun_without_room(ranks: Any, folder: Path, n_bytes: int) -> str:
+    if ranks.rank == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
+    try:
+        return str(tuple(_small(ranks, folder, True)))
+    except (UserError, FailedElsewhere) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize("n_bytes", [0, 100])
+def test_a_disk_that_is_full_from_the_start(n_bytes: int, tmp_path: Path) -> None:
+    said = run(2, _begun_without_room, tmp_path / "acts", n_bytes)
+    assert [of.split(": ")[0] for of in said] == ["UserError", "FailedElsewhere"]
+    assert "larger than this file system or its limits allow" in said[0]
+    assert not (tmp_path / "acts").exists()
+
+
+def _small_files(rank: int) -> None:
+    import csae.data.cache
+
+    csae.data.cache.write_cache = functools.partial(csae.data.cache.write_cache, shard_bytes=4000)
+
+
+def _no_room(full: int, rank: int) -> None:
+    _small_files(rank)
+    if rank == full:  # a file of windows is larger than this, what says whose they are is not
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_full_disk_on_one_rank(full: int, tiny_model_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"{n} " * 8}) + "\n" for n in range(100, 160)))
+
+    def cached(size: int, name: str, prepare: Any) -> list[Ended]:
+        data = ["--dataset", tmp_path / "rows.jsonl", "--no-stream", "--n-ctx", 16, "--layer", 1, "--layer", 2]
+        given = ["cache", "-o", tmp_path / name, "--model", tiny_model_path, "--device", "cpu", *data]
+        with Ranks(size, tmp_path / "said", given, prepare) as ranks:
+            return ranks.wait()
+
+    found = cached(2, "acts", functools.partial(_no_room, full))
+    assert all(of.code not in (0, None) for of in found), found
+    (said,) = told(found)
+    assert "it is larger than this file system or its limits allow" in said
+    assert said in found[full].said
+    assert found[full].code == 2
+    for size, name in ((3, "acts"), (1, "whole")):
+        found = cached(size, name, _small_files)
+        assert not any(of.code for of in found), found
+    assert len(contents(tmp_path / "whole")) > 6
+    assert contents(tmp_path / "acts") == contents(tmp_path / "whole")
 
 
 PROGRAM = """

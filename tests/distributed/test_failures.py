@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -175,6 +176,38 @@ def _full_disk(rank: int) -> None:
 def test_a_full_disk_of_rank_0(activations: Path, tmp_path: Path) -> None:
     found = ended(2, tmp_path, arguments(activations, tmp_path / "run"), _full_disk)
     check(found, "metrics.jsonl: can't be written: the disk is full", failed=0)
+
+
+def no_room(n_bytes: int) -> None:
+    """From here on this process can't write a file that is larger; progress of the command has a file too."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
+
+
+def _no_room_from_step_5(rank: int) -> None:
+    if rank == 1:
+        each(5, lambda: no_room(1000))
+
+
+def _no_room_in_the_end(rank: int) -> None:
+    if rank == 1:
+        each(STEPS, lambda: no_room(300))
+
+
+@pytest.mark.parametrize(
+    ("every", "prepare", "file", "left"),
+    [(3, _no_room_from_step_5, "checkpoint-6", 3), (5, _no_room_in_the_end, "model-00002-of-00002.safetensors", 10)],
+    ids=["a checkpoint", "the SAE"],
+)
+def test_a_full_disk_of_another_rank(
+    every: int, prepare: Any, file: str, left: int, activations: Path, tmp_path: Path
+) -> None:
+    given = arguments(activations, tmp_path / "run", "--checkpoint-every", every)
+    found = ended(2, tmp_path, given, prepare)
+    check(found, "it is larger than this file system or its limits allow", failed=1)
+    assert f"{tmp_path / 'run' / file}: " in told(found)[0]
+    assert [path.name for path in (tmp_path / "run").iterdir() if "checkpoint" in path.name] == [f"checkpoint-{left}"]
+    assert not list((tmp_path / "run").glob("model*"))
+    assert [of.code for of in ended(3, tmp_path / "again", given)] == [0, 0, 0]
 
 
 def _differs(rank: int) -> None:
