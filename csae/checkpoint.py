@@ -34,11 +34,12 @@ from csae.checkpoint_folders import (
 from csae.contextual_sae import ContextualSAE
 from csae.distributed.agreement import by_first, gathered, together
 from csae.errors import UserError, shown
+from csae.exchange import CONFIG, config_of
 from csae.files import read_json, write_file, write_json, writing
 from csae.parts import METADATA, WEIGHTS, whole_files
 from csae.run import RUN, identity, read_run, sync_folder
 from csae.sae import SAE
-from csae.saving import CONFIG, check_config, own_rows
+from csae.saving import check_config, own_rows
 from csae.tensors import CHECKSUM, read_header, save_tensors
 from csae.topk_sae import TopKSAE
 
@@ -77,7 +78,7 @@ def load_sae(name: str | Path, device: torch.device | str = "cpu", ranks: Ranks 
         raise UserError(f"{folder}: a file; needed the folder of a run, with {CONFIG} and {WEIGHTS}")
     else:
         config_file = _hub_config(str(name))
-    config = read_json(config_file)
+    config = config_of(folder) if folder.is_dir() else read_json(config_file)
     arch = config.get("arch")
     if not isinstance(arch, str) or arch not in ARCHITECTURES:
         raise UserError(

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from csae.errors import UserError, shown
+from csae.exchange import CONFIG
 from csae.files import disk_problem, read_json, reading
 from csae.parts import METADATA, OF_RANK, WEIGHTS
 from csae.run import RUN, identity, remove_unfinished
-from csae.saving import CARD, CONFIG
+from csae.saving import CARD
 from csae.tensors import CHECKSUM
 
 OPTIMIZER, STATE = "optimizer.safetensors", "training.json"

@@ -10,8 +10,9 @@ saves are not taken for one.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The files of a checkpoint that several ranks wrote (`csae.distributed.checkpoint`).
 METADATA, OF_RANK = ".metadata", r"__\d+_\d+\.distcp"
-SHARD = r"model-\d{5}-of-\d{5}\.safetensors"
+SHARD = r"model(\.\d{1,9})?-\d{5}-of-\d{5}\.safetensors"
+# The config.json of weights that are about to take their names (`csae.exchange`).
+NEXT = ".config.json.next"
 AGAIN = "copy the folder again"
 _PART = re.compile(r"(.+)\[(0|[1-9]\d*):(0|[1-9]\d*)\]")
 
@@ -110,9 +113,15 @@ class Weights:
             return tensors
 
 
-def shard_name(number: int, of: int) -> str:
-    """The name of a file, the first has number 0."""
-    return f"model-{number + 1:05}-of-{of:05}.safetensors"
+def shard_name(number: int, of: int, again: int = 0) -> str:
+    """The name of a file, the first has number 0. again: the files beside it have those of a smaller one."""
+    return f"model{f'.{again}' if again else ''}-{number + 1:05}-of-{of:05}.safetensors"
+
+
+def unused_names(of: int, used: Collection[str]) -> list[str]:
+    """Names for so many files, none of them among those used."""
+    every = ([shard_name(number, of, again) for number in range(of)] for again in itertools.count())
+    return next(names for names in every if not any(name in used for name in names))
 
 
 def part_name(name: str, rows: range) -> str:
@@ -177,14 +186,25 @@ def indexed(index: Path, find: Callable[[str], Path]) -> Weights:
     return Weights(shapes, parts, headers)
 
 
-def remove_shards(folder: Path) -> None:
-    """Remove an index and the files that it names, now that the weights are in one file. Never raises."""
-    files = shards_of(folder)
-    with suppress(OSError):
-        (folder / INDEX).unlink()
-    for file in files:
+def remove_shards(folder: Path, before: Collection[str], but: Collection[str] = ()) -> None:
+    """Remove the files of other saves: those that an index named before, and what a kill left. Never raises.
+
+    but: those that stay, with their index.
+    """
+    if not but:
         with suppress(OSError):
-            (folder / file).unlink()
+            (folder / INDEX).unlink()
+    with suppress(OSError):
+        for file in [*folder.iterdir()]:
+            if re.fullmatch(SHARD, file.name) and file.name not in but and (file.name in before or _is_ours(file)):
+                file.unlink()
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        return CHECKSUM in read_header(file).about
+    except UserError:
+        return False
 
 
 def shards_of(folder: Path) -> set[str]:

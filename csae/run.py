@@ -19,7 +19,7 @@ from typing import Any
 
 from csae.errors import UserError, shown
 from csae.files import check_utf8, lock, parse_json, read_json, reading, write_file, write_json, writing
-from csae.parts import INDEX, SHARD, WEIGHTS
+from csae.parts import INDEX, NEXT, SHARD, WEIGHTS
 from csae.tensors import WORKING
 
 RUN, METRICS = "run.json", "metrics.jsonl"
@@ -223,7 +223,10 @@ def drop_later_metrics(run: Path, metrics: FileIO, steps: Sequence[int], by: str
 def is_unfinished(entry: Path, files: Iterable[str]) -> bool:
     """Whether an entry is left from a kill while one of these files was written (`csae.files`, `csae.tensors`)."""
     names = [re.escape(file) for file in files]
-    name = "|".join([*names, SHARD] if INDEX in files else names)
+    names += [SHARD] * (INDEX in files) + [re.escape(NEXT)] * (SAE_FILES[0] in files)
+    name = "|".join(names)
+    if entry.name == NEXT and SAE_FILES[0] in files:
+        return entry.is_file() and not entry.is_symlink()
     if entry.is_symlink() or not re.fullmatch(rf"\.({name})\.\d+\.tmp({re.escape(WORKING)})?", entry.name):
         return False
     return entry.is_dir() if entry.name.endswith(WORKING) else entry.is_file()

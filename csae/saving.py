@@ -16,8 +16,9 @@ from torch import nn
 
 from csae.distributed.agreement import by_first, together
 from csae.errors import UserError
-from csae.files import read_json, write_file, write_with_config
-from csae.parts import INDEX, METADATA, WEIGHTS, Weights, indexed, remove_shards, whole_files
+from csae.exchange import CONFIG, about_of, exchanged, waiting
+from csae.files import read_json, write_file
+from csae.parts import INDEX, METADATA, WEIGHTS, Weights, indexed, remove_shards, shards_of, whole_files
 from csae.tables import TABLES, owning
 from csae.tensors import Header, save_tensors
 from csae.trained_on import KEY, TrainedOn, card
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from csae.distributed.checkpoint import Written
     from csae.distributed.shard import Shard
 
-CONFIG, CARD = "config.json", "README.md"
+CARD = "README.md"
 # The tensors with a row a feature: several ranks have some rows each.
 ROWS = (*TABLES, "tokens_since_fired")
 # Arguments that config.json doesn't mention where they have these values: SAEs that were saved before they were there.
@@ -92,17 +93,19 @@ class Saved(nn.Module, PyTorchModelHubMixin):
     def _save_pretrained(self, save_directory: Path) -> None:
         own = own_rows(self)
         # The same weights with other arguments are another SAE, so their file holds the arguments too.
-        about = {CONFIG: json.dumps(self.config)}
+        about = about_of(self.saved_config)
         if self.shard is not None:
             from csae.distributed.saving import save_shards
 
             by_first(lambda: self.write_card(save_directory), self.shard.ranks.hosts)
-            save_shards(self, own, self.shard, save_directory, about, save_directory / CONFIG)
+            save_shards(self, own, self.shard, save_directory, about)
             return
         self.write_card(save_directory)
         save = partial(save_tensors, self.state_dict(), about=about)
-        write_with_config(save_directory, WEIGHTS, save, CONFIG, self.saved_config)
-        remove_shards(save_directory)
+        before = shards_of(save_directory)
+        with exchanged(save_directory, self.saved_config):
+            write_file(save_directory / WEIGHTS, save)
+        remove_shards(save_directory, before)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
@@ -112,9 +115,13 @@ class Saved(nn.Module, PyTorchModelHubMixin):
 
         Raises UserError where config.json or the weights are damaged, or don't belong together.
         """
-        config = Path(pretrained_model_name_or_path) / CONFIG
-        if config.is_file():
-            read_json(config)  # the mixin reads it without a check
+        folder = Path(pretrained_model_name_or_path)
+        config = waiting(folder)
+        if config is not None:  # the mixin would read config.json
+            arguments = {name: config[name] for name in cls._hub_mixin_init_parameters if name in config}
+            return cls._from_pretrained(model_id=str(folder), config=config, **(arguments | options))
+        if (folder / CONFIG).is_file():
+            read_json(folder / CONFIG)  # the mixin reads it without a check
         return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     @classmethod

@@ -224,7 +224,7 @@ def test_a_readme_that_someone_wrote_is_kept(tmp_path):
     assert "contextual" in (tmp_path / "README.md").read_text()
 
 
-def test_killed_between_weights_and_config_it_is_no_other_sae(tmp_path):
+def test_killed_between_weights_and_config_it_is_the_new_one(tmp_path):
     new().save_pretrained(tmp_path)
     program = (
         "import os, signal, sys; sys.path.insert(0, sys.argv[2]); import csae.files; from test_saving import new\n"
@@ -237,6 +237,11 @@ def test_killed_between_weights_and_config_it_is_no_other_sae(tmp_path):
     )
     killed = subprocess.run([sys.executable, "-c", program, tmp_path, Path(__file__).parent], capture_output=True)
     assert killed.returncode == -9, killed.stderr
+    assert json.loads((tmp_path / "config.json").read_text())["k"] == 3
+    for sae in (load_sae(tmp_path), ContextualSAE.from_pretrained(tmp_path)):
+        assert sae.k == 2
+        assert not torch.equal(sae.W_mem, new().W_mem)
+    (tmp_path / ".config.json.next").unlink()
     assert "k is 3, not 2" in refused(tmp_path)
 
 

@@ -27,9 +27,9 @@ from torch.distributed.tensor import DTensor, Shard
 
 from csae.distributed.ranks import Ranks
 from csae.errors import FailedElsewhere, UserError, first_line, shown
+from csae.exchange import CONFIG
 from csae.files import read_json, reading
 from csae.parts import AGAIN, METADATA, OF_RANK
-from csae.saving import CONFIG
 from csae.tensors import CHECKSUM, Header
 
 STATE = "training.json"

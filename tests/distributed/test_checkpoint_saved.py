@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +223,108 @@ def test_a_full_disk_on_one_rank_leaves_what_was_there(
     assert {name: of for name, of in after.items() if name != "README.md"} == {
         name: of for name, of in before.items() if name != "README.md"
     }
+
+
+class Snapshots:
+    """Copies of a folder, before and after each change of a name in it: what a kill would leave."""
+
+    def __init__(self, folder: Path, out: Path) -> None:
+        self.folder, self.out, self.count = folder, out, 0
+        for name in ("replace", "rename", "unlink", "rmdir"):
+            setattr(os, name, self._around(getattr(os, name)))
+
+    def _around(self, change: Callable[..., Any]) -> Callable[..., Any]:
+        def around(*given: Any, **more: Any) -> Any:
+            self.take()
+            try:
+                return change(*given, **more)
+            finally:
+                self.take()
+
+        return around
+
+    def take(self) -> None:
+        copy = self.out / f"{os.getpid()}-{self.count:03}"
+        self.count += 1
+        copy.mkdir(parents=True)
+        for file in self.folder.iterdir():
+            with suppress(FileNotFoundError):  # another rank changes names too
+                if file.is_file():
+                    shutil.copy(file, copy)
+
+
+def other_sae(changed: bool, ranks: Any) -> SAE:
+    """Other weights, and other arguments if asked for."""
+    sae = filled(3, "topk", ranks)[0]
+    sae.trained_on = TrainedOn(model="another/model", layer=2)
+    if changed:
+        sae.k = sae._hub_mixin_config["k"] = 2  # type: ignore[index]
+    return sae
+
+
+def _save_in_steps(ranks: Any, folder: Path, changed: bool, out: Path) -> None:
+    sae = other_sae(changed, ranks)
+    Snapshots(folder, out / "steps")
+    sae.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["the same arguments", "other arguments"])
+@pytest.mark.parametrize(("before", "by"), [(1, 1), (1, 3), (3, 3), (3, 1), (2, 3)])
+def test_killed_at_any_step_the_old_or_the_new_one_is_there(
+    before: int, by: int, changed: bool, saved: dict[int, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(saved[before] / "topk", tmp_path / "sae")
+    old, new = load_sae(folder), other_sae(changed, None)
+    run(by, _save_in_steps, folder, changed, tmp_path)
+    seen = set()
+    for step in [*sorted((tmp_path / "steps").iterdir()), folder]:
+        sae, again = load_sae(step), TopKSAE.from_pretrained(step)
+        is_new = torch.equal(sae.W_enc, new.W_enc)
+        expected = new if is_new else old
+        seen.add(is_new)
+        for loaded in (sae, again):
+            assert loaded.config == expected.config
+            assert loaded.trained_on == expected.trained_on
+            for name, tensor in expected.state_dict().items():
+                assert torch.equal(loaded.state_dict()[name], tensor)
+    assert seen == {False, True}
+    assert len(list(folder.iterdir())) == (3 if by == 1 else 6)
+    for step in sorted((tmp_path / "steps").iterdir()):
+        old.save_pretrained(step)
+        left = {file.name for file in step.iterdir() if not file.name.endswith(".tmp")}
+        assert left == {"config.json", "model.safetensors", "README.md"}
+        assert load_sae(step).config == old.config
+
+
+def _dies(ranks: Any, folder: Path, of: int, at: int) -> None:
+    count, replace = 0, os.replace
+
+    def killed(*given: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == at:
+            os._exit(1)
+        replace(*given)
+
+    if ranks.rank == of:
+        os.replace = killed  # type: ignore[assignment]
+    other_sae(True, ranks).save_pretrained(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("of", "at"), [(2, 1), (2, 2), *((0, at) for at in range(1, 7))])
+def test_a_rank_that_is_killed(of: int, at: int, saved: dict[int, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(saved[3] / "topk", tmp_path / "sae")
+    old, new = load_sae(folder), other_sae(True, None)
+    with pytest.raises((AssertionError, RuntimeError)):
+        run(3, _dies, folder, of, at)
+    sae = load_sae(folder)
+    expected = new if torch.equal(sae.W_enc, new.W_enc) else old
+    assert sae.config == expected.config
+    run(2, _save_in_steps, folder, True, tmp_path)
+    assert torch.equal(load_sae(folder).W_enc, new.W_enc)
+    left = [file.name for file in folder.iterdir() if not file.name.endswith((".tmp", ".d"))]
+    assert len(left) == 5
 
 
 def test_it_is_pushed_in_one_file(saved: dict[int, Path], tmp_path: Path) -> None:
