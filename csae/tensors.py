@@ -91,7 +91,7 @@ def check_tensors(file: Path) -> None:
                 return _checksum(stored.get_tensor(name))
             step = max(1, BLOCK_NUMBERS // math.prod(shape[1:]))
             blocks = (rows[start : start + step] for start in range(0, shape[0], step))
-            return _digest(shape, blocks)
+            return digest_of(shape, blocks)
 
     try:
         with safe_open(file, framework="pt") as stored:
@@ -111,16 +111,21 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 def _together(names: Sequence[str], digest: Callable[[str], str]) -> str:
     """The checksum of tensors, each with its digest; made in threads."""
     with ThreadPoolExecutor() as threads:
-        named = [f"{name} {part}" for name, part in zip(names, threads.map(digest, names), strict=True)]
+        return combined(dict(zip(names, threads.map(digest, names), strict=True)))
+
+
+def combined(digests: Mapping[str, str]) -> str:
+    """The checksum of tensors with these digests, by their names in order."""
+    named = [f"{name} {part}" for name, part in digests.items()]
     return hashlib.sha256("\n".join(named).encode()).hexdigest()
 
 
 def _checksum(tensor: Tensor) -> str:
-    return _digest(list(tensor.shape), [tensor])
+    return digest_of(list(tensor.shape), [tensor])
 
 
-def _digest(shape: list[int], blocks: Iterable[Tensor]) -> str:
-    """Of a tensor of this shape, from one or more blocks of its rows, in order."""
+def digest_of(shape: list[int], blocks: Iterable[Tensor]) -> str:
+    """What a checksum has of a tensor of this shape, from one or more blocks of its rows, in order."""
     digest = None
     for block in blocks:
         digest = digest or hashlib.sha256(f"{block.dtype} {shape}".encode())

@@ -134,19 +134,16 @@ def _made(config: SAEConfig, source: ActivationSource, place: Place) -> SAE:
 def _begun(context: click.Context, name: str, source: ActivationSource, hosts: Hosts) -> tuple[SAE, dict[str, Any]]:
     """The SAE to begin with, and what run.json says of it. Raises UserError where it is not as the options say."""
     from csae.checkpoint import load_sae
-
-    if hosts.ranks is None:
-        sae = load_sae(name)
-        return sae, _about_begun(context, name, sae, source)
-    about = hosts.from_first(lambda: _about_begun(context, name, load_sae(name), source))
-    return load_sae(name, ranks=hosts.ranks), about
-
-
-def _about_begun(context: click.Context, name: str, sae: SAE, source: ActivationSource) -> dict[str, Any]:
-    """What run.json says of the SAE to begin with. Raises UserError where it is not as the options say."""
-    from csae.tensors import checksum
+    from csae.distributed.checksum import whole_checksum
     from csae.trained_on import model_name
 
+    sae = load_sae(name, ranks=hosts.ranks)
+    hosts.from_first(lambda: _check_begun(context, name, sae, source))
+    return sae, {"name": model_name(str(name)), "sha256": whole_checksum(sae)}
+
+
+def _check_begun(context: click.Context, name: str, sae: SAE, source: ActivationSource) -> None:
+    """Raises UserError where the SAE to begin with is not as the options say."""
     widths = [("d_in", source.d_in, sae.d_in), ("d_out", d_out_of(source), getattr(sae, "d_out", sae.d_in))]
     for what, wanted, has in widths:
         if wanted != has:
@@ -163,8 +160,6 @@ def _about_begun(context: click.Context, name: str, sae: SAE, source: Activation
         for value in asked if field.name in SEVERAL and isinstance(asked, tuple) else [asked]:
             if value != has:
                 raise UserError(f"--{option}: given {value}; the SAE of --init has {has}: leave the option out")
-    weights = {name: tensor.cpu() for name, tensor in sae.state_dict().items()}
-    return {"name": model_name(str(name)), "sha256": checksum(weights)}
 
 
 def _name(place: Place, setting: Setting, settings: Sequence[Setting]) -> str:

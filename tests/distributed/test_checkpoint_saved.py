@@ -24,9 +24,12 @@ from test_checkpoint import ARCHITECTURES, filled
 from csae import TopKSAE
 from csae.checkpoint import load_sae
 from csae.distributed import Shard
+from csae.distributed import checksum as checksums
 from csae.errors import FailedElsewhere, UserError
+from csae.parts import Weights
 from csae.push import write_folder
 from csae.sae import SAE
+from csae.tensors import checksum
 from csae.trained_on import TrainedOn
 
 INDEX = "model.safetensors.index.json"
@@ -223,6 +226,21 @@ def test_a_full_disk_on_one_rank_leaves_what_was_there(
     assert {name: of for name, of in after.items() if name != "README.md"} == {
         name: of for name, of in before.items() if name != "README.md"
     }
+
+
+def _checksums(ranks: Any, folders: list[Path]) -> list[str]:
+    checksums.BLOCK_NUMBERS = 13
+    if ranks is not None:
+        del Weights._whole  # no rank reads all rows
+    return [checksums.whole_checksum(load_sae(folder, ranks=ranks)) for folder in folders]
+
+
+def test_the_checksum_is_that_of_the_whole_one(saved: dict[int, Path]) -> None:
+    folders = [folder / arch for folder in (saved[1], saved[3]) for arch in ARCHITECTURES]
+    expected = [checksum(load_sae(folder).state_dict()) for folder in folders]
+    assert expected[0] == expected[2] != expected[1]
+    for size, data in ((1, 1), (2, 1), (4, 1), (4, 2)):
+        assert run(size, _checksums, folders, data=data) == [expected] * size
 
 
 class Snapshots:
