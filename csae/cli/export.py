@@ -10,7 +10,7 @@ import click
 from csae.cli.options import ACTIVATIONS, DATASET, DEVICE, MODEL, TEXT, device_of, given_of
 from csae.errors import shown
 
-TARGETS = ("sae_lens", "sparsify", "dictionary_learning", "neuronpedia", "delphi")
+TARGETS = ("sae_lens", "sparsify", "dictionary_learning", "gemma_scope", "neuronpedia", "delphi")
 
 
 @click.command()
@@ -27,8 +27,8 @@ TARGETS = ("sae_lens", "sparsify", "dictionary_learning", "neuronpedia", "delphi
 def export(run: str, to: str, out: Path, windows: int, **options: Any) -> None:
     """Write a trained SAE as another library takes it: its weights, or its feature activations on a text.
 
-    sae_lens, sparsify, dictionary_learning: the weights. neuronpedia: dashboards, for its importer. delphi: its latent
-    cache. Model, layer and text are those of the run if not given.
+    sae_lens, sparsify, dictionary_learning, gemma_scope: the weights. neuronpedia: dashboards, for its importer.
+    delphi: its latent cache. Model, layer and text are those of the run if not given.
     """
     from csae.export import export as export_run
     from csae.progress import track

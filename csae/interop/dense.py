@@ -9,9 +9,8 @@ from csae.contextual_sae import ContextualSAE
 from csae.data.activations import sink_mask
 from csae.errors import UserError
 from csae.interop.feature_acts import FeatureActs, carried_of
-from csae.ops import topk_encode
+from csae.ops import threshold_encode, topk_encode
 from csae.outputs import Code
-from csae.selection import only_topk
 from csae.topk_sae import TopKSAE
 
 
@@ -32,7 +31,6 @@ class DenseSAE(nn.Module):
         super().__init__()
         if sae.is_transcoder:
             raise UserError("sae: given a transcoder; needed an SAE without d_out: others read what they rebuild")
-        only_topk(sae, "sae")
         self.sae: TopKSAE | ContextualSAE = sae
 
     @property
@@ -91,7 +89,11 @@ class DenseSAE(nn.Module):
         mask = sink_mask(acts, None, *sae.masking)
         out = sae(acts, mask, exact=True)
         with torch.autocast(acts.device.type, enabled=False):
-            values, indices = topk_encode(acts[~mask] - sae.b_dec, sae.W_enc, sae.b_enc, sae.k)
+            weights = acts[~mask] - sae.b_dec, sae.W_enc, sae.b_enc
+            if sae.threshold is None:
+                values, indices = topk_encode(*weights, sae.k)
+            else:
+                values, indices = threshold_encode(*weights, sae.threshold.detach(), sae.k_max)
         out.code.values[~mask], out.code.indices[~mask] = values, indices
         return out.code, out.c
 

@@ -34,6 +34,8 @@ class ContextualSAEConfig(sae_lens.SAEConfig):
     d_memory: int = 256
     k_mem: int | None = None
     query: str = "current"
+    selection: str = "topk"
+    k_max: int | None = None
 
     @classmethod
     def architecture(cls) -> str:
@@ -66,6 +68,8 @@ class SAELensContextualSAE(sae_lens.SAE[ContextualSAEConfig]):
                 d_memory=cfg.d_memory,
                 k_mem=cfg.k_mem,
                 query=cfg.query,
+                selection=cfg.selection,
+                k_max=cfg.k_max,
             )
         self.dense = DenseSAE(sae.to(self.dtype))
 

@@ -17,7 +17,15 @@ from safetensors.torch import save_file
 from csae.errors import UserError
 from csae.files import read_json
 from csae.interop.source import find, read_tensors, record, trained_on, write
-from csae.interop.weights import Weights, check_names, topk_sae, topk_transcoder, topk_weights, transcoder_weights
+from csae.interop.weights import (
+    Asked,
+    Weights,
+    check_names,
+    topk_sae,
+    topk_transcoder,
+    topk_weights,
+    transcoder_weights,
+)
 from csae.sae import SAE
 from csae.topk_sae import TopKSAE
 
@@ -30,7 +38,7 @@ FIELDS = {"activation": "topk"}
 OLDER_FIELDS = {"signed": False}  # of versions before 1.3
 
 
-def load(name: str | Path) -> TopKSAE:
+def load(name: str | Path, asked: Asked) -> TopKSAE:
     """What `SparseCoder.load_from_disk` reads, as a TopKSAE, or a transcoder. See `csae.interop.load`."""
     config_file = find(name, CONFIG)
     config = read_json(config_file)
@@ -47,6 +55,7 @@ def load(name: str | Path) -> TopKSAE:
     tensors = read_tensors(path)
     names = (*NAMES, SKIP) if skip else NAMES
     check_names(path, tensors, names)
+    asked.nothing(path)
     weights, k = Weights(*(tensors[key] for key in NAMES)), config.get("k", 32)
     sae = topk_transcoder(path, weights, tensors.get(SKIP), k) if transcode else topk_sae(path, weights, k)
     sae.trained_on = trained_on(config, {}, config_file)

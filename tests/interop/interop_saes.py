@@ -27,6 +27,16 @@ def topk(scale: float = 1.0, k: int = K, dtype: torch.dtype = torch.float32) -> 
     return _perturbed(TopKSAE(D_IN, D_SAE, k), scale).to(dtype)
 
 
+def with_thresholds(selection: str, scale: float = 1.0, **options: object) -> TopKSAE:
+    """One that selects by a threshold ("batch"), or by one a feature ("jumprelu")."""
+    torch.manual_seed(0)
+    sae = _perturbed(TopKSAE(D_IN, D_SAE, K, selection=selection, **options), scale)  # type: ignore[arg-type]
+    assert sae.threshold is not None
+    with torch.no_grad():
+        sae.threshold.copy_(0.3 + torch.rand_like(sae.threshold))
+    return sae.eval()
+
+
 def contextual(query: str = "current", scale: float = 1.0, **options: object) -> ContextualSAE:
     """One that carries a good part of what it reconstructs."""
     torch.manual_seed(0)

@@ -57,7 +57,15 @@ def test_their_files_come_back_to_the_bit_but_for_the_threshold(tmp_path):
 @pytest.mark.parametrize(
     ("trainer", "tensors", "message"),
     [
-        ({"dict_class": "BatchTopKSAE"}, {}, "trainer.dict_class is 'BatchTopKSAE'; needed 'AutoEncoderTopK'"),
+        ({"dict_class": "GatedAutoEncoder"}, {}, "dict_class is 'GatedAutoEncoder'; needed one of 'AutoEncoderTopK'"),
+        (
+            {"dict_class": "BatchTopKSAE"},
+            {"threshold": None},
+            "without threshold; needed one, as a BatchTopKSAE",
+        ),
+        ({"dict_class": "BatchTopKSAE"}, {"threshold": torch.zeros(3)}, r"threshold has shape \[3\]; needed \[d_sae\]"),
+        ({"dict_class": "BatchTopKSAE"}, {"group_sizes": torch.tensor([9, 10])}, "with group_sizes, of a BatchTopKSAE"),
+        ({"dict_class": "MatryoshkaBatchTopKSAE"}, {}, "with decoder.weight, encoder.bias, encoder.weight"),
         ({"k": K + 1}, {}, "k is 3, and 4 in config.json"),
         ({"k": 20}, {"k": torch.tensor(20)}, "k: given 20; needed 1 <= k <= d_sae = 19"),
         ({"k": None}, {"k": None}, "without a k"),

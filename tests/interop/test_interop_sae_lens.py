@@ -104,7 +104,15 @@ def test_a_config_of_before_version_6_is_read_as_version_6_reads_it(tmp_path):
 @pytest.mark.parametrize(
     ("config", "tensors", "message"),
     [
-        ({"architecture": "jumprelu"}, {}, "architecture is 'jumprelu'; needed 'topk'"),
+        ({"architecture": "gated"}, {}, "architecture is 'gated'; needed one of 'topk', 'csae_contextual', 'jumprelu'"),
+        ({"architecture": "jumprelu"}, {}, "without threshold; needed"),
+        ({"architecture": "batchtopk", "k": 2.5}, {"topk_threshold": torch.tensor(0.5)}, "k: given 2.5; needed"),
+        (
+            {"architecture": "jumprelu"},
+            {"threshold": torch.zeros(D_SAE)},
+            "k: not given, and .*; needed the mean",
+        ),
+        ({"architecture": "jumprelu", "target_l0": 3}, {"threshold": torch.zeros(3)}, r"threshold has shape \[3\]"),
         ({"normalize_activations": "layer_norm"}, {}, "normalize_activations is 'layer_norm'; needed 'none'"),
         ({"normalize_activations": True, "metadata": {}}, {}, "'expected_average_only_in'; needed 'none': call fold_"),
         ({"reshape_activations": "hook_z"}, {}, "reshape_activations is 'hook_z'; needed 'none'"),
