@@ -5,10 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from csae.factors import Pass
-from csae.ops import sparse_decode, topk_encode
+from csae.ops import sparse_decode, threshold_encode, topk_encode
 from csae.outputs import Code, Ran, Sweeps
 from csae.sae import SAE
-from csae.selection import only_topk
 
 
 class TopKSAE(SAE):
@@ -26,8 +25,11 @@ class TopKSAE(SAE):
         """acts [..., d_in] -> the code [..., k]."""
         self._check_whole("encode")
         self._check_acts(acts)
-        only_topk(self, "encode")
-        values, indices = topk_encode(self._normalised(acts) - self.centre, self.W_enc, self.b_enc, self.k)
+        given = self._normalised(acts) - self.centre, self.W_enc, self.b_enc
+        if self.threshold is None:
+            values, indices = topk_encode(*given, self.k)
+        else:
+            values, indices = threshold_encode(*given, self.threshold.detach(), self.k_max)
         return Code(values.to(self.W_enc.dtype), indices)
 
     def decode(self, code: Code, acts: Tensor | None = None) -> Tensor:

@@ -157,8 +157,10 @@ def threshold_sae(
     known = config.get(SELECTION_KEY)
     record: dict[str, Any] = known if isinstance(known, dict) else {}
     k = record.get("k", k) if k is None else k
-    if isinstance(k, float) and k.is_integer():
-        k = int(k)
+    if isinstance(k, float):
+        if not k.is_integer() and asked.k is None:
+            raise UserError(f"{path}: k is {k}; needed a whole number: give k={max(1, round(k))}, or another")
+        k = int(k) if k.is_integer() else None
     if k is None and asked.k is None:
         raise UserError(
             f"k: not given, and {path} doesn't say; needed the mean number of active features a token, as published"

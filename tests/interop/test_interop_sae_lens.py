@@ -106,7 +106,11 @@ def test_a_config_of_before_version_6_is_read_as_version_6_reads_it(tmp_path):
     [
         ({"architecture": "gated"}, {}, "architecture is 'gated'; needed one of 'topk', 'csae_contextual', 'jumprelu'"),
         ({"architecture": "jumprelu"}, {}, "without threshold; needed"),
-        ({"architecture": "batchtopk", "k": 2.5}, {"topk_threshold": torch.tensor(0.5)}, "k: given 2.5; needed"),
+        (
+            {"architecture": "batchtopk", "k": 2.5},
+            {"topk_threshold": torch.tensor(0.5)},
+            "k is 2.5; needed a whole number",
+        ),
         (
             {"architecture": "jumprelu"},
             {"threshold": torch.zeros(D_SAE)},

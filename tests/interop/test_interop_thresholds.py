@@ -237,7 +237,7 @@ def test_what_sae_lens_trained_computes_the_same(kind: str, tmp_path: Path) -> N
         for parameter in (trained.W_enc, trained.b_enc, trained.b_dec):
             parameter += 0.3 * torch.randn_like(parameter)
         if kind != "JumpReLU":
-            trained.topk_threshold.fill_(0.6)
+            trained.topk_threshold.fill_(0.05)  # in units of the norms of W_dec, 0.1
     trained.save_inference_model(str(tmp_path / "inference"))
     trained.save_model(str(tmp_path / "training"))
     theirs, acts = sae_lens.SAE.load_from_disk(str(tmp_path / "inference")), activations(200)
@@ -262,7 +262,7 @@ def test_sae_lens_reads_gemma_scope_as_we_do(tmp_path: Path, monkeypatch: pytest
     config, tensors, _ = loaders.gemma_2_sae_huggingface_loader(
         "google/gemma-scope-2b-pt-res", "layer_20/width_16k/average_l0_3", cfg_overrides=sizes
     )
-    theirs = SAE.from_dict({**config, **sizes})
+    theirs = SAE.from_dict(loaders.handle_config_defaulting({**config, **sizes}))
     theirs.load_state_dict(tensors)
     assert not theirs.cfg.apply_b_dec_to_input
     with torch.no_grad():
