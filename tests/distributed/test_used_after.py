@@ -54,7 +54,7 @@ def test_evaluated(arch: str, folders: dict[str, tuple[Path, Path]], tmp_path: P
     for each in (run, copy):
         command("eval", each, "--windows", 8, "--ce-windows", 2, "--device", "cpu")
     figures, expected = (json.loads((each / "eval.json").read_text()) for each in (run, copy))
-    assert figures | {"tokens_per_s": 0} == expected | {"tokens_per_s": 0}
+    assert {name for name in figures if figures[name] != expected[name]} <= {"tokens_per_s", "tokens_per_s_sweeps"}
     with Ranks(2, tmp_path / "said", ["eval", run, "--windows", 8, "--ce-windows", 2, "--device", "cpu"]) as ranks:
         found = ranks.wait()
     assert [of.code for of in found] == [0, 0], found
