@@ -2,7 +2,7 @@
 
     python -m csae.bench.kernel_times [--shapes A B C] [OPS]      prints a table
 
-The predictions are in predictions.json.
+The predictions are in predictions.json; `bench.predict` makes them.
 """
 
 from __future__ import annotations
@@ -24,40 +24,28 @@ from .measure import Clock
 from .predictions import Row, predicted, table
 
 ROUNDS = 5
-# The rows of predictions.json that a kernel within an op is part of, or an op as a whole.
-KERNELS = {
-    ("topk_encode", "_pre_acts"): "product",
-    ("topk_encode", "_pre_acts_tma"): "product",
-    ("topk_encode", "_merge"): "merges",
-}
-OPS = {
-    "topk_encode": "encode",
-    "topk_threshold": "encode by threshold",
-    "gather_sum": "decode",
-    "look-back": "look-back",
-}
 
 
 def measure(data: Data, only: Sequence[str] = ()) -> Iterator[Row]:
     """Rows of each op of tune.py, or of those named in `only`, one op after the other; first the product alone."""
     clock, device, shape = Clock(data.device), device_name(data.device), data.shape.name
 
-    def row(op: str, kernel: str, launches: int, ms: float, name: str | None) -> Row:
+    def row(op: str, kernel: str, launches: int, ms: float) -> Row:
         known = {"shape": shape, "op": op, "kernel": kernel, "launches": launches, "ms": ms}
-        return known | {"predicted_ms": predicted(device, name, shape)}
+        return known | {"predicted_ms": predicted(device, f"{op}: {kernel}" if kernel else op, shape)}
 
     if not only:
         out = torch.empty(data.shape.n, data.shape.d_sae, dtype=data.dtype, device=data.device)
-        yield row("torch.mm", "", 1, _median(clock, lambda: torch.mm(data.x, data.W_enc.T, out=out)), "torch.mm")
+        yield row("torch.mm", "", 1, _median(clock, lambda: torch.mm(data.x, data.W_enc.T, out=out)))
         del out
     for op, run in tune.ops(data):
         if only and op not in only:
             continue
         whole = _median(clock, run)
         own = kernel_times(run, data.device)
-        yield row(op, "", sum(launches for launches, _ in own.values()), whole, OPS.get(op))
+        yield row(op, "", sum(launches for launches, _ in own.values()), whole)
         for kernel, (launches, ms) in own.items():
-            yield row(op, kernel, launches, ms, KERNELS.get((op, kernel)))
+            yield row(op, kernel, launches, ms)
 
 
 def kernel_times(run: Callable[[], object], device: torch.device) -> dict[str, tuple[int, float]]:

@@ -13,8 +13,8 @@ Row = dict[str, Any]
 """shape; op; kernel: "" for the whole op; launches: how many in one run; ms; predicted_ms: None where there is none."""
 
 
-def predicted(device: str, row: str | None, shape: str) -> float | None:
-    """Milliseconds; None if nothing was predicted for this device."""
+def predicted(device: str, row: str, shape: str) -> float | None:
+    """Milliseconds; None if nothing was predicted for this device. row: a case, an op, or "op: kernel"."""
     found = json.loads(PREDICTIONS.read_text())["devices"].get(device, {})
     return found.get("ms", {}).get(row, {}).get(shape)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from . import predictions as kernels
 from . import report
-from .cases import BACKWARD, CONTEXTUAL_STEP, DECODE, ENCODE, LOOK_BACK, OURS, TOPK_STEP, Case
+from .cases import BACKWARD, CASES, CONTEXTUAL_STEP, DECODE, ENCODE, LOOK_BACK, OURS, TOPK_STEP, Case
 from .harness import Report
 
 SHAPES = ("A", "B", "C")
@@ -133,19 +133,34 @@ def markdown(folder: Path) -> str:
         lines += ["", f"## Predicted: {device}", "", f"Not measured. From {of_device['source']}.", ""]
         lines += _markdown(rows(partial(_ratio, ratios)), "predicted")
         lines += ["", "| ms | " + " | ".join(SHAPES) + " |", "|" + " --- |" * (1 + len(SHAPES))]
+        cases = {row: ms for row, ms in of_device["ms"].items() if row in CASES or row == "torch.mm"}
         lines += [
-            f"| {row} | " + " | ".join(f"{ms[s]:g}" for s in SHAPES) + " |" for row, ms in of_device["ms"].items()
+            f"| {row} | " + " | ".join(f"{ms[s]:g}" for s in SHAPES if s in ms) + " |" for row, ms in cases.items()
         ]
+        lines += ["", "[kernels/PREDICTED.md](../kernels/PREDICTED.md) has each kernel, and what limits it."]
     if not gpus:
         lines += ["", "## Measured on a GPU", "", "Nothing yet: no kernel here has run on a GPU."]
     for found in gpus:
         lines += ["", f"## Measured: {found['device']}", "", *_markdown(measured(found), "measured")]
+        lines += _beside(found)
         if found.get("kernels"):
             lines += ["", "Each kernel's own time, beside its prediction where there is one for this device:", ""]
             lines += ["```", *kernels.table(found["kernels"]), "```"]
     for found in runs:
         lines += ["", f"## All of {found['device']}", "", "```", report.table(found), "```"]
     return "\n".join(lines) + "\n"
+
+
+def _beside(found: Report) -> list[str]:
+    """Lines of a table: our time in each case, beside its prediction, if there is one for this device."""
+    lines = []
+    for case in CASES.values():
+        for shape in SHAPES:
+            ms = _value(found, case, shape, OURS, "median_ms")
+            said = kernels.predicted(found["device"], case.name, shape)
+            if ms is not None and said is not None:
+                lines.append(f"| {case.name}, {shape} | {ms:.3g} | {said:.3g} | {ms / said:.2f} |")
+    return ["", "| ms | measured | predicted | ratio |", "| --- | --- | --- | --- |", *lines] if lines else []
 
 
 def _ratio(ratios: dict[str, dict[str, float]], target: Target, shape: str) -> float | None:

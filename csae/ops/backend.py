@@ -65,6 +65,8 @@ def _module(where: str, op: str) -> ModuleType:
 
 
 LIBRARY = torch.library.Library("csae", "FRAGMENT")
+# The function of each operator: a tool that looks inside of operators, without running them, calls it itself.
+FUNCTIONS: dict[str, Callable[..., Any]] = {}
 
 
 def operator(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
@@ -81,6 +83,7 @@ def operator(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callabl
         schema = torch.library.infer_schema(function, mutates_args=mutates_args)
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, _in_eager_mode(function), "CompositeExplicitAutograd")
+        FUNCTIONS[name] = function
         return getattr(torch.ops.csae, name).default
 
     return register

@@ -1,0 +1,307 @@
+"""Instructions of a compiled kernel by class, for each loop and branch of its source.
+
+`nvdisasm` gives blocks of instructions and the line of source of each. Back edges of the flow graph make loops; a loop
+belongs to the `for` or `while` whose body most of its instructions come from. `work` multiplies the counts of each
+block with how often its node was executed.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+
+from csae.kernels.triton import offline
+from csae.kernels.triton.variant import Variant
+
+from . import machine, source
+from .machine import Busy
+
+# The classes of opcodes, first match first. What none matches is issued only: branches, uniform numbers, waits.
+CLASSES = [
+    ("wgmma", r"[HIQ]GMMA"),
+    ("shuffle", r"SHFL|VOTE|MATCH|REDUX"),
+    ("load/store", r"LDG|STG|LDS|STS|LDSM|STSM|LDL|STL|LD|ST|ATOM|ATOMG|ATOMS|RED|UTMALDG|UTMASTG|LDGSTS"),
+    ("special", r"MUFU|F2F|I2F|F2I|FRND|POPC|FLO|BREV"),
+    ("multiply", r"IMAD|IDP"),
+    ("float", r"FADD|FMUL|FFMA|HADD2|HMUL2|HFMA2"),
+    ("integer", r"IADD3?|VIADD|LOP3?|PLOP3|SHF|SHL|SHR|LEA|[IF]SETP|[HI]SETP2|[IF]?SEL|[IF]MNMX|VI\w*MNMX|PRMT|SGXT"
+                r"|F2FP|FSET|IABS|BMSK|MOV|P2R|R2P|ICMP|LEPC"),
+]  # fmt: skip
+
+
+class Instruction(NamedTuple):
+    text: str  # without its predicate
+    opcode: str
+    predicate: str
+    file: str
+    line: int
+
+    @property
+    def kind(self) -> str:
+        return _kind(self.opcode.partition(".")[0])
+
+
+@functools.cache
+def _kind(name: str) -> str:
+    return next((kind for kind, pattern in CLASSES if re.fullmatch(pattern, name)), "other")
+
+
+class Block(NamedTuple):
+    """Instructions without a jump between them."""
+
+    first: int
+    instructions: list[Instruction]
+    next: list[int]  # the first instructions of the blocks that may follow
+
+
+class Code(NamedTuple):
+    """A compiled kernel."""
+
+    blocks: list[Block]
+    loops: list[tuple[int, set[int]]]  # header and members, as numbers of blocks; in the order of headers
+    registers: int
+    shared: int
+
+
+def compiled(variant: Variant) -> Code:
+    """A variant compiled for sm_90."""
+    made, options = offline.source_of(variant)
+    kernel = triton.compile(made, target=offline.TARGETS["sm_90"][0], options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
+        text = _run("nvdisasm", "--print-code", "--print-line-info", file.name)
+    registers = re.search(r"REG:(\d+)", usage)
+    blocks = blocks_of(text)
+    return Code(blocks, loops_of(blocks), int(registers[1]) if registers else 255, kernel.metadata.shared)
+
+
+def _run(tool: str, *arguments: str) -> str:
+    path = getattr(triton.knobs.nvidia, tool).path
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def blocks_of(text: str) -> list[Block]:
+    """The blocks of what nvdisasm printed, in order; code that can't be reached is left out."""
+    found: list[Instruction] = []
+    labels: dict[str, int] = {}
+    file, line = "", 0
+    for row in text.splitlines():
+        if at := re.match(r'\s*//## File "(.*)", line (\d+)', row):
+            file, line = Path(at[1]).name, int(at[2])
+        elif label := re.match(r"(\.L_x_\d+):", row):
+            labels[label[1]] = len(found)
+        elif code := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)(.*?);", row):
+            found.append(Instruction(code[2] + code[3], code[2], (code[1] or "").strip(), file, line))
+    starts = {0, *labels.values()}
+    after: dict[int, list[int]] = {}
+    for place, of in enumerate(found):
+        if of.opcode.partition(".")[0] in ("BRA", "EXIT", "RET", "JMP", "BRX"):
+            target = re.search(r"\.L_x_\d+", of.text)
+            goes = [labels[target[0]]] if target and of.opcode.startswith("BRA") else []
+            # Not taken where a predicate says so, or a condition of several threads (`BRA.DIV`) doesn't hold.
+            goes += (
+                [place + 1] if of.predicate or ".DIV" in of.opcode or re.search(r"BRA(\.\w+)* !?U?P\d", of.text) else []
+            )
+            after[place] = goes
+            starts |= {*goes, place + 1}
+    ordered = sorted(start for start in starts if start < len(found))
+    number = {start: block for block, start in enumerate(ordered)}
+    blocks = []
+    for start, end in zip(ordered, [*ordered[1:], len(found)], strict=True):
+        goes = after.get(end - 1, [end])
+        blocks.append(Block(start, found[start:end], [number[g] for g in goes if g in number]))
+    return blocks
+
+
+def loops_of(blocks: Sequence[Block]) -> list[tuple[int, set[int]]]:
+    """The natural loops: of each block that a block behind it jumps back to, and that dominates it."""
+    everything = set(range(len(blocks)))
+    before: dict[int, list[int]] = {block: [] for block in everything}
+    for block, of in enumerate(blocks):
+        for follows in of.next:
+            before[follows].append(block)
+    dominators = {block: {0} if block == 0 else everything for block in everything}
+    changed = True
+    while changed:
+        changed = False
+        for block in range(1, len(blocks)):
+            new = {block} | set.intersection(*(dominators[b] for b in before[block])) if before[block] else {block}
+            changed |= new != dominators[block]
+            dominators[block] = new
+    members: dict[int, set[int]] = {}
+    for block, of in enumerate(blocks):
+        for header in of.next:
+            if header in dominators[block] and block != header | (len(of.instructions) > 2):
+                waiting, inside = [block], members.setdefault(header, {header})
+                while waiting:
+                    one = waiting.pop()
+                    if one not in inside:
+                        inside.add(one)
+                        waiting += before[one]
+            elif header == block and len(of.instructions) > 2:
+                members.setdefault(header, {header})
+    return sorted(members.items())
+
+
+def executions(code: Code, kernel: Any, trips: dict[str, list[float]]) -> list[float]:
+    """How often a program executes each block.
+
+    trips: for each node of the kernel's source, how often its body is executed in a program, for each place that its
+    function is called from. Raises ValueError where loops of code and source don't match.
+    """
+    nodes_of = [_votes(kernel, block) for block in code.blocks]
+    loop_nodes: dict[int, source.Node] = {}
+    for header, members in code.loops:
+        nested = set[int]().union(*(m for h, m in code.loops if h != header and m < members))
+        votes = sum((nodes_of[block] for block in members - nested), Counter[tuple[source.Node, ...]]())
+        chosen = _innermost_loop(votes)
+        if chosen is not None:
+            loop_nodes[header] = chosen
+    of_node: dict[str, list[int]] = {}
+    for header, node in loop_nodes.items():
+        of_node.setdefault(node.name, []).append(header)
+    counts: dict[int, float] = {}
+    for name, headers in of_node.items():
+        known = trips.get(name, [])
+        if not known:  # never reached
+            known = [0.0] * len(headers)
+        if len(headers) % len(known):
+            raise ValueError(
+                f"{name}: {len(headers)} loops in the code, {len(known)} in the run; needed one each: see bench/predict"
+            )
+        each = len(headers) // len(known)
+        sizes = dict(zip(headers, (sum(len(code.blocks[b].instructions) for b in dict(code.loops)[h]) for h in headers),
+                         strict=True))  # fmt: skip
+        for place, count in enumerate(known):
+            same = headers[place * each : (place + 1) * each]
+            least = min(same, key=lambda header: sizes[header])
+            counts |= {header: count if header == least else 0.0 for header in same}
+    with_code = {node.name for node in loop_nodes.values()}
+    found = []
+    for block, votes in enumerate(nodes_of):
+        around = [header for header, members in code.loops if block in members and header in loop_nodes]
+        inner = min(around, key=lambda h: len(dict(code.loops)[h]), default=None)
+        own = votes.most_common(1)[0][0] if votes else ()
+        own_loop = next((node for node in reversed(own) if node.loop), None)
+        weight = 1.0 if inner is None else counts[inner]
+        if inner is not None and own_loop not in (None, loop_nodes[inner]):
+            outer = _within(loop_nodes[inner], own_loop)  # two loops made one: this is a part of the outer one
+            fused = _within(own_loop, loop_nodes[inner]) and own_loop.name not in with_code  # or of the inner one
+            weight = _mean(trips.get(own_loop.name, [])) if outer or fused else weight
+        if own and not own[-1].loop and len(trips.get(own[-1].name, [])) <= 1:  # of several it isn't known which
+            weight = min(weight, _mean(trips.get(own[-1].name, [])))
+        found.append(weight)
+    return found
+
+
+def _within(inner: source.Node, outer: source.Node) -> bool:
+    function = inner.name.partition(":")[0] == outer.name.partition(":")[0]
+    return function and outer.first <= inner.header <= outer.last
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers) if numbers else 0.0
+
+
+def _votes(kernel: Any, block: Block) -> Counter[tuple[source.Node, ...]]:
+    """The nodes around the lines of a block, and how many instructions have them. Lines outside of all don't vote."""
+    lines = Counter((of.file, of.line) for of in block.instructions)
+    votes: Counter[tuple[source.Node, ...]] = Counter()
+    for (file, line), number in lines.items():
+        around = source.path(kernel, file, line)
+        if around:
+            votes[around] += number
+    return votes
+
+
+def _innermost_loop(votes: Counter[tuple[source.Node, ...]]) -> source.Node | None:
+    """The loop that most votes are within; of nested ones the inner one, if it has a vote of its own."""
+    found: Counter[source.Node] = Counter()
+    for around, number in votes.items():
+        loops = [node for node in around if node.loop]
+        if loops:
+            found[loops[-1]] += number
+    return found.most_common(1)[0][0] if found else None
+
+
+def busy(code: Code, warps: int, times: Sequence[float], operations: float) -> Busy:
+    """What a program costs. operations: of its products of matrices, multiplications and additions."""
+    tensor = operations / (machine.OPERATIONS / machine.MULTIPROCESSORS / machine.CLOCK)
+    issue, alone = 0.0, 0.0
+    units = dict.fromkeys(machine.RATES, 0.0)
+    products = sum(
+        t * sum(of.kind == "wgmma" for of in b.instructions) for t, b in zip(times, code.blocks, strict=True)
+    )
+    for block, count in zip(code.blocks, times, strict=True):
+        if count == 0:
+            continue
+        size = len(block.instructions)
+        issue += count * size * warps / machine.SCHEDULERS
+        for of in block.instructions:
+            if of.kind in units:
+                units[of.kind] += count * warps * _width(of.opcode) / machine.RATES[of.kind]
+        here = size * max(machine.DEPENDENT, warps / machine.SCHEDULERS)
+        here += machine.LOAD * _load_depth(block)
+        here += machine.BARRIER * sum(of.opcode.startswith("BAR") for of in block.instructions)
+        in_block = sum(of.kind == "wgmma" for of in block.instructions)
+        share = tensor * count * in_block / products if products else 0.0
+        alone += max(count * here, share)
+    return Busy(issue, units, tensor, alone)
+
+
+def by_class(code: Code, times: Sequence[float]) -> dict[str, float]:
+    """Instructions that each warp of a program issues, by class."""
+    found: Counter[str] = Counter()
+    for block, count in zip(code.blocks, times, strict=True):
+        for of in block.instructions:
+            found[of.kind] += count  # type: ignore[assignment]
+    return dict(found)
+
+
+def _width(opcode: str) -> float:
+    """How many times longer than for 4 bytes a thread an instruction takes the path to memory."""
+    if opcode.startswith(("LDSM", "STSM")):
+        return 4.0 if ".4" in opcode else 2.0 if ".2" in opcode else 1.0
+    if not opcode.startswith(("LD", "ST")):
+        return 1.0
+    return 4.0 if ".128" in opcode else 2.0 if ".64" in opcode else 1.0
+
+
+def _load_depth(block: Block) -> int:
+    """How many loads from global memory wait for one another in a block, by the registers of their addresses."""
+    depth: dict[str, int] = {}
+    deepest = 0
+    for of in block.instructions:
+        name = of.opcode.partition(".")[0]
+        given = re.findall(r"\b(U?R)(\d+)(\.64)?", of.text)
+        if not given:
+            continue
+        stores = name in ("STG", "STS", "ST", "RED", "LDGSTS")
+        needed = 0
+        for kind, number, wide in given if stores else given[1:]:
+            needed = max(needed, *(depth.get(f"{kind}{int(number) + i}", 0) for i in range(2 if wide else 1)))
+        if name in ("LDG", "LD", "ATOMG", "ATOM"):
+            needed += 1
+            deepest = max(deepest, needed)
+        if not stores:
+            kind, number, _ = given[0]
+            words = 4 if ".128" in of.opcode else 2 if ".64" in of.opcode or ".WIDE" in of.opcode else 1
+            depth |= {f"{kind}{int(number) + i}": needed for i in range(words)}
+    return deepest
+
+
+def resident(code: Code, warps: int) -> int:
+    """How many programs a multiprocessor holds at a time."""
+    registers = -(-code.registers // 8) * 8 * 32 * warps
+    return max(1, min(machine.REGISTERS // registers, machine.SHARED // (code.shared + 1024), machine.WARPS // warps,
+                      machine.PROGRAMS))  # fmt: skip

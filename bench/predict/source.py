@@ -1,0 +1,104 @@
+"""The loops and branches of a kernel's source, each with a name that lasts while lines move.
+
+A node is a `for`, a `while` or an `if` of a jit function, named by its function and its place among the function's
+nodes: `_choose:2`. Machine code knows lines of source; a run in Triton's interpreter counts how often each node's body
+is executed. Nodes join the two.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+KERNELS = "csae.kernels.triton"
+
+
+class Node(NamedTuple):
+    """A loop or a branch. Lines are those of the file; `header` is not part of the body."""
+
+    name: str
+    header: int
+    first: int
+    last: int
+    loop: bool
+    text: str
+    """the header's source"""
+
+
+class Function(NamedTuple):
+    """A jit function: its lines, its nodes from the outside in, and the lines at which it calls other ones."""
+
+    name: str
+    file: str
+    first: int
+    last: int
+    nodes: tuple[Node, ...]
+    calls: tuple[tuple[str, int], ...]
+
+
+def numbered(tree: ast.AST) -> Iterator[tuple[int, ast.For | ast.While | ast.If]]:
+    """The nodes of a function's tree with their numbers, in the order of the source."""
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.For | ast.While | ast.If)]
+    yield from enumerate(sorted(found, key=lambda node: (node.lineno, node.col_offset)), 1)
+
+
+@functools.cache
+def functions(kernel: Any) -> dict[str, Function]:
+    """The kernel and all jit functions of csae that it calls, directly or not, by name."""
+    found: dict[str, Function] = {}
+    waiting = [kernel]
+    while waiting:
+        jit = waiting.pop()
+        if jit.fn.__name__ in found:
+            continue
+        lines, start = inspect.getsourcelines(jit.fn)
+        tree = ast.parse(textwrap.dedent("".join(lines)))
+        ast.increment_lineno(tree, start - 1)
+        calls = []
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                called = jit.fn.__globals__.get(node.func.id)
+                if hasattr(called, "fn") and called.fn.__module__.startswith(KERNELS):
+                    calls.append((called.fn.__name__, node.lineno))
+                    waiting.append(called)
+        nodes = tuple(
+            Node(
+                f"{jit.fn.__name__}:{number}",
+                of.lineno,
+                of.body[0].lineno,
+                of.body[-1].end_lineno or of.body[-1].lineno,
+                not isinstance(of, ast.If),
+                lines[of.lineno - start].strip(),
+            )
+            for number, of in numbered(tree)
+        )
+        file = Path(inspect.getsourcefile(jit.fn) or "").name
+        found[jit.fn.__name__] = Function(jit.fn.__name__, file, start, start + len(lines) - 1, nodes, tuple(calls))
+    return found
+
+
+def path(kernel: Any, file: str, line: int) -> tuple[Node, ...]:
+    """The nodes around a line, from the outside in, those of callers included where all calls are in the same nodes.
+
+    Nothing for a line that no function of the kernel holds.
+    """
+    known = functions(kernel)
+    holding = [of for of in known.values() if of.file == file and of.first <= line <= of.last]
+    return _path(known, holding[0], line) if holding else ()
+
+
+def _path(known: dict[str, Function], function: Function, line: int) -> tuple[Node, ...]:
+    inside = tuple(node for node in function.nodes if node.first <= line <= node.last)
+    callers = [(of, at) for of in known.values() for name, at in of.calls if name == function.name]
+    paths = {_path(known, of, at) for of, at in callers}
+    return (*(paths.pop() if len(paths) == 1 else ()), *inside)
+
+
+def nodes(kernel: Any) -> dict[str, Node]:
+    """All nodes of a kernel by name."""
+    return {node.name: node for function in functions(kernel).values() for node in function.nodes}

@@ -1,0 +1,170 @@
+"""What is kept of predictions: counted.json, the counts that they start from, and predictions.json, what came out."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from csae.errors import UserError
+
+from ..cases import BACKWARD, CASES, CONTEXTUAL_STEP, ENCODE, TOPK_STEP
+from ..data import SHAPES
+from . import launches, machine, model
+from .launches import Recorded, Torch, Triton
+from .model import Row
+from .trips import Counted
+
+COUNTED = Path(__file__).with_name("counted.json")
+PREDICTIONS = Path(__file__).parents[1] / "predictions.json"
+STEPS = (TOPK_STEP.name, CONTEXTUAL_STEP.name)
+Found = dict[str, Any]
+
+
+def recorded(shape: str) -> dict[str, Recorded]:
+    """What each case and each op launches, by name."""
+    ops = launches.op_names(SHAPES[shape])
+    return {name: launches.of_case(name, SHAPES[shape]) for name in CASES} | {
+        name: launches.of_op(name, SHAPES[shape]) for name in ops
+    }
+
+
+def counted(shape: str) -> dict[str, list[Counted]]:
+    """The counts that are kept of a shape. Raises UserError where there are none."""
+    known = json.loads(COUNTED.read_text()) if COUNTED.exists() else {}
+    if shape not in known:
+        raise UserError(f"--shapes: given {shape}, of which nothing was counted; add --count")
+    return {call: [Counted(*one) for one in of_call] for call, of_call in known[shape].items()}
+
+
+def count(shape: str) -> None:
+    """Count again, and keep it."""
+    known = json.loads(COUNTED.read_text()) if COUNTED.exists() else {}
+    known[shape] = model.counts(list(recorded(shape).values()))
+    lines = [
+        f"{json.dumps(name)}: {{\n"
+        + ",\n".join(f"{json.dumps(call)}: {json.dumps(of)}" for call, of in sorted(calls.items()))
+        + "\n}"
+        for name, calls in sorted(known.items())
+    ]
+    COUNTED.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def predictions() -> Found:
+    """predictions.json; an empty one where there is none."""
+    return json.loads(PREDICTIONS.read_text()) if PREDICTIONS.exists() else {"devices": {}}
+
+
+def update(found: Found, shape: str) -> None:
+    """Predict a shape, and put it into `found`."""
+    source = (
+        f"the cost model of bench/predict: SASS for sm_90 by triton {triton.__version__}, loops counted on random data"
+    )
+    rates = {"operations_per_s": machine.OPERATIONS, "bytes_per_s": machine.MEMORY}
+    new: Found = {"source": source, "rates": rates}
+    of_device = found["devices"].setdefault(machine.DEVICE, new)
+    of_device |= new
+    known = counted(shape)
+    rows = {name: model.times(of, known) for name, of in recorded(shape).items()}
+    ms = {"torch.mm": model.mm(SHAPES[shape].n, SHAPES[shape].d_in, SHAPES[shape].d_sae)}
+    number: dict[str, int] = {}
+    for name, of in rows.items():
+        ms[name] = whole(of)
+        number[name] = sum(kernels(launch) for _, launch, _ in of)
+        if name not in CASES:
+            for kernel, (times, total) in by_kernel(of).items():
+                ms[f"{name}: {kernel}"], number[f"{name}: {kernel}"] = total, times
+    floor = sum(
+        1e3 * max(work.operations / machine.OPERATIONS, work.bytes / machine.MEMORY)
+        for work in BACKWARD.floor(SHAPES[shape], 2)
+    )
+    ratios = {
+        "topk_encode forward / the product alone": ms[ENCODE.name] / ms["torch.mm"],
+        "backward of encode + decode / its floor": ms[BACKWARD.name] / floor,
+        "contextual step / TopK step": ms[CONTEXTUAL_STEP.name] / ms[TOPK_STEP.name],
+    }
+    for kind, values in (("ms", ms), ("launches", number), ("ratios", ratios)):
+        of_kind = of_device.setdefault(kind, {})
+        for name in [name for name in of_kind if name not in values]:  # rows that there are no longer
+            of_kind[name].pop(shape, None)
+            if not of_kind[name]:
+                del of_kind[name]
+        for name, value in values.items():
+            of_kind.setdefault(name, {})[shape] = value if kind == "launches" else float(f"{value:.3g}")
+    of_device.setdefault("kernels", {})[shape] = [
+        line for name, of in rows.items() if name not in CASES for line in _kernels(name, of)
+    ]
+    of_device.setdefault("origins", {})[shape] = {name: origins(rows[name]) for name in STEPS}
+
+
+def kernels(launch: Torch | Triton) -> int:
+    """How many kernels a launch is."""
+    return launch.kernels if isinstance(launch, Torch) else 1
+
+
+def whole(rows: Sequence[Row]) -> float:
+    """Milliseconds of an op or a step: of its kernels one after the other, or of the host, which launches them."""
+    host = sum(kernels(launch) for _, launch, _ in rows) * machine.LAUNCH * 1e3
+    return max(sum(time.ms for _, _, time in rows), host if len(rows) > HOST_FROM else 0.0)
+
+
+# A benchmark of an op begins while the device is busy, so that the host is ahead; in a step it can't be.
+HOST_FROM = 100
+
+
+def by_kernel(rows: Sequence[Row]) -> dict[str, tuple[int, float]]:
+    """For each Triton kernel: how many launches, and their milliseconds."""
+    found: dict[str, tuple[int, float]] = {}
+    for _, launch, time in rows:
+        if isinstance(launch, Triton):
+            name = launch.variant.kernel.fn.__name__
+            number, ms = found.get(name, (0, 0.0))
+            found[name] = number + 1, ms + time.ms
+    return found
+
+
+def _kernels(op: str, rows: Sequence[Row]) -> list[Found]:
+    """A line for each form of a kernel in an op; numbers are those of its launches together, or their means."""
+    forms: dict[str, list[tuple[Triton, model.Time]]] = {}
+    for _, launch, time in rows:
+        if isinstance(launch, Triton):
+            forms.setdefault(str(launch.variant), []).append((launch, time))
+    lines = []
+    for name, of in forms.items():
+        limiters = Counter[str]()
+        for _, time in of:
+            for limiter, ms in time.parts.items():
+                limiters[limiter] += ms  # type: ignore[assignment]
+        n = len(of)
+        classes = {kind: sum(time.classes.get(kind, 0.0) for _, time in of) / n for kind in of[0][1].classes}
+        lines.append(
+            {
+                "op": op,
+                "form": name,
+                "launches": n,
+                "ms": _short(sum(time.ms for _, time in of)),
+                "parts": {limiter: _short(ms) for limiter, ms in limiters.most_common() if ms >= 5e-4},
+                "classes": {kind: round(number) for kind, number in classes.items()},
+                "resident": of[0][1].resident,
+                "waves": _short(sum(time.waves for _, time in of) / n),
+            }
+        )
+    return lines
+
+
+def origins(rows: Sequence[Row]) -> dict[str, list[float]]:
+    """For each function of csae: how many kernels it launches, and their milliseconds; most launches first."""
+    found: dict[str, list[float]] = {}
+    for where, launch, time in rows:
+        of = found.setdefault(where, [0, 0.0])
+        of[0] += kernels(launch)
+        of[1] += time.ms
+    return {where: [int(n), _short(ms)] for where, (n, ms) in sorted(found.items(), key=lambda of: -of[1][0])}
+
+
+def _short(number: float) -> float:
+    return float(f"{number:.3g}")
