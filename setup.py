@@ -148,6 +148,7 @@ setup(
         "csae": ["py.typed"],
         "csae.pages": ["templates/*"],
         "csae.bench": ["predictions.json"],
+        "csae.bench.predict": ["counted.json"],
         "csae.kernels.triton": ["tuned.json"],
     },
     include_package_data=False,

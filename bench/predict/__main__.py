@@ -1,12 +1,12 @@
 """Predict what each kernel, op and training step takes on an H200, without a GPU.
 
-    python -m csae.bench.predict [--shapes A B C]            from the counts in counted.json; prints a table
-    python -m csae.bench.predict --write [--count]           and writes bench/predictions.json and kernels/PREDICTED.md
+    python -m csae.bench.predict [--shapes A B C]     prints a table; keeps what it has to count in counted.json
+    python -m csae.bench.predict --write [--count]    and writes bench/predictions.json and kernels/PREDICTED.md
 
 A prediction is made of three things: the instructions of the kernels' machine code for sm_90, by loop (sass.py); how
-often each loop runs on random data, and what is loaded and stored, counted in Triton's interpreter (trips.py; --count
-counts again, a minute or more a shape); what a step launches, found by running it on tensors without numbers
-(launches.py). machine.py has the machine's rates, model.py the times.
+often each loop runs on random data, and what is loaded and stored, counted in Triton's interpreter (trips.py); what a
+step launches, found by running it on tensors without numbers (launches.py). machine.py has the machine's rates,
+model.py the times. --count counts all again, a minute or more a shape: needed where the loops of a kernel were changed.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ def main() -> None:
     args = parser.parse_args()
     found = written.predictions()
     for name in args.shapes:
-        if args.count:
-            written.count(name)
+        written.count(name, args.count)
         written.update(found, name)
         print(*table.short(found, name), sep="\n", flush=True)
     if args.write:

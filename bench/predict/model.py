@@ -8,9 +8,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from csae.errors import UserError
 from csae.kernels.triton.variant import Variant
 
-from . import launches, machine, sass, source, trips
+from . import machine, sass, source
 from .launches import Recorded, Torch, Triton
 from .trips import Counted
 
@@ -104,13 +105,14 @@ def _operations(launch: Triton) -> float:
 
 
 def _from_l2(launch: Triton, counted: Counted) -> float:
-    """Bytes that pass between L2 and the multiprocessors, but those of whole tiles that TMA loads.
+    """Bytes that pass between L2 and the multiprocessors, but those of the tiles of a product.
 
-    Products by such tiles are known to get more from L2 than gathers do: at 790 TFLOP/s, tiles of 128 x 256 take 9.3
-    TB/s, unless neighbours' requests for the same lines are answered once.
+    These are known to come faster than a gather does: at 790 TFLOP/s, tiles of 128 x 256 take 9.3 TB/s, unless
+    neighbours' requests for the same lines are answered once.
     """
-    tiles = launch.variant.descriptors
-    return sum(counted.stored.values()) + sum(size for name, size in counted.loaded.items() if name not in tiles)
+    tiles = ("x_", "W_") if "BLOCK_M" in launch.variant.constants else ()
+    loaded = sum(size for name, size in counted.loaded.items() if not name.startswith(tiles))
+    return sum(counted.stored.values()) + loaded
 
 
 def _from_memory(launch: Triton, counted: Counted) -> float:
@@ -148,15 +150,21 @@ Row = tuple[str, "Torch | Triton", Time]
 
 
 def times(recorded: Recorded, known: dict[str, list[Counted]]) -> list[Row]:
-    """The time of each launch. known: what `counts` gave."""
+    """The time of each launch. known: the counts of each call that launches. Raises UserError where one is missing."""
     found: list[Row] = []
     for where, launch in recorded.launches:
         if isinstance(launch, Torch):
             found.append((where, launch, of_torch(launch)))
         else:
-            counted = known[key(recorded.calls[launch.call])][launch.place]
-            if counted.kernel != launch.variant.kernel.fn.__name__:
-                raise ValueError(f"launch {launch.place}: {launch.variant} in the step, {counted.kernel} in the run")
+            call = recorded.calls[launch.call]
+            of_call = known.get(key(call), [])
+            kernel = launch.variant.kernel.fn.__name__
+            if len(of_call) <= launch.place or of_call[launch.place].kernel != kernel:
+                raise UserError(
+                    f"counted.json: launch {launch.place + 1} of {call['operator']}, {kernel}, was not counted; needed "
+                    "`python -m csae.bench.predict --count --write`"
+                )
+            counted = of_call[launch.place]
             found.append((where, launch, of_triton(launch, counted)))
     return found
 
@@ -165,15 +173,11 @@ def key(call: dict[str, Any]) -> str:
     return json.dumps(call, sort_keys=True)
 
 
-def counts(recorded: Sequence[Recorded]) -> dict[str, list[Counted]]:
-    """Each different call that launches Triton kernels, counted in the interpreter."""
-    calls = {
+def calls(recorded: Sequence[Recorded]) -> dict[str, dict[str, Any]]:
+    """Each different call that launches Triton kernels, by its key."""
+    return {
         key(of.calls[launch.call]): of.calls[launch.call]
         for of in recorded
         for _, launch in of.launches
         if isinstance(launch, Triton)
     }
-    return dict(zip(calls, trips.count(list(calls.values())), strict=True))
-
-
-__all__ = ["Time", "counts", "launches", "mm", "times"]

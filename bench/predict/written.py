@@ -10,11 +10,9 @@ from typing import Any
 
 import triton
 
-from csae.errors import UserError
-
 from ..cases import BACKWARD, CASES, CONTEXTUAL_STEP, ENCODE, TOPK_STEP
 from ..data import SHAPES
-from . import launches, machine, model
+from . import launches, machine, model, trips
 from .launches import Recorded, Torch, Triton
 from .model import Row
 from .trips import Counted
@@ -34,24 +32,25 @@ def recorded(shape: str) -> dict[str, Recorded]:
 
 
 def counted(shape: str) -> dict[str, list[Counted]]:
-    """The counts that are kept of a shape. Raises UserError where there are none."""
+    """The counts that are kept of a shape."""
     known = json.loads(COUNTED.read_text()) if COUNTED.exists() else {}
-    if shape not in known:
-        raise UserError(f"--shapes: given {shape}, of which nothing was counted; add --count")
-    return {call: [Counted(*one) for one in of_call] for call, of_call in known[shape].items()}
+    return {call: [Counted(*one) for one in of_call] for call, of_call in known.get(shape, {}).items()}
 
 
-def count(shape: str) -> None:
-    """Count again, and keep it."""
+def count(shape: str, again: bool = False) -> None:
+    """Count what the launches of a shape need and is not kept, or all of it again, and keep that."""
+    needed = model.calls(list(recorded(shape).values()))
+    kept = {} if again else {call: of for call, of in counted(shape).items() if call in needed}
+    missing = {call: given for call, given in needed.items() if call not in kept}
+    if missing:
+        kept |= dict(zip(missing, trips.count(list(missing.values())), strict=True))
     known = json.loads(COUNTED.read_text()) if COUNTED.exists() else {}
-    known[shape] = model.counts(list(recorded(shape).values()))
-    lines = [
-        f"{json.dumps(name)}: {{\n"
-        + ",\n".join(f"{json.dumps(call)}: {json.dumps(of)}" for call, of in sorted(calls.items()))
-        + "\n}"
-        for name, calls in sorted(known.items())
-    ]
-    COUNTED.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    known[shape] = kept
+    shapes = []
+    for name, calls in sorted(known.items()):
+        lines = ",\n".join(f"{json.dumps(call)}: {json.dumps(of)}" for call, of in sorted(calls.items()))
+        shapes.append(f"{json.dumps(name)}: {{\n{lines}\n}}")
+    COUNTED.write_text("{\n" + ",\n".join(shapes) + "\n}\n")
 
 
 def predictions() -> Found:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +15,7 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 if TYPE_CHECKING:
     from csae.bench.predict import sass
 
+PREDICTED = Path(__file__).parents[2] / "kernels" / "PREDICTED.md"  # of the checkout: no install has it
 SLOWER = 1.05  # than what is written: a prediction that is more than that fails
 # Ops that are predicted anew in the fast test: a selection's sorting and bisection, a gather, sums, attention.
 SOME = ("encode_and_keep", "gather_sum", "adam_rows", "look-back")
@@ -28,7 +30,7 @@ def written() -> dict[str, Any]:
 
 
 def test_the_table_is_what_is_written() -> None:
-    from csae.bench.predict.table import PREDICTED, markdown
+    from csae.bench.predict.table import markdown
     from csae.bench.predict.written import predictions
 
     assert PREDICTED.read_text() == markdown(predictions()), "run `python -m csae.bench.predict --write`"
@@ -45,7 +47,7 @@ def test_no_kernel_became_slower(op: str, written: dict[str, Any]) -> None:
     assert sum(time.ms for _, _, time in rows) <= SLOWER * written["ms"][op]["A"], "if that is meant: predict --write"
 
 
-@pytest.mark.parametrize("shape", ["A", "B", "C"])
+@pytest.mark.parametrize("shape", ["A", "B"])
 def test_no_step_launches_more(shape: str, written: dict[str, Any]) -> None:
     from csae.bench.data import SHAPES
     from csae.bench.predict import launches
@@ -62,7 +64,7 @@ def test_all_of_a_shape_counted_again(tmp_path: Any, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(kept, "COUNTED", tmp_path / "counted.json")
     found: dict[str, Any] = {"devices": {}}
-    kept.count("A")
+    kept.count("A", again=True)
     kept.update(found, "A")
     new = found["devices"][machine.DEVICE]
     assert new["ms"].keys() == written["ms"].keys()
