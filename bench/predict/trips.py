@@ -205,8 +205,8 @@ def _run(variant: Any, grid: tuple[int, ...], given: tuple[Any, ...], encoder: b
     for kind, of in _counter.bytes.items():
         # A product's tile reads whole columns, and the rows that are there; both as often as it is deep.
         factors = {n: (blocks if n.startswith("W") and blocks > 1 else scale_bytes) for n in of}
-        deep = {n: depth if n.startswith(("x_", "W_")) else 1.0 for n in of}
-        scaled[kind] = {n: size * factors[n] * deep[n] for n, size in of.items()}
+        depths = {n: depth if n.startswith(("x_", "W_")) else 1.0 for n in of}
+        scaled[kind] = {n: size * factors[n] * depths[n] for n, size in of.items()}
     return Counted(function.fn.__name__, variant.constants, trips, scaled["loaded"], scaled["stored"])
 
 
