@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import csae
-from csae.data.places import PLACE_KEYS, Place, in_words, layer_of, name_of_layer, places_in
+from csae.data.places import PLACE_KEYS, Place, in_words, layer_of, name_of_layer, our_name, places_in
 from csae.errors import UserError, shown
 
 KEY = "trained_on"
@@ -229,13 +229,18 @@ def hook_place(name: str) -> tuple[int | None, str]:
     """The layer, counted in blocks that were run, and the kind of a hook point, as other libraries name it.
 
     TransformerLens: blocks.11.hook_resid_post is layer 12, blocks.12.hook_resid_pre too. Modules: model.layers.11,
-    transformer.h.11, layers.11. dictionary_learning: resid_post_layer_11. Others keep their name as the kind.
+    transformer.h.11, layers.11. dictionary_learning: resid_post_layer_11. blocks.0.hook_resid_pre, which comes before
+    layer 1, is resid.in:0. Others keep their name as the kind.
     """
-    if found := re.fullmatch(r"(?:blocks\.(\d+)\.)?(?:hook_)?(resid_post|resid_pre)", name):
-        block = None if found[1] is None else int(found[1])
-        return (None if block is None else block + (found[2] == "resid_post")), RESIDUAL
-    if found := re.fullmatch(r"(?:[\w.]+\.)?(?:layers|layer|h|blocks)\.(\d+)|resid_post_layer_(\d+)", name):
-        return int(found[1] or found[2]) + 1, RESIDUAL
+    if re.fullmatch(r"(hook_)?(resid_post|resid_pre)", name):
+        return None, RESIDUAL
+    known = our_name(name)
+    if known != name and (layer := layer_of(known)) is not None:
+        return layer, RESIDUAL
+    if known == "resid.in:0":
+        return None, known
+    if found := re.fullmatch(r"(?:[\w.]+\.)?(?:layers|layer|h|blocks)\.(\d+)", name):
+        return int(found[1]) + 1, RESIDUAL
     block_of = re.search(r"(?:layers|layer|h|blocks)[._](\d+)", name)
     return (None if block_of is None else int(block_of[1]) + 1), name
 

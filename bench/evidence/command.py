@@ -1,6 +1,6 @@
 """`csae evidence`: does the contextual SAE work? All of the evidence, in one folder:
 
-    OUT/activations/CORPUS-layerN/   activations of the language model, as shards; made once
+    OUT/activations/CORPUS-layerN/   (or CORPUS-HOOK) activations of the language model, as shards; made once
     OUT/runs/NAME/                   a run of csae.train for each cell, with its results (evidence.json)
     OUT/parts/NAME.json              the other measurements, one file each
     OUT/evidence.json                all results so far, written again after each run
@@ -27,6 +27,7 @@ from csae.bench.evidence.grid import CURRENT, PAST, TOPK, Budget, Cell
 from csae.data.activations import ActivationSource, ModelActivations, held_out
 from csae.data.language_model import LanguageModel
 from csae.data.loading import smollm2
+from csae.data.places import layer_of
 from csae.data.text import TokenWindows, beginning
 from csae.distributed.hosts import Hosts
 from csae.distributed.ranks import Ranks
@@ -50,7 +51,7 @@ def run_evidence(
     out: Path | str = Path("evidence"),
     model: str | None = None,
     ks: Sequence[int] = KS,
-    layers: Sequence[int] = LAYERS,
+    layers: Sequence[int] | None = None,
     corpora: Sequence[str] = CORPORA,
     seeds: int = SEEDS,
     budget: Budget | None = None,
@@ -59,21 +60,25 @@ def run_evidence(
     limit: int | None = None,
     progress: Progress = track,
     ranks: Ranks | None = None,
+    hooks: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train, evaluate and measure everything, and write the report; returns what is in evidence.json.
 
     Args:
         out: the folder for all results; if it is there, the work is continued.
         model: what LanguageModel.load takes; by default SmolLM2-135M from its PyPI package.
-        ks, layers, corpora, seeds: the grid (`grid.cells`); seeds are 0 to seeds - 1.
+        ks, layers, corpora, seeds: the grid (`grid.cells`); seeds are 0 to seeds - 1. Layers are LAYERS where neither
+            they nor hooks are given.
         budget: of each SAE.
         languages: a folder with a folder of .txt files for each language, in place of Debian's books.
         limit: train at most this many SAEs, in the order of `grid.cells`.
         ranks: each calls this with the same arguments, and makes a share of the SAEs and measurements.
+        hooks: names or patterns of hook points (`csae.data.hook_points`), in the grid as layers are.
 
     Raises UserError where the model or a text is missing, or `out` holds evidence of another model or budget.
     """
-    _check(ks, layers, corpora, seeds, limit)
+    layers = (() if hooks else LAYERS) if layers is None else layers
+    _check(ks, [*layers, *hooks], corpora, seeds, limit)
     out, budget = Path(out), budget or Budget()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     hosts = Hosts(ranks)
@@ -83,13 +88,12 @@ def run_evidence(
             f"model {lm.name!r} wants texts to begin with a beginning of sequence, and these windows begin with none: "
             "give a model that wants none"
         )
-    for layer in layers:
-        lm.block(layer)
+    places = _places(lm, layers, hooks)
     progress = progress if hosts.is_first else quiet
     about = hosts.from_first(lambda: _about(out, lm, budget))
     evidence: dict[str, Any] = {"about": about, "runs": []}
-    chosen = grid.cells(ks, layers, corpora, range(seeds))[:limit]
-    opened: dict[tuple[str, int], ActivationSource] = {}
+    chosen = grid.cells(ks, places, corpora, range(seeds))[:limit]
+    opened: dict[tuple[str, int | str], ActivationSource] = {}
 
     def source_of(cell: Cell) -> ActivationSource:
         where = (cell.corpus, cell.layer)
@@ -162,7 +166,7 @@ def _others(
     return {
         "redundancy": [
             {"corpus": corpus, "layer": layer}
-            | parts(f"redundancy-{corpus}-layer{layer}", partial(_redundancy, source_of(cell), progress))
+            | parts(f"redundancy-{grid.place_name(corpus, layer)}", partial(_redundancy, source_of(cell), progress))
             for (corpus, layer), cell in places.items()
         ],
         "power": [
@@ -179,8 +183,18 @@ def _others(
     }
 
 
-def _check(ks: Sequence[int], layers: Sequence[int], corpora: Sequence[str], seeds: int, limit: int | None) -> None:
-    for name, given in (("ks", ks), ("layers", layers), ("corpora", corpora)):
+def _places(lm: LanguageModel, layers: Sequence[int], hooks: Sequence[str]) -> list[int | str]:
+    """The layers, and each place that the hooks stand for: as a layer where it is one. Raises UserError where none is."""
+    for layer in layers:
+        lm.block(layer)
+    names = [point.name for hook in hooks for point in lm.hook_points.find(hook)]
+    return list(dict.fromkeys([*layers, *(layer_of(name) or name for name in names)]))
+
+
+def _check(
+    ks: Sequence[int], places: Sequence[int | str], corpora: Sequence[str], seeds: int, limit: int | None
+) -> None:
+    for name, given in (("ks", ks), ("layers, hooks", places), ("corpora", corpora)):
         if not given:
             raise UserError(f"{name}: none given; needed at least one")
     for corpus in corpora:
@@ -222,7 +236,7 @@ def _about(out: Path, lm: LanguageModel, budget: Budget) -> dict[str, Any]:
     return about | now
 
 
-def _first(chosen: Sequence[Cell]) -> tuple[str, int, int]:
+def _first(chosen: Sequence[Cell]) -> tuple[str, int | str, int]:
     return chosen[0].corpus, chosen[0].layer, chosen[0].k
 
 

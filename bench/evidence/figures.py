@@ -60,7 +60,7 @@ def headline(evidence: dict[str, Any], colours: Colours) -> Any:
     figure = fvu(evidence, colours)
     if figure is not None:
         where = summary.setting(evidence["runs"])
-        title = f"Variance left unexplained, {where.corpus}\n{where.model}, layer {where.layer}"
+        title = f"Variance left unexplained, {where.corpus}\n{where.model}, {summary.in_words(where.layer)}"
         figure.axes[0].set_title(title, loc="left", fontsize=10)
     return figure
 
@@ -92,7 +92,7 @@ def elsewhere(evidence: dict[str, Any], colours: Colours) -> Any:
         over = {arch: summary.spread(value(run, "fvu") for run in here if run["arch"] == arch) for arch in ARCHS}
         if any(over.values()):
             points += [(len(rows), arch, of) for arch, of in over.items() if of is not None]
-            rows.append(f"{model}, {corpus}, {layer}" if several else f"{corpus}, layer {layer}")
+            rows.append(f"{model}, {corpus}, {layer}" if several else f"{corpus}, {summary.in_words(layer)}")
     if len(rows) < 2:
         return None
     figure, axes = _axes(colours, f"FVU at k = {k}", "", height=1.7 + 0.36 * len(rows))
@@ -216,7 +216,7 @@ def redundancy(evidence: dict[str, Any], colours: Colours) -> Any:
         found = [(value(entry, "predicted", "r2", name), row + beside) for row, name in enumerate(names)]
         shown = [(r2, row) for r2, row in found if r2 is not None]
         axes.plot(*zip(*shown, strict=True), mark, color=colours.ink if number % 2 == 0 else colours.soft,
-                  label=f"{entry.get('corpus')}, layer {entry.get('layer')}", markersize=6)  # fmt: skip
+                  label=f"{entry.get('corpus')}, {summary.in_words(entry.get('layer'))}", markersize=6)  # fmt: skip
     axes.axvline(0, color=colours.soft, linewidth=0.8)
     _in_percent(axes.xaxis)
     _rows(axes, [PREDICTORS[name] for name in names])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -61,7 +62,8 @@ class Cell:
     """topk, topk-wide, contextual (query="current"), contextual-past, or one of BASELINES"""
     k: int
     corpus: str
-    layer: int
+    layer: int | str
+    """after how many blocks; or the name of a hook point"""
     seed: int
     k_mem: int | None = None
     """of a contextual SAE: how many features of a code are remembered"""
@@ -69,7 +71,7 @@ class Cell:
     @property
     def name(self) -> str:
         remembered = "" if self.k_mem is None else f"-mem{self.k_mem}"
-        return f"{self.corpus}-layer{self.layer}-{self.arch}{remembered}-k{self.k}-seed{self.seed}"
+        return f"{place_name(self.corpus, self.layer)}-{self.arch}{remembered}-k{self.k}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,13 @@ class Budget:
     n_ctx: int = 256
 
 
-def cells(ks: Sequence[int], layers: Sequence[int], corpora: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
+def place_name(corpus: str, layer: int | str) -> str:
+    """A corpus and a place of the model, for the names of files and folders."""
+    where = f"layer{layer}" if isinstance(layer, int) else re.sub(r"[^\w.-]", "-", layer)
+    return f"{corpus}-{where}"
+
+
+def cells(ks: Sequence[int], layers: Sequence[int | str], corpora: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
     """The full grid, the most important cells first, so that a part of it is of use too.
 
     1. The middle k and layer and the first corpus: every seed of our SAEs and of Temporal Feature Analysis, which looks
@@ -93,10 +101,11 @@ def cells(ks: Sequence[int], layers: Sequence[int], corpora: Sequence[str], seed
 
     TopK is also trained at 1.5 and 2 times each k, for `headline`.
     """
-    k, layer, corpus = _middle(ks), _middle(layers), corpora[0]
+    by_number = sorted(layers, key=lambda layer: (0, layer, "") if isinstance(layer, int) else (1, 0, layer))
+    k, layer, corpus = sorted(ks)[len(ks) // 2], by_number[len(layers) // 2], corpora[0]
     ours = (TOPK, WIDE, CURRENT, PAST)
 
-    def place(k: int, corpus: str, layer: int, seed: int) -> list[Cell]:
+    def place(k: int, corpus: str, layer: int | str, seed: int) -> list[Cell]:
         archs = [Cell(arch, k, corpus, layer, seed) for arch in ours]
         return archs + [Cell(TOPK, more, corpus, layer, seed) for more in (k + k // 2, 2 * k)]
 
@@ -113,10 +122,6 @@ def cells(ks: Sequence[int], layers: Sequence[int], corpora: Sequence[str], seed
     return list(dict.fromkeys(here + elsewhere + rest + baselines))
 
 
-def _middle(numbers: Sequence[int]) -> int:
-    return sorted(numbers)[len(numbers) // 2]
-
-
 def windows_needed(budget: Budget) -> int:
     return budget.distinct // budget.n_ctx + HELD_OUT
 
@@ -125,18 +130,18 @@ def activations(
     out: Path,
     lm: LanguageModel,
     corpus: str,
-    layer: int,
+    layer: int | str,
     budget: Budget,
     languages: Path | None = None,
     progress: Progress = quiet,
     ranks: Ranks | None = None,
 ) -> ActivationSource:
-    """The activations of a corpus at a layer, from a cache in `out`, which is made first if it is not there.
+    """The activations of a corpus at a layer or a hook point, from a cache in `out`, which is made first if it is not there.
 
     languages: a folder for `texts.read_languages`, for "multilingual". ranks: all call this, and share the work.
     """
     hosts = Hosts(ranks)
-    folder = out / "activations" / f"{corpus}-layer{layer}"
+    folder = out / "activations" / place_name(corpus, layer)
     if not hosts.from_first(folder.exists):
         needed = windows_needed(budget) * budget.n_ctx
         token_windows = texts.windows(corpus, lm.tokenizer, budget.n_ctx, needed, languages, progress=progress)

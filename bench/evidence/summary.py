@@ -39,8 +39,14 @@ class Setting(NamedTuple):
 
     model: str | None
     corpus: str | None
-    layer: int | None
+    layer: int | str | None
+    """after how many blocks; or the name of a hook point"""
     k: int | None
+
+
+def in_words(layer: int | str | None) -> str:
+    """The place of an entry, for people: layer 12, mlp.out:11."""
+    return layer if isinstance(layer, str) else f"layer {layer}"
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:

@@ -19,6 +19,7 @@ from csae.errors import UserError, shown
 @click.option("--model", help="Any other language model than SmolLM2-135M.")
 @click.option("--k", "ks", type=int, multiple=True, help="Active features a token; may be repeated. [4 8 16 32 64]")
 @click.option("--layer", "layers", type=int, multiple=True, help="May be repeated. [6 12 20]")
+@click.option("--hook", "hooks", multiple=True, help="A hook point or a pattern (`csae hooks`); may be repeated.")
 @click.option(
     "--corpus",
     "corpora",

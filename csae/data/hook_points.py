@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from csae.data.blocks import PROBE_TOKENS, Blocks, hidden, in_windows, with_hidden
-from csae.data.places import SHORT_FORM, Place, matching, name_of_layer
+from csae.data.places import SHORT_FORM, Place, in_transformer_lens, matching, name_of_layer, our_name
 from csae.data.probe import Call, Probed, input_of, probe, with_input
 from csae.errors import UserError, shown
 
@@ -212,12 +212,15 @@ class HookPoints:
             short = {f"resid.in:{block}": before, f"resid.out:{block}": f"resid.out:{block}"}
             paths = {f"{path}.in": before, path: f"resid.out:{block}"}
             lens = {f"blocks.{block}.hook_resid_pre": before, f"blocks.{block}.hook_resid_post": f"resid.out:{block}"}
-            lens[f"resid_post_layer_{block}"] = f"resid.out:{block}"
+            lens |= {f"resid_pre_layer_{block}": before, f"resid_post_layer_{block}": f"resid.out:{block}"}
+            if not block:
+                lens["resid_in_layer_0"] = before
             for kind, part in parts.items():
                 if part.path is None:
                     continue
                 if not part.adds_stream:
                     lens[f"{kind}_out_layer_{block}"] = f"{kind}.out:{block}"
+                lens[f"{kind}_in_layer_{block}"] = f"{kind}.in:{block}"
                 for side in ("in",) if part.adds_stream else ("in", "out"):
                     name = f"{kind}.{side}:{block}"
                     short[name] = name
@@ -239,11 +242,13 @@ class HookPoints:
 
     def _unknown(self, name: str) -> str:
         """Why a name without a pattern stands for nothing."""
-        given, found = f"hook {shown(repr(name))}: ", SHORT_FORM.fullmatch(name)
+        given, found = f"hook {shown(repr(name))}: ", SHORT_FORM.fullmatch(our_name(name))
+        n_blocks = len(self._blocks.modules)
+        if found and int(found[3]) >= n_blocks:
+            return f"{given}{self._name} has blocks 0 to {n_blocks - 1}"
+        found = SHORT_FORM.fullmatch(name)
         if found:
-            n_blocks, block = len(self._blocks.modules), int(found[3])
-            if block >= n_blocks:
-                return f"{given}{self._name} has blocks 0 to {n_blocks - 1}"
+            block = int(found[3])
             part = self._probed().parts[block][found[1]]
             what = "MLP" if found[1] == "mlp" else "attention"
             if part.adds_stream:
@@ -261,6 +266,8 @@ class HookPoints:
                 f"{given}block {block} of {self._name} has no {what} to name ({part.missing}), but "
                 f"{', '.join(there)}; {LISTED}"
             )
+        if reason := in_transformer_lens(name):
+            return f"{given}TransformerLens's name of {reason}; {LISTED}"
         return f"{given}{self._name} has no such place; {LISTED}"
 
 

@@ -23,6 +23,53 @@ class Place(NamedTuple):
         return self.hook if self.to is None else f"{self.hook} to {self.to}"
 
 
+OTHERS_NAMES = re.compile(
+    r"blocks\.(?P<block>\d+)\.hook_(?P<kind>resid_pre|resid_post|mlp_out|attn_out)"
+    r"|(?P<kind2>resid_pre|resid_post|resid_in|mlp_in|mlp_out|attn_in|attn_out)_layer_(?P<block2>\d+)"
+)
+"""TransformerLens's and SAELens's names; dictionary_learning's, and those that we write in its way"""
+
+
+def our_name(hook: str) -> str:
+    """The short form of a hook point where another library's name says which it is; else the name as it is."""
+    found = OTHERS_NAMES.fullmatch(hook)
+    if not found:
+        return hook
+    (part, _, side), block = (found["kind"] or found["kind2"]).partition("_"), int(found["block"] or found["block2"])
+    if part != "resid":
+        return f"{part}.{side}:{block}"
+    if side == "post":
+        return f"resid.out:{block}"
+    return f"resid.out:{block - 1}" if block else "resid.in:0"
+
+
+IN_TRANSFORMER_LENS = {
+    r"blocks\.(\d+)\.hook_(mlp|attn)_out": "what {1} adds to the stream; a norm or a factor comes between here, so "
+    "{1}.out:{0} is not the same: name that, or the norm's module",
+    r"blocks\.(\d+)\.hook_resid_mid": "the stream between attention and MLP; name the norm before the MLP by its path, "
+    "with .in behind it",
+    r"blocks\.(\d+)\.hook_(mlp|attn)_in": "the stream before the norm; {1}.in:{0} is what comes behind the norm",
+    r"blocks\.(\d+)\.ln[12](_post)?\.hook_\w+": "a part of a norm, which depends on how it was loaded there; name the "
+    "norm's module by its path",
+    r"blocks\.(\d+)\.attn\.hook_z": "what the heads give; name the projection that takes it by its path, with "
+    ".in behind it",
+    r"blocks\.(\d+)\.mlp\.hook_(pre|post|pre_linear)": "a part of the MLP; name the module that gives it by its path, "
+    "or the one that takes it, with .in behind it",
+    r"blocks\.(\d+)\.(attn\.hook_\w+|hook_[qkv]_\w+)": "something inside attention that is no [B, T, width] of a module",
+    r"ln_final\.hook_\w+": "a part of the last norm; name that module by its path",
+    r"hook_(pos_)?embed": "the embedding; resid.in:0 is what the first block is given",
+}
+"""TransformerLens's other names, as patterns, and what to say of each"""
+
+
+def in_transformer_lens(name: str) -> str | None:
+    """What is to be said of a name of TransformerLens's that stands for no hook point of ours; None of another."""
+    for pattern, words in IN_TRANSFORMER_LENS.items():
+        if found := re.fullmatch(pattern, name):
+            return words.format(*found.groups())
+    return None
+
+
 def name_of_layer(layer: int) -> str:
     """The hook point of the residual stream after `layer` blocks: layer 12 is resid.out:11."""
     return f"resid.out:{layer - 1}"

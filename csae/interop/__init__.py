@@ -28,7 +28,7 @@ from types import ModuleType
 from typing import Any
 
 from csae.contextual_sae import ContextualSAE
-from csae.interop.places import our_name
+from csae.data.places import our_name
 from csae.interop.weights import Asked
 from csae.sae import SAE
 from csae.topk_sae import TopKSAE

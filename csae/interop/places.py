@@ -14,28 +14,19 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from csae.data.places import SHORT_FORM, layer_of
+from csae.data.places import SHORT_FORM, layer_of, our_name
 from csae.errors import UserError
 from csae.sae import SAE
 
 ADVICE = "give metadata with the hook_name that you mean"
 OF_MODULES = {"model_class_name": "AutoModelForCausalLM"}
 """what SAELens needs beside a hook_name that is the path of a module of transformers"""
-THEIRS = re.compile(
-    r"blocks\.(?P<block>\d+)\.hook_(?P<kind>mlp|attn)_out|(?P<kind2>mlp|attn)_out_layer_(?P<block2>\d+)"
-)
 
 
 def hook_of(sae: SAE) -> str | None:
     """The hook point that an SAE reads, as it was trained; None where it is not known."""
     place = None if sae.trained_on is None else sae.trained_on.at()
     return None if place is None else our_name(place.hook)
-
-
-def our_name(hook: str) -> str:
-    """A hook point by our name where it is another library's of what an MLP or attention gives; else as it is."""
-    found = THEIRS.fullmatch(hook)
-    return f"{found['kind'] or found['kind2']}.out:{found['block'] or found['block2']}" if found else hook
 
 
 def for_sae_lens(hook: str) -> dict[str, Any]:

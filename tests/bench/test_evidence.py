@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from csae.bench.evidence import command, grid, synthetic, texts
+from csae.bench.evidence import command, grid, summary, synthetic, texts
 from csae.bench.evidence.grid import CURRENT, PAST, TOPK, WIDE, Budget, Cell
+from csae.data.language_model import LanguageModel
 from csae.errors import UserError
 
 TINY = {"ks": (2,), "layers": (2,), "seeds": 1, "budget": Budget(d_sae=40, tokens=1024, distinct=1024, n_ctx=32)}
@@ -136,6 +137,36 @@ def test_the_grid_is_whole_and_begins_with_what_tells_most() -> None:
                 for layer in (6, 12, 20):
                     for corpus in ("english", "multilingual"):
                         assert Cell(arch, k, corpus, layer, seed) in cells
+
+
+def test_hook_points_in_the_grid_are_known_by_one_name(tiny_lm: LanguageModel) -> None:
+    assert command._places(tiny_lm, (1,), ("mlp.out:*", "resid.out:0", "model.layers.1", "model.layers.2.mlp")) == [
+        1, "mlp.out:0", "mlp.out:1", "mlp.out:2", 2
+    ]  # fmt: skip
+    cells = grid.cells((4,), ["mlp.out:1", 2, 1], ("english",), range(1))
+    assert {cell.layer for cell in cells[:6]} == {2}, "layers come before other places"
+    names = [cell.name for cell in cells if cell.layer == "mlp.out:1"]
+    assert names[0] == "english-mlp.out-1-topk-k4-seed0"
+    assert len({cell.name for cell in cells}) == len(cells)
+
+
+def test_the_evidence_at_a_hook_point(
+    small: None, tiny_model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undrawn(monkeypatch)
+    monkeypatch.setattr(synthetic, "cases", lambda: [])
+    given = {name: value for name, value in TINY.items() if name != "layers"}
+    run = partial(command.run_evidence, tmp_path / "a", tiny_model_path, corpora=("english",), device="cpu", **given)
+    found = run(hooks=("mlp.out:1",), limit=1)
+    assert [(entry["name"], entry["layer"]) for entry in found["runs"]] == [
+        ("english-mlp.out-1-topk-k2-seed0", "mlp.out:1")
+    ]
+    assert grid.trained(tmp_path / "a", grid.Cell(TOPK, 2, "english", "mlp.out:1", 0)).trained_on.hook == "mlp.out:1"
+    assert summary.in_words("mlp.out:1") == "mlp.out:1"
+    assert summary.in_words(12) == "layer 12"
+    assert (tmp_path / "a" / "activations" / "english-mlp.out-1").is_dir()
+    with pytest.raises(UserError, match="no such place"):
+        run(hooks=("mlp.outs:1",))
 
 
 def test_the_k_that_matches() -> None:

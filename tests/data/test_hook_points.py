@@ -12,7 +12,7 @@ from toys import Block, Toy
 
 from csae.data.activations import ModelActivations, estimate_normalisation, estimate_normalisations, sink_mask
 from csae.data.language_model import LanguageModel
-from csae.data.places import Place, in_words, layer_of, places_in
+from csae.data.places import Place, in_words, layer_of, our_name, places_in
 from csae.data.text import TokenWindows
 from csae.errors import UserError
 
@@ -142,6 +142,12 @@ def test_blocks_are_numbered_as_the_model_does(llama: LanguageModel, tokens: tor
         ("blocks.1.hook_resid_pre", "resid.out:0"),
         ("blocks.1.hook_mlp_out", "mlp.out:1"),
         ("blocks.1.hook_attn_out", "attn.out:1"),
+        ("blocks.0.hook_resid_pre", "resid.in:0"),
+        ("resid_pre_layer_0", "resid.in:0"),
+        ("resid_in_layer_0", "resid.in:0"),
+        ("resid_pre_layer_2", "resid.out:1"),
+        ("mlp_in_layer_1", "mlp.in:1"),
+        ("attn_in_layer_1", "attn.in:1"),
         ("resid_post_layer_1", "resid.out:1"),
         ("mlp_out_layer_1", "mlp.out:1"),
         ("layers.1.mlp", "mlp.out:1"),
@@ -152,10 +158,42 @@ def test_the_names_of_other_libraries(name: str, expected: str, llama: LanguageM
     assert llama.hook(name).name == expected
 
 
+@pytest.mark.parametrize("block", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["resid_pre", "resid_post", "mlp_out", "attn_out"])
+def test_the_names_of_other_libraries_say_the_same_without_a_model(kind: str, block: int, llama: LanguageModel) -> None:
+    for name in (f"blocks.{block}.hook_{kind}", f"{kind}_layer_{block}"):
+        point = llama.hook(name)
+        assert our_name(name) == point.name
+        assert our_name(point.name) == point.name
+    assert our_name(llama.hook_points.others_name(point)) == point.name
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("blocks.1.hook_resid_mid", "the stream between attention and MLP; name the norm before the MLP by its path"),
+        ("blocks.1.hook_mlp_in", "the stream before the norm; mlp.in:1 is what comes behind"),
+        ("blocks.1.attn.hook_z", "what the heads give; name the projection that takes it by its path, with .in"),
+        ("blocks.1.mlp.hook_post", "a part of the MLP; name the module"),
+        ("blocks.1.ln2.hook_normalized", "a part of a norm"),
+        ("blocks.1.attn.hook_pattern", "something inside attention"),
+        ("ln_final.hook_normalized", "a part of the last norm"),
+        ("hook_embed", "the embedding; resid.in:0"),
+        ("blocks.9.hook_mlp_out", "has blocks 0 to 2"),
+        ("mlp_out_layer_9", "has blocks 0 to 2"),
+        ("blocks.3.hook_resid_pre", "has no such place"),
+    ],
+)
+def test_other_names_of_transformer_lens_are_refused(name: str, message: str, llama: LanguageModel) -> None:
+    with pytest.raises(UserError) as error:
+        llama.hook(name)
+    assert message in str(error.value)
+
+
 def test_transformer_lens_s_names_only_where_they_are_the_same() -> None:
     gemma = made("gemma2")  # a norm comes between the MLP and the stream
     assert gemma.hook_points.others_name(gemma.hook("mlp.out:1")) is None
-    with pytest.raises(UserError, match="has no such place"):
+    with pytest.raises(UserError, match=r"a norm or a factor comes between here, so mlp.out:1 is not the same"):
         gemma.hook("blocks.1.hook_mlp_out")
     gpt = made("gpt2")
     assert gpt.hook_points.others_name(gpt.hook("mlp.out:1")) == "blocks.1.hook_mlp_out"

@@ -77,8 +77,21 @@ def test_names_of_other_hook_points_are_filled_in(hook, sae_lens, dictionary_lea
     trainer = json.loads((tmp_path / "b" / "config.json").read_text())["trainer"]
     assert (trainer.get("layer"), trainer["submodule_name"]) == dictionary_learning
     assert interop.load("dictionary_learning", tmp_path / "b").trained_on == sae.trained_on
-    if sae_lens and hook != "resid.in:0":  # the same place by another name is no other place
+    if sae_lens:  # the same place by another name is no other place
         interop.save("sae_lens", sae, tmp_path / "a", {"hook_name": sae_lens["hook_name"]})
+
+
+def test_the_stream_before_the_first_block_is_known_by_the_names_of_others(tmp_path):
+    for library, key, name in (
+        ("sae_lens", "hook_name", "blocks.0.hook_resid_pre"),
+        ("dictionary_learning", "submodule_name", "resid_in_layer_0"),
+        ("dictionary_learning", "submodule_name", "resid_pre_layer_0"),
+    ):
+        sae = topk()
+        folder = tmp_path / name / library
+        interop.save(library, sae, folder, {key: name})
+        on = interop.load(library, folder).trained_on
+        assert (on.layer, on.hook, on.place()) == (None, "resid.in:0", "resid.in:0")
 
 
 @pytest.mark.parametrize("hook", ["mlp.in:11", "attn.in:2", "model.layers.3.mlp.down_proj.in"])
