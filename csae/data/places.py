@@ -55,7 +55,7 @@ IN_TRANSFORMER_LENS = {
     ".in behind it",
     r"blocks\.(\d+)\.mlp\.hook_(pre|post|pre_linear)": "a part of the MLP; name the module that gives it by its path, "
     "or the one that takes it, with .in behind it",
-    r"blocks\.(\d+)\.(attn\.hook_\w+|hook_[qkv]_\w+)": "something inside attention that is no [B, T, width] of a module",
+    r"blocks\.(\d+)\.(attn\.hook_\w+|hook_[qkv]_\w+)": "a part of attention that no module gives as [B, T, width]",
     r"ln_final\.hook_\w+": "a part of the last norm; name that module by its path",
     r"hook_(pos_)?embed": "the embedding; resid.in:0 is what the first block is given",
 }

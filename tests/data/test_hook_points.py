@@ -176,7 +176,7 @@ def test_the_names_of_other_libraries_say_the_same_without_a_model(kind: str, bl
         ("blocks.1.attn.hook_z", "what the heads give; name the projection that takes it by its path, with .in"),
         ("blocks.1.mlp.hook_post", "a part of the MLP; name the module"),
         ("blocks.1.ln2.hook_normalized", "a part of a norm"),
-        ("blocks.1.attn.hook_pattern", "something inside attention"),
+        ("blocks.1.attn.hook_pattern", "a part of attention"),
         ("ln_final.hook_normalized", "a part of the last norm"),
         ("hook_embed", "the embedding; resid.in:0"),
         ("blocks.9.hook_mlp_out", "has blocks 0 to 2"),
