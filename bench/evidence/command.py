@@ -184,7 +184,7 @@ def _others(
 
 
 def _places(lm: LanguageModel, layers: Sequence[int], hooks: Sequence[str]) -> list[int | str]:
-    """The layers, and each place that the hooks stand for: as a layer where it is one. Raises UserError where none is."""
+    """The layers, and the places that the hooks stand for, as layers where they are. Raises UserError where none is."""
     for layer in layers:
         lm.block(layer)
     names = [point.name for hook in hooks for point in lm.hook_points.find(hook)]

@@ -136,7 +136,7 @@ def activations(
     progress: Progress = quiet,
     ranks: Ranks | None = None,
 ) -> ActivationSource:
-    """The activations of a corpus at a layer or a hook point, from a cache in `out`, which is made first if it is not there.
+    """The activations of a corpus at a layer or a hook point, from a cache in `out`, made first if it is not there.
 
     languages: a folder for `texts.read_languages`, for "multilingual". ranks: all call this, and share the work.
     """
