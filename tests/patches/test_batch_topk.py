@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from csae.patches.batch_topk import ROOM, batch_topk
+from csae.patches.batch_topk import ROOM, above_threshold, batch_topk
 
 
 @pytest.mark.parametrize("batch", [(9,), (2, 5), (1,)])
@@ -52,3 +52,28 @@ def test_of_equal_values_as_many_are_kept_as_there_is_room_for():
         if code is not None:
             assert (code.values > 0).sum() == count
             assert code.values.sum() == count + n
+
+
+@pytest.mark.parametrize("batch", [(9,), (2, 5), (0,)])
+@pytest.mark.parametrize("k", [1, 2.5, 23])
+@pytest.mark.parametrize("threshold", [0.0, 0.8, 100.0])
+def test_all_that_is_above_a_threshold(batch, k, threshold):
+    torch.manual_seed(0)
+    x, W_enc, b_enc = torch.randn(*batch, 7), torch.randn(23, 7), torch.randn(23)
+    pre_acts = x @ W_enc.T + b_enc
+    wanted = torch.where(pre_acts > threshold, pre_acts, 0)
+    code = above_threshold(x, W_enc, b_enc, torch.tensor(threshold), k)
+    most = max((wanted > 0).sum(dim=-1).flatten().tolist(), default=0)
+    if code is None:
+        assert most >= ROOM * k
+        return
+    torch.testing.assert_close(code.dense(), wanted)
+    assert code.values.shape[-1] == max(1, most)
+
+
+def test_a_threshold_that_is_unset_and_a_nan_are_left_alone():
+    x, W_enc, b_enc = torch.randn(5, 7), torch.randn(23, 7), torch.zeros(23)
+    assert above_threshold(x, W_enc, b_enc, torch.tensor(-1.0), 23) is None
+    x[2] = torch.nan
+    for k in (2, 23):
+        assert above_threshold(x, W_enc, b_enc, torch.tensor(3.0), k) is None

@@ -233,6 +233,62 @@ def test_a_threshold_is_the_librarys_own(options):
         assert torch.equal(mine, theirs)
 
 
+def threshold_for(ae):
+    """What K of the features of a token exceed, in the mean."""
+    return ae.encode(activations(), use_threshold=False).flatten().topk(N * K).values[-1].item()
+
+
+@pytest.mark.parametrize("shape", [(N,), (2, 5), (0,)])
+def test_batch_topk_in_use_is_the_same_by_its_threshold(shape, never_dense):
+    ae = sae("batch")
+    ae.threshold.fill_(threshold_for(ae))
+    x = activations(2, *shape).requires_grad_()
+
+    def results():
+        x_hat = ae(x)
+        gradients = torch.autograd.grad(x_hat.square().sum(), [x, *ae.parameters()])
+        return x_hat, *gradients
+
+    wanted = *results(), ae.encode(x)
+    with csae.patch("dictionary_learning"):
+        found = results()
+    for mine, theirs in zip(found, wanted[:-1], strict=True):
+        close(mine, theirs)
+
+
+def test_what_batch_topk_in_use_gives_is_the_same():
+    ae = sae("batch")
+    ae.threshold.fill_(threshold_for(ae))
+    with torch.no_grad():
+        x_hat, features = ae(activations(), output_features=True)
+        encoded, active, _ = ae.encode(activations(), return_active=True)
+        l0 = (features > 0).sum(dim=1)
+        with csae.patch("dictionary_learning"):
+            found = ae(activations(), output_features=True)
+            again, found_active, pre = ae.encode(activations(), return_active=True)
+            assert type(ae.encode(activations())) is torch.Tensor
+            close(pre + 0, torch.relu(ae.encoder(activations() - ae.b_dec)))
+    assert l0.min() < l0.max() <= 8 * K  # or this tests nothing
+    close(found[0], x_hat)
+    close(found[1], features)
+    close(again + 0, encoded)
+    assert torch.equal(found_active, active)
+
+
+@pytest.mark.parametrize(("threshold", "why"), [(-1.0, "unset"), (0.0, "too many"), (5.0, "nan")])
+def test_where_a_threshold_keeps_too_much_the_librarys_own_code_runs(threshold, why):
+    ae = sae("batch", dict_size=20 * 8 * K)
+    ae.threshold.fill_(threshold)
+    x = activations()
+    if why == "nan":
+        x[3, 0] = torch.nan
+    wanted = ae(x), ae.encode(x)
+    with csae.patch("dictionary_learning"):
+        found = ae(x), ae.encode(x)
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(mine.nan_to_num(7.0), theirs.nan_to_num(7.0))
+
+
 @pytest.mark.parametrize("with_grad", [True, False])
 def test_features_beside_the_reconstruction(with_grad):
     ae = sae()
