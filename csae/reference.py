@@ -110,11 +110,21 @@ def threshold_gradient(
 
 
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
-    """out_t = sum_i values_ti * W_dec[indices_ti].
+    """out_t = sum_i values_ti * W_dec[indices_ti], over the entries before the length of the row.
 
     values [..., k], indices [..., k] int64, W_dec [d_sae, d_out] -> [..., d_out].
+
+    The length is the place after the last non-zero value (NaN is non-zero). What stands at or behind it takes no part:
+    its index is not looked at, and its gradient is zero.
     """
-    return (values.unsqueeze(-1) * W_dec[indices]).sum(dim=-2)
+    live = before_length(values)
+    rows = torch.where(live.unsqueeze(-1), W_dec[torch.where(live, indices, 0)], 0)  # [..., k, d_out]
+    return (torch.where(live, values, 0).unsqueeze(-1) * rows).sum(dim=-2)
+
+
+def before_length(values: Tensor) -> Tensor:
+    """values [..., k] -> [..., k] bool: which entries stand before the length of their row."""
+    return (values != 0).flip(-1).cumsum(dim=-1).flip(-1) > 0
 
 
 def document_starts(documents: Tensor) -> Tensor:

@@ -12,11 +12,13 @@ from .checks import autocast_to, check_device, check_floats, check_shape, check_
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """out_t = sum_i values_ti * W_dec[indices_ti]: the decoder, and the memory of the look-back.
 
-    Costs a gather of k rows a token, whatever d_sae is. The gradient of W_dec is summed in a fixed order:
-    it is the same to the bit in every run.
+    k is a capacity: a row's length is the place after its last non-zero value (NaN is non-zero). Entries at or behind it
+    take no part: they cost nothing, their indices are not looked at, and the gradient of their values is zero. So a
+    token costs a gather of as many rows as its length, whatever k and d_sae are. The gradient of W_dec is summed in a
+    fixed order: it is the same to the bit in every run.
 
     Args:
-        values: [..., k], float32, bfloat16 or float16 (float64 on a CPU).
+        values: [..., k], float32, bfloat16 or float16 (float64 on a CPU); in any order.
         indices: [..., k] int64, each from 0 to d_sae - 1. A feature may be named more than once.
         W_dec: [d_sae, d_out], values' dtype and device.
 
@@ -69,10 +71,10 @@ def _sparse_decode_backward(
     """Gradients of values and W_dec; one that is not needed comes back empty."""
     sums = kernels("sparse_decode", values.device, values.dtype)
     pairs = _pairs(indices)
-    rows = grad.reshape(pairs.shape[0], W_dec.shape[1])
+    code, rows = (values.reshape(pairs.shape), pairs), grad.reshape(pairs.shape[0], W_dec.shape[1])
     return (
-        sums.gather_dot(rows, pairs, W_dec).view(values.shape) if need_values else values.new_empty(0),
-        sums.feature_sum(values.reshape(pairs.shape), pairs, rows, W_dec.shape[0]) if need_W else values.new_empty(0),
+        sums.gather_dot(rows, *code, W_dec).view(values.shape) if need_values else values.new_empty(0),
+        sums.feature_sum(*code, rows, W_dec.shape[0]) if need_W else values.new_empty(0),
     )
 
 
@@ -97,7 +99,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    """With grad_t = d loss / d out_t, over pairs (t, i) of a token and a place in its code:
+    """With grad_t = d loss / d out_t, over pairs (t, i) of a token and a place in its code, before its length:
 
     d values_ti = <grad_t, W_dec[indices_ti]>                                      an SDDMM
     d W_dec[f]  = sum over (t, i) with indices_ti = f of values_ti * grad_t        an SpMM: code^T grad

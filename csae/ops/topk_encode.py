@@ -100,7 +100,8 @@ def _topk_encode_backward(
         rows |= {"b": x.new_ones(n, 1)} if need_b else {}
         tokens = torch.arange(n, device=x.device).unsqueeze(1).expand(n, k)
         sums = kernels("feature_rows", x.device, x.dtype)
-        pairs = sums.sort_pairs(indices.reshape(-1), tokens.reshape(-1), d_sae)
+        active = torch.where(values.reshape(n, k) <= 0, d_sae, indices)  # the others are in no sum
+        pairs = sums.sort_pairs(active.reshape(-1), tokens.reshape(-1), d_sae)
         found = sums.feature_sums(pairs, [grad.reshape(-1)] * len(rows), list(rows.values()))
         gradients = dict(zip(rows, found, strict=True))
         d_W, d_b = gradients.get("W", d_W), gradients["b"].squeeze(1) if need_b else d_b

@@ -118,7 +118,7 @@ class AdamStep(ctypes.Structure):
     )
 
 
-# Matrices [n, *] and [n, k] with their strides, n and k; the table with stride, d_sae, d and type; the result; threads.
+# A code's values and indices with their strides, n and k; the table with stride, d_sae, d and type; the result; threads.
 _GATHER = [
     *(c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64),
     *(c_void_p, c_int64, c_int64, c_int64, c_int),
@@ -154,7 +154,7 @@ _SIGNATURES = {
     "csae_round_rows": (c_int, [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int]),
     "csae_use_huge_pages": (None, [c_void_p, c_int64]),
     "csae_gather_sum": (c_int, _GATHER),
-    "csae_gather_dot": (c_int, _GATHER),
+    "csae_gather_dot": (c_int, [c_void_p, c_int64, *_GATHER]),
     "csae_sort_pairs": (c_int, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int]),
     "csae_feature_sums": (c_int, [POINTER(SortedPairs), POINTER(DenseGradient), c_int, c_int]),
     "csae_adam_rows": (c_int, [POINTER(SortedPairs), POINTER(AdamTable), c_int, POINTER(AdamStep), c_int]),

@@ -4,7 +4,8 @@ gather_sum   out[t]    = sum_i values[t, i] * table[indices[t, i]]    a weighted
 gather_dot   out[t, i] = <grad[t], table[indices[t, i]]>              an SDDMM
 feature_sum  out[f]    = sum over (t, i) with indices[t, i] = f of values[t, i] * rows[t]    an SpMM, code^T rows
 
-`csae.kernels.portable.sparse_decode` has the same functions. Tensors are on the CPU; indices are int64, all else is
+Each row of a code ends at its length (`csae.kernels.codes`). `csae.kernels.portable.sparse_decode` has the same
+functions. Tensors are on the CPU; indices are int64, all else is
 float32 or bfloat16. Each sum is float32 and has a fixed order, so results don't depend on the number of threads, which
 is torch.get_num_threads(). TypeError and ValueError name the argument that doesn't fit; an index outside of [0, d_sae)
 is a ValueError.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..codes import before_length, check_indices
 from .arguments import STORED, check_count, check_strided, with_rows
 from .feature_rows import feature_sums, sort_pairs
 from .library import BAD_INDEX, TYPES, check_status, native
@@ -35,26 +37,29 @@ def gather_sum(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
         *(table.data_ptr(), table.stride(0), d_sae, d, TYPES[table.dtype]),
         *(out.data_ptr(), out.stride(0), torch.get_num_threads()),
     )
-    _check(status, "gather_sum", indices, d_sae)
+    _check(status, "gather_sum", values, indices, d_sae)
     return out
 
 
-def gather_dot(grad: Tensor, indices: Tensor, table: Tensor) -> Tensor:
-    """grad [n, d], indices [n, k], table [d_sae, d] -> [n, k] in grad's dtype."""
+def gather_dot(grad: Tensor, values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
+    """grad [n, d], values [n, k], indices [n, k], table [d_sae, d] -> [n, k] in grad's dtype; 0 behind the length."""
     check_strided("table", table, STORED, (None, None))
     d_sae, d = table.shape
     check_strided("grad", grad, STORED, (None, d))
     n = grad.shape[0]
-    check_strided("indices", indices, torch.int64, (n, None))
-    k = indices.shape[1]
-    rows, indices, table = with_rows(grad.float()), with_rows(indices), with_rows(table)
+    check_strided("values", values, STORED, (n, None))
+    k = values.shape[1]
+    check_strided("indices", indices, torch.int64, (n, k))
+    rows, values = with_rows(grad.float()), with_rows(values.float())
+    indices, table = with_rows(indices), with_rows(table)
     out = fresh((n, k), torch.float32)
     status = native().csae_gather_dot(
-        *(rows.data_ptr(), rows.stride(0), indices.data_ptr(), indices.stride(0), n, k),
+        *(rows.data_ptr(), rows.stride(0), values.data_ptr(), values.stride(0)),
+        *(indices.data_ptr(), indices.stride(0), n, k),
         *(table.data_ptr(), table.stride(0), d_sae, d, TYPES[table.dtype]),
         *(out.data_ptr(), out.stride(0), torch.get_num_threads()),
     )
-    _check(status, "gather_dot", indices, d_sae)
+    _check(status, "gather_dot", values, indices, d_sae)
     return out.to(grad.dtype)
 
 
@@ -65,18 +70,14 @@ def feature_sum(values: Tensor, indices: Tensor, rows: Tensor, d_sae: int) -> Te
     check_strided("indices", indices, torch.int64, (n, k))
     check_strided("rows", rows, STORED, (n, None))
     check_count("d_sae", d_sae)
-    pairs = sort_pairs(indices.flatten(), torch.arange(n).repeat_interleave(k), d_sae)
-    if pairs.ends[-1] != n * k:
-        _refuse(indices, d_sae)
+    live = before_length(values)
+    pairs = sort_pairs(torch.where(live, indices, d_sae).flatten(), torch.arange(n).repeat_interleave(k), d_sae)
+    if pairs.ends[-1] != live.sum():
+        check_indices(indices[live], d_sae)
     return feature_sums(pairs, [values.flatten()], [rows])[0]
 
 
-def _check(status: int, function: str, indices: Tensor, d_sae: int) -> None:
+def _check(status: int, function: str, values: Tensor, indices: Tensor, d_sae: int) -> None:
     if status == BAD_INDEX:
-        _refuse(indices, d_sae)
+        check_indices(indices[before_length(values)], d_sae)
     check_status(function, status)
-
-
-def _refuse(indices: Tensor, d_sae: int) -> None:
-    low, high = indices.aminmax()
-    raise ValueError(f"indices: given values from {int(low)} to {int(high)}; needed 0 <= index < d_sae = {d_sae}")

@@ -63,7 +63,7 @@ def assert_sums(case: Sums) -> None:
     terms = values.unsqueeze(2) * table[indices]  # [n, k, d]
     close(gather_sum(case.values, case.indices, case.table), stored, terms.sum(1), terms.abs().sum(1))
     terms = rows.unsqueeze(1) * table[indices]  # [n, k, d]
-    dots = gather_dot(case.rows.float(), case.indices, case.table)
+    dots = gather_dot(case.rows.float(), case.values, case.indices, case.table)
     close(dots, torch.float32, terms.sum(2), terms.abs().sum(2))
     terms = (values.unsqueeze(2) * rows.unsqueeze(1)).flatten(0, 1)  # [n * k, d]
     nothing = torch.zeros(d_sae, d, dtype=torch.float64)
@@ -128,7 +128,7 @@ def test_sums_have_the_same_bits_for_any_number_of_threads(d_sae: int) -> None:
             torch.cat(
                 [
                     gather_sum(case.values, case.indices, case.table).flatten(),
-                    gather_dot(case.rows, case.indices, case.table).flatten(),
+                    gather_dot(case.rows, case.values, case.indices, case.table).flatten(),
                     feature_sum(case.values, case.indices, case.rows, d_sae).flatten(),
                 ]
             ).view(torch.int32)
@@ -151,7 +151,7 @@ def test_sums_pass_nan_and_inf_on() -> None:
     table = torch.tensor([[1.0, math.inf], [math.nan, 2.0]])
     indices, values = torch.tensor([[0, 1]]), torch.tensor([[0.0, 1.0]])
     assert gather_sum(values, indices, table).isnan().all()
-    assert gather_dot(torch.tensor([[1.0, 0.0]]), indices, table).isnan().all()
+    assert gather_dot(torch.tensor([[1.0, 0.0]]), values, indices, table).isnan().all()
     assert feature_sum(values, indices, torch.tensor([[math.inf, 1.0]]), 2).isnan().tolist() == [
         [True, False],
         [False, False],
@@ -166,7 +166,7 @@ def test_sums_of_any_strides() -> None:
         gather_sum(turned.values, turned.indices, turned.table), gather_sum(case.values, case.indices, case.table)
     )
     assert torch.equal(
-        gather_dot(turned.rows, turned.indices, turned.table), gather_dot(case.rows, case.indices, case.table)
+        gather_dot(turned.rows, turned.values, turned.indices, turned.table), gather_dot(case.rows, case.values, case.indices, case.table)
     )
     sums = (feature_sum(of.values, of.indices, of.rows, 12) for of in (case, turned))
     assert torch.equal(*sums)
@@ -180,7 +180,7 @@ def test_sums_refuse_an_index_out_of_range(wrong: int, place: tuple[int, int]) -
     case.indices[place] = wrong
     for call in (
         lambda: gather_sum(case.values, case.indices, case.table),
-        lambda: gather_dot(case.rows, case.indices, case.table),
+        lambda: gather_dot(case.rows, case.values, case.indices, case.table),
         lambda: feature_sum(case.values, case.indices, case.rows, 12),
     ):
         with pytest.raises(
@@ -208,10 +208,10 @@ V, N, R, T = sums_of(5, 3, 8, 12)
             TypeError,
             "table: given torch.float16; needed torch.float32 or torch.bfloat16",
         ),
-        (lambda: gather_dot(R.half(), N, T), TypeError, "grad: given torch.float16; needed torch.float32"),
-        (lambda: gather_dot(R[:, :4], N, T), ValueError, r"grad: given shape \[5, 4\]; needed \[any, 8\]"),
-        (lambda: gather_dot(R, N[:3], T), ValueError, r"indices: given shape \[3, 3\]; needed \[5, any\]"),
-        (lambda: gather_dot(R, N, T.to("meta")), ValueError, "table: given a torch.strided tensor on meta"),
+        (lambda: gather_dot(R.half(), V, N, T), TypeError, "grad: given torch.float16; needed torch.float32"),
+        (lambda: gather_dot(R[:, :4], V, N, T), ValueError, r"grad: given shape \[5, 4\]; needed \[any, 8\]"),
+        (lambda: gather_dot(R, V, N[:3], T), ValueError, r"indices: given shape \[3, 3\]; needed \[5, 3\]"),
+        (lambda: gather_dot(R, V, N, T.to("meta")), ValueError, "table: given a torch.strided tensor on meta"),
         (lambda: feature_sum(V, N, R[:4], 12), ValueError, r"rows: given shape \[4, 8\]; needed \[5, any\]"),
         (lambda: feature_sum(V, N, R, -1), ValueError, "d_sae: given -1; needed 0 or more"),
         (lambda: feature_sum(V, N, R, 12.0), TypeError, "d_sae: given float; needed int"),

@@ -144,7 +144,7 @@ def test_export():
         )
 
 
-V, J, W = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(7, 4)
+V, J, W = torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(7, 4)
 
 
 @pytest.mark.parametrize(

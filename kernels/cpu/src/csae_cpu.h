@@ -95,17 +95,21 @@ CSAE_EXPORT int csae_round_pairs(const void* rows, int64_t rows_stride, int64_t 
                                  const void* bias, float unseen, float above, int64_t width, void* pairs,
                                  float* lengths, int n_threads);
 
+// A code is values, indices [n, k]. A row's length is the place after its last non-zero value (NaN is non-zero): what
+// stands at or behind it is not looked at, indices included.
+
 // A weighted embedding bag: out[i] = sum over j of values[i, j] table[indices[i, j]], summed in float32.
-// values, indices [n, k]; table [d_sae, d] and out [n, d] of `type`.
+// table [d_sae, d] and out [n, d] of `type`.
 CSAE_EXPORT int csae_gather_sum(const float* values, int64_t values_stride, const int64_t* indices,
                                 int64_t indices_stride, int64_t n, int64_t k, const void* table, int64_t table_stride,
                                 int64_t d_sae, int64_t d, int type, void* out, int64_t out_stride, int n_threads);
 
-// An SDDMM: out[i, j] = <rows[i], table[indices[i, j]]>. rows [n, d], indices and out [n, k], table [d_sae, d] of
-// `type`.
-CSAE_EXPORT int csae_gather_dot(const float* rows, int64_t rows_stride, const int64_t* indices, int64_t indices_stride,
-                                int64_t n, int64_t k, const void* table, int64_t table_stride, int64_t d_sae, int64_t d,
-                                int type, float* out, int64_t out_stride, int n_threads);
+// An SDDMM: out[i, j] = <rows[i], table[indices[i, j]]>, and 0 at and behind a row's length. rows [n, d], out [n, k],
+// table [d_sae, d] of `type`.
+CSAE_EXPORT int csae_gather_dot(const float* rows, int64_t rows_stride, const float* values, int64_t values_stride,
+                                const int64_t* indices, int64_t indices_stride, int64_t n, int64_t k, const void* table,
+                                int64_t table_stride, int64_t d_sae, int64_t d, int type, float* out,
+                                int64_t out_stride, int n_threads);
 
 // Pairs (feature, token) sorted by feature, a CSR matrix [d_sae, n]. order [n_pairs]: the place of each sorted pair
 // among the pairs as given; tokens [n_pairs]: its token; ends [d_sae + 1] (CSR indptr): the pairs of feature f are at

@@ -9,22 +9,38 @@ void gather(bool dot) {
     function = dot ? "csae_gather_dot" : "csae_gather_sum";
     const int64_t n = below(20), k = below(20), d_sae = one_in(16) ? 0 : 1 + below(50), d = below(300);
     const auto kind = static_cast<Kind>(below(3));
-    const auto first = input_of(n, dot ? d : k, kind);
+    auto values = input_of(n, k, kind);
+    const auto rows = input_of(n, dot ? d : 0, kind);
+    for (int64_t i = 0; k > 0 && i < n; ++i) {
+        const float zero = one_in(2) ? 0.0f : -0.0f;
+        for (int64_t j = one_in(2) ? k : below(k + 1); j < k; ++j) values(i, j) = zero;
+        if (one_in(4)) values(i, below(k)) = zero;
+    }
+    std::vector<int64_t> lengths(static_cast<size_t>(n), k);  // known now: rows may overlap
+    for (int64_t i = 0; i < n; ++i) {
+        while (lengths[i] > 0 && values(i, lengths[i] - 1) == 0) --lengths[i];
+    }
     const Stored table = stored_of(some_type(), d_sae, d, kind);
-    const auto indices = input<int64_t>(n, k);  // between its rows they are out of range: they must not be looked at
+    const auto indices = input<int64_t>(n, k);  // out of range between rows and behind lengths: not to be looked at
+    const int64_t outside[] = {-1, d_sae, INT64_MAX, INT64_MIN};
+    bool in_range = true;
     for (int64_t i = 0; i < n * k; ++i) indices(i / k, i % k) = d_sae == 0 ? 0 : below(d_sae);
-    bool in_range = n * k == 0 || d_sae > 0;
-    if (n * k > 0 && one_in(8)) {
-        const int64_t outside[] = {-1, d_sae, INT64_MAX, INT64_MIN};
-        indices(below(n), below(k)) = outside[below(4)];
+    for (int64_t i = 0; i < n; ++i) {
+        in_range &= d_sae > 0 || lengths[i] == 0;
+        for (int64_t j = lengths[i]; j < k && (indices.stride >= k || n == 1); ++j) indices(i, j) = outside[below(4)];
+    }
+    const int64_t chosen = n > 0 ? below(n) : 0;
+    if (n > 0 && lengths[chosen] > 0 && one_in(8)) {
+        indices(chosen, below(lengths[chosen])) = outside[below(4)];
         in_range = false;
     }
     const Stored out = stored_output(dot ? csae_float32 : table.type, n, dot ? k : d);
     const auto run = [&](const Stored& to, int n_threads) {
         const int status =
-            dot ? csae_gather_dot(first.data(), first.stride, indices.data(), indices.stride, n, k, table.data(),
-                                  table.stride(), d_sae, d, table.type, to.floats.data(), to.stride(), n_threads)
-                : csae_gather_sum(first.data(), first.stride, indices.data(), indices.stride, n, k, table.data(),
+            dot ? csae_gather_dot(rows.data(), rows.stride, values.data(), values.stride, indices.data(),
+                                  indices.stride, n, k, table.data(), table.stride(), d_sae, d, table.type,
+                                  to.floats.data(), to.stride(), n_threads)
+                : csae_gather_sum(values.data(), values.stride, indices.data(), indices.stride, n, k, table.data(),
                                   table.stride(), d_sae, d, table.type, to.data(), to.stride(), n_threads);
         check_status(status, in_range ? csae_ok : csae_bad_index);
         to.check_between_rows();
@@ -35,9 +51,10 @@ void gather(bool dot) {
     const int64_t columns = dot ? k : d;
     std::vector<Sum> wanted(static_cast<size_t>(n * columns));
     for (int64_t i = 0; i < n; ++i) {
-        for (int64_t j = 0; j < k; ++j) {
+        for (int64_t j = 0; j < lengths[i]; ++j) {
             for (int64_t c = 0; c < d; ++c) {
-                wanted[i * columns + (dot ? j : c)].add(double{first(i, dot ? c : j)} * table(indices(i, j), c));
+                const double factor = dot ? rows(i, c) : values(i, j);
+                wanted[i * columns + (dot ? j : c)].add(factor * table(indices(i, j), c));
             }
         }
     }

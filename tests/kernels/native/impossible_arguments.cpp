@@ -129,8 +129,8 @@ void impossible_arguments() {
                                type, out, out_stride, n_threads);
     };
     const auto gather_dot = [&] {
-        return csae_gather_dot(first, first_stride, indices, indices_stride, n, k, second, second_stride, d_sae, d,
-                               type, out, out_stride, n_threads);
+        return csae_gather_dot(first, first_stride, second, second_stride, indices, indices_stride, n, k, second,
+                               second_stride, d_sae, d, type, out, out_stride, n_threads);
     };
     const auto both_gathers = [&](const auto& call) {
         refused<int64_t>(call, {&n, &k, &d_sae, &d, &first_stride, &indices_stride, &second_stride, &out_stride}, -1);

@@ -1,4 +1,4 @@
-// Each row of the result is a weighted sum of k rows of the table: a weighted embedding bag.
+// Each row of the result is a weighted sum of rows of the table, up to the code's length: a weighted embedding bag.
 #include <algorithm>
 #include <atomic>
 
@@ -9,23 +9,30 @@
 namespace csae {
 namespace {
 
-// Returns false if an index is outside of [0, d_sae).
+constexpr int64_t most_rows_of_piece = 16;
+
+// Returns false if an index before its row's length is outside of [0, d_sae).
 template <class T>
 bool gather_sum(const float* values, int64_t values_stride, const int64_t* indices, int64_t indices_stride, int64_t n,
                 int64_t k, const T* table, int64_t table_stride, int64_t d_sae, int64_t d, T* out, int64_t out_stride,
                 int n_threads) {
     const RowSums<T>& sums = row_sums<T>();
     std::atomic<bool> good{true};
-    const int64_t piece = std::max<int64_t>(1, std::min<int64_t>(16, n / (int64_t{4} * n_threads)));
+    const int64_t piece = std::max<int64_t>(1, std::min<int64_t>(most_rows_of_piece, n / (int64_t{4} * n_threads)));
     parallel_for(n, piece, n_threads, [&](int, int64_t begin, int64_t end) {
+        int64_t lengths[most_rows_of_piece + 1];
         for (int64_t i = begin; i < end; ++i) {
-            if (!all_below(indices + i * indices_stride, k, d_sae)) good.store(false, std::memory_order_relaxed);
+            lengths[i - begin] = length_of(values + i * values_stride, k);
+            if (!all_below(indices + i * indices_stride, lengths[i - begin], d_sae)) {
+                good.store(false, std::memory_order_relaxed);
+            }
         }
+        lengths[end - begin] = 0;
         if (!good.load(std::memory_order_relaxed)) return;
         for (int64_t i = begin; i < end; ++i) {
             const int64_t* ids = indices + i * indices_stride;
-            sums.rounded_weighted_sum(table, table_stride, d, ids, values + i * values_stride, k, ids + indices_stride,
-                                      i + 1 < end ? k : 0, out + i * out_stride);
+            sums.rounded_weighted_sum(table, table_stride, d, ids, values + i * values_stride, lengths[i - begin],
+                                      ids + indices_stride, lengths[i - begin + 1], out + i * out_stride);
         }
     });
     return good;

@@ -27,6 +27,12 @@ struct RowSums {
 template <class T>
 const RowSums<T>& row_sums();
 
+// The length of a row of a code: the place after its last non-zero value. NaN is non-zero.
+inline int64_t length_of(const float* values, int64_t k) {
+    while (k > 0 && values[k - 1] == 0) --k;
+    return k;
+}
+
 // Whether all of ids [count] lie in [0, n).
 inline bool all_below(const int64_t* ids, int64_t count, int64_t n) {
     uint64_t outside = 0;

@@ -23,36 +23,47 @@ inline int64_t* either(bool first, int64_t* one, int64_t* other) {
 // First each thread counts the keys of its share of the pairs. Then each thread goes through all pairs, in order, and
 // places those with its share of the keys. Two threads that placed pairs of the same key would write to the same cache
 // lines all the time.
+//
+// Inactive pairs take a branch: they come in runs, behind the lengths of codes, so it is predictable. A counter of them
+// among the others would have to be stored and loaded again for each, which takes longer.
 void sort_pairs(const int64_t* features, const int64_t* tokens, int64_t n_pairs, int64_t d_sae, int64_t* order,
                 int64_t* sorted_tokens, int64_t* ends, int n_threads) {
     // At most 4 counters a pair, because counters have to be cleared and added up.
     const int64_t n_parts = std::max<int64_t>(
         1, std::min({max_parts, int64_t{n_threads}, n_pairs / pairs_of_part, 4 * n_pairs / (d_sae + 1)}));
-    const int64_t n_keys = d_sae + 1;  // the last key is for inactive pairs
-    const auto share = [=](int64_t part) { return n_pairs * part / n_parts; };
-    const auto key_of = [=](int64_t pair) {
-        return static_cast<int64_t>(std::min(static_cast<uint64_t>(features[pair]), static_cast<uint64_t>(d_sae)));
-    };
-    std::unique_ptr<int64_t[]> counts(new int64_t[static_cast<size_t>(n_parts * n_keys)]());
+    const auto share = [=](int64_t of, int64_t part) { return of * part / n_parts; };
+    const auto active = [=](int64_t feature) { return static_cast<uint64_t>(feature) < static_cast<uint64_t>(d_sae); };
+    std::unique_ptr<int64_t[]> counts(new int64_t[static_cast<size_t>(n_parts * d_sae)]());
     parallel_for(n_parts, 1, n_threads, [&](int, int64_t part, int64_t) {
-        int64_t* count = counts.get() + part * n_keys;
-        for (int64_t pair = share(part); pair < share(part + 1); ++pair) ++count[key_of(pair)];
+        int64_t* count = counts.get() + part * d_sae;
+        for (int64_t pair = share(n_pairs, part); pair < share(n_pairs, part + 1); ++pair) {
+            if (active(features[pair])) ++count[features[pair]];
+        }
     });
-    int64_t total = 0;
-    for (int64_t key = 0; key < n_keys; ++key) {
-        ends[key] = total;
-        for (int64_t part = 0; part < n_parts; ++part) total += counts[part * n_keys + key];
+    int64_t n_active = 0;
+    for (int64_t key = 0; key < d_sae; ++key) {
+        ends[key] = n_active;
+        for (int64_t part = 0; part < n_parts; ++part) n_active += counts[part * d_sae + key];
     }
+    ends[d_sae] = n_active;
     int64_t* next = counts.get();
-    std::copy(ends, ends + n_keys, next);
+    std::copy(ends, ends + d_sae, next);
     parallel_for(n_parts, 1, n_threads, [&](int, int64_t part, int64_t) {
-        // Each thread's share of the keys has about as many pairs.
-        const auto key_at = [&](int64_t place) { return std::lower_bound(ends, ends + n_keys, place) - ends; };
-        const int64_t first = key_at(share(part)), last = part + 1 == n_parts ? n_keys : key_at(share(part + 1));
-        // Pairs of other threads are written to `nowhere`, which is faster than a branch.
-        int64_t skipped = 0, nowhere;
+        // Each thread's share of the keys has about as many pairs. The last thread places the inactive pairs too.
+        const auto key_at = [&](int64_t place) { return std::lower_bound(ends, ends + d_sae, place) - ends; };
+        const bool is_last = part + 1 == n_parts;
+        const int64_t first = key_at(share(n_active, part)), last = is_last ? d_sae : key_at(share(n_active, part + 1));
+        // Active pairs of other threads are written to `nowhere`, which is faster than a branch.
+        int64_t skipped = 0, nowhere, inactive = n_active;
         for (int64_t pair = 0; pair < n_pairs; ++pair) {
-            const int64_t key = key_of(pair);
+            const int64_t key = features[pair];
+            if (!active(key)) {
+                if (is_last) {
+                    order[inactive] = pair;
+                    sorted_tokens[inactive++] = tokens[pair];
+                }
+                continue;
+            }
             const bool mine = (key >= first) & (key < last);
             const int64_t at = (*either(mine, next + key, &skipped))++;
             *either(mine, order + at, &nowhere) = pair;
