@@ -64,7 +64,7 @@ def cases(
             values, indices = normal(n, k, dtype=dtype), torch.randint(d_sae, (n, k), device=device)
             indices[0, 0], indices[-1, -1] = d_sae, LOWEST
             yield f"gather_sum {named}", partial(sums.gather_sum, values, indices, W_enc)
-            yield f"gather_dot {named}", partial(sums.gather_dot, x, indices, W_enc)
+            yield f"gather_dot {named}", partial(sums.gather_dot, x, values, indices, W_enc)
             indices[1:, 0] = 1  # a long run
             features, tokens = indices.flatten(), torch.arange(n, device=device).repeat_interleave(k)
             weights = values.float().flatten()

@@ -51,7 +51,7 @@ def ops(data: Data) -> Iterator[tuple[str, Op]]:
     yield "topk_encode", lambda: topk.topk_encode(data.x, data.W_enc, data.b_enc, k)
     yield "topk_threshold", lambda: threshold.topk_encode(data.x, data.W_enc, data.b_enc, k)
     yield "gather_sum", lambda: sums.gather_sum(values, indices, data.W_dec)
-    yield "gather_dot", lambda: sums.gather_dot(data.grad, indices, data.W_dec)
+    yield "gather_dot", lambda: sums.gather_dot(data.grad, values, indices, data.W_dec)
 
     pairs = rows.sort_pairs(indices.flatten(), torch.arange(n, device=data.device).repeat_interleave(k), d_sae)
     weights = values.float().flatten()

@@ -12,8 +12,8 @@ from .checks import autocast_to, check_device, check_floats, check_shape, check_
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """out_t = sum_i values_ti * W_dec[indices_ti]: the decoder, and the memory of the look-back.
 
-    k is a capacity: a row's length is the place after its last non-zero value (NaN is non-zero). Entries at or behind it
-    take no part: they cost nothing, their indices are not looked at, and the gradient of their values is zero. So a
+    k is a capacity: a row's length is the place after its last non-zero value (NaN is non-zero). Entries at or behind
+    it take no part: they cost nothing, their indices are not looked at, and the gradient of their values is zero. So a
     token costs a gather of as many rows as its length, whatever k and d_sae are. The gradient of W_dec is summed in a
     fixed order: it is the same to the bit in every run.
 

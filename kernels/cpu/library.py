@@ -17,7 +17,7 @@ import torch
 
 from csae.versions import DISTRIBUTION
 
-ABI_VERSION = 9
+ABI_VERSION = 10
 PATH = Path(__file__).with_name("libcsae_cpu.so")
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
@@ -118,7 +118,7 @@ class AdamStep(ctypes.Structure):
     )
 
 
-# A code's values and indices with their strides, n and k; the table with stride, d_sae, d and type; the result; threads.
+# A code's values and indices, their strides, n and k; the table with stride, d_sae, d and type; the result; threads.
 _GATHER = [
     *(c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64),
     *(c_void_p, c_int64, c_int64, c_int64, c_int),

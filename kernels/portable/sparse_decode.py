@@ -76,7 +76,7 @@ def _entries(of: Tensor, live: Tensor) -> Tensor:
 
 
 def _bags(indices: Tensor, table: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
-    """The weighted sums [n, d] of rows of a table: of the first counts[0] of `indices` [entries], the next counts[1]..."""
+    """Weighted sums [n, d] of rows of a table: of the first counts[0] of `indices`, the next counts[1], and so on."""
     return embedding_bag(
         indices, table, counts.cumsum(0) - counts, per_sample_weights=weights.to(table.dtype), mode="sum"
     )

@@ -166,7 +166,8 @@ def test_sums_of_any_strides() -> None:
         gather_sum(turned.values, turned.indices, turned.table), gather_sum(case.values, case.indices, case.table)
     )
     assert torch.equal(
-        gather_dot(turned.rows, turned.values, turned.indices, turned.table), gather_dot(case.rows, case.values, case.indices, case.table)
+        gather_dot(turned.rows, turned.values, turned.indices, turned.table),
+        gather_dot(case.rows, case.values, case.indices, case.table),
     )
     sums = (feature_sum(of.values, of.indices, of.rows, 12) for of in (case, turned))
     assert torch.equal(*sums)

@@ -69,7 +69,7 @@ def test_forward_and_gradients_equal_the_reference(n: int, k: int, d_sae: int, d
     magnitude = reference.sparse_decode(magnitude_values, indices, magnitude_table)
     of_gradients = torch.autograd.grad(magnitude, [magnitude_values, magnitude_table], grad.double().abs())
 
-    out, dvalues = gather_sum(values, indices, table), gather_dot(grad, indices, table)
+    out, dvalues = gather_sum(values, indices, table), gather_dot(grad, values, indices, table)
     dtable = feature_sum(values, indices, grad, d_sae)
     assert out.dtype == dvalues.dtype == dtable.dtype == dtype
     assert_sum_close(out, want.detach(), magnitude.detach(), k)
@@ -89,7 +89,7 @@ def test_float32_values_with_a_narrower_table(dtype: torch.dtype) -> None:
     assert out.dtype == dtype
     assert_sum_close(out, terms.sum(1), terms.abs().sum(1), 5)
     terms = grad.double()[:, None] * rows
-    dots = gather_dot(grad, indices, table)
+    dots = gather_dot(grad, values, indices, table)
     assert dots.dtype == torch.float32
     assert_sum_close(dots, terms.sum(2), terms.abs().sum(2), 16)
     rows = grad.to(dtype)
@@ -130,7 +130,7 @@ def check_gathers(values: Tensor, indices: Tensor, table: Tensor, grad: Tensor) 
     terms = values.double()[..., None] * table[indices].double()
     assert_sum_close(gather_sum(values, indices, table), terms.sum(1), terms.abs().sum(1), k)
     terms = grad.double()[:, None] * table[indices].double()
-    assert_sum_close(gather_dot(grad, indices, table), terms.sum(2), terms.abs().sum(2), d)
+    assert_sum_close(gather_dot(grad, values, indices, table), terms.sum(2), terms.abs().sum(2), d)
 
 
 @pytest.mark.parametrize("bad", [-1, 7, -(2**40), 2**40, 2**32])
@@ -139,9 +139,9 @@ def test_an_index_outside_the_table_is_never_followed(bad: int) -> None:
 
     values, indices = code(4, 3, 7, torch.float32)
     table, grad = random_normal(7, 10, seed=1), random_normal(4, 10, seed=2)
-    want = [gather_sum(values, indices, table), gather_dot(grad, indices, table)]
+    want = [gather_sum(values, indices, table), gather_dot(grad, values, indices, table)]
     indices[2, 1] = bad
-    out, dots = gather_sum(values, indices, table), gather_dot(grad, indices, table)
+    out, dots = gather_sum(values, indices, table), gather_dot(grad, values, indices, table)
     assert out[2].isnan().all()
     assert dots[2, 1].isnan()
     others = [0, 1, 3]
@@ -163,7 +163,7 @@ def test_infinite_and_nan_numbers_come_through() -> None:
     inf, nan = math.inf, math.nan
     out = gather_sum(values, indices, table)[:, 0].cpu()
     torch.testing.assert_close(out, torch.tensor([inf, nan, -inf]), equal_nan=True)
-    dots = gather_dot(rows, indices, table).cpu()
+    dots = gather_dot(rows, values, indices, table).cpu()
     torch.testing.assert_close(dots, torch.tensor([[inf, inf], [nan, nan], [-inf, -inf]]), equal_nan=True)
     sums = feature_sum(values, indices, rows, 5)[:, 0].cpu()
     torch.testing.assert_close(sums, torch.tensor([inf, inf, nan, nan, 0.0]), equal_nan=True)
@@ -181,7 +181,7 @@ def test_strided_and_unaligned_inputs() -> None:
     assert not any(tensor.is_contiguous() for tensor in strided)
     for call in (
         lambda v, i, t, g: gather_sum(v, i, t),
-        lambda v, i, t, g: gather_dot(g, i, t),
+        lambda v, i, t, g: gather_dot(g, v, i, t),
         lambda v, i, t, g: feature_sum(v, i, g, 9),
     ):
         assert torch.equal(call(*strided), call(*dense))
@@ -197,5 +197,5 @@ def test_a_table_of_more_than_two_to_the_31_elements() -> None:
     indices = torch.tensor([[d_sae - 1, 0]], device=DEVICE)
     values = torch.tensor([[2.0, 3.0]], dtype=torch.float16, device=DEVICE)
     assert (gather_sum(values, indices, table) == 2.0).all()
-    dots = gather_dot(torch.ones(1, d, dtype=torch.float16, device=DEVICE), indices, table)
+    dots = gather_dot(torch.ones(1, d, dtype=torch.float16, device=DEVICE), values, indices, table)
     assert dots.tolist() == [[d, 0]]

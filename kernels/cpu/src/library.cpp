@@ -11,7 +11,7 @@
 #include <unistd.h>
 #endif
 
-const int csae_abi_version = 9;
+const int csae_abi_version = 10;
 
 namespace csae {
 namespace {
