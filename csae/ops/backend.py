@@ -26,7 +26,7 @@ _HALF = (torch.float32, torch.bfloat16, torch.float16)
 ON_TRITON = ("topk_encode", "sparse_decode", "feature_rows", "lookback_attention")
 ON_CPU = {
     "topk_encode": _HALF,
-    "threshold_encode": (),
+    "threshold_encode": _HALF,
     "sparse_decode": _STORED,
     "feature_rows": _HALF,
     "lookback_attention": _HALF,

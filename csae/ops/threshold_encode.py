@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import fake, gradient, kernels, no_gradient, operator
+from csae.kernels.cpu import topk_coarse
+from csae.kernels.cpu.threshold_encode import worthwhile
+
+from .backend import fake, gradient, kernels, no_gradient, operator, place
 from .checks import autocast_to, check_device, check_floats, check_k, check_shape, check_tensor
 from .topk_encode import Encode, _topk_encode_backward, encoded, repeated
 
@@ -174,7 +177,9 @@ def _threshold_table(W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k_max: int
 
 @fake("threshold_table")
 def _(W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k_max: int) -> list[Tensor]:
-    return []
+    if place("threshold_encode", W_enc.device, W_enc.dtype) != "cpu" or not worthwhile(W_enc, k_max):
+        return []
+    return list(topk_coarse.like_rounded(W_enc))
 
 
 no_gradient("threshold_table")

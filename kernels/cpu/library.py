@@ -42,6 +42,12 @@ class Topk(ctypes.Structure):
     )
 
 
+class Band(ctypes.Structure):
+    """csae_band in src/csae_cpu.h"""
+
+    _fields_ = (("floor", c_void_p), ("ceiling", c_void_p))
+
+
 class Heads(ctypes.Structure):
     """csae_heads in src/csae_cpu.h"""
 
@@ -151,6 +157,20 @@ _SIGNATURES = {
             *(c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int),
         ],
     ),
+    "csae_above_add": (
+        c_int,
+        [POINTER(Topk), POINTER(Band), c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int],
+    ),
+    "csae_above_finish": (c_int, [POINTER(Topk), c_void_p, c_int64, c_void_p, c_int64, c_int]),
+    "csae_above_settle": (
+        c_int,
+        [
+            *(POINTER(Topk), POINTER(Band), c_int64, c_float, c_int, c_void_p, c_int64),
+            *(c_void_p, c_int64, c_int64, c_int64, c_int, c_void_p),
+            *(c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int),
+        ],
+    ),
+    "csae_cut": (c_int, [c_void_p, c_int64, c_void_p, *(c_int64,) * 4, c_void_p]),
     "csae_round_rows": (c_int, [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int]),
     "csae_use_huge_pages": (None, [c_void_p, c_int64]),
     "csae_gather_sum": (c_int, _GATHER),

@@ -31,7 +31,7 @@ from . import library
 from .arguments import STORED
 from .memory import fresh
 from .round_rows import BESIDE, BLOCK, PairedRows, paired_room, round_pairs, round_rows
-from .topk_rows import topk_add_products, topk_finish, topk_settle, topk_start
+from .topk_rows import Best, topk_add_products, topk_finish, topk_settle, topk_start
 
 # With fewer rows, or narrower ones, rounding W_enc costs more than the product saves.
 LEAST_ROWS, LEAST_WIDTH = 256, 128
@@ -63,11 +63,14 @@ def candidates(k: int) -> int:
     return 2 * k + MORE_CANDIDATES
 
 
+def possible(W_enc: Tensor) -> bool:
+    """Whether this CPU gains by products in bfloat16 of rows so wide, W_enc being [d_sae, d_in]."""
+    return W_enc.dtype in STORED and LEAST_WIDTH <= W_enc.shape[1] <= MOST_WIDTH and library.multiplies_bfloat16()
+
+
 def worthwhile(W_enc: Tensor, k: int) -> bool:
-    """Whether this is a gain for LEAST_ROWS or more, W_enc being [d_sae, d_in]."""
-    d_sae, d_in = W_enc.shape
-    large = LEAST_WIDTH <= d_in <= MOST_WIDTH and d_sae >= LEAST_COLUMNS_PER_CANDIDATE * candidates(k)
-    return W_enc.dtype in STORED and large and library.multiplies_bfloat16()
+    """Whether this is a gain for LEAST_ROWS or more."""
+    return len(W_enc) >= LEAST_COLUMNS_PER_CANDIDATE * candidates(k) and possible(W_enc)
 
 
 def width(d_in: int) -> int:
@@ -185,23 +188,31 @@ def _search(
 
     Gives settled, and [rows] float32: the bounds that the last candidates reached.
     """
-    d_sae, d_in = W_enc.shape
-    best = topk_start(x.shape[0], d_sae, candidates(k))
+    best = topk_start(x.shape[0], W_enc.shape[0], candidates(k))
     if threshold is not None:
         best.threshold.copy_(threshold)
-    if table is not None:
-        topk_add_products(best, acts, table, 0)
-        longest = table.lengths.max()
-    else:
-        size = max(LEAST_TILE_ROWS, TILE_BYTES // (2 * width(d_in)) // BLOCK * BLOCK)
-        room = paired_room(min(size, d_sae), width(d_in))
-        first, longest = 0, x.new_zeros(())
-        for W, bias_here in zip(W_enc.split(size), bias.split(size), strict=True):
-            tile = rounded(W, bias_here, room[: -(-len(W) // BLOCK)])
-            topk_add_products(best, acts, tile, first)
-            first, longest = first + len(W), torch.maximum(longest, tile.lengths.max())  # NaN, if one is there
+    longest = add_bounds(best, acts, W_enc, bias, table)
     settled = topk_settle(best, k, x, W_enc, bias, values, indices)[2]
     return settled & (lengths * longest < TOO_LONG), best.threshold
+
+
+def add_bounds(best: Best, acts: Tensor, W_enc: Tensor, bias: Tensor, table: PairedRows | None) -> Tensor:
+    """Add the upper bounds of all features, by their table or a tile at a time. -> the length of the longest row, [].
+
+    acts [rows, width(d_in)]: rounded.
+    """
+    if table is not None:
+        topk_add_products(best, acts, table, 0)
+        return table.lengths.max()
+    d_sae, d_in = W_enc.shape
+    size = max(LEAST_TILE_ROWS, TILE_BYTES // (2 * width(d_in)) // BLOCK * BLOCK)
+    room = paired_room(min(size, d_sae), width(d_in))
+    first, longest = 0, bias.new_zeros(())
+    for W, bias_here in zip(W_enc.split(size), bias.split(size), strict=True):
+        tile = rounded(W, bias_here, room[: -(-len(W) // BLOCK)])
+        topk_add_products(best, acts, tile, first)
+        first, longest = first + len(W), torch.maximum(longest, tile.lengths.max())  # NaN, if one is there
+    return longest
 
 
 def sample_of(W_enc: Tensor, bias: Tensor, k: int) -> PairedRows:

@@ -88,17 +88,20 @@ def encode_by_table(
     return values.to(dtype or x.dtype), indices, reached
 
 
-def _tile(x: Tensor, d_sae: int, k: int) -> tuple[int, int]:
-    """Rows and columns of a tile."""
+def rows_at_once(x: Tensor, capacity: int) -> int:
+    """Rows whose lists of candidates, of this capacity, are held at the same time."""
     n, d_in = x.shape
-    if n == 0:
-        return 0, d_sae
-    rows = min(TILE_ROWS, CANDIDATES_BYTES // (8 * topk_capacity(d_sae, k)))
+    rows = min(TILE_ROWS, CANDIDATES_BYTES // (8 * capacity))
     if x.dtype != torch.float32:
         rows = min(rows, WIDE_BYTES // (4 * max(1, d_in)))
     # Chunks of nearly equal size.
-    rows = -(-n // -(-n // max(1, rows)))
-    columns = max(1, TILE_BYTES // 4 // rows)
+    return -(-n // -(-n // max(1, rows))) if n else 0
+
+
+def _tile(x: Tensor, d_sae: int, k: int) -> tuple[int, int]:
+    """Rows and columns of a tile."""
+    rows = rows_at_once(x, topk_capacity(d_sae, k))
+    columns = max(1, TILE_BYTES // 4 // max(1, rows))
     # The native library reads 64 columns at a time.
     return rows, min(d_sae, columns if columns < 64 else columns // 64 * 64)
 

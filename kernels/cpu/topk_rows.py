@@ -31,13 +31,13 @@ def topk_capacity(d_sae: int, k: int) -> int:
     return min(d_sae, max(5 * k // 2, k + 96)) + 64
 
 
-def topk_start(n: int, d_sae: int, k: int) -> Best:
-    """Empty candidates for n rows of d_sae columns. 1 <= k <= d_sae < 2^31."""
+def topk_start(n: int, d_sae: int, k: int, capacity: int | None = None) -> Best:
+    """Empty candidates for n rows of d_sae columns. 1 <= k <= d_sae < 2^31. capacity: k + 64 or more."""
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"k: given {type(k).__name__}; needed int")
     if not 1 <= k <= d_sae:
         raise ValueError(f"k: given {k}; needed 1 <= k <= d_sae, which is {d_sae}")
-    shape = (n, topk_capacity(d_sae, k))
+    shape = (n, topk_capacity(d_sae, k) if capacity is None else capacity)
     return Best(
         order=fresh(shape, torch.int32),
         columns=fresh(shape, torch.int32),
@@ -56,7 +56,7 @@ def topk_add(best: Best, pre_acts: Tensor, bias: Tensor, first_column: int) -> N
     check_strided("bias", bias, torch.float32, (pre_acts.shape[1],))
     bias = bias.contiguous()
     status = native().csae_topk_add(
-        byref(_argument(best)),
+        byref(argument(best)),
         pre_acts.data_ptr(),
         pre_acts.stride(0),
         bias.data_ptr(),
@@ -80,7 +80,7 @@ def topk_finish(best: Best, values: Tensor | None = None, indices: Tensor | None
     values = output_matrix("values", values, torch.float32, (n, best.k))
     indices = output_matrix("indices", indices, torch.int64, (n, best.k))
     status = native().csae_topk_finish(
-        byref(_argument(best)),
+        byref(argument(best)),
         values.data_ptr(),
         values.stride(0),
         indices.data_ptr(),
@@ -99,7 +99,7 @@ def topk_add_products(best: Best, x: Tensor, table: PairedRows, first_column: in
     n, width = best.counts.shape[0], table.pairs.shape[1] * 2
     check_matrix("x", x, torch.bfloat16, (n, width))
     status = native().csae_topk_add_products(
-        *(byref(_argument(best)), x.data_ptr(), x.stride(0)),
+        *(byref(argument(best)), x.data_ptr(), x.stride(0)),
         *(table.pairs.data_ptr(), width, len(table.lengths), first_column, torch.get_num_threads()),
     )
     check_status("topk_add_products", status)
@@ -136,7 +136,7 @@ def topk_settle(
     indices = output_matrix("indices", indices, torch.int64, (n, k))
     settled = torch.empty(n, dtype=torch.bool)
     status = native().csae_topk_settle(
-        *(byref(_argument(best)), k, x.data_ptr(), x.stride(0)),
+        *(byref(argument(best)), k, x.data_ptr(), x.stride(0)),
         *(table.data_ptr(), table.stride(0), *table.shape, TYPES[table.dtype], bias.data_ptr()),
         *(values.data_ptr(), values.stride(0), indices.data_ptr(), indices.stride(0)),
         *(settled.data_ptr(), torch.get_num_threads()),
@@ -147,7 +147,8 @@ def topk_settle(
     return values, indices, settled
 
 
-def _argument(best: Best) -> Topk:
+def argument(best: Best) -> Topk:
+    """The candidates as native code takes them; `best` must be held meanwhile."""
     n, capacity = best.order.shape
     pointers = (tensor.data_ptr() for tensor in (best.order, best.columns, best.threshold, best.counts))
     return Topk(*pointers, n, best.k, capacity)

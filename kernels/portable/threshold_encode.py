@@ -20,6 +20,7 @@ LOWERED = 0.95
 
 Code = tuple[Tensor, Tensor]
 Above = Callable[[Tensor], Inner]
+Cut = Callable[[Tensor, Tensor, "int | Tensor"], tuple[Tensor, Tensor, Tensor]]
 
 
 def threshold_encode(
@@ -91,6 +92,7 @@ def batch_encode_and_keep(
     mask: Tensor | None,
     guess: Tensor | None,
     above: Above | None = None,
+    cut: Cut | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`batch_topk_encode`, and its pre-activations [n, d_sae] in the dtype of selection, for `batch_encode_again`."""
     kept: Tensor | None = None
@@ -103,7 +105,7 @@ def batch_encode_and_keep(
         values, indices, kept = topk.encode_and_keep(x, W_enc, b_enc, k_max, inner, topk.wide(x))
         return values, indices
 
-    values, indices, threshold = within_budget(search, guesses(guess, x), k, mask)
+    values, indices, threshold = within_budget(search, guesses(guess, x), k, mask, cut)
     assert kept is not None
     return *in_dtype(values, indices, x.dtype), threshold, kept
 
@@ -117,6 +119,7 @@ def batch_encode_again(
     mask: Tensor | None,
     guess: Tensor | None,
     above: Above | None = None,
+    cut: Cut | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`batch_topk_encode` of kept - a W_a^T, which kept becomes."""
     multiplied = False
@@ -129,20 +132,13 @@ def batch_encode_again(
         multiplied = True
         return topk.encode_again(kept, a, W_a, k_max, inner, topk.wide(a))
 
-    values, indices, threshold = within_budget(search, guesses(guess, a), k, mask)
+    values, indices, threshold = within_budget(search, guesses(guess, a), k, mask, cut)
     return *in_dtype(values, indices, a.dtype), threshold
 
 
 def threshold_table(W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k_max: int) -> list[Tensor]:
     """Nothing: only the native kernels gain by weights that were rounded before."""
     return []
-
-
-def threshold_encode_by_table(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k_max: int, table: list[Tensor]
-) -> Code:
-    """`threshold_encode`, by the `threshold_table` of the weights."""
-    return threshold_encode(x, W_enc, b_enc, threshold, k_max)
 
 
 # --- shared with the other kernels -------------------------------------------------------------------------
@@ -157,7 +153,11 @@ def guesses(guess: Tensor | None, like: Tensor) -> Iterator[Tensor]:
 
 
 def within_budget(
-    search: Callable[[Tensor], Code], thresholds: Iterable[Tensor], k: int, mask: Tensor | None
+    search: Callable[[Tensor], Code],
+    thresholds: Iterable[Tensor],
+    k: int,
+    mask: Tensor | None,
+    cut: Cut | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`batch_topk_encode`, by codes in the dtype of selection that `search` gives for a threshold []."""
     for threshold in thresholds:
@@ -168,10 +168,10 @@ def within_budget(
         # All that are above the threshold were found, but for those that k_max excludes from any selection.
         if threshold <= 0 or (values > 0).sum() >= budget:
             break
-    return cut(values, indices, budget)
+    return (cut or _cut)(values, indices, budget)
 
 
-def cut(values: Tensor, indices: Tensor, budget: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _cut(values: Tensor, indices: Tensor, budget: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of codes [n, k_max] the `budget` largest positive values, the rest zero; and the smallest of them, [].
 
     Equal values by lower row, then in their order. NaN stays, and takes none of the budget. Nothing waits for a GPU.

@@ -74,6 +74,37 @@ CSAE_EXPORT int csae_topk_settle(const csae_topk* best, int64_t k, const float* 
                                  float* values, int64_t values_stride, int64_t* indices, int64_t indices_stride,
                                  uint8_t* settled, int n_threads);
 
+// The columns that are selected: floor < v, and v < ceiling where ceiling is not null; a number for each column. floor is
+// zero or more, or NaN, which selects nothing.
+struct csae_band {
+    const float *floor, *ceiling;
+};
+
+// As csae_topk_add, for the columns in the band (whose numbers are those of the tile's columns).
+CSAE_EXPORT int csae_above_add(const csae_topk* best, const csae_band* band, const float* pre_acts,
+                               int64_t pre_acts_stride, const float* bias, int64_t width, int64_t first_column,
+                               int n_threads);
+
+// As csae_topk_finish, of rows that may have fewer than k; behind the last, values and indices are 0.
+CSAE_EXPORT int csae_above_finish(const csae_topk* best, float* values, int64_t values_stride, int64_t* indices,
+                                  int64_t indices_stride, int n_threads);
+
+// As csae_topk_settle, for the columns in the band: up to k <= best->k of them, from the candidates that
+// csae_topk_add_products found with thresholds that started at `start`. of_values: whether bounds are of what is
+// selected by; if not, only that a candidate of a bound below `start` is not in the band, and a row that was pruned is
+// not settled.
+CSAE_EXPORT int csae_above_settle(const csae_topk* best, const csae_band* band, int64_t k, float start, int of_values,
+                                  const float* x, int64_t x_stride, const void* table, int64_t table_stride,
+                                  int64_t d_sae, int64_t d, int type, const float* bias, float* values,
+                                  int64_t values_stride, int64_t* indices, int64_t indices_stride, uint8_t* settled,
+                                  int n_threads);
+
+// Of values [n, k], each row descending and ending at the first number that is not above zero, the `budget` largest are
+// kept; the others and their indices become 0. Equal ones are kept by lower row, then by lower place. threshold: the
+// smallest that is kept, 0 if fewer than `budget` are positive. A row of NaN stays, and takes none of the budget.
+CSAE_EXPORT int csae_cut(float* values, int64_t values_stride, int64_t* indices, int64_t indices_stride, int64_t n,
+                         int64_t k, int64_t budget, float* threshold);
+
 // out [m, n] = a [m, k] b [k, n]: a bf16x3 GEMM (see float_products.cpp), as exact as sums in float32. One of the two
 // strides of a is 1, and one of b's. Returns csae_out_of_range if a sum might overflow: a number is not finite or is
 // 2^127 or more, or max|a| max|b| k >= 2^127. Numbers and products of parts below 2^-126 may count as zero, so numbers
