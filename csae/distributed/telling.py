@@ -39,6 +39,7 @@ CONNECT = timedelta(seconds=10)
 AS_LATE = timedelta(seconds=300)  # as others may be: they import the same libraries
 # What gloo and NCCL say when a rank is gone, in a RuntimeError.
 BROKEN = re.compile(r"connect|peer|timed out|timeout|broken pipe|socket|abort|remote process", re.IGNORECASE)
+BECAUSE = "it ended because another rank did"
 GO_ON = "the same command goes on from what is saved"
 
 
@@ -71,6 +72,7 @@ def end(error: BaseException, told: tuple[str | None, int] | None) -> NoReturn:
     told: the line, or None for none, and the exit code; None for an error that none was made for.
     """
     code = 1 if told is None else told[1]
+    tells = False
     try:
         if not isinstance(error, FailedElsewhere):
             # click, and who says what is saved, raise another error of it.
@@ -78,12 +80,15 @@ def end(error: BaseException, told: tuple[str | None, int] | None) -> NoReturn:
             line = lost(error) or (_peers_lost() if interrupted else None)
             if line is not None:
                 told = f"csae: {line}", 1
-            if is_first_to_tell(failed=not isinstance(error, Stopped)):
+            tells = is_first_to_tell(failed=not isinstance(error, Stopped))
+            if tells:
                 if told is None:
                     traceback.print_exception(error)
                 elif told[0] is not None:
                     print(told[0], file=sys.stderr)
                 tell_torchrun((told and told[0]) or f"{type(error).__name__}: {error}")
+        if not tells:
+            tell_torchrun(BECAUSE, first=False)
         over()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -135,12 +140,15 @@ def _peers_lost() -> str | None:
     return _ended(gone) if gone else None
 
 
-def tell_torchrun(line: str) -> None:
-    """Let torchrun's own report of what failed hold this line."""
+def tell_torchrun(line: str, first: bool = True) -> None:
+    """Let torchrun's own report of what failed hold this line. first: it is the root cause.
+
+    torchrun takes the failure of the earliest second for the root cause, and other ranks may end in the same one.
+    """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not file:
+    if not file or (not first and os.path.exists(file)):
         return
-    extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
+    extra = {"py_callstack": line.strip(), "timestamp": str(int(time.time()) - first)}
     with suppress(OSError), open(file, "w", encoding="utf-8") as opened:
         json.dump({"message": {"message": line, "extraInfo": extra}}, opened)
 
@@ -215,6 +223,7 @@ def _look_after_others(store: dist.TCPStore) -> None:
                 tell_torchrun(line)
             if store.check([_key("failed")]):
                 if not _Notes.is_over.wait(GRACE):
+                    tell_torchrun(BECAUSE, first=False)
                     os._exit(1)
                 return
     except RuntimeError:  # the store is gone, and with it torchrun: nobody else would end this process

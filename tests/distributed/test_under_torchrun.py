@@ -119,6 +119,28 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on_with_others(alone: Path, act
     check_same_run(run, alone)
 
 
+def test_what_failed_is_the_root_cause_that_torchrun_reports(activations: Path, tmp_path: Path) -> None:
+    blocked = tmp_path / "run" / "checkpoint-14"  # in the way: rank 0 says it
+    blocked.mkdir(parents=True)
+    for said_by, how in ((0, ["--lr", "0.001"]), (1, ["--timeout", "600"])):
+        given = [*arguments(activations, tmp_path / "run"), *how]
+        if said_by:  # a rank of its own options
+            (tmp_path / "one.py").write_text(
+                "import os, sys; sys.argv += ['--lr', '0.' + str(1 + int(os.environ['RANK']))]\n"
+                "from csae.__main__ import main; main()"
+            )
+        program = [str(tmp_path / "one.py"), *given] if said_by else ["-m", "csae", *given]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *program]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert ended.returncode == 1
+        (line,) = told(ended.stderr)
+        root = ended.stderr.partition("Root Cause")[2]
+        assert f"traceback : {line}" in root
+        assert ended.stderr.rstrip().splitlines()[-2].strip() == f"traceback : {line}"
+        assert "it ended because another rank did" in ended.stderr
+        assert "To enable traceback see" not in ended.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_by_torchrun(alone: Path, activations: Path, tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
