@@ -103,9 +103,11 @@ def jobs_of(
         check_memory([Need.of(*one, source.n_ctx, ranks) for one in makers], device, options["moments"], ranks)
     measured: dict[Place, Normalisation] | None = None
     if not options["init"] and len(places) == 1:
-        measured = hosts.from_first(lambda: {places[0]: estimate_normalisation(source, windows)})
+        measured = hosts.from_first(lambda: {places[0]: _on_cpu(estimate_normalisation(source, windows))})
     elif not options["init"]:
-        measured = hosts.from_first(lambda: estimate_normalisations(source, windows))  # type: ignore[arg-type]
+        measured = hosts.from_first(
+            lambda: {place: _on_cpu(of) for place, of in estimate_normalisations(source, windows).items()}  # type: ignore[arg-type]
+        )
     jobs = []
     for place, setting in itertools.product(places, settings):
         config = TrainConfig(steps=steps, **setting.train)
@@ -123,6 +125,11 @@ def jobs_of(
         asked = config_of(context, kept, setting.varied, options)
         jobs.append(Job(sae.to(device), run, config, kept, place, options["logs"], init, asked))
     return jobs
+
+
+def _on_cpu(measured: Normalisation) -> Normalisation:
+    """As it travels to other ranks: on a GPU it would arrive on the GPU that it was sent from."""
+    return Normalisation(*(of.cpu() if isinstance(of, torch.Tensor) else of for of in measured))
 
 
 def _made(config: SAEConfig, source: ActivationSource, place: Place) -> SAE:

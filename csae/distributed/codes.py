@@ -168,5 +168,7 @@ def _unpacked(message: Tensor, dtype: torch.dtype) -> Code:
     """The values [..., m] and the indices [..., m] int64 of `_packed`."""
     m = message.shape[-1] // (dtype.itemsize + 4)
     parts = message[..., : m * dtype.itemsize], message[..., m * dtype.itemsize :]
-    values, indices = (part.contiguous().view(of) for part, of in zip(parts, (dtype, torch.int32), strict=True))
+    # Copied: a part of a single row is contiguous as it is, but may begin where its dtype can't.
+    copies = (part.clone(memory_format=torch.contiguous_format) for part in parts)
+    values, indices = (copy.view(of) for copy, of in zip(copies, (dtype, torch.int32), strict=True))
     return values, indices.to(torch.int64)
