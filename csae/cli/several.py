@@ -105,8 +105,9 @@ def jobs_of(
     if not options["init"] and len(places) == 1:
         measured = hosts.from_first(lambda: {places[0]: _on_cpu(estimate_normalisation(source, windows))})
     elif not options["init"]:
+        all_places: Any = source
         measured = hosts.from_first(
-            lambda: {place: _on_cpu(of) for place, of in estimate_normalisations(source, windows).items()}  # type: ignore[arg-type]
+            lambda: {place: _on_cpu(of) for place, of in estimate_normalisations(all_places, windows).items()}
         )
     jobs = []
     for place, setting in itertools.product(places, settings):
@@ -129,7 +130,8 @@ def jobs_of(
 
 def _on_cpu(measured: Normalisation) -> Normalisation:
     """As it travels to other ranks: on a GPU it would arrive on the GPU that it was sent from."""
-    return Normalisation(*(of.cpu() if isinstance(of, torch.Tensor) else of for of in measured))
+    target = measured.target_mean
+    return measured._replace(mean=measured.mean.cpu(), target_mean=None if target is None else target.cpu())
 
 
 def _made(config: SAEConfig, source: ActivationSource, place: Place) -> SAE:
