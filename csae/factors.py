@@ -166,7 +166,7 @@ class Trace(Pass):
     """
 
     def __init__(self, sae: Any, trained: Collection[str]) -> None:
-        super().__init__(sae, sae.prefixes)
+        super().__init__(sae, sae.prefixes if trained else ())  # else no loss will be asked for
         self.trained = trained
         # An autoencoder's encoder sees x - b_dec.
         self.encodes_b_dec = "b_dec" in trained and sae.centre is sae.b_dec
@@ -289,11 +289,15 @@ class Trace(Pass):
                 pairs[codes] = self._sorted(codes)
             own = pairs[codes]
             if any(part.by_group for part in parts):
-                own = pairs_by_group(own, [(len(part.weights), part.by_group) for part in parts], self.prefixes)
+                own = pairs_by_group(own, [(len(part.weights), part.by_group) for part in parts], self._own_prefixes())
             weights = torch.cat([_wide(part.weights.reshape(-1)) for part in parts])
             rows = parts[0].rows if len(parts) == 1 else torch.cat([part.rows for part in parts])
             factors[name] = Factors(own, weights, rows)
         return factors
+
+    def _own_prefixes(self) -> Prefixes:
+        """`prefixes`, by the numbers of the rows that are here."""
+        return self.prefixes
 
     def _sorted(self, codes: tuple[int, ...]) -> Pairs:
         features = [self._of_all(self.coded[code].features) for code in codes]

@@ -361,11 +361,6 @@ class SAE(Saved, ABC):
 
     def _trace(self, trained: Collection[str]) -> Trace:
         """The pass that gives gradients in factors."""
-        if self.shard is not None and self.prefixes:
-            raise UserError(
-                f"prefixes: given {', '.join(map(str, self.prefixes))} for an SAE that several ranks share; needed an "
-                "SAE with prefixes in one process: train it without torchrun"
-            )
         return Trace(self, trained) if self.shard is None else self.shard.trace(self, trained)
 
     def _check_whole(self, what: str) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 import csae
 from csae import SAE, ContextualSAE, TopKSAE, reference
-from csae.errors import UserError
 from csae.factors import Factors, Pass, Trace
 from csae.matryoshka import by_group
 from csae.sae import Sweeps
@@ -196,7 +195,8 @@ def test_by_group_keeps_the_order_and_all_of_the_code() -> None:
 def test_the_passes_of_the_model_keep_no_groups() -> None:
     sae = make("topk")
     assert Pass(sae).prefixes == ()
-    assert Trace(sae, ()).prefixes == PREFIXES
+    assert Trace(sae, ()).prefixes == ()
+    assert Trace(sae, ("W_dec",)).prefixes == PREFIXES
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
@@ -227,10 +227,3 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 def test_other_prefixes_are_refused(prefixes: Any, said: str) -> None:
     with pytest.raises((TypeError, ValueError), match=f"^prefixes: given .*{said}"):
         make("topk", prefixes=prefixes)
-
-
-def test_rows_on_several_ranks_are_refused() -> None:
-    sae = make("topk")
-    sae.shard = object()  # type: ignore[assignment]
-    with pytest.raises(UserError, match=r"prefixes: given 3, 11, 12, 40 .* train it without torchrun"):
-        sae.gradients(**batch(sae))

@@ -137,6 +137,8 @@ class Owners(NamedTuple):
     def decoded(self, values: Tensor, rows: Tensor, table: Tensor) -> Tensor:
         """The sums [n, d] of all rows for the tokens at home, from the own part [N, m] of all codes.
 
+        Of codes by group, [N, G, m], the sums of each, [n, G, d].
+
         table: the own rows, [rows, d]. While some sums travel, the next are made.
         """
         R = len(self.counts)

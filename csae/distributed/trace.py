@@ -18,6 +18,7 @@ from torch.autograd import Function
 from csae.distributed.codes import Own, Owners
 from csae.distributed.collectives import gather, total
 from csae.factors import Coded, Decoded, Trace
+from csae.matryoshka import Prefixes, by_group
 from csae.ops.checks import autocast_to
 from csae.ops.sparse_decode import decode_backward
 from csae.ops.topk_encode import Encode, encode_wide, encoder
@@ -90,6 +91,21 @@ class ShardedTrace(Trace):
         self.decoded.append(Decoded(table, number, most_active, out, everywhere))
         return out
 
+    def _groups(self, code: _Code) -> Tensor:
+        number, owners = self._number(code), self.shard.owners
+        # A row's number here is less by those before: so are the prefixes.
+        prefixes = tuple(prefix - owners.first for prefix in self.prefixes)
+        values, rows = by_group(self._active(number, None), self.owned[number].rows, prefixes)
+        values, table = autocast_to(values, self._rows("W_dec", None))
+        everywhere: list[Tensor] = []
+        out = _Decoded.apply(values, rows, table, owners, everywhere)
+        self.decoded.append(Decoded("W_dec", number, None, out, everywhere, by_group=True))
+        return out.view(*code[1].shape[:-1], *out.shape[-2:])
+
+    def _own_prefixes(self) -> Prefixes:
+        first, owned = self.shard.owners.first, self.shard.owners.owned
+        return tuple(min(max(prefix - first, 0), owned) for prefix in self.prefixes)
+
     def _encoded(self, owners: Owners, own: Callable[[Tensor, int], _Code], x: Tensor, k: int) -> _Code:
         """The code [..., k] of x [..., d] at home, by what `own` selects on each rank."""
         (sent,) = autocast_to(x.detach())
@@ -117,7 +133,7 @@ class ShardedTrace(Trace):
 
     def _rows_of(self, decoded: Decoded, d_out: Tensor) -> Tensor:
         if decoded.everywhere:  # its backward pass sent it already
-            return decoded.everywhere[0]
+            return decoded.everywhere[0].flatten(0, -2)
         return self.shard.owners.everyone(super()._rows_of(decoded, d_out))
 
     def _of_all(self, of_tokens: Tensor) -> Tensor:
@@ -163,7 +179,10 @@ class _Encoded(Function):
 
 
 class _Decoded(Function):
-    """The values [N, m] of own rows -> the sums at home [n, d]. Backward: d values, from the d out of all tokens."""
+    """The values [N, m] of own rows -> the sums at home [n, d]. Backward: d values, from the d out of all tokens.
+
+    By groups of features: values [N, G, m] -> sums [n, G, d].
+    """
 
     @staticmethod
     def forward(

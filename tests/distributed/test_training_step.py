@@ -67,6 +67,8 @@ CASES = {
     "past transcoder with skip": Case("contextual", {"query": "past", "skip": True}, d_out=15, steps=20),
     "current from exact codes": Case("contextual", from_exact=True, steps=10),
     "past from exact codes": Case("contextual", {"query": "past"}, from_exact=True, steps=10),
+    "matryoshka": Case(sae={"prefixes": (3, 9, 20)}),
+    "matryoshka, past": Case("contextual", {"query": "past", "prefixes": (3, 9, 20)}, steps=20),
     "lazy": Case(lazy=True),
     "no mask": Case(masked=False, steps=10),
     "more ranks than windows": Case(windows=2, steps=20),
@@ -74,7 +76,7 @@ CASES = {
 
 
 # These end after 20 steps.
-FAST = {("topk", 3), ("current", 2)}
+FAST = {("topk", 3), ("current", 2), ("matryoshka", 3)}
 
 
 @pytest.mark.parametrize(
@@ -96,8 +98,12 @@ def test_equal_to_one_process(name: str, size: int) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [Case(steps=20), pytest.param(Case("contextual", {"query": "past"}, windows=9, steps=20), marks=pytest.mark.slow)],
-    ids=["topk", "past"],
+    [
+        Case(steps=20),
+        pytest.param(Case("contextual", {"query": "past"}, windows=9, steps=20), marks=pytest.mark.slow),
+        pytest.param(Case(sae={"prefixes": (3, 9, 20)}, steps=20), marks=pytest.mark.slow),
+    ],
+    ids=["topk", "past", "matryoshka"],
 )
 def test_replicas(case: Case) -> None:
     """Two replicas of an SAE of two ranks each: the step of one process with all windows."""
