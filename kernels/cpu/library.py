@@ -17,7 +17,7 @@ import torch
 
 from csae.versions import DISTRIBUTION
 
-ABI_VERSION = 10
+ABI_VERSION = 11
 PATH = Path(__file__).with_name("libcsae_cpu.so")
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 

@@ -11,7 +11,7 @@
 #include <unistd.h>
 #endif
 
-const int csae_abi_version = 10;
+const int csae_abi_version = 11;
 
 namespace csae {
 namespace {
