@@ -94,8 +94,6 @@ def _topk_encode_backward(
         d_x = kernels("sparse_decode", x.device, x.dtype).gather_sum(grad, indices, W_enc).view(x.shape)
     if need_W or need_b:
         n, k = indices.shape
-        # Entries without a part in the gradient are no pairs: of no feature.
-        indices = torch.where(values.reshape(n, k) <= 0, d_sae, indices)
         rows = {"W": x.reshape(n, d_in)} if need_W else {}
         rows |= {"b": x.new_ones(n, 1)} if need_b else {}
         tokens = torch.arange(n, device=x.device).unsqueeze(1).expand(n, k)
