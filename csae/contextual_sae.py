@@ -311,7 +311,7 @@ class ContextualSAE(SAE):
         values, indices = zip(*codes, strict=True)
         c = torch.cat(cs)
         code = Code(torch.cat(values), torch.cat(indices))
-        of_groups = tuple(map(torch.cat, zip(*groups, strict=True)))
+        of_groups = torch.cat(groups) if ops.prefixes else None
         return Ran(torch.cat(x_hats), code, c, c if self.W_I is None else torch.cat(suppressed), of_groups)
 
     def _windows_to_keep(self, x: Tensor, sweeps: Sweeps) -> int:

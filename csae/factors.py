@@ -137,15 +137,12 @@ class Pass:
             values, indices = values[..., :most_active], indices[..., :most_active]
         return sparse_decode(values, indices, self._rows(table, features))
 
-    def reconstruct(self, code: _Code) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def reconstruct(self, code: _Code) -> tuple[Tensor, Tensor | None]:
         """What W_dec makes of a code, [..., d_out], and where there are prefixes its parts by group (`Ran.groups`)."""
         if not self.prefixes:
-            return self.decode("W_dec", code), ()
-        groups = self._groups(code).unbind(-2)
-        decoded = groups[0]
-        for group in groups[1:]:
-            decoded = decoded + group
-        return decoded, groups
+            return self.decode("W_dec", code), None
+        groups = self._groups(code)
+        return groups.sum(dim=-2), groups
 
     def _groups(self, code: _Code) -> Tensor:
         """The sum of each group of features of a code that was encoded here, [..., G, d_out]."""

@@ -16,9 +16,12 @@ What the look-back carried, c, comes from the whole code before, and is part of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from csae.losses import Total, energy, here, spread
 from csae.ops.adam_rows import Pairs
@@ -59,17 +62,50 @@ def by_group(values: Tensor, indices: Tensor, prefixes: Prefixes) -> tuple[Tenso
     return next(apart), next(apart)
 
 
-def prefix_fvus(x: Tensor, residual: Tensor, groups: Sequence[Tensor], weight: Tensor, total: Total = here) -> Tensor:
+def prefix_fvus(x: Tensor, residual: Tensor, groups: Tensor, weight: Tensor, total: Total = here) -> Tensor:
     """The FVU of each prefix and of the whole, [G]: of x [..., d], each position by its weight [...].
 
-    residual [..., d]: what the whole reconstruction misses of x. groups: the sums S_g, [..., d] each.
+    residual [..., d]: what the whole reconstruction misses of x. groups: the sums S_g, [..., G, d].
     """
-    missed = [energy(residual, weight)]
-    for group in reversed(groups[1:]):
-        residual = residual + group  # what the reconstruction without it misses
-        missed.append(energy(residual, weight))
-    *of_prefixes, of_x = total(torch.stack([*reversed(missed), spread(x, weight, total)])).unbind()
+    missed = _Missed.apply(residual, groups, weight)
+    *of_prefixes, of_x = total(torch.cat([missed, spread(x, weight, total).view(1)])).unbind()
     return torch.stack(of_prefixes) / of_x
+
+
+class _Missed(Function):
+    """residual [..., d], groups [..., G, d], weight [...] -> the energy of what each prefix misses, [G].
+
+    With r_g what the prefix up to group g misses, and e_g its energy:
+
+        r_(G-1) = residual,  r_(g-1) = r_g + S_g                d S_g = sum over j < g of 2 weight r_j d e_j
+
+    Autograd would keep every r_g, and add up a gradient for each.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, groups: Tensor, weight: Tensor) -> Tensor:
+        missed = residual.to(torch.promote_types(residual.dtype, weight.dtype), copy=True)
+        energies = [energy(missed, weight)]
+        for group in reversed(groups.unbind(-2)[1:]):
+            missed += group
+            energies.append(energy(missed, weight))
+        ctx.save_for_backward(missed, groups, weight)
+        ctx.dtype = residual.dtype
+        return torch.stack(energies[::-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_energies: Tensor) -> tuple[Tensor, Tensor, None]:
+        of_first, groups, weight = ctx.saved_tensors
+        missed, d_missed = of_first.clone(), torch.zeros_like(of_first)
+        d_groups = torch.empty_like(groups)
+        d_groups[..., 0, :] = 0
+        for g, d_energy in enumerate(d_energies.unbind()):
+            if g > 0:
+                d_groups[..., g, :] = d_missed
+                missed -= groups[..., g, :]
+            d_missed.addcmul_(missed, (2 * d_energy * weight).unsqueeze(-1).to(missed.dtype))
+        return d_missed.to(ctx.dtype), d_groups, None
 
 
 def pairs_by_group(pairs: Pairs, sizes: Sequence[tuple[int, bool]], prefixes: Prefixes) -> Pairs:

@@ -65,8 +65,8 @@ class Ran(NamedTuple):
     """[..., d_out]"""
     suppressed: Tensor
     """[..., d_in]: what the look-back makes the encoder subtract; the same as c but for a transcoder"""
-    groups: tuple[Tensor, ...] = ()
-    """[..., d_out] each: the parts of x_hat by the groups of features between prefixes, for the loss of an SAE that has
+    groups: Tensor | None = None
+    """[..., G, d_out]: the parts of x_hat by the groups of features between prefixes, for the loss of an SAE that has
     prefixes"""
 
 

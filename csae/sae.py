@@ -336,7 +336,7 @@ class SAE(Saved, ABC):
         ones = torch.promote_types(x.dtype, torch.float32)  # half precision can't count tokens
         weight = x.new_ones(x.shape[:-1], dtype=ones) if mask is None else mask.to(ones)
         residual = y - x_hat
-        if groups:
+        if groups is not None:
             fvus = prefix_fvus(y, residual, groups, weight, ops.total)
             fvu, loss = fvus[-1], fvus.mean()
         else:

@@ -147,6 +147,16 @@ def test_a_step_is_that_of_dense_gradients() -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_the_loss_is_one_graph_of_a_compiler() -> None:
+    sae = make("topk")
+    given = batch(sae)
+    loss = torch.compile(lambda acts: sae.loss(acts, given["mask"]).loss, fullgraph=True, backend="aot_eager")
+    expected = sae.loss(given["acts"], given["mask"]).loss
+    (wanted,) = torch.autograd.grad(expected, [sae.W_dec])
+    (found,) = torch.autograd.grad(loss(given["acts"]), [sae.W_dec])
+    torch.testing.assert_close(found, wanted)
+
+
 def test_windows_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where pre-activations are kept, a batch may run in parts: the same loss and gradients."""
     sae = make("contextual", sweeps=2, query="past")
