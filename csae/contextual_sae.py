@@ -12,11 +12,9 @@ from csae.look_back import LookBack
 from csae.ops import sparse_decode
 from csae.ops.checks import check_tensor
 from csae.ops.lookback_attention import document_starts
-from csae.ops.topk_encode import encode_again, encode_and_keep
 from csae.outputs import Bounds, Code, Output, Ran, Sweeps
 from csae.recurrence import Recurrence, State
 from csae.sae import SAE, check_bounds
-from csae.selection import only_topk
 
 # The two queries, and the steepest slope that a head begins with. With query="past", the useful positions are recent:
 # an exact FVU of 0.151, against 0.154 with a steepest slope of 1. With "current" it was 0.136 with 1, 0.137 with 3.
@@ -142,11 +140,12 @@ class ContextualSAE(SAE):
         return self._recurrence()
 
     def _recurrence(self) -> Recurrence:
-        only_topk(self, "exact form")
         weights = (self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.W_skip, self.centre)
         scales = (self.scale, self.out_scale)
         over = None if self.shard is None else self.shard.recurring(self)
-        return Recurrence(*weights, scales, LookBack.of(self), self.k, self.k_mem, self.query == "past", over)
+        how = self.k_max, self.k_mem, self.query == "past"
+        threshold = None if self.threshold is None else self.threshold.detach()
+        return Recurrence(*weights, scales, LookBack.of(self), *how, over, threshold)
 
     def forward(
         self,
@@ -181,12 +180,15 @@ class ContextualSAE(SAE):
         if exact:
             found = self._recur(x, mask, documents)
         else:
-            ops = Pass(self) if self.shard is None else self.shard.trace(self, ())
+            ops = Pass(self, self.training) if self.shard is None else self.shard.trace(self, (), self.training)
             found = self._run(ops, x, mask, documents, sweeps)
         return self._output(found.x_hat, found.code, found.c, acts.dtype)
 
+    def code_in_use(self, acts: Tensor, mask: Tensor | None, documents: Tensor | None) -> Code:
+        return self.forward_anywhere(acts, mask, documents, True, None).code
+
     def encode(self, acts: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Code:
-        """acts [B, T, d_in] -> the code [B, T, k], exact in evaluation mode; see `forward`."""
+        """acts [B, T, d_in] -> the code [B, T, k_max], exact in evaluation mode; see `forward`."""
         return self.forward(acts, mask, documents).code
 
     def decode(
@@ -197,7 +199,7 @@ class ContextualSAE(SAE):
         documents: Tensor | str | None = AS_ENCODED,
         acts: Tensor | None = None,
     ) -> Tensor:
-        """The code [B, T, k] -> the reconstruction [B, T, d_out], in the units of what is reconstructed.
+        """The code [B, T, k_max] -> the reconstruction [B, T, d_out], in the units of what is reconstructed.
 
         With query="past" the codes alone are enough: c is rebuilt from them, given the mask and documents [B, T] that
         they were encoded with. A code that `forward` or `encode` gave knows these (`Code.bounds`). With another code,
@@ -276,7 +278,7 @@ class ContextualSAE(SAE):
             documents: [B] or [B, n] integer; nothing is carried from one id to the next.
 
         Returns:
-            the code, [B, k] or [B, n, k]; `stream` gives the reconstruction too.
+            the code, [B, k_max] or [B, n, k_max]; `stream` gives the reconstruction too.
         """
         output, state = self.stream(acts, state, mask, documents)
         return output.code, state
@@ -299,7 +301,7 @@ class ContextualSAE(SAE):
         """x [B, T, d_in] in normalised units -> what becomes of it, by sweeps."""
         sweeps = Sweeps(self.sweeps) if sweeps is None else sweeps
         windows = self._windows_to_keep(x, sweeps)
-        if windows == 0:
+        if windows == 0 or (ops.rule.shared and windows < x.shape[0]):  # a budget is that of all windows
             return self._sweep(ops, x, mask, documents, sweeps, None)
         W_a = self.W_enc.detach() @ (self.W_O if self.W_I is None else self.W_I).detach()
         parts = []
@@ -334,7 +336,7 @@ class ContextualSAE(SAE):
         look_back = LookBack.of(self)
         start = self._recur(x, mask, documents) if sweeps.from_exact else None
         x = ops.centred(x)
-        encode = ops.encoder()
+        encode = ops.encoder(mask)
         queries = kept = a = x.new_zeros(())
         found: tuple[Tensor, Tensor]
         if self.query == "current":
@@ -348,7 +350,7 @@ class ContextualSAE(SAE):
             if W_a is None:
                 found = encode(x)
             else:
-                values, indices, kept = encode_and_keep(x, self.W_enc, self.b_enc, self.k)
+                values, indices, kept = ops.rule.encode_and_keep(x, self.W_enc, self.b_enc, mask)
                 found = values, indices
             code = self._encoded(ops, x, found, mask)
         for _ in range(sweeps.times):
@@ -358,7 +360,7 @@ class ContextualSAE(SAE):
             before, a = a, look_back.read(queries, memory, mask, documents)
             c, suppressed = look_back.written(a)
             left = x - suppressed
-            found = encode(left) if W_a is None else encode_again(kept, a - before, W_a, self.k)
+            found = encode(left) if W_a is None else ops.rule.encode_again(kept, a - before, W_a, mask)
             code = self._encoded(ops, left, found, mask)
         decoded, groups = ops.reconstruct(code)
         return Ran(self._with_skip(decoded + c + self.b_dec, x), code, c, suppressed, groups)

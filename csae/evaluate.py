@@ -71,7 +71,7 @@ def evaluate(
             trained on (`csae.trained_on`).
 
     Returns:
-        arch, k, d_in, d_sae, n_params; windows, and tokens, the positions evaluated.
+        arch, k, selection, d_in, d_sae, n_params; windows, and tokens, the positions evaluated.
         data, model, layer, hook, hook_to, n_ctx: what the activations are of; None where the source does not say.
         fvu: squared error over variance, both summed over all positions and dimensions; the variance is
             around the mean of these positions. Of a transcoder, of its target.

@@ -23,8 +23,8 @@ from csae.matryoshka import Prefixes, by_group, pairs_by_group
 from csae.ops import sparse_decode, topk_encode
 from csae.ops.adam_rows import Pairs, feature_sums, sort_pairs
 from csae.ops.checks import autocast_to
-from csae.ops.topk_encode import Encode, encoder, with_encode_gradient
-from csae.selection import only_topk
+from csae.ops.topk_encode import Encode, with_encode_gradient
+from csae.selection import Rule
 
 _Code = tuple[Tensor, Tensor]  # values and indices, [..., k]
 
@@ -84,14 +84,15 @@ class _Term(NamedTuple):
 class Pass:
     """The ops of an SAE's forward pass, differentiated by autograd.
 
+    training: whether codes are selected as in training, or as in use (`csae.selection`).
+
     Where a method takes a mask [...] bool, tokens that don't count add nothing to a gradient in factors.
 
     prefixes: whose groups `reconstruct` keeps apart.
     """
 
-    def __init__(self, sae: Any, prefixes: Prefixes = ()) -> None:
-        only_topk(sae, "sae")
-        self.sae, self.prefixes = sae, prefixes
+    def __init__(self, sae: Any, training: bool, prefixes: Prefixes = ()) -> None:
+        self.sae, self.rule, self.prefixes = sae, Rule.of(sae, training), prefixes
 
     def centred(self, x: Tensor) -> Tensor:
         """x - b_dec, or a transcoder's x - mean: what `encode` takes, before what the look-back subtracts."""
@@ -109,18 +110,18 @@ class Pass:
         """How many features `dead` are, with those of other processes."""
         return dead.numel()
 
-    def encoder(self) -> Encode:
-        """A function of x [..., d_in] that gives its code, without a gradient, for repeated use."""
-        return encoder(self.sae.W_enc, self.sae.b_enc, self.sae.k)
+    def encoder(self, mask: Tensor | None) -> Encode:
+        """A function of x [..., d_in] that gives its code, without a gradient, for repeated use with one mask [...]."""
+        return self.rule.encoder(self.sae.W_enc, self.sae.b_enc, mask)
 
     def encode(self, x: Tensor, mask: Tensor | None, found: tuple[Tensor, Tensor] | None = None) -> _Code:
-        """The code of x [..., d_in], values and indices [..., k], with its gradient.
+        """The code of x [..., d_in], values and indices [..., k_max], with its gradient.
 
         found: the code, where it was computed already, without a gradient.
         """
         W_enc, b_enc = self.sae.W_enc, self.sae.b_enc
         if found is None:
-            return topk_encode(x, W_enc, b_enc, self.sae.k)
+            return self.rule.encode(x, W_enc, b_enc, mask)
         return with_encode_gradient(x, W_enc, b_enc, *found), found[1]
 
     def encode_dead(self, x: Tensor, dead: Tensor, k: int, mask: Tensor | None) -> _Code:
@@ -162,8 +163,9 @@ class Trace(Pass):
     trained: the names of the parameters whose gradients are wanted.
     """
 
-    def __init__(self, sae: Any, trained: Collection[str]) -> None:
-        super().__init__(sae, sae.prefixes if trained else ())  # else no loss will be asked for
+    def __init__(self, sae: Any, trained: Collection[str], training: bool = True) -> None:
+        # Without a loss that will be asked for, no groups are needed.
+        super().__init__(sae, training, sae.prefixes if trained else ())
         self.trained = trained
         # An autoencoder's encoder sees x - b_dec.
         self.encodes_b_dec = "b_dec" in trained and sae.centre is sae.b_dec
@@ -184,7 +186,7 @@ class Trace(Pass):
         # autograd reaches the values only if they depend on something: on b_enc, if on nothing else.
         b_enc = b_enc.detach() if x.requires_grad else b_enc
         if found is None:
-            code = topk_encode(x, W_enc, b_enc, self.sae.k)
+            code = self.rule.encode(x, W_enc, b_enc, mask)
         else:
             code = with_encode_gradient(x, W_enc, b_enc, *found), found[1]
         return self._note(x, code, mask, features=None)

@@ -115,6 +115,7 @@ class Reconstruction:
         result = {
             "arch": sae.arch,
             "k": sae.k,
+            "selection": sae.selection,
             "d_in": sae.d_in,
             "d_sae": sae.d_sae,
             "n_params": sae.n_params,

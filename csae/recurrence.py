@@ -16,8 +16,8 @@ from torch import Tensor
 
 from csae.look_back import LookBack
 from csae.ops.linear import linear
-from csae.ops.recurrence import Over, Weights, recur
-from csae.ops.topk_encode import LEAST_ROWS, round_table
+from csae.ops.recurrence import Over, Weights, recur, round_table
+from csae.ops.topk_encode import LEAST_ROWS
 
 
 class Owner(NamedTuple):
@@ -81,11 +81,14 @@ class Recurrence(NamedTuple):
     """of the activations and of the reconstruction"""
     look_back: LookBack
     k: int
+    """slots of a code"""
     k_mem: int
     from_past: bool
     """whether queries are made of the reconstruction of the position before, or of x"""
     over: Over | None = None
     """what meets the tables, where only some of their rows are here"""
+    threshold: Tensor | None = None
+    """[] or [d_sae]: a code has what is above it, up to k; None: the k largest"""
 
     @property
     def weights(self) -> Weights:
@@ -151,7 +154,7 @@ class Recurrence(NamedTuple):
             x = given.to(dtype) - self.centre if isinstance(given, Tensor) else (given[0].to(dtype), given[1])
             run = recur(
                 *(x, mask, starts, state.memory, state.takes_part, state.past, state.position, state.followed),
-                *(self.weights, self.k, self.k_mem, self.from_past, state.table or (), self.over),
+                *(self.weights, self.k, self.k_mem, self.from_past, state.table or (), self.over, self.threshold),
             )
             code = (run.values, run.indices) if isinstance(x, Tensor) else x
             if n:
@@ -168,7 +171,9 @@ class Recurrence(NamedTuple):
         return Owner(tuple(tensor.detach() for tensor in weights), marks, (self.k, self.k_mem, self.from_past))
 
     def _all_weights(self) -> list[Tensor]:
-        return [*self.weights.tensors(), *([] if self.W_skip is None else [self.W_skip]), self.centre, *self.scales]
+        may_be_none = (self.W_skip, self.threshold)
+        rest = (tensor for tensor in may_be_none if tensor is not None)
+        return [*self.weights.tensors(), *rest, self.centre, *self.scales]
 
 
 @torch.compiler.disable  # a graph knows nothing of addresses and versions
@@ -192,7 +197,8 @@ def _continued(of: Recurrence, state: State, B: int) -> State:
         raise ValueError(f"acts: given {B} sequences; needed {given}, as the state is of")
     # A tensor made in inference mode has no version, so a table of it could be out of date.
     if state.table is None and state.encoded >= LEAST_ROWS and not of.W_enc.is_inference():
-        state = state._replace(table=round_table(of.W_enc, of.b_enc, of.k))
+        table = round_table(of.W_enc, of.b_enc, of.k, of.threshold)
+        state = state._replace(table=table)
     return state
 
 

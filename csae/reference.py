@@ -201,9 +201,39 @@ class Encoded(NamedTuple):
     suppressed: Tensor  # [..., d_in] what the encoder subtracted for it: c, but for a transcoder
 
 
-def topk_sae(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int) -> Encoded:
+class Selection(NamedTuple):
+    """Which features a code has in its k_max slots, where the tokens of a batch have different numbers of them."""
+
+    k: int  # on average
+    k_max: int
+    threshold: Tensor | None = None  # [] or [d_sae]: those above it; None: the n * k largest of n tokens together
+
+
+def select(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int | Selection, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The code of x [..., d_in]: its k largest features for each token, or as a `Selection` says.
+
+    mask [...] bool: the tokens that share a budget.
+    """
+    if isinstance(k, int):
+        return topk_encode(x, W_enc, b_enc, k)
+    if k.threshold is None:
+        return batch_topk_encode(x, W_enc, b_enc, k.k, k.k_max, mask)[:2]
+    return threshold_encode(x, W_enc, b_enc, k.threshold, k.k_max)
+
+
+def topk_sae(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    k: int | Selection,
+    mask: Tensor | None = None,
+) -> Encoded:
     """The per-token TopK SAE (Gao et al. 2024, arXiv 2406.04093), on x [..., d_in]. Its `c` is zero."""
-    values, indices = topk_encode(x - b_dec, W_enc, b_enc, k)
+    values, indices = select(x - b_dec, W_enc, b_enc, k, mask)
     x_hat = sparse_decode(values, indices, W_dec) + b_dec
     return Encoded(x_hat, values, indices, torch.zeros_like(x), torch.zeros_like(x))
 
@@ -275,7 +305,7 @@ class ContextualWeights(NamedTuple):
 def contextual_sweeps(
     x: Tensor,
     weights: ContextualWeights,
-    k: int,
+    k: int | Selection,
     query: str,
     sweeps: int,
     mask: Tensor | None = None,
@@ -301,7 +331,7 @@ def contextual_sweeps(
 def contextual_exact(
     x: Tensor,
     weights: ContextualWeights,
-    k: int,
+    k: int | Selection,
     query: str,
     mask: Tensor | None = None,
     documents: Tensor | None = None,
@@ -309,14 +339,14 @@ def contextual_exact(
 ) -> Encoded:
     """The contextual SAE as it is defined: a recurrence, position t looking at the final codes before it.
 
-    x [B, T, d_in], mask [B, T] bool, documents [B, T] integer.
+    x [B, T, d_in], mask [B, T] bool, documents [B, T] integer. Positions can't share a budget here.
     """
     B, T, d_in = x.shape
-    d_out = weights.b_dec.shape[0]
+    d_out, slots = weights.b_dec.shape[0], k if isinstance(k, int) else k.k_max
     out = Encoded(
         x_hat=x.new_zeros(B, T, d_out),
-        values=x.new_zeros(B, T, k),
-        indices=torch.zeros(B, T, k, dtype=torch.int64, device=x.device),
+        values=x.new_zeros(B, T, slots),
+        indices=torch.zeros(B, T, slots, dtype=torch.int64, device=x.device),
         c=x.new_zeros(B, T, d_out),
         suppressed=x.new_zeros(B, T, d_in),
     )
@@ -333,10 +363,10 @@ def _at_position(t: int, new: Tensor, old: Tensor) -> Tensor:
 
 
 def _encode(
-    x: Tensor, c: Tensor, suppressed: Tensor, weights: ContextualWeights, k: int, mask: Tensor | None
+    x: Tensor, c: Tensor, suppressed: Tensor, weights: ContextualWeights, k: int | Selection, mask: Tensor | None
 ) -> Encoded:
     """Encode x less `suppressed` [B, T, d_in], and add c [B, T, d_out]; out of the mask the code is empty."""
-    values, indices = topk_encode(weights.centred(x) - suppressed, weights.W_enc, weights.b_enc, k)
+    values, indices = select(weights.centred(x) - suppressed, weights.W_enc, weights.b_enc, k, mask)
     if mask is not None:
         values = torch.where(mask[..., None], values, 0)
     x_hat = sparse_decode(values, indices, weights.W_dec) + c + weights.b_dec

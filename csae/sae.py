@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
+from csae.calibration import calibrate
 from csae.errors import UserError
 from csae.factors import Gradients, Pass, Trace
 from csae.given import check_acts, check_bounds, check_dead, check_target, check_trained
@@ -19,10 +20,11 @@ from csae.ops.checks import check_k
 from csae.ops.linear import linear
 from csae.outputs import Code, Losses, Output, Ran, Sweeps
 from csae.saving import Saved, shapes, without_tensors
-from csae.selection import slots
+from csae.selection import least, slots
 from csae.tables import TABLES, random_directions, rows_here
 
 if TYPE_CHECKING:
+    from csae.data.activations import Batch
     from csae.distributed.shard import Shard
 
 
@@ -175,14 +177,16 @@ class SAE(Saved, ABC):
         self._hub_mixin_config = changed
 
     def forward(self, acts: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Output:
-        """acts [..., d_in] -> `Output`, in their units. For a per-token SAE mask and documents change nothing.
+        """acts [..., d_in] -> `Output`, in their units. For a per-token SAE mask and documents change nothing in use.
+
+        In training mode codes are selected as in training (`csae.selection`).
 
         mask: acts.shape[:-1] bool, True where a position takes part.
         documents: acts.shape[:-1] integer; a document is a run of equal ids.
         """
         self._check_whole("forward")
         self._check_acts(acts, mask, documents)
-        x_hat, code, c, *_ = self._run(Pass(self), self._normalised(acts), mask, documents, None)
+        x_hat, code, c, *_ = self._run(Pass(self, self.training), self._normalised(acts), mask, documents, None)
         return self._output(x_hat, code, c, acts.dtype)
 
     @abstractmethod
@@ -228,7 +232,11 @@ class SAE(Saved, ABC):
             new = old if old is None else fn(old)
             if new is not None and new.dtype != old.dtype and not new.is_meta and not 0 < float(new) < math.inf:
                 raise ValueError(f"{name}: {float(old):g} does not fit {new.dtype}; needed a wider dtype: bfloat16")
-        return super()._apply(fn, recurse)
+        above = self.threshold if self.selection == "batch" else None
+        super()._apply(fn, recurse)
+        if above is not None and self.threshold is not None and self.threshold.dtype.itemsize < 4:
+            self.threshold = above.to(self.threshold.device)  # rounded, it would be another number of features
+        return self
 
     @torch.no_grad()
     def initialise(
@@ -283,7 +291,8 @@ class SAE(Saved, ABC):
         self._check_acts(acts, mask, documents)
         check_target(self, acts, target)
         check_dead(self, dead)
-        return self._losses(Pass(self, self.prefixes), acts, mask, documents, dead, sweeps, target)
+        ops = Pass(self, training=True, prefixes=self.prefixes)
+        return self._losses(ops, acts, mask, documents, dead, sweeps, target)
 
     def gradients(
         self,
@@ -327,6 +336,8 @@ class SAE(Saved, ABC):
         sweeps: Sweeps | None,
         target: Tensor | None,
     ) -> Losses:
+        if self.selection == "jumprelu":
+            raise UserError('sae: given one with selection="jumprelu", which can\'t be trained yet; needed "batch"')
         x = self._normalised(acts)
         y = x if target is None else self._over(target, self.out_scale)
         if mask is not None:  # what is left out may be NaN, or too large for its dtype
@@ -359,9 +370,9 @@ class SAE(Saved, ABC):
         left, before = ops.total(torch.stack([energy(residual - rebuilt, weight), energy(residual, weight)]))
         return share * left / before.clamp_min(1e-12)
 
-    def _trace(self, trained: Collection[str]) -> Trace:
+    def _trace(self, trained: Collection[str], training: bool = True) -> Trace:
         """The pass that gives gradients in factors."""
-        return Trace(self, trained) if self.shard is None else self.shard.trace(self, trained)
+        return Trace(self, trained, training) if self.shard is None else self.shard.trace(self, trained, training)
 
     def _check_whole(self, what: str) -> None:
         """Raise UserError where only some rows are here: `what` would need all."""
@@ -420,6 +431,8 @@ class SAE(Saved, ABC):
     def track(self, code: Code, mask: Tensor | None = None) -> None:
         """Count for each feature the tokens since it last fired. mask: code.values.shape[:-1] bool.
 
+        With selection="batch" the threshold becomes the least value of this code, of a batch of training.
+
         Where others own rows too, all processes call this, each with the code of its own windows.
         """
         check_bounds(code.values.shape[:-1], mask, None)
@@ -433,6 +446,36 @@ class SAE(Saved, ABC):
         else:
             fired, tokens = self.shard.fired(code.indices, active, tokens)
         self.tokens_since_fired.add_(tokens).mul_(1 - fired)
+        if self.selection == "batch" and self.threshold is not None:
+            value = least(code, mask)
+            value = value if self.shard is None else self.shard.least(value)
+            self.threshold.copy_(torch.where(value.isfinite(), value, self.threshold))
+
+    @torch.no_grad()
+    def calibrate(self, batches: Sequence[Batch]) -> float:
+        """Set the threshold so that a token of this sample has k features on average, in use; gives that average.
+
+        A contextual SAE is run in its exact form. A threshold a feature ("jumprelu") is moved by as much for all. The
+        average is within 0.2% of k, or as near as it can come: where the sample has fewer positive pre-activations
+        than that, or is so small that one feature more changes it by more.
+
+        batches: windows as `csae.data.activations.Batch` has them, some tens of thousands of tokens: the mean of fewer
+        differs from that of others by more than a percent. Where others own rows too, all processes call this, each
+        with as many batches of its own.
+
+        Raises UserError with selection="topk", which has no threshold, and where no position is in the mask.
+        """
+        return calibrate(self, batches)
+
+    @torch.no_grad()
+    def code_in_use(self, acts: Tensor, mask: Tensor | None, documents: Tensor | None) -> Code:
+        """The code of acts [B, T, d_in] as it is in use, by the exact form of a contextual SAE; no gradient.
+
+        Also where others own rows too: all processes call it, each with as many windows of its own.
+        """
+        self._check_acts(acts, mask, documents)
+        values, indices = self._trace((), training=False).encoder(mask)(self._normalised(acts) - self.centre)
+        return Code(values.to(self.W_enc.dtype), indices)
 
     def dead_features(self) -> Tensor:
         """[n_dead] int64: the features that have not fired for `dead_after` training tokens; the first here is 0."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from csae.factors import Pass
-from csae.ops import sparse_decode, threshold_encode, topk_encode
+from csae.ops import sparse_decode
 from csae.outputs import Code, Ran, Sweeps
 from csae.sae import SAE
+from csae.selection import Rule
 
 
 class TopKSAE(SAE):
     """The per-token TopK SAE (Gao et al. 2024, arXiv 2406.04093), or with `d_out` a transcoder (see `SAE`).
 
-        code  = relu(topk(W_enc (x - b_dec) + b_enc, k))
+        code  = relu(topk(W_enc (x - b_dec) + b_enc, k))            or as `selection` says
         x_hat = sum_i code.values_i * W_dec[code.indices_i] + b_dec
 
     Args: see `SAE`.
@@ -22,18 +23,15 @@ class TopKSAE(SAE):
     arch = "topk"
 
     def encode(self, acts: Tensor) -> Code:
-        """acts [..., d_in] -> the code [..., k]."""
+        """acts [..., d_in] -> the code [..., k_max], as in use."""
         self._check_whole("encode")
         self._check_acts(acts)
-        given = self._normalised(acts) - self.centre, self.W_enc, self.b_enc
-        if self.threshold is None:
-            values, indices = topk_encode(*given, self.k)
-        else:
-            values, indices = threshold_encode(*given, self.threshold.detach(), self.k_max)
+        x = self._normalised(acts) - self.centre
+        values, indices = Rule.of(self, training=False).encode(x, self.W_enc, self.b_enc, None)
         return Code(values.to(self.W_enc.dtype), indices)
 
     def decode(self, code: Code, acts: Tensor | None = None) -> Tensor:
-        """The code [..., k] -> the reconstruction [..., d_out], in the units of what is reconstructed.
+        """The code [..., k_max] -> the reconstruction [..., d_out], in the units of what is reconstructed.
 
         acts: [..., d_in], which a skip connection reads.
         """

@@ -39,7 +39,7 @@ from csae.errors import FailedElsewhere, Stopped, UserError, shown
 from csae.progress import bar as progress_bar
 from csae.sae import SAE
 from csae.step import train_step
-from csae.training import Job, Training
+from csae.training import Job, Sample, Training
 
 SAME_SIGNAL = 5.0  # seconds between signals that are one
 
@@ -172,8 +172,9 @@ def _steps(runs: Sequence[Training], batches: Batches, stop: threading.Event) ->
                 raise Stopped(
                     f"{_named(runs)}: stopped after step {done} of {last}; the same command goes on from there"
                 )
+    sample = Sample(batches, hosts, last)
     for run in runs:
-        _attempt(problems, run, run.finish, state)
+        _attempt(problems, run, run.finish, state, sample)
     if problems:
         raise _reported(problems, runs, last)
 

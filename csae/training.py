@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from csae.checkpoint import (
     check_free,
@@ -29,7 +30,7 @@ from csae.config import TrainConfig
 from csae.contextual_sae import ContextualSAE
 from csae.data.activations import Batch, Place
 from csae.data.background import Ready
-from csae.data.batches import Batches
+from csae.data.batches import Batches, Step
 from csae.data.seen import log, open_log, settle
 from csae.distributed import check_replicas
 from csae.distributed.hosts import Hosts, ranks_of
@@ -58,7 +59,28 @@ from csae.saving import CONFIG, check_config
 from csae.step import adam, exact_gap, learning_rate, sweeps_at, train_step
 from csae.trained_on import TrainedOn
 
+CALIBRATION_TOKENS = 1 << 15
 SUSPICIOUS = 1e6  # from this loss on the batch is checked: an SAE that explains nothing has a loss of about 1
+
+
+class Sample:
+    """The first steps of training, read once, where a run asks for them."""
+
+    def __init__(self, batches: Batches, hosts: Hosts, most: int) -> None:
+        self._batches, self._hosts, self._most = batches, hosts, most
+        self._steps: list[Step] | None = None
+
+    def steps(self, tokens: int) -> list[Step]:
+        """So many that they have as many tokens on all ranks together, up to `most` steps."""
+        if self._steps is None:
+            with self._hosts.together():
+                found = (step for step in self._batches.start(0, None) if step.batches)
+                first = next(found)
+                each = next(iter(first.batches.values())).mask.numel()
+                ranks = 1 if self._hosts.ranks is None else self._hosts.ranks.size
+                needed = min(self._most, -(-tokens // (each * ranks)))
+                self._steps = [first, *itertools.islice(found, needed - 1)]
+        return self._steps
 
 
 @dataclass
@@ -195,6 +217,14 @@ class Training:
         ranks = self.hosts.ranks
         self.n_dead = sum(self.hosts.gather(len(dead))) // (1 if ranks is None else ranks.n_data)
 
+    def calibrate(self, sample: Sample) -> None:
+        """Set the SAE's threshold by the first windows of training, where it has one that is not frozen."""
+        sae = self.sae
+        frozen = isinstance(sae.threshold, Parameter) and not sae.threshold.requires_grad
+        if sae.selection == "topk" or frozen:
+            return
+        sae.calibrate([batch.batches[self.place] for batch in sample.steps(CALIBRATION_TOKENS)])
+
     def restart_clock(self, step: int) -> None:
         """Measure the speed from this step on."""
         self.since, self.began, self.busy = step, time.perf_counter(), 0.0
@@ -301,8 +331,8 @@ class Training:
         self.writing = save_checkpoint(self.run, done, self.sae, self.optimizer, self.about, beside)
         self.saved = done
 
-    def finish(self, state: dict[str, Tensor] | None) -> None:
-        """Save the trained SAE. state: of the batches, after the last step."""
+    def finish(self, state: dict[str, Tensor] | None, sample: Sample) -> None:
+        """Calibrate and save the trained SAE. state: of the batches, after the last step."""
         self.writing.result()
         with self.hosts.together():
             if self.hosts.is_first:
@@ -313,6 +343,7 @@ class Training:
                     f"nothing to train on"
                 )
         self._check_trained()
+        self.calibrate(sample)
         assert self.sae.trained_on is not None
         train_fvu = self.line.get("fvu_exact", self.line.get("fvu"))
         self.sae.trained_on = dataclasses.replace(self.sae.trained_on, train_fvu=train_fvu)

@@ -204,7 +204,7 @@ def test_by_group_keeps_the_order_and_all_of_the_code() -> None:
 
 def test_the_passes_of_the_model_keep_no_groups() -> None:
     sae = make("topk")
-    assert Pass(sae).prefixes == ()
+    assert Pass(sae, training=False).prefixes == ()
     assert Trace(sae, ()).prefixes == ()
     assert Trace(sae, ("W_dec",)).prefixes == PREFIXES
 

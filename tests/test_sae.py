@@ -431,7 +431,7 @@ def test_errors_name_the_argument(make, kind, message):
 @pytest.mark.parametrize("windows_kept", [1, 2, 5])
 def test_narrow_sweeps_are_the_same_sweeps(query, windows_kept, monkeypatch):
     """A wide SAE with a narrow look-back keeps its pre-activations; the code and all gradients are as without."""
-    from csae import contextual_sae
+    from csae import contextual_sae, selection
     from csae.factors import Factors
 
     torch.manual_seed(0)
@@ -441,9 +441,9 @@ def test_narrow_sweeps_are_the_same_sweeps(query, windows_kept, monkeypatch):
     acts, mask = torch.randn(5, 9, 64), torch.rand(5, 9) > 0.2
     documents = torch.tensor([0] * 4 + [1] * 5).expand(5, 9)
     kept = []
-    keep = contextual_sae.encode_and_keep
+    keep = selection.encode_and_keep
     monkeypatch.setattr(contextual_sae, "KEPT_BYTES", windows_kept * 4 * 9 * 50)
-    monkeypatch.setattr(contextual_sae, "encode_and_keep", lambda *given: kept.append(given) or keep(*given))
+    monkeypatch.setattr(selection, "encode_and_keep", lambda *given: kept.append(given) or keep(*given))
 
     def run():
         sae.zero_grad()

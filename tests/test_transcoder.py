@@ -227,15 +227,15 @@ def test_a_position_that_is_captured_and_run_again(query: str, monkeypatch: pyte
 @pytest.mark.parametrize("windows_kept", [1, 5])
 @pytest.mark.parametrize("query", KINDS[1:])
 def test_narrow_sweeps_are_the_same_sweeps(query: str, windows_kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from csae import contextual_sae
+    from csae import contextual_sae, selection
 
     torch.manual_seed(0)
     sae = ContextualSAE(64, 50, 4, n_heads=2, d_head=3, d_value=5, query=query, sweeps=2, d_out=9)
     sae.W_I.data.normal_(std=0.3)
     acts, target, mask = torch.randn(5, 9, 64), torch.randn(5, 9, 9), torch.rand(5, 9) > 0.2
-    keep, kept = contextual_sae.encode_and_keep, []
+    keep, kept = selection.encode_and_keep, []
     monkeypatch.setattr(contextual_sae, "KEPT_BYTES", windows_kept * 4 * 9 * 50)
-    monkeypatch.setattr(contextual_sae, "encode_and_keep", lambda *given: kept.append(given) or keep(*given))
+    monkeypatch.setattr(selection, "encode_and_keep", lambda *given: kept.append(given) or keep(*given))
     narrow = sae.gradients(acts, mask, None, DEAD, target=target)
     assert len(kept) == -(-5 // windows_kept)
     monkeypatch.setattr(contextual_sae, "NARROW", 1000)

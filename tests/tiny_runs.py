@@ -69,11 +69,11 @@ def same(one, other):
     return all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
 
 
-def stopped(run, at=4, **changed):
+def stopped(run, at=4, sae=None, **changed):
     """A run that was stopped after some steps."""
     source = Windows(lambda count: os.kill(os.getpid(), signal.SIGINT) if count == at else None)
     with pytest.raises(Stopped):
-        train(new_sae(), source, range(12), run, config(**changed))
+        train(sae or new_sae(), source, range(12), run, config(**changed))
     return run
 
 

@@ -24,6 +24,12 @@ from csae.ops import sparse_decode
 PIECE = 1 << 14
 
 Code = tuple[Tensor, Tensor]  # values and indices
+Within = Callable[[Code], Code]  # what of a code at home is kept, of values before they are rounded
+
+
+def all_of_it(code: Code) -> Code:
+    """`Within` where a code is what its token's candidates say."""
+    return code
 
 
 class Own(NamedTuple):
@@ -59,7 +65,13 @@ class Owners(NamedTuple):
         """x [n, d] of the tokens at home -> that of all tokens, [N, d]."""
         return gather(x, self.group).flatten(0, 1)
 
-    def encoded(self, encode: Callable[[Tensor, int], Code], x: Tensor, k: int) -> tuple[Tensor, Code]:
+    def encoded(
+        self,
+        encode: Callable[[Tensor, int], Code],
+        x: Tensor,
+        k: int,
+        within: Within = all_of_it,
+    ) -> tuple[Tensor, Code]:
         """The x [N, d] of all tokens, and the code [n, k] of the tokens at home, which have x [n, d].
 
         A code is the k best of all rows, equal ones by lower index. A slot of value zero may name another feature than
@@ -70,7 +82,7 @@ class Owners(NamedTuple):
             rounded ones might be equal. The code's are in the dtype of x.
         """
         came: list[Tensor] = []
-        code = self.selected(encode, self._arriving(x, came), k)
+        code = self.selected(encode, self._arriving(x, came), k, within)
         return (came[0] if len(came) == 1 else torch.cat(came, dim=1)).flatten(0, 1), code
 
     def again(self, encode: Callable[[Tensor, int], Code], everyone: Tensor, k: int) -> Code:
@@ -78,7 +90,13 @@ class Owners(NamedTuple):
         by_rank = everyone.unflatten(0, (len(self.counts), len(everyone) // len(self.counts)))
         return self.selected(encode, (piece.transpose(0, 1) for piece in self._pieces(by_rank.transpose(0, 1))), k)
 
-    def selected(self, encode: Callable[[Tensor, int], Code], arriving: Iterable[Tensor], k: int) -> Code:
+    def selected(
+        self,
+        encode: Callable[[Tensor, int], Code],
+        arriving: Iterable[Tensor],
+        k: int,
+        within: Within = all_of_it,
+    ) -> Code:
         """The code of x that arrive a piece at a time, [R, piece, d]."""
         candidates = []
         for piece in arriving:
@@ -87,7 +105,7 @@ class Owners(NamedTuple):
             dtype = piece.dtype
         wide = torch.promote_types(dtype, torch.float32)
         codes = [_best(_unpacked(sent.wait(), wide), k) for sent in candidates]
-        values, indices = (torch.cat(parts) for parts in zip(*codes, strict=True))
+        values, indices = within(tuple(torch.cat(parts) for parts in zip(*codes, strict=True)))  # type: ignore[arg-type]
         return values.to(dtype), indices
 
     def _arriving(self, x: Tensor, came: list[Tensor]) -> Iterator[Tensor]:

@@ -32,13 +32,25 @@ class Shard:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self  # connections can't be copied
 
-    def trace(self, sae: Any, trained: Collection[str]) -> ShardedTrace:
+    def trace(self, sae: Any, trained: Collection[str], training: bool = True) -> ShardedTrace:
         """A pass over the ranks."""
-        return ShardedTrace(sae, trained, self)
+        return ShardedTrace(sae, trained, self, training)
 
     def total(self, x: Tensor) -> Tensor:
         """The sum of x over all ranks, the same on each. No gradient flows."""
         return total(x, self.ranks.world)
+
+    def least(self, x: Tensor) -> Tensor:
+        """The least x, a scalar, of all ranks."""
+        return gather(x, self.ranks.world).amin(dim=0)
+
+    def of_all_features(self, own: Tensor) -> Tensor:
+        """own [rows], a number for each row that is here -> [d_sae], those of all ranks."""
+        most = max(self.owners.counts)
+        padded = own.new_zeros(most)
+        padded[: len(own)] = own
+        parts = gather(padded, self.ranks.features)
+        return torch.cat([part[:count] for part, count in zip(parts, self.owners.counts, strict=True)])
 
     def recurring(self, sae: Any) -> Over:
         """How the positions of the exact form meet the tables."""
@@ -47,7 +59,7 @@ class Shard:
             own = self.owners.own(values, indices)
             return self.owners.decoded(own.values, own.rows, table)
 
-        return Over(self.trace(sae, ()).encoder(), gather_sum, capturable=False)
+        return Over(self.trace(sae, (), training=False).encoder(None), gather_sum, capturable=False)
 
     def owners_of_dead(self, dead: Tensor) -> Owners:
         """How many features are dead on each rank; dead [n_dead] are this one's.

@@ -9,19 +9,23 @@ holds of a code is therefore an owner's part of it, not the code at home.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from csae.distributed.budget import within_budget
 from csae.distributed.codes import Own, Owners
 from csae.distributed.collectives import gather, total
 from csae.factors import Coded, Decoded, Trace
 from csae.matryoshka import Prefixes, by_group
 from csae.ops.checks import autocast_to
 from csae.ops.sparse_decode import decode_backward
-from csae.ops.topk_encode import Encode, encode_wide, encoder
+from csae.ops.threshold_encode import threshold_encode_wide
+from csae.ops.topk_encode import Encode, encode_wide
+from csae.selection import Rule
 
 if TYPE_CHECKING:
     from csae.distributed.shard import Shard
@@ -32,8 +36,8 @@ _Code = tuple[Tensor, Tensor]
 class ShardedTrace(Trace):
     """A `Trace` over the ranks that own the features. All of them, and their replicas, run it at the same time."""
 
-    def __init__(self, sae: Any, trained: Collection[str], shard: Shard) -> None:
-        super().__init__(sae, trained)
+    def __init__(self, sae: Any, trained: Collection[str], shard: Shard, training: bool = True) -> None:
+        super().__init__(sae, trained, training)
         self.shard = shard
         self.owned: list[Own] = []  # of each code
         self._sent: tuple[Tensor, Tensor] | None = None  # the last x, and that of all tokens
@@ -44,21 +48,42 @@ class ShardedTrace(Trace):
     def n_dead(self, dead: Tensor) -> int:
         return sum(self.shard.owners_of_dead(dead).counts)
 
-    def encoder(self) -> Encode:
-        W_enc, b_enc, k, owners = self.sae.W_enc, self.sae.b_enc, self.sae.k, self.shard.owners
+    def encoder(self, mask: Tensor | None) -> Encode:
+        W_enc, b_enc, k_max, owners = self.sae.W_enc, self.sae.b_enc, self.rule.k_max, self.shard.owners
+        # A rank's candidates for a shared budget: all that a token could have.
+        above = None if self.rule.shared else self.rule.threshold
         (like,) = autocast_to(W_enc.detach()[:0])
-        again = encoder(W_enc, b_enc, min(k, owners.owned)) if owners.owned and not _is_half(like) else None
+        again = None
+        if owners.owned and not _is_half(like):
+            alone = Rule(k_max, min(k_max, owners.owned), above, shared=False)
+            again = alone._replace(k=alone.k_max).encoder(W_enc, b_enc, None)
 
         def own(x: Tensor, m: int) -> _Code:
-            return encode_wide(x, W_enc, b_enc, m) if again is None else again(x)
+            if again is not None:
+                return again(x)
+            if above is None:
+                return encode_wide(x, W_enc, b_enc, m)
+            return threshold_encode_wide(x, W_enc, b_enc, above, m)
 
         def encode(x: Tensor) -> _Code:
-            return self._encoded(owners, own, x, k)
+            return self._encoded(owners, own, x, k_max, partial(self._within, mask))
 
         return encode
 
+    def _within(self, mask: Tensor | None, code: _Code) -> _Code:
+        """What of a code [n, k_max] at home, in float32 or wider, is within the budget that all tokens share."""
+        values, indices = code
+        if self.rule.threshold is None:
+            return code
+        within = values > 0
+        if self.rule.shared:
+            flat = None if mask is None else mask.reshape(-1)
+            within = within_budget(values, flat, self.rule.k, self.shard.ranks.world)
+        within = within | values.isnan()
+        return torch.where(within, values, 0), torch.where(within, indices, 0)
+
     def encode(self, x: Tensor, mask: Tensor | None, found: tuple[Tensor, Tensor] | None = None) -> _Code:
-        values, indices = self.encoder()(x) if found is None else found
+        values, indices = self.encoder(mask)(x) if found is None else found
         everyone = self._everyone(x)
         x, W_enc = autocast_to(x, self.sae.W_enc.detach())
         (values,) = autocast_to(values.detach())
@@ -106,10 +131,17 @@ class ShardedTrace(Trace):
         first, owned = self.shard.owners.first, self.shard.owners.owned
         return tuple(min(max(prefix - first, 0), owned) for prefix in self.prefixes)
 
-    def _encoded(self, owners: Owners, own: Callable[[Tensor, int], _Code], x: Tensor, k: int) -> _Code:
-        """The code [..., k] of x [..., d] at home, by what `own` selects on each rank."""
+    def _encoded(
+        self,
+        owners: Owners,
+        own: Callable[[Tensor, int], _Code],
+        x: Tensor,
+        k: int,
+        within: Callable[[_Code], _Code],
+    ) -> _Code:
+        """The code [..., k] of x [..., d] at home: `within` what `own` selects on each rank."""
         (sent,) = autocast_to(x.detach())
-        everyone, (values, indices) = owners.encoded(own, sent.reshape(-1, x.shape[-1]), k)
+        everyone, (values, indices) = owners.encoded(own, sent.reshape(-1, x.shape[-1]), k, within)
         self._sent = x, everyone
         return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
 

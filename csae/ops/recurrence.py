@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from .backend import fake, kernels, operator
 from .checks import refuse_tangents
 from .heads import BOUNDED, UNIT
 from .linear import linear
+from .threshold_encode import threshold_table, wide
 from .topk_encode import Encode, repeated
+from .topk_encode import round_table as topk_table
 
 # The fewest positions that a CUDA graph is captured for: a capture costs about as much as a few positions.
 CAPTURED = 16
@@ -92,6 +94,7 @@ def recur(
     from_past: bool,
     table: Sequence[Tensor] = (),
     over: Over | None = None,
+    threshold: Tensor | None = None,
 ) -> Recurred:
     """The next n positions of B sequences. No gradient flows.
 
@@ -103,17 +106,18 @@ def recur(
         past: [B, d_out], the reconstruction before, less b_dec.
         position: the number of the first.
         followed: [m] int64, features whose share in what is carried is to be known.
-        k, k_mem: features of a code, and how many of them are remembered.
+        k, k_mem: slots of a code, and how many of them are remembered.
         from_past: whether queries are made of the reconstruction before, or of x.
         table: `round_table` of W_enc, if it was made already.
         over: what meets the tables, where `weights` has only some of their rows.
+        threshold: [] or [d_sae], of what a code has (`threshold_encode`); None: its k largest (`topk_encode`).
     """
     x, values, indices = (given, None, None) if isinstance(given, Tensor) else (None, *given)
-    refuse_tangents(x, values, past, *weights.tensors())
+    refuse_tangents(x, values, past, threshold, *weights.tensors())
     state = mask, starts, memory, takes_part, past, position, followed
     if over is not None:  # it waits for other processes: no operator of a graph
         return Recurred(*_positions(x, values, indices, *state, weights, k, k_mem, from_past, over))
-    return Recurred(*_recur(x, values, indices, *state, weights.tensors(), k, k_mem, from_past, list(table)))
+    return Recurred(*_recur(x, values, indices, *state, weights.tensors(), k, k_mem, from_past, list(table), threshold))
 
 
 @operator("recur", ("memory", "takes_part"))
@@ -133,16 +137,41 @@ def _recur(
     k_mem: int,
     from_past: bool,
     table: list[Tensor],
+    threshold: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     by = Weights(*weights)
-    topk = kernels("topk_encode", memory.device, memory.dtype)
     sums = kernels("sparse_decode", memory.device, memory.dtype)
-    encode = repeated(
-        *(by.W_enc, by.b_enc, k, table, topk.topk_encode, topk.round_table),
-        lambda *given: topk.encode_by_table(*given),
-    )
+    # What selects by a threshold may wait for the device, which a CUDA graph can't.
+    over = Over(_encoder(by.W_enc, by.b_enc, k, table, threshold), sums.gather_sum, capturable=threshold is None)
     state = mask, starts, memory, takes_part, past, position, followed
-    return _positions(x, values, indices, *state, by, k, k_mem, from_past, Over(encode, sums.gather_sum))
+    return _positions(x, values, indices, *state, by, k, k_mem, from_past, over)
+
+
+def _encoder(W_enc: Tensor, b_enc: Tensor, k: int, table: list[Tensor], threshold: Tensor | None) -> Encode:
+    """x [B, d_in] -> its code [B, k], by the kernels."""
+    if threshold is None:
+        topk = kernels("topk_encode", W_enc.device, W_enc.dtype)
+        of = (topk.topk_encode, topk.round_table, lambda *given: topk.encode_by_table(*given))
+        return repeated(W_enc, b_enc, k, table, *of)
+    by, above = kernels("threshold_encode", W_enc.device, W_enc.dtype), threshold.to(wide(W_enc))
+
+    def once(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return by.threshold_encode(x, W_enc, b_enc, above, k)
+
+    def round_table(W_enc: Tensor, b_enc: Tensor, k: int) -> list[Tensor]:
+        return by.threshold_table(W_enc, b_enc, above, k)
+
+    def by_table(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, table: list[Tensor], last: None) -> Any:
+        return *by.threshold_encode_by_table(x, W_enc, b_enc, above, k, table), last
+
+    return repeated(W_enc, b_enc, k, table, once, round_table, by_table)
+
+
+def round_table(W_enc: Tensor, b_enc: Tensor, k: int, threshold: Tensor | None) -> list[Tensor]:
+    """What `recur` takes as `table`: the weights rounded to bfloat16; empty where that is no gain."""
+    if threshold is None:
+        return topk_table(W_enc, b_enc, k)
+    return threshold_table(W_enc, b_enc, threshold, k)
 
 
 def _positions(
@@ -167,6 +196,7 @@ def _positions(
     run = _Run(
         weights=by,
         k_mem=k_mem,
+        from_past=from_past,
         followed=followed,
         encode=over.encode,
         read_memory=reads.read_memory,
@@ -175,7 +205,6 @@ def _positions(
     )
     chunk = _Chunk(
         x=x,
-        queries=run.queries(x) if x is not None and not from_past else None,
         values=memory.new_empty(B, n, k) if values is None else values,
         indices=torch.empty(B, n, k, dtype=torch.int64, device=memory.device) if indices is None else indices,
         c=memory.new_empty(B, n, by.W_O.shape[0]),
@@ -201,7 +230,22 @@ def _positions(
 
 @fake("recur")
 def _(
-    x, values, indices, mask, starts, memory, takes_part, past, position, followed, weights, k, k_mem, from_past, table
+    x,
+    values,
+    indices,
+    mask,
+    starts,
+    memory,
+    takes_part,
+    past,
+    position,
+    followed,
+    weights,
+    k,
+    k_mem,
+    from_past,
+    table,
+    threshold,
 ):
     by = Weights(*weights)
     (B, n), H, m = mask.shape, by.slope.shape[0], followed.shape[0]
@@ -222,6 +266,7 @@ class _Run(NamedTuple):
 
     weights: Weights
     k_mem: int
+    from_past: bool
     followed: Tensor  # [m]
     encode: Encode
     read_memory: Callable[..., Tensor]
@@ -245,7 +290,6 @@ class _Chunk(NamedTuple):
     """n positions of B sequences. values, indices and suppressed are written where x is given, c and carried always."""
 
     x: Tensor | None  # [B, n, d_in], centred
-    queries: Tensor | None  # [B, n, n_heads, d_head], where they don't depend on the codes
     values: Tensor  # [B, n, k]
     indices: Tensor  # [B, n, k]
     c: Tensor  # [B, n, d_out]
@@ -272,8 +316,9 @@ def _position(
     """One position, t, of B sequences: `here` without its second dimension. -> what it leaves in the memory, past."""
     by, followed = run.weights, run.followed
     H = len(by.slope)
-    query = run.queries(past) if here.queries is None else here.queries
-    read = run.read_memory(query, memory, takes_part, by.slope, by.null, here.starts, here.mask, t)
+    # Not of all positions at once: the bits of a product may depend on its number of rows, and on their strides.
+    queries = run.queries(past if run.from_past or here.x is None else here.x.contiguous())
+    read = run.read_memory(queries, memory, takes_part, by.slope, by.null, here.starts, here.mask, t)
     if len(followed):
         heads = read.unflatten(-1, (H, -1))
         d_value = heads.shape[-1] - len(followed)
@@ -293,7 +338,7 @@ def _position(
         activity = torch.where(indices.unsqueeze(-1) == followed, values.unsqueeze(-1), 0).sum(dim=1)  # [B, m]
         heads = torch.cat([heads, scale * activity.unsqueeze(1)], dim=-1)
     left = torch.cat([keys.flatten(-2), heads.flatten(-2)], dim=-1)
-    if here.queries is None:
+    if run.from_past:
         past = run.gather_sum(here.values, here.indices, by.W_dec) + here.c
     return left, past
 

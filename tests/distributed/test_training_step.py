@@ -57,6 +57,7 @@ def check_alike(one: Trained, found: list[Trained], case: Case, tolerance: float
         assert torch.equal(ours[1][active], indices[active])
 
 
+BATCH = {"selection": "batch"}
 CASES = {
     "topk": Case(),
     "topk, three shards of few rows": Case(d_sae=10, k=8, windows=7),
@@ -72,11 +73,15 @@ CASES = {
     "lazy": Case(lazy=True),
     "no mask": Case(masked=False, steps=10),
     "more ranks than windows": Case(windows=2, steps=20),
+    "a shared budget": Case(sae={"selection": "batch"}),
+    "a shared budget, past, an empty shard": Case("contextual", BATCH | {"query": "past"}, d_sae=9, k=2, windows=7),
+    "a shared budget, current from exact codes": Case("contextual", BATCH, from_exact=True, steps=10),
 }
 
 
 # These end after 20 steps.
 FAST = {("topk", 3), ("current", 2), ("matryoshka", 3)}
+FAST |= {("a shared budget", 3), ("a shared budget, past, an empty shard", 4)}
 
 
 @pytest.mark.parametrize(
@@ -128,9 +133,10 @@ def test_the_same_bits_twice() -> None:
                 assert torch.equal(tensor, getattr(other, of)[name])
 
 
-def test_a_step_of_broken_activations_breaks_the_same() -> None:
+@pytest.mark.parametrize("selected", [{}, BATCH], ids=["topk", "batch"])
+def test_a_step_of_broken_activations_breaks_the_same(selected: dict[str, str]) -> None:
     """A NaN is seen by every rank, in the loss and in the rows that it breaks on one device."""
-    case = Case(broken=True, steps=3)
+    case = Case(broken=True, steps=3, sae=selected)
     (one,) = run(1, _train, case)
     found = run(3, _train, case)
     assert one.losses[-1].isnan().any()
@@ -165,6 +171,24 @@ def _one_step(ranks: Ranks | None, case: Case, change: str) -> tuple[dict[str, T
         losses, gradients = sae.gradients(**given, dead=dead, sweeps=sweeps)
     found = {name: of if isinstance(of, Tensor) else of.dense() for name, of in gradients.items()}
     return found, torch.stack(losses[:3]), losses.code.values, losses.code.indices
+
+
+def _calibrated(ranks: Ranks | None, case: Case) -> tuple[float, Tensor]:
+    sae = make(case) if ranks is None else sharded(lambda: make(case), ranks)
+    sae.initialise(torch.full((20,), 0.4), 1.7)
+    given = batch(case, 0) if ranks is None else share(batch(case, 0), ranks)
+    l0 = sae.calibrate([Batch(**given, tokens=None)])
+    return l0, sae.threshold.detach()
+
+
+@pytest.mark.parametrize("arch", ["topk", "contextual"])
+def test_calibrated_over_ranks_as_in_one_process(arch: str) -> None:
+    case = Case(arch, BATCH, windows=19)
+    ((l0, threshold),) = run(1, _calibrated, case)
+    assert l0 == pytest.approx(case.k, rel=0.01)
+    for found in run(3, _calibrated, case):
+        assert found[0] == pytest.approx(l0, rel=1e-3)
+        torch.testing.assert_close(found[1], threshold, rtol=1e-2, atol=0)
 
 
 CHANGES = ("ties", "only the decoder", "only the encoder", "only b_dec", "only the look-back", "none")
@@ -310,12 +334,15 @@ def _gap(ranks: Ranks | None, case: Case) -> tuple[float, float]:
     given = batch(case, 0) if ranks is None else share(batch(case, 0), ranks)
     with torch.no_grad():
         sae.W_O.mul_(20)  # so that it matters
+        if sae.threshold is not None:
+            sae.threshold.fill_(0.5)
     return exact_gap(sae, Batch(**given, tokens=None), Sweeps(1))
 
 
+@pytest.mark.parametrize("selected", [{}, BATCH], ids=["topk", "batch"])
 @pytest.mark.parametrize("query", ["current", "past"])
-def test_the_exact_form_over_ranks(query: str) -> None:
-    case = Case("contextual", {"query": query, "k_mem": 3}, windows=7)
+def test_the_exact_form_over_ranks(query: str, selected: dict[str, str]) -> None:
+    case = Case("contextual", {"query": query, "k_mem": 3} | selected, windows=7)
     (one,) = run(1, _gap, case)
     assert abs(one[1]) > 1e-3
     found = run(3, _gap, case)
