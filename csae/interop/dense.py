@@ -9,8 +9,8 @@ from csae.contextual_sae import ContextualSAE
 from csae.data.activations import sink_mask
 from csae.errors import UserError
 from csae.interop.feature_acts import FeatureActs, carried_of
-from csae.ops import threshold_encode, topk_encode
 from csae.outputs import Code
+from csae.selection import Rule
 from csae.topk_sae import TopKSAE
 
 
@@ -89,11 +89,8 @@ class DenseSAE(nn.Module):
         mask = sink_mask(acts, None, *sae.masking)
         out = sae(acts, mask, exact=True)
         with torch.autocast(acts.device.type, enabled=False):
-            weights = acts[~mask] - sae.b_dec, sae.W_enc, sae.b_enc
-            if sae.threshold is None:
-                values, indices = topk_encode(*weights, sae.k)
-            else:
-                values, indices = threshold_encode(*weights, sae.threshold.detach(), sae.k_max)
+            rule = Rule.of(sae, training=False)
+            values, indices = rule.encode(acts[~mask] - sae.b_dec, sae.W_enc, sae.b_enc, None)
         out.code.values[~mask], out.code.indices[~mask] = values, indices
         return out.code, out.c
 

@@ -78,7 +78,7 @@ def assert_same_files(folder: Path, other: Path, *names: str) -> None:
 def dense(sae: SAE, acts: Tensor) -> Tensor:
     """The code of a TopKSAE as other libraries give it: [..., d_sae], in units of the activations."""
     code = sae.encode(acts)  # type: ignore[operator]
-    return torch.zeros(*acts.shape[:-1], sae.d_sae).scatter(-1, code.indices, code.values * sae.scale)
+    return torch.zeros(*acts.shape[:-1], sae.d_sae).scatter_add(-1, code.indices, code.values * sae.scale)
 
 
 def dense_windows(sae: ContextualSAE, windows: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from interop_saes import D_IN, D_SAE, K, activations, needs, topk, with_thresholds
+from interop_saes import D_IN, D_SAE, K, activations, contextual, needs, topk, with_thresholds
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from csae import TopKSAE, interop
+from csae import ContextualSAE, TopKSAE, interop
+from csae.data.activations import sink_mask
 from csae.errors import UserError
 from csae.interop.dense import DenseSAE
 from csae.interop.weights import SELECTION_KEY, unscaled
@@ -304,3 +305,54 @@ def test_dictionary_learning_computes_the_same(
     assert again.prefixes == sae.prefixes
     with torch.no_grad():
         agree(again, theirs.encode(acts), theirs(acts), acts)
+
+
+# --- contextual ones ------------------------------------------------------------------------------------------------
+
+
+def contextual_with_thresholds(selection: str, query: str) -> ContextualSAE:
+    sae = contextual(query, 1.7, selection=selection, k_mem=None)
+    assert sae.threshold is not None
+    with torch.no_grad():
+        sae.threshold.copy_(0.3 + torch.rand_like(sae.threshold))
+    return sae
+
+
+@pytest.mark.parametrize("query", ["current", "past"])
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_a_contextual_one_comes_back_and_is_the_same_in_dense_form(selection: str, query: str, tmp_path: Path) -> None:
+    sae, windows = contextual_with_thresholds(selection, query), activations(2, 30)
+    interop.save("sae_lens", sae, tmp_path)
+    again = interop.load("sae_lens", tmp_path)
+    assert (again.selection, again.k, again.k_max) == (selection, K, 4 * K)
+    mask = sink_mask(windows)
+    dense, out = DenseSAE(again), sae(windows, mask)
+    found = dense.encode(windows)
+    wanted = torch.zeros(2, 30, D_SAE).scatter_add(-1, out.code.indices, out.code.values * sae.scale)
+    torch.testing.assert_close(torch.Tensor.as_subclass(found, Tensor)[mask], wanted[mask].detach(), **CLOSE)
+    torch.testing.assert_close(dense.decode(found)[mask], out.x_hat[mask], rtol=1e-4, atol=1e-4)
+    # Left out positions are encoded as by a per-token SAE.
+    plain = unscaled(sae)
+    pre = (windows[~mask] - plain.b_dec) @ plain.W_enc.T + plain.b_enc
+    assert plain.threshold is not None
+    alone = torch.where(pre > plain.threshold, pre, 0).relu()
+    left_out = torch.Tensor.as_subclass(found, Tensor)[~mask]
+    torch.testing.assert_close(left_out, alone.detach(), **CLOSE)
+
+
+@needs("sae_lens")
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_a_contextual_one_in_sae_lens(selection: str, tmp_path: Path) -> None:
+    import sae_lens
+
+    from csae.interop import sae_lens_class
+
+    sae_lens_class.register()
+    sae, windows = contextual_with_thresholds(selection, "past"), activations(2, 30)
+    interop.save("sae_lens", sae, tmp_path)
+    theirs = sae_lens.SAE.load_from_disk(str(tmp_path))
+    with torch.no_grad():
+        feature_acts, x_hat = theirs.encode(windows), theirs(windows)
+        dense = DenseSAE(unscaled(sae))
+        torch.testing.assert_close(feature_acts.as_subclass(Tensor), dense.encode(windows).as_subclass(Tensor), **CLOSE)
+        torch.testing.assert_close(x_hat, dense(windows), **CLOSE)
