@@ -89,9 +89,11 @@ def _write(out: Path, options: dict[str, Any], ranks: Ranks | None) -> None:
     from csae.data.sources import open_source
     from csae.data.streamed import open_streamed
     from csae.distributed.hosts import Hosts
+    from csae.distributed.same_data import check_same_data
     from csae.progress import quiet, track
 
-    first = Hosts(ranks).is_first
+    hosts = Hosts(ranks)
+    first = hosts.is_first
     device = device_of(options["device"]) if ranks is None else str(ranks.device)
     max_bytes = None if options["max_bytes"] is None else bytes_of(options["max_bytes"])
     progress = track if first else quiet
@@ -101,6 +103,7 @@ def _write(out: Path, options: dict[str, Any], ranks: Ranks | None) -> None:
         source = open_streamed(origin, out, dtype, max_bytes, device, progress, ranks)
     else:
         source, _ = open_source(origin, device, progress)
+    check_same_data(source, hosts)
     try:
         did = write_cache(
             source,

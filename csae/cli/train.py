@@ -124,6 +124,7 @@ def _train(context: click.Context, options: dict[str, Any], ranks: Ranks | None)
     from csae.data.raw_text import as_stream, open_stream_batches
     from csae.data.sources import check_said, open_source
     from csae.distributed.hosts import Hosts
+    from csae.distributed.same_data import check_same_data
     from csae.progress import quiet, track
     from csae.train import train_together
 
@@ -151,6 +152,7 @@ def _train(context: click.Context, options: dict[str, Any], ranks: Ranks | None)
     )
     source, _ = open_source(origin, lm_device, track if hosts.is_first else quiet)
     check_said(origin, source)
+    check_same_data(source, hosts)
     batches: Batches | None = None
     if origin.get("stream"):
         assert isinstance(source, ModelActivations)

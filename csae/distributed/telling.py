@@ -289,7 +289,9 @@ def _said(value: Any) -> str:
 
 
 def _short(error: BaseException) -> str:
-    return shown(" ".join(str(error).split("\n", 1)[0].split()))[:120]
+    """What it says first, without the place in gloo's or NCCL's code."""
+    line = re.sub(r"^\[[^]]*:\d+\]\s*", "", " ".join(str(error).split("\n", 1)[0].split()))
+    return shown(line.split(". ")[0])[:120]
 
 
 def _key(*names: object) -> str:
