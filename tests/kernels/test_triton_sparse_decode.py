@@ -77,6 +77,38 @@ def test_forward_and_gradients_equal_the_reference(n: int, k: int, d_sae: int, d
     assert_sum_close(dtable, want_dtable, of_gradients[1], n * k)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k", "d"), [(6, 20, 40), (3, 150, 8)])
+def test_a_row_ends_at_its_length(n: int, k: int, d: int, dtype: torch.dtype) -> None:
+    """What stands behind names rows of NaN or no row at all: whatever reads one has it in its result."""
+    from csae.kernels.triton.sparse_decode import feature_sum, gather_dot, gather_sum
+
+    d_sae = 14
+    values, indices = code(n, k, d_sae - 3, dtype)
+    # The first rows are empty and full. Values are in no order, with zeros among them and one NaN.
+    lengths = torch.randint(0, k + 1, (n,), generator=torch.Generator().manual_seed(5))
+    lengths[0], lengths[1] = 0, k
+    places = torch.arange(k, device=DEVICE)
+    live = places < lengths.to(DEVICE)[:, None]
+    values = torch.where((places % 3 == 1) & (places < lengths.to(DEVICE)[:, None] - 1), 0, values)
+    values = torch.where(live, values, torch.where(places % 2 == 0, 0.0, -0.0).to(dtype))
+    table, grad = random_normal(d_sae, d, dtype=dtype, seed=1), random_normal(n, d, dtype=dtype, seed=2)
+    terms = values.double()[..., None] * table[indices].double()
+    dots = torch.where(live[..., None], grad.double()[:, None] * table[indices].double(), 0)
+    sums = feature_sums(values, indices, grad, d_sae)
+    table[-3:] = math.nan
+    indices = torch.where(
+        live, indices, torch.where(places % 3 == 0, d_sae - 1, torch.where(places % 3 == 1, -1, 2**40))
+    )
+    assert_sum_close(gather_sum(values, indices, table), terms.sum(1), terms.abs().sum(1), k)
+    found = gather_dot(grad, values, indices, table)
+    assert_sum_close(found, dots.sum(2), dots.abs().sum(2), d)
+    assert (found[~live] == 0).all()
+    assert_sum_close(feature_sum(values, indices, grad, d_sae), *sums, n * k)
+    values[1, k // 2] = math.nan
+    assert gather_sum(values, indices, table)[1].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_float32_values_with_a_narrower_table(dtype: torch.dtype) -> None:
     from csae.kernels.triton.sparse_decode import feature_sum, gather_dot, gather_sum
