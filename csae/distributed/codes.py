@@ -33,7 +33,10 @@ def all_of_it(code: Code) -> Code:
 
 
 class Own(NamedTuple):
-    """The part of the codes of all tokens that names rows of this rank, in the order of the codes, from the front."""
+    """The part of the codes of all tokens that names rows of this rank, in the order of the codes, from the front.
+
+    The rest is behind the lengths of its rows: gathers and sums don't go there, whatever m is.
+    """
 
     values: Tensor
     """[N, m]; zero in a slot that names no row"""
@@ -140,7 +143,7 @@ class Owners(NamedTuple):
         mine = (rows >= 0) & (rows < self.owned) & ~(values <= 0)  # NaN is kept
         m = min(k, self.owned)
         if not self.even and values.device.type == "cpu" and values.numel():
-            m = int(mine.sum(dim=1).max())  # a GPU would have to be waited for
+            m = int(mine.sum(dim=1).max())  # a GPU would have to be waited for, to save memory alone
         # The slots of others go to column m, which is cut off.
         to = torch.where(mine, mine.cumsum(dim=1) - 1, m)
         shape = len(values), m + 1
