@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from csae.errors import UserError
 from csae.matryoshka import Prefixes, by_group, pairs_by_group
 from csae.ops import sparse_decode, topk_encode
 from csae.ops.adam_rows import Pairs, feature_sums, sort_pairs
@@ -142,6 +143,11 @@ class Pass:
         """What W_dec makes of a code, [..., d_out], and where there are prefixes its parts by group (`Ran.groups`)."""
         if not self.prefixes:
             return self.decode("W_dec", code), None
+        if self.sae.selection == "jumprelu":  # the gradient of its thresholds would need the groups too
+            raise UserError(
+                f'prefixes: given {", ".join(map(str, self.prefixes))} with selection="jumprelu"; needed "batch" or '
+                '"topk" to train with prefixes'
+            )
         groups = self._groups(code)
         return groups.sum(dim=-2), groups
 

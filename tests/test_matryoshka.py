@@ -11,6 +11,7 @@ from torch import Tensor
 
 import csae
 from csae import SAE, ContextualSAE, TopKSAE, reference
+from csae.errors import UserError
 from csae.factors import Factors, Pass, Trace
 from csae.matryoshka import by_group
 from csae.sae import Sweeps
@@ -237,3 +238,32 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 def test_other_prefixes_are_refused(prefixes: Any, said: str) -> None:
     with pytest.raises((TypeError, ValueError), match=f"^prefixes: given .*{said}"):
         make("topk", prefixes=prefixes)
+
+
+@pytest.mark.parametrize(("arch", "options"), [("topk", {}), ("contextual", {"sweeps": 1, "query": "past"})])
+def test_a_shared_budget(arch: str, options: dict[str, Any]) -> None:
+    sae = make(arch, selection="batch", **options)
+    given = batch(sae)
+    losses, gradients = sae.gradients(**given)
+    expected = sae.loss(**given)
+    x = (given["acts"] / sae.scale).masked_fill(~given["mask"].unsqueeze(-1), 0)
+    lengths = (expected.code.values > 0).sum(dim=-1)
+    assert lengths.min() < lengths.max()
+    if arch == "topk":
+        x_hat = reference.sparse_decode(*expected.code, sae.W_dec) + sae.b_dec
+        out = reference.Encoded(x_hat, *expected.code, torch.zeros_like(x), torch.zeros_like(x))
+        fvus = reference.matryoshka_fvus(x, out, sae.W_dec, sae.prefixes, given["mask"])
+        torch.testing.assert_close(expected.loss, fvus.mean(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(losses.loss, expected.loss.detach(), rtol=1e-12, atol=0)
+    expected.loss.backward()
+    for name, parameter in sae.named_parameters():
+        if parameter.grad is not None:
+            scale = float(parameter.grad.abs().max())
+            found = dense(gradients[name], parameter)
+            torch.testing.assert_close(found, parameter.grad, rtol=1e-5, atol=1e-6 * scale, msg=name)
+
+
+def test_thresholds_of_jumprelu_are_not_trained_with_prefixes() -> None:
+    sae = make("topk", selection="jumprelu")
+    with pytest.raises(UserError):
+        sae.loss(**batch(sae))
