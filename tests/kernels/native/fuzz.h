@@ -202,6 +202,7 @@ inline void check_near(float x, const Sum& sum, double rounding, const char* nam
 
 // The cases, each one call or a few of what the library exports.
 void topk_rows();
+void above_rows();
 void topk_settle();
 void topk_products();
 void products();

@@ -56,6 +56,106 @@ void topk_rows() {
     values.check_between_rows();
     indices.check_between_rows();
 }
+
+// --- csae_above_add, csae_above_finish, csae_cut ----------------------------------------------------------------
+
+namespace {
+
+// Floors of zero or more, NaN and infinity among them, and ceilings or none.
+struct Band {
+    Matrix<float> floor, ceiling;
+    bool has_ceiling;
+
+    explicit Band(int64_t d_sae) : floor(1, d_sae, d_sae), ceiling(1, d_sae, d_sae), has_ceiling(one_in(3)) {
+        for (int64_t c = 0; c < d_sae; ++c) {
+            floor(0, c) = one_in(20) ? (one_in(2) ? NAN : INFINITY) : static_cast<float>(below(5)) / 2;
+            ceiling(0, c) = floor(0, c) + static_cast<float>(below(4));
+        }
+    }
+    csae_band from(int64_t first) const {
+        return {floor.data() + first, has_ceiling ? ceiling.data() + first : nullptr};
+    }
+    bool inside(int64_t c, float x) const { return x > floor(0, c) && (!has_ceiling || x < ceiling(0, c)); }
+};
+
+void check_cut(const Matrix<float>& values, const Matrix<int64_t>& indices, int64_t n, int64_t k) {
+    std::vector<std::pair<float, int64_t>> all;  // places, the largest value first, equal ones in order
+    for (int64_t i = 0; i < n; ++i) {
+        for (int64_t j = 0; j < k && values(i, j) > 0; ++j) all.emplace_back(values(i, j), i * k + j);
+    }
+    std::stable_sort(all.begin(), all.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
+    const int64_t found = static_cast<int64_t>(all.size()), budget = below(2 * found + 2);
+    std::vector<bool> kept(static_cast<size_t>(n * k));
+    for (int64_t place = 0; place < std::min(found, budget); ++place) kept[all[place].second] = true;
+    std::vector<float> before(static_cast<size_t>(n * k));
+    std::vector<int64_t> columns(static_cast<size_t>(n * k));
+    for (int64_t p = 0; p < n * k; ++p) {
+        before[p] = values(p / k, p % k);
+        columns[p] = indices(p / k, p % k);
+    }
+    function = "csae_cut";
+    float threshold = -1;
+    check_status(csae_cut(values.data(), values.stride, indices.data(), indices.stride, n, k, budget, &threshold),
+                 csae_ok);
+    check(threshold == (budget > 0 && budget <= found ? all[budget - 1].first : 0), "wrong threshold");
+    for (int64_t p = 0; p < n * k; ++p) {
+        const float value = values(p / k, p % k);
+        const bool stays = kept[p] || std::isnan(before[p]);
+        check(stays ? value == before[p] || std::isnan(value) : value == 0, "wrong value");
+        check(indices(p / k, p % k) == (stays ? columns[p] : 0), "wrong index");
+    }
+}
+
+}  // namespace
+
+void above_rows() {
+    function = "csae_above_add";
+    const bool large = one_in(16);  // enough for two threads
+    const int64_t n = large ? 24 + below(24) : below(7), d_sae = 1 + below(large ? 3000 : 300);
+    const int64_t k = 1 + below(one_in(2) ? d_sae : std::min<int64_t>(d_sae, 40));
+    const auto kind = static_cast<Kind>(below(3));
+    const auto pre_acts = input_of(n, d_sae, kind), bias = input_of(1, d_sae, one_in(2) ? kind : plain);
+    const Band band(d_sae);
+    const int64_t capacity = k + 64 + below(one_in(2) ? 64 : 2 * d_sae);
+    const Matrix<int32_t> orders(n, capacity, capacity), columns(n, capacity, capacity), count(1, n, n);
+    const Matrix<float> threshold(1, n, n);
+    std::fill_n(count.data(), n, 0);
+    std::fill_n(threshold.data(), n, -INFINITY);
+    const csae_topk best = {orders.data(), columns.data(), threshold.data(), count.data(), n, k, capacity};
+    for (int64_t first = 0, width; first < d_sae; first += width) {
+        width = std::min(d_sae - first, one_in(2) ? d_sae : 1 + below(200));
+        const Matrix<float> tile(n, width, width + below(9));
+        for (int64_t i = 0; i < n * width; ++i) tile(i / width, i % width) = pre_acts(i / width, first + i % width);
+        const csae_band here = band.from(first);
+        check_status(csae_above_add(&best, &here, tile.data(), tile.stride, bias.data() + first, width, first,
+                                    some_threads()),
+                     csae_ok);
+    }
+    function = "csae_above_finish";
+    const auto values = output<float>(n, k);
+    const auto indices = output<int64_t>(n, k);
+    check_status(csae_above_finish(&best, values.data(), values.stride, indices.data(), indices.stride, some_threads()),
+                 csae_ok);
+    for (int64_t i = 0; i < n; ++i) {
+        std::vector<std::pair<float, int64_t>> wanted;
+        bool nan = false;
+        for (int64_t c = 0; c < d_sae; ++c) {
+            const float x = pre_acts(i, c) + bias(0, c);
+            nan = nan || std::isnan(x);
+            if (band.inside(c, x)) wanted.emplace_back(-x, c);
+        }
+        std::sort(wanted.begin(), wanted.end());
+        wanted.resize(static_cast<size_t>(k), {0, 0});
+        for (int64_t j = 0; j < k; ++j) {
+            check(indices(i, j) == (nan ? j : wanted[j].second), "wrong index");
+            check(nan ? std::isnan(values(i, j)) : values(i, j) == -wanted[j].first, "wrong value");
+        }
+    }
+    check_cut(values, indices, n, k);
+    values.check_between_rows();
+    indices.check_between_rows();
+}
+
 namespace {
 
 // --- csae_round_rows, csae_topk_settle ---------------------------------------------------
@@ -98,6 +198,48 @@ Rounded round_rows(const Matrix<float>& rows) {
         check(std::abs(found.errors[i] - std::sqrt(lost)) <= std::sqrt(lost) / 1024 + 1e-18, "wrong error");
     }
     return found;
+}
+
+// Of the candidates for the largest bounds: those in a band are settled, or nothing is said about the row.
+void above_settle(const csae_topk& best, int64_t k, const Matrix<float>& x, const Stored& table,
+                  const Matrix<float>& bias, const Matrix<float>& dots, const float* lengths, double longest,
+                  float largest_bias, const std::vector<bool>& unknown) {
+    function = "csae_above_settle";
+    const int64_t n = best.n, d = x.columns, d_sae = bias.columns;
+    const Band band(d_sae);
+    const auto values = output<float>(n, k);
+    const auto indices = output<int64_t>(n, k);
+    const auto settled = allocate<uint8_t>(n);
+    const csae_band all = band.from(0);
+    check_status(csae_above_settle(&best, &all, k, -INFINITY, 1, x.data(), x.stride, table.data(), table.stride(),
+                                   d_sae, d, table.type, bias.data(), values.data(), values.stride, indices.data(),
+                                   indices.stride, settled.get(), some_threads()),
+                 csae_ok);
+    values.check_between_rows();
+    indices.check_between_rows();
+    for (int64_t i = 0; i < n; ++i) {
+        if (!settled[i] || unknown[i]) continue;
+        const double slack = 1e-5 * (lengths[i] * longest + largest_bias + 1);
+        std::vector<bool> chosen(static_cast<size_t>(d_sae));
+        int64_t found = 0;
+        for (; found < k && values(i, found) != 0; ++found) {
+            const int64_t f = indices(i, found);
+            const double wanted = double{dots(i, f)} + bias(0, f);
+            check(!chosen[f], "a column twice");
+            chosen[f] = true;
+            check(values(i, found) == wanted || std::abs(values(i, found) - wanted) <= slack, "wrong value");
+            check(band.inside(f, values(i, found)), "outside of the band");
+            check(found == 0 || values(i, found) <= values(i, found - 1), "not in order");
+        }
+        const double lowest = found < k ? 0 : values(i, k - 1);
+        for (int64_t j = found; j < k; ++j) check(values(i, j) == 0 && indices(i, j) == 0, "something behind the end");
+        for (int64_t f = 0; f < d_sae; ++f) {
+            const double value = double{dots(i, f)} + bias(0, f);
+            const bool surely = band.inside(f, static_cast<float>(value - slack)) &&
+                                band.inside(f, static_cast<float>(value + slack));
+            check(chosen[f] || !surely || !(value > lowest + slack), "one in the band was missed");
+        }
+    }
 }
 
 }  // namespace
@@ -151,6 +293,10 @@ void topk_settle() {
     for (int64_t first = 0, width; first < d_sae; first += width) {
         width = std::min(d_sae - first, 1 + below(200));
         add_tile(best, bounds, no_bias, first, width);
+    }
+    if (one_in(2)) {
+        above_settle(best, k, x, table, bias, dots, acts.lengths.get(), longest, largest_bias, unknown);
+        return;
     }
     function = "csae_topk_settle";
     const auto values = output<float>(n, k);

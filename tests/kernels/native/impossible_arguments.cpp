@@ -60,6 +60,15 @@ void impossible_arguments() {
     refused<int64_t>(add, {&first_stride, &width, &first_column}, -1);
     refused<int64_t>(add, {&width, &first_column}, int64_t{1} << 31);
     refused<const float*>(add, {&first, &second}, nullptr);
+    csae_band limits = {zeros, nullptr};
+    const auto add_above = [&] {
+        count[0] = 2;
+        return csae_above_add(&best, &limits, first, first_stride, second, width, first_column, n_threads);
+    };
+    both(add_above);
+    refused<int64_t>(add_above, {&first_stride, &width, &first_column}, -1);
+    refused<int64_t>(add_above, {&width, &first_column}, int64_t{1} << 31);
+    refused<const float*>(add_above, {&first, &second, &limits.floor}, nullptr);
     int64_t depth = 32;
     alignas(4) uint16_t numbers[2 * 32] = {}, blocks[16 * 32] = {};
     const uint16_t *of_x = numbers, *of_table = blocks;
@@ -92,6 +101,20 @@ void impossible_arguments() {
     refused<float*>(finish, {&out}, nullptr);
     refused<int64_t*>(finish, {&indices}, nullptr);
 
+    const auto finish_above = [&] {
+        return csae_above_finish(&best, out, out_stride, indices, indices_stride, n_threads);
+    };
+    both(finish_above);
+    refused<int64_t>(finish_above, {&out_stride, &indices_stride}, 1);
+    refused<float*>(finish_above, {&out}, nullptr);
+    refused<int64_t*>(finish_above, {&indices}, nullptr);
+    int64_t budget = 1;
+    const auto cut = [&] { return csae_cut(out, out_stride, indices, indices_stride, n, k, budget, lse); };
+    refused<int64_t>(cut, {&n, &k, &budget}, -1);
+    refused<int64_t>(cut, {&out_stride, &indices_stride}, 1);
+    refused<float*>(cut, {&out, &lse}, nullptr);
+    refused<int64_t*>(cut, {&indices}, nullptr);
+
     uint8_t settled_rows[2] = {}, *settled = settled_rows;
     int64_t k_of_two = 1, x_stride = 2;
     int32_t two_columns[2 * 80] = {0, 1};
@@ -111,6 +134,19 @@ void impossible_arguments() {
     refused<int64_t*>(settle, {&indices}, nullptr);
     refused<uint8_t*>(settle, {&settled}, nullptr);
     refused(settle, {&type}, 2);
+    const auto settle_above = [&] {
+        return csae_above_settle(&best, &limits, k_of_two, 0, 1, first, x_stride, second, second_stride, d_sae, d, type,
+                                 first, out, out_stride, indices, indices_stride, settled, n_threads);
+    };
+    both(settle_above);
+    refused<int64_t>(settle_above, {&x_stride, &second_stride, &d_sae, &d, &k_of_two}, -1);
+    refused<int64_t>(settle_above, {&k_of_two}, 3);  // more than there are candidates
+    refused<int64_t>(settle_above, {&out_stride, &indices_stride}, 0);
+    refused<const float*>(settle_above, {&first, &second, &limits.floor}, nullptr);
+    refused<float*>(settle_above, {&out}, nullptr);
+    refused<int64_t*>(settle_above, {&indices}, nullptr);
+    refused<uint8_t*>(settle_above, {&settled}, nullptr);
+    refused(settle_above, {&type}, 2);
     std::fill_n(indices, 4, 0);
 
     int64_t room[4] = {}, *rounded = room;
