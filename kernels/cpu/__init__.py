@@ -5,6 +5,8 @@ False, `why_not()` says why, and all functions raise RuntimeError.
 
 topk_encode          the encoder: torch's product and a streaming top-k (topk_rows), or a product on matrix units
                      (topk_coarse, round_rows)
+threshold_encode     what is above a threshold, and a batch's budget: the same searches against a known threshold
+                     (above_rows)
 sparse_decode        the decoder: an embedding bag, and its gradients
 feature_rows         gradients summed per feature, and Adam fused with that sum
 lookback_attention   causal attention with a log-distance bias and a null score

@@ -81,7 +81,7 @@ def batch_topk_encode(
     """As `portable.batch_topk_encode`; a guess that fails, or is missing, is made from some of the rows."""
 
     def guesses() -> Iterator[Tensor]:
-        if guess is not None:
+        if guess is not None and guess > 0:
             yield portable.LOWERED * guess
         some = x if mask is None else x[mask]
         some = some[:: max(1, min(SAMPLED_ROW, len(some) // LEAST_SAMPLED_ROWS))]

@@ -147,7 +147,7 @@ def threshold_table(W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k_max: int)
 def guesses(guess: Tensor | None, like: Tensor) -> Iterator[Tensor]:
     """Thresholds [] to search at, one after the other, until one is low enough; the last is zero."""
     zero = like.new_zeros((), dtype=topk.wide(like))
-    if guess is not None:
+    if guess is not None and guess > 0:
         yield LOWERED * guess.to(zero.dtype)
     yield zero
 

@@ -21,6 +21,14 @@
 #include "topk/topk_list.h"
 #include "topk/topk_scan.h"
 
+#if CSAE_X86
+#if !defined(__clang__)
+// GCC's own header leaves the unused operand of some intrinsics uninitialised on purpose.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#endif
+
 namespace csae {
 namespace {
 
@@ -31,58 +39,110 @@ bool inside(const csae_band& band, int64_t c, float x) {
     return x > band.floor[c] && (band.ceiling == nullptr || x < band.ceiling[c]);
 }
 
-// Whether one of 64 columns is in its band, or NaN.
-CSAE_INLINE bool any_of(const Sums& row, const csae_band& band) {
+// A bit for each of 64 columns that is above its floor, or NaN.
+using Above = uint64_t (*)(const Sums& row, const float* floor);
+
+uint64_t above_portable(const Sums& row, const float* floor) {
+    // Compilers vectorise this loop, and not the one below that shifts.
     int32_t any = 0;
     for (int64_t c = 0; c < block_width; ++c) {
         const float x = at<1>(row, c).x[0];
-        any |= (x > band.floor[c]) | (x != x);
+        any |= (x > floor[c]) | (x != x);
     }
-    return any != 0;
+    uint64_t bits = 0;
+    for (int64_t c = 0; any != 0 && c < block_width; ++c) {
+        const float x = at<1>(row, c).x[0];
+        bits |= static_cast<uint64_t>((x > floor[c]) | (x != x)) << c;
+    }
+    return bits;
 }
 
-using AnyOf = bool (*)(const Sums& row, const csae_band& band);
-
-bool any_portable(const Sums& row, const csae_band& band) { return any_of(row, band); }
-
 #if CSAE_X86
-CSAE_AVX2 bool any_avx2(const Sums& row, const csae_band& band) { return any_of(row, band); }
+// Columns that are prefetched ahead.
+constexpr int64_t ahead = 512;
 
-CSAE_AVX512 bool any_avx512(const Sums& row, const csae_band& band) { return any_of(row, band); }
-#endif
-
-AnyOf any_here() {
-#if CSAE_X86
-    if (current_isa() >= Isa::avx512) return any_avx512;
-    if (current_isa() == Isa::avx2) return any_avx2;
-#endif
-    return any_portable;
+CSAE_AVX2 uint64_t above_avx2(const Sums& row, const float* floor) {
+    row.fetch(ahead);
+    uint64_t bits = 0;
+    for (int c = 0; c < block_width; c += 8) {
+        const __m256 x = (__m256)at<8>(row, c).x, above = _mm256_cmp_ps(x, _mm256_loadu_ps(floor + c), _CMP_GT_OQ);
+        const int here = _mm256_movemask_ps(_mm256_or_ps(above, _mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+        bits |= static_cast<uint64_t>(static_cast<uint32_t>(here)) << c;
+    }
+    return bits;
 }
 
-// Adds `width` columns to row i: 64 at a time, and the last ones by themselves.
-void add(const TopkScan& scan, AnyOf any, const csae_topk& to, int64_t i, const Sums& row, const csae_band& band,
+CSAE_AVX512 uint64_t above_avx512(const Sums& row, const float* floor) {
+    row.fetch(ahead);
+    uint64_t bits = 0;
+    for (int c = 0; c < block_width; c += 16) {
+        const __m512 x = (__m512)at<16>(row, c).x;
+        const __mmask16 above = _mm512_cmp_ps_mask(x, _mm512_loadu_ps(floor + c), _CMP_GT_OQ);
+        const auto here = static_cast<uint32_t>(above | _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q));
+        bits |= static_cast<uint64_t>(here) << c;
+    }
+    return bits;
+}
+#endif
+
+Above above_here() {
+#if CSAE_X86
+    if (current_isa() >= Isa::avx512) return above_avx512;
+    if (current_isa() == Isa::avx2) return above_avx2;
+#endif
+    return above_portable;
+}
+
+// A row whose columns are being added, 64 at a time.
+struct Row {
+    const TopkScan& scan;
+    Above above;
+    Candidates candidates;
+    float threshold;
+    int64_t k, limit;
+
+    // existing: a bit for each existing column of the block. Returns whether one of them is NaN.
+    bool add(const Sums& block, const csae_band& band, uint64_t existing, int64_t first_column) {
+        uint64_t hits = above(block, band.floor) & existing;
+        if (hits == 0) return false;
+        if (candidates.count > limit) threshold = candidates.prune(scan, k);
+        for (uint64_t left = hits; left != 0; left &= left - 1) {
+            const int64_t c = __builtin_ctzll(left);
+            const float x = at<1>(block, c).x[0];
+            const bool out = x < threshold || (band.ceiling != nullptr && x >= band.ceiling[c]);
+            hits ^= static_cast<uint64_t>(out) << c;
+        }
+        return candidates.append(block, hits, first_column);
+    }
+};
+
+// The last columns of a row, padded to a whole block.
+struct Tail {
+    float row[block_width] = {}, bias[block_width] = {}, floor[block_width] = {}, ceiling[block_width] = {};
+};
+
+void add(const TopkScan& scan, Above above, const csae_topk& to, int64_t i, const Sums& row, const csae_band& band,
          int64_t width, int64_t first_column) {
     if (to.count[i] == broken) return;
-    Candidates candidates(to, i);
-    float threshold = to.threshold[i];
-    for (int64_t first = 0; first < width; first += block_width) {
-        const int64_t end = std::min(first + block_width, width);
-        const csae_band here = {band.floor + first, band.ceiling == nullptr ? nullptr : band.ceiling + first};
-        const Sums block = row.from(first);
-        if (end - first == block_width && !any(block, here)) continue;
-        if (candidates.count > to.capacity - block_width) threshold = candidates.prune(scan, to.k);
-        uint64_t hits = 0;
-        for (int64_t c = 0; c < end - first; ++c) {
-            const float x = at<1>(block, c).x[0];
-            hits |= static_cast<uint64_t>((inside(here, c, x) && x >= threshold) || x != x) << c;
-        }
-        if (candidates.append(block, hits, first_column + first)) {
-            to.count[i] = broken;
-            return;
-        }
+    Row here{scan, above, Candidates(to, i), to.threshold[i], to.k, to.capacity - block_width};
+    const int64_t whole = width / block_width * block_width, rest = width - whole;
+    const bool bounded = band.ceiling != nullptr;
+    bool nan = false;
+    for (int64_t c = 0; c < whole && !nan; c += block_width) {
+        nan = here.add(row.from(c), {band.floor + c, bounded ? band.ceiling + c : nullptr}, ~uint64_t{0},
+                       first_column + c);
     }
-    to.threshold[i] = threshold;
-    to.count[i] = static_cast<int32_t>(candidates.count);
+    if (rest > 0 && !nan) {
+        Tail tail;
+        std::copy_n(row.row + whole, rest, tail.row);
+        std::copy_n(row.bias + whole, rest, tail.bias);
+        std::copy_n(band.floor + whole, rest, tail.floor);
+        if (bounded) std::copy_n(band.ceiling + whole, rest, tail.ceiling);
+        nan = here.add({tail.row, tail.bias}, {tail.floor, bounded ? tail.ceiling : nullptr},
+                       (uint64_t{1} << rest) - 1, first_column + whole);
+    }
+    to.threshold[i] = here.threshold;
+    to.count[i] = nan ? broken : static_cast<int32_t>(here.candidates.count);
 }
 
 // The first k of the sorted keys, then zeros.
@@ -173,10 +233,10 @@ int csae_above_add(const csae_topk* best, const csae_band* band, const float* pr
     if (!csae::valid(band) || pre_acts == nullptr || bias == nullptr) return csae_bad_argument;
     n_threads = static_cast<int>(std::min<int64_t>({n_threads, n, 1 + n * width / csae::values_per_thread}));
     const csae::TopkScan& scan = csae::topk_scan();
-    const csae::AnyOf any = csae::any_here();
+    const csae::Above above = csae::above_here();
     csae::parallel_for(n, csae::piece_of(n, n_threads), n_threads, [&](int, int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-            csae::add(scan, any, *best, i, {pre_acts + i * pre_acts_stride, bias}, *band, width, first_column);
+            csae::add(scan, above, *best, i, {pre_acts + i * pre_acts_stride, bias}, *band, width, first_column);
         }
     });
     return csae_ok;
