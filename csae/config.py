@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from csae.sae import SAE
 
 PRECISIONS = ("float32", "bfloat16")
+SELECTIONS = ("topk", "batch", "jumprelu")
 # The learning rate of a contextual SAE's look-back, as a share of that of the rest.
 LOOK_BACK_LR = 0.5
 
@@ -28,7 +29,10 @@ class SAEConfig:
 
     arch: str = option("contextual", choices=("contextual", "topk"))
     d_sae: int | None = option(None, "Number of features; 8 times the width if not given.")
-    k: int = option(32, "Active features a token.")
+    k: int = option(32, "Active features a token; on average, but for --selection topk.")
+    selection: str = option("topk", choices=SELECTIONS)
+    """which features are active: k for each token, as many of a batch together, or those above thresholds"""
+    k_max: int | None = option(None, "The most a token can have; 4 k if not given.")
     heads: int = option(8, "Heads of the look-back.")
     d_head: int = option(32, "Width of a head's keys.")
     d_value: int = option(64, "Width of a head's values.")
@@ -51,7 +55,8 @@ class SAEConfig:
         from csae.topk_sae import TopKSAE
 
         given = dataclasses.asdict(self)
-        sizes = {name: given.pop(name) for name in ("d_sae", "k", "dead_after", "skip", "prefixes")}
+        names = ("d_sae", "k", "selection", "k_max", "dead_after", "skip", "prefixes")
+        sizes = {name: given.pop(name) for name in names}
         sizes["d_out"] = d_out
         sizes["d_sae"] = 8 * d_in if self.d_sae is None else self.d_sae
         if self.skip and d_out is None:

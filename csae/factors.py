@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from csae.errors import UserError
 from csae.matryoshka import Prefixes, by_group, pairs_by_group
-from csae.ops import sparse_decode, topk_encode
+from csae.ops import near_threshold, sparse_decode, topk_encode
 from csae.ops.adam_rows import Pairs, feature_sums, sort_pairs
 from csae.ops.checks import autocast_to
+from csae.ops.straight_through import decode_steps, threshold_steps
 from csae.ops.topk_encode import Encode, with_encode_gradient
 from csae.selection import Rule
 
@@ -82,6 +83,15 @@ class _Term(NamedTuple):
     by_group: bool = False
 
 
+class Near(NamedTuple):
+    """The pre-activations of a code that are near their thresholds, of JumpReLU (`csae.ops.straight_through`)."""
+
+    indices: Tensor  # of the code
+    values: Tensor  # [..., k_max]
+    features: Tensor  # [..., k_max]
+    steps: Tensor  # [..., k_max]: zeros with the gradient of H(v - threshold)
+
+
 class Pass:
     """The ops of an SAE's forward pass, differentiated by autograd.
 
@@ -94,6 +104,8 @@ class Pass:
 
     def __init__(self, sae: Any, training: bool, prefixes: Prefixes = ()) -> None:
         self.sae, self.rule, self.prefixes = sae, Rule.of(sae, training), prefixes
+        self.trains_threshold = training and sae.selection == "jumprelu" and sae.threshold.requires_grad
+        self.near: list[Near] = []
 
     def centred(self, x: Tensor) -> Tensor:
         """x - b_dec, or a transcoder's x - mean: what `encode` takes, before what the look-back subtracts."""
@@ -122,8 +134,30 @@ class Pass:
         """
         W_enc, b_enc = self.sae.W_enc, self.sae.b_enc
         if found is None:
-            return self.rule.encode(x, W_enc, b_enc, mask)
-        return with_encode_gradient(x, W_enc, b_enc, *found), found[1]
+            code = self.rule.encode(x, W_enc, b_enc, mask)
+        else:
+            code = with_encode_gradient(x, W_enc, b_enc, *found), found[1]
+        self._note_near(x, code, mask)
+        return code
+
+    def _note_near(self, x: Tensor, code: _Code, mask: Tensor | None) -> None:
+        """Keep what of x [..., d_in] says something about the gradient of the thresholds."""
+        if not self.trains_threshold or not torch.is_grad_enabled():
+            return
+        sae = self.sae
+        values, features = near_threshold(x, sae.W_enc, sae.b_enc, sae.threshold, sae.bandwidth, sae.k_max)
+        values = values if mask is None else values.masked_fill(~mask.unsqueeze(-1), 0)
+        steps = threshold_steps(values, features, sae.threshold, sae.bandwidth)
+        self.near.append(Near(code[1], values, features, steps))
+
+    def active(self, code: _Code) -> Tensor:
+        """[...]: how many features of a code that was encoded here are active, with the gradient of the thresholds."""
+        near = self._near(code)
+        counts = (code[0] > 0).sum(dim=-1)
+        return counts if near is None else counts + near.steps.sum(dim=-1)
+
+    def _near(self, code: _Code) -> Near | None:
+        return next((near for near in self.near if near.indices is code[1]), None)
 
     def encode_dead(self, x: Tensor, dead: Tensor, k: int, mask: Tensor | None) -> _Code:
         """The k most active of the features `dead` [n_dead]; indices are places in `dead`. x needs no gradient."""
@@ -134,10 +168,15 @@ class Pass:
 
         most_active: only so many features of each token, the most active ones.
         """
+        near = self._near(code)
         values, indices = code
         if most_active is not None:
             values, indices = values[..., :most_active], indices[..., :most_active]
-        return sparse_decode(values, indices, self._rows(table, features))
+        rows = self._rows(table, features)
+        out = sparse_decode(values, indices, rows)
+        if near is None or most_active is not None:  # the most active ones are not near their thresholds
+            return out
+        return out + decode_steps(near.steps, near.values, near.features, self.sae.threshold, rows)
 
     def reconstruct(self, code: _Code) -> tuple[Tensor, Tensor | None]:
         """What W_dec makes of a code, [..., d_out], and where there are prefixes its parts by group (`Ran.groups`)."""
@@ -195,6 +234,7 @@ class Trace(Pass):
             code = self.rule.encode(x, W_enc, b_enc, mask)
         else:
             code = with_encode_gradient(x, W_enc, b_enc, *found), found[1]
+        self._note_near(x, code, mask)
         return self._note(x, code, mask, features=None)
 
     def encode_dead(self, x: Tensor, dead: Tensor, k: int, mask: Tensor | None) -> _Code:

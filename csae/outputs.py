@@ -84,7 +84,8 @@ class Losses(NamedTuple):
     """The training loss of a batch and its parts, each a scalar."""
 
     loss: Tensor
-    """fvu + aux_coef * aux: what to call backward() on; with prefixes, the mean of their FVUs instead of fvu"""
+    """fvu + aux_coef * aux: what to call backward() on; with prefixes, the mean of their FVUs instead of fvu, and with
+    selection="jumprelu" also what `SAE.loss` says of L0"""
     fvu: Tensor
     """fraction of the batch's variance that is unexplained, over positions in the mask"""
     aux: Tensor

@@ -143,6 +143,10 @@ class SAE(Saved, ABC):
         self.prefixes = checked_prefixes(prefixes, d_sae)
         self.k_aux = max(1, self.d_out // 2) if k_aux is None else k_aux
         self.aux_coef, self.dead_after = aux_coef, dead_after
+        if selection == "jumprelu" and prefixes:
+            raise ValueError(f'prefixes: given {prefixes} with selection="jumprelu"; needed () with that')
+        if selection == "jumprelu" and not bandwidth:
+            raise ValueError("bandwidth: given 0; needed a number above 0")
         self.selection, self.k_max = selection, slots(selection, k, k_max, d_sae)
         self.l0_coef, self.bandwidth = l0_coef, bandwidth
         rows = rows_here(d_sae).stop - rows_here(d_sae).start  # len() takes no number that is far too large
@@ -279,6 +283,9 @@ class SAE(Saved, ABC):
     ) -> Losses:
         """The training loss: fraction of variance unexplained (the mean over prefixes), plus AuxK for dead features.
 
+        With selection="jumprelu" also l0_coef * (L0 / k - 1)^2, L0 being the mean number of active features. Thresholds
+        get the straight-through gradient of Rajamanoharan et al. 2024 (arXiv 2407.14435), with a rectangle as kernel.
+
         Args:
             acts: [..., d_in] activations ([B, T, d_in] for a contextual SAE).
             mask: acts.shape[:-1] bool, True where a position counts.
@@ -336,8 +343,6 @@ class SAE(Saved, ABC):
         sweeps: Sweeps | None,
         target: Tensor | None,
     ) -> Losses:
-        if self.selection == "jumprelu":
-            raise UserError('sae: given one with selection="jumprelu", which can\'t be trained yet; needed "batch"')
         x = self._normalised(acts)
         y = x if target is None else self._over(target, self.out_scale)
         if mask is not None:  # what is left out may be NaN, or too large for its dtype
@@ -356,7 +361,11 @@ class SAE(Saved, ABC):
         if dead is not None and ops.n_dead(dead) > 0:
             seen = x - self.centre - suppressed  # by the encoder, in its order of rounding
             aux = self._aux(ops, seen.detach(), residual.detach(), mask, weight, dead)
-        return Losses(loss + self.aux_coef * aux, fvu, aux, code)
+        loss = loss + self.aux_coef * aux
+        if self.selection == "jumprelu":
+            active, tokens = ops.total(torch.stack([(ops.active(code) * weight).sum(), weight.sum()]))
+            loss = loss + self.l0_coef * (active / tokens.clamp_min(1) / self.k - 1).square()
+        return Losses(loss, fvu, aux, code)
 
     def _aux(self, ops: Pass, x: Tensor, residual: Tensor, mask: Tensor | None, weight: Tensor, dead: Tensor) -> Tensor:
         """AuxK (Gao et al. 2024, section A.2): the residual rebuilt by the most active dead features.

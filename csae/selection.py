@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from csae.config import SELECTIONS
 from csae.errors import UserError
 from csae.ops import batch_topk_encode, threshold_encode, topk_encode
 from csae.ops.batch_topk_encode import batch_encode_again, batch_encode_and_keep
@@ -25,7 +26,6 @@ from csae.ops.topk_encode import Encode, encode_again, encode_and_keep, encoder
 if TYPE_CHECKING:
     from csae.sae import SAE
 
-SELECTIONS = ("topk", "batch", "jumprelu")
 # Slots of a code, in multiples of k, where tokens have different numbers of features. On text a token in twenty has
 # more than 2.4 k features.
 SLOTS = 4

@@ -128,6 +128,9 @@ def _steps(runs: Sequence[Training], batches: Batches, stop: threading.Event) ->
     device, places = runs[0].sae.W_dec.device, {run.place for run in runs}
     problems: list[tuple[Training, Exception]] = []
     hosts = runs[0].hosts
+    sample = Sample(batches, hosts, last)
+    for run in runs:
+        run.begin(sample)
     name = shown(runs[0].run.name) if len(runs) == 1 else f"{len(runs)} SAEs"
     with (
         progress_bar(total=last, initial=first, desc=name, unit="step", disable=not hosts.is_first) as bar,
@@ -172,7 +175,6 @@ def _steps(runs: Sequence[Training], batches: Batches, stop: threading.Event) ->
                 raise Stopped(
                     f"{_named(runs)}: stopped after step {done} of {last}; the same command goes on from there"
                 )
-    sample = Sample(batches, hosts, last)
     for run in runs:
         _attempt(problems, run, run.finish, state, sample)
     if problems:

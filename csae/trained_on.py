@@ -286,6 +286,7 @@ def card(sae: Any) -> str:
         "windows begin with the BOS token": on.bos,
         "position 0 takes part": on.keep_first,
         "k": sae.k,
+        "selection": None if sae.selection == "topk" else sae.selection,
         "d_in": sae.d_in,
         "d_out": sae.d_out if sae.is_transcoder else None,
         "skip connection": sae.skip if sae.is_transcoder else None,

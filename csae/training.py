@@ -217,6 +217,12 @@ class Training:
         ranks = self.hosts.ranks
         self.n_dead = sum(self.hosts.gather(len(dead))) // (1 if ranks is None else ranks.n_data)
 
+    def begin(self, sample: Sample) -> None:
+        """Give thresholds that are trained where to begin: where k features a token are active."""
+        sae = self.sae
+        if self.first == 0 and isinstance(sae.threshold, Parameter) and not sae.threshold.any():
+            self.calibrate(sample)
+
     def calibrate(self, sample: Sample) -> None:
         """Set the SAE's threshold by the first windows of training, where it has one that is not frozen."""
         sae = self.sae

@@ -217,3 +217,28 @@ def test_a_transcoder_is_trained_and_repeated(arch, from_model, tmp_path, capsys
     assert all(torch.equal(one, weights(tmp_path / "again")[name]) for name, one in weights(tmp_path / "run").items())
     code, _, err = csae("eval", tmp_path / "run", "--device", "cpu", "--ce-windows", "1", capsys=capsys)
     assert code == 0, err
+
+
+def test_selections_train_side_by_side_and_by_a_config_file(from_model, tmp_path, capsys):  # noqa: F811
+    command = ["train", *from_model, *LITTLE, "--arch", "topk", "--selection", "topk", "--selection", "batch"]
+    code, _, err = csae(*command, "--k-max", "6", "-o", tmp_path / "all", capsys=capsys)
+    assert code == 0, err
+    assert {path.name for path in (tmp_path / "all").iterdir()} == {
+        "resid.out-1-topk-k4-topk",
+        "resid.out-1-topk-k4-batch",
+    }
+    run = tmp_path / "all" / "resid.out-1-topk-k4-batch"
+    sae = load_sae(run)
+    assert (sae.selection, sae.k_max) == ("batch", 6)
+    assert sae.threshold > 0
+    assert "| selection | batch |" in (run / "README.md").read_text()
+    assert csae("train", "--config", run / "config.yaml", "-o", tmp_path / "again", capsys=capsys)[0] == 0
+    for name, tensor in weights(tmp_path / "again").items():
+        assert torch.equal(tensor, weights(run)[name]), name
+    code, _, err = csae(*command[:-4], "--selection", "topk", "--k-max", "6", "-o", tmp_path / "b", capsys=capsys)
+    assert code == 2
+    assert "k_max: given 6; needed None" in err
+    given = ["train", *from_model, *LITTLE, "--arch", "topk", "--init", run]
+    code, _, err = csae(*given, "--selection", "topk", "-o", tmp_path / "c", capsys=capsys)
+    assert code == 2
+    assert "--selection: given topk; the SAE of --init has batch" in err

@@ -30,7 +30,7 @@ FORMS = [("topk", "", 0), ("contextual", "current", 2), ("contextual", "past", 2
 def make(arch: str, selection: str, query: str = "", **options: object) -> SAE:
     torch.manual_seed(0)
     if arch == "topk":
-        sae: SAE = TopKSAE(D_IN, D_SAE, K, selection=selection)
+        sae: SAE = TopKSAE(D_IN, D_SAE, K, selection=selection, **options)
     else:
         sizes = {"n_heads": 2, "d_head": 3, "d_value": 5, "d_memory": 7}
         sae = ContextualSAE(D_IN, D_SAE, K, query=query, selection=selection, **sizes, **options)
@@ -217,7 +217,7 @@ def new_sae(arch: str, selection: str) -> SAE:
     return sae
 
 
-TRAINED = ["batch"]
+TRAINED = ["batch", "jumprelu"]
 
 
 @pytest.mark.parametrize("selection", TRAINED)
@@ -246,3 +246,47 @@ def test_trained_it_has_k_features_on_average(arch: str, selection: str, tmp_pat
     # 72 tokens: one feature more is 0.7%.
     assert after["l0"] == pytest.approx(2, rel=0.02)
     assert after["selection"] == selection
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize(("arch", "query", "sweeps"), [("topk", "", 0), ("contextual", "past", 0)])
+def test_thresholds_get_the_straight_through_gradient(arch: str, query: str, sweeps: int, masked: bool) -> None:
+    sae = make(arch, "jumprelu", query, k_max=D_SAE).double()  # the derivation knows no limit
+    sae.bandwidth = 0.4
+    acts, mask, documents = (of.double() if of.is_floating_point() else of for of in batch())
+    weight = mask.double() if masked else torch.ones(B, T, dtype=torch.float64)
+    x = acts / sae.scale
+    pre_acts = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
+    active = ((pre_acts > sae.threshold) & (pre_acts > 0)).double().detach().requires_grad_()
+    feature_acts = (pre_acts * active).detach().requires_grad_()
+    x_hat = feature_acts @ sae.W_dec + sae.b_dec
+    mean = (x * weight.unsqueeze(-1)).flatten(0, 1).sum(0) / weight.sum()
+    fvu = ((x - x_hat).square().sum(-1) * weight).sum() / ((x - mean).square().sum(-1) * weight).sum()
+    l0 = (active.sum(-1) * weight).sum() / weight.sum()
+    loss = fvu + sae.l0_coef * (l0 / K - 1).square()
+    d_acts, d_active = torch.autograd.grad(loss, [feature_acts, active])
+    wanted = reference.threshold_gradient(
+        pre_acts.flatten(0, 1), sae.threshold, sae.bandwidth, d_acts.flatten(0, 1), d_active.flatten(0, 1)
+    )
+    given = (acts, mask if masked else None, documents)
+    how = {"sweeps": Sweeps(sweeps)} if arch == "contextual" else {}
+    losses = sae.loss(*given, **how)
+    torch.testing.assert_close(losses.loss, loss)
+    losses.loss.backward()
+    torch.testing.assert_close(sae.threshold.grad, wanted)
+    assert (wanted != 0).sum() > 10
+    _, found = sae.gradients(*given, **how)
+    torch.testing.assert_close(found["threshold"], wanted)
+
+
+@pytest.mark.parametrize("query", ["current", "past"])
+def test_jumprelu_by_sweeps_has_the_same_gradients_in_factors(query: str) -> None:
+    sae = make("contextual", "jumprelu", query).double()
+    sae.bandwidth = 0.3
+    acts, mask, documents = (of.double() if of.is_floating_point() else of for of in batch())
+    sae.loss(acts, mask, documents, sweeps=Sweeps(2)).loss.backward()
+    _, found = sae.gradients(acts, mask, documents, sweeps=Sweeps(2))
+    for name, parameter in sae.named_parameters():
+        ours = found[name].dense().view(parameter.shape) if isinstance(found[name], Factors) else found[name]
+        scale = float(parameter.grad.abs().max())
+        torch.testing.assert_close(ours, parameter.grad, rtol=1e-5, atol=1e-6 * scale, msg=name)

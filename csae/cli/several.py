@@ -32,7 +32,7 @@ from csae.run import RUN, read_origin
 from csae.sae import SAE
 from csae.training import Job
 
-SEVERAL = ("arch", "d_sae", "k", "query", "lr")
+SEVERAL = ("arch", "d_sae", "k", "selection", "query", "lr")
 OF_CONTEXTUAL = ("heads", "d_head", "d_value", "d_memory", "k_mem", "query", "sweeps")
 
 
@@ -54,6 +54,8 @@ def settings_of(options: dict[str, Any]) -> list[Setting]:
         if varied["arch"] == "topk":
             varied["query"] = options["query"][0]  # it has none
         given = options | varied
+        if varied["selection"] == "topk" and len(options["selection"]) > 1:
+            given["k_max"] = None  # it is the others'
         which, how = (
             {field.name: given[field.name] for field in dataclasses.fields(config) if field.name in given}
             for config in (SAEConfig, TrainConfig)
@@ -165,7 +167,8 @@ def _check_begun(context: click.Context, name: str, sae: SAE, source: Activation
         if sae.arch == "topk" and field.name in OF_CONTEXTUAL:
             raise UserError(f"--{option}: given with --init {shown(name)}, which is a topk SAE: leave it out")
         name_of = {"heads": "n_heads"}.get(field.name, field.name)
-        has = sae.prefixes if name_of == "prefixes" else sae.config.get(name_of)
+        unsaid = ("prefixes", "selection", "k_max")  # config.json mentions them only where they are given
+        has = getattr(sae, name_of) if name_of in unsaid else sae.config.get(name_of)
         for value in asked if field.name in SEVERAL and isinstance(asked, tuple) else [asked]:
             if value != has:
                 raise UserError(f"--{option}: given {value}; the SAE of --init has {has}: leave the option out")
@@ -175,7 +178,7 @@ def _name(place: Place, setting: Setting, settings: Sequence[Setting]) -> str:
     """The folder of a run among several: "resid.out-11-topk-k16"; other settings where they differ."""
     where = "" if place == SOMEWHERE else str(place).replace(":", "-").replace(" ", "-") + "-"
     name = f"{where}{setting.sae.arch}-k{setting.sae.k}"
-    for option, short in (("d_sae", "d"), ("query", ""), ("lr", "lr")):
+    for option, short in (("d_sae", "d"), ("selection", ""), ("query", ""), ("lr", "lr")):
         if len({of.varied[option] for of in settings}) > 1 and (option != "query" or setting.sae.arch != "topk"):
             name += f"-{short}{setting.varied[option]}"
     return name

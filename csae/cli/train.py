@@ -55,7 +55,8 @@ if TYPE_CHECKING:
 @BOS
 @KEEP_FIRST
 @click.option("--max-tokens", type=int, help="Use at most so many tokens of the text.")
-@options_of(SAEConfig, "d_sae", "k", several=True)
+@options_of(SAEConfig, "d_sae", "k", "selection", several=True)
+@options_of(SAEConfig, "k_max")
 @options_of(SAEConfig, "heads", "d_head", "d_value", "d_memory", "k_mem")
 @options_of(SAEConfig, "query", several=True)
 @options_of(SAEConfig, "sweeps")
@@ -100,8 +101,8 @@ if TYPE_CHECKING:
 def train(context: click.Context, **options: Any) -> None:
     """Train an SAE on activations: of a language model on the fly, or saved ones.
 
-    Several hook points, and several of --arch, --d-sae, --k, --query and --lr, give an SAE for each combination, all
-    trained on the same batches. Under torchrun, each process owns the rows of some features.
+    Several hook points, and several of --arch, --d-sae, --k, --selection, --query and --lr, give an SAE for each
+    combination, all trained on the same batches. Under torchrun, each process owns the rows of some features.
     """
     from csae.data.activations import check_share
     from csae.distributed.telling import n_processes, started

@@ -12,6 +12,7 @@ from csae.distributed.codes import Owners
 from csae.distributed.collectives import gather, total
 from csae.distributed.ranks import Ranks, split
 from csae.distributed.trace import ShardedTrace
+from csae.errors import UserError
 from csae.ops.recurrence import Over
 from csae.tables import owning
 
@@ -96,5 +97,9 @@ def sharded(make: Callable[[], AnySAE], ranks: Ranks) -> AnySAE:
     """
     with owning(ranks.rows):
         sae = make()
+    if sae.selection == "jumprelu":
+        raise UserError(
+            'selection: given "jumprelu" for an SAE that several ranks share; needed "batch" or "topk", or one process'
+        )
     sae.shard = Shard(sae.d_sae, ranks)
     return sae

@@ -31,6 +31,7 @@ from csae.data.probe import input_of, with_input
 from csae.look_back import LookBack
 from csae.recurrence import State
 from csae.sae import SAE, Code, Output
+from csae.selection import in_use
 from csae.splicing.edit import Edit
 from csae.splicing.following import Content, caches_in, content_of, is_known, named
 from csae.splicing.remembered import Remembered, part_of, restore, to_overwrite
@@ -229,7 +230,8 @@ class Spliced:
                     past = past - nn.functional.linear(acts / sae.scale - sae.centre, sae.W_skip)
                 new["past"] = past
         else:
-            self.output = sae(acts, self.mask)
+            with in_use(sae):
+                self.output = sae(acts, self.mask)
         # `there` itself, not what the SAE was given: its weights may have a narrower dtype.
         base = there if self.keep_error else self.output.x_hat
         change = self._edited(self.output.code, carried) * sae.out_scale
