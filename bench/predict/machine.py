@@ -42,6 +42,7 @@ BARRIER = 40
 DEPENDENT = 2.0  # clocks between a warp's instructions: 4 for one that needs the last result, and half do
 
 KERNEL = 2e-6  # seconds: the least that a kernel takes on the device, with the gap before it: assumed
+RADIX_PASS = 5e-6  # of cub's radix sort: tiles wait for the counts of those before them: assumed
 LAUNCH = 6e-6  # seconds the host needs for a launch from PyTorch: assumed, as the review of the kernels did
 WITHIN = 0.3  # how far off a prediction of a kernel is taken to be
 

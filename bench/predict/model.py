@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from csae.errors import UserError
@@ -25,32 +23,21 @@ class Time(NamedTuple):
     """milliseconds that each limiter alone would take"""
     classes: dict[str, float]
     """instructions that a warp issues in a program, by class"""
+    loops: dict[str, tuple[float, dict[str, float]]]
+    """for each loop: its trips in a program, and a warp's instructions a trip by class"""
     resident: int
     """programs a multiprocessor holds"""
     waves: float
 
 
-@functools.cache
-def _compiled(name: str, variant: Any) -> sass.Code:
-    return sass.compiled(variant.variant)
-
-
-class _ByName:
-    """A variant as an argument of a cached function: variants hold dicts."""
-
-    def __init__(self, variant: Variant) -> None:
-        self.variant, self.name = variant, str(variant)
-
-    def __hash__(self) -> int:
-        return hash(self.name)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ByName) and self.name == other.name
+_codes: dict[str, sass.Code] = {}
 
 
 def code_of(variant: Variant) -> sass.Code:
     """The variant's code for sm_90, compiled once."""
-    return _compiled(str(variant), _ByName(variant))
+    if str(variant) not in _codes:
+        _codes[str(variant)] = sass.compiled(variant)
+    return _codes[str(variant)]
 
 
 def of_triton(launch: Triton, counted: Counted) -> Time:
@@ -58,7 +45,8 @@ def of_triton(launch: Triton, counted: Counted) -> Time:
     variant, code = launch.variant, code_of(launch.variant)
     programs = math.prod(launch.grid)
     reached = _whole_tiles(variant, counted.trips)
-    times = sass.executions(code, variant.kernel, reached)
+    places = sass.placed(code, variant.kernel, reached)
+    times = [of.executed for of in places]
     busy = sass.busy(code, variant.num_warps, times, _operations(launch) / programs)
     resident = sass.resident(code, variant.num_warps)
     waves = programs / machine.MULTIPROCESSORS / resident
@@ -73,7 +61,8 @@ def of_triton(launch: Triton, counted: Counted) -> Time:
         "launch": machine.KERNEL * 1e3,
     }
     limiter = max(parts, key=lambda name: parts[name])
-    return Time(parts[limiter], limiter, parts, sass.by_class(code, times), resident, waves)
+    loops = sass.by_loop(code, places)
+    return Time(parts[limiter], limiter, parts, sass.by_class(code, times), loops, resident, waves)
 
 
 def _whole_tiles(variant: Variant, reached: dict[str, list[float]]) -> dict[str, list[float]]:
@@ -135,8 +124,10 @@ def of_torch(launch: Torch) -> Time:
         "wgmma": launch.operations / rate * 1e3,
         "launch": launch.kernels * machine.KERNEL * 1e3,
     }
+    if launch.name == "sort":
+        parts["launch"] = ((launch.kernels - 4) * machine.KERNEL + 4 * machine.RADIX_PASS) * 1e3
     limiter = max(parts, key=lambda name: parts[name])
-    return Time(parts[limiter], limiter, parts, {}, 0, 0.0)
+    return Time(parts[limiter], limiter, parts, {}, {}, 0, 0.0)
 
 
 def mm(n: int, d_in: int, d_sae: int) -> float:
@@ -162,7 +153,7 @@ def times(recorded: Recorded, known: dict[str, list[Counted]]) -> list[Row]:
             if len(of_call) <= launch.place or of_call[launch.place].kernel != kernel:
                 raise UserError(
                     f"counted.json: launch {launch.place + 1} of {call['operator']}, {kernel}, was not counted; needed "
-                    "`python -m csae.bench.predict --count --write`"
+                    "`python -m csae.bench.predict --write`"
                 )
             counted = of_call[launch.place]
             found.append((where, launch, of_triton(launch, counted)))
@@ -171,13 +162,3 @@ def times(recorded: Recorded, known: dict[str, list[Counted]]) -> list[Row]:
 
 def key(call: dict[str, Any]) -> str:
     return json.dumps(call, sort_keys=True)
-
-
-def calls(recorded: Sequence[Recorded]) -> dict[str, dict[str, Any]]:
-    """Each different call that launches Triton kernels, by its key."""
-    return {
-        key(of.calls[launch.call]): of.calls[launch.call]
-        for of in recorded
-        for _, launch in of.launches
-        if isinstance(launch, Triton)
-    }

@@ -153,54 +153,80 @@ def loops_of(blocks: Sequence[Block]) -> list[tuple[int, set[int]]]:
     return sorted(members.items())
 
 
-def executions(code: Code, kernel: Any, trips: dict[str, list[float]]) -> list[float]:
-    """How often a program executes each block.
+class Placed(NamedTuple):
+    """Where a block belongs in the source, and how often a program executes it."""
+
+    loop: str
+    """the name of its innermost loop, numbered where the loop's function is called from several places; "" for none"""
+    trips: float
+    """of that loop"""
+    executed: float
+    """fewer than `trips` in a branch"""
+
+
+def placed(code: Code, kernel: Any, trips: dict[str, list[float]]) -> list[Placed]:
+    """The place of each block.
 
     trips: for each node of the kernel's source, how often its body is executed in a program, for each place that its
     function is called from. Raises ValueError where loops of code and source don't match.
     """
-    nodes_of = [_votes(kernel, block) for block in code.blocks]
-    loop_nodes: dict[int, source.Node] = {}
+    votes = [_votes(kernel, block) for block in code.blocks]
+    nodes = _nodes_of_loops(code, votes)
+    of_loop = _trips_of_loops(code, nodes, trips)
+    with_code = {node.name for node in nodes.values()}
+    found = []
+    for block, of_block in enumerate(votes):
+        around = [(len(members), header) for header, members in code.loops if block in members and header in nodes]
+        own = of_block.most_common(1)[0][0] if of_block else ()
+        loop, count = of_loop[min(around)[1]] if around else ("", 1.0)
+        if around:
+            node = nodes[min(around)[1]]
+            own_loop = next((of for of in reversed(own) if of.loop), node)
+            outer = own_loop != node and _within(node, own_loop)  # two loops made one: this is a part of the outer one
+            fused = own_loop != node and _within(own_loop, node) and own_loop.name not in with_code  # or the inner one
+            if outer or fused:
+                loop, count = own_loop.name, _mean(trips.get(own_loop.name, []))
+        executed = count
+        if own and not own[-1].loop and len(trips.get(own[-1].name, [])) <= 1:  # of several it isn't known which
+            executed = min(count, _mean(trips.get(own[-1].name, [])))
+        found.append(Placed(loop, count, executed))
+    return found
+
+
+def _nodes_of_loops(code: Code, votes: list[Counter[tuple[source.Node, ...]]]) -> dict[int, source.Node]:
+    """The loop of the source that each loop of the code belongs to, by the loop's header."""
+    found = {}
     for header, members in code.loops:
         nested = set[int]().union(*(m for h, m in code.loops if h != header and m < members))
-        votes = sum((nodes_of[block] for block in members - nested), Counter[tuple[source.Node, ...]]())
-        chosen = _innermost_loop(votes)
+        chosen = _innermost_loop(sum((votes[block] for block in members - nested), Counter[tuple[source.Node, ...]]()))
         if chosen is not None:
-            loop_nodes[header] = chosen
-    of_node: dict[str, list[int]] = {}
-    for header, node in loop_nodes.items():
-        of_node.setdefault(node.name, []).append(header)
-    counts: dict[int, float] = {}
-    for name, headers in of_node.items():
-        known = trips.get(name, [])
-        if not known:  # never reached
-            known = [0.0] * len(headers)
-        if len(headers) % len(known):
+            found[header] = chosen
+    return found
+
+
+def _trips_of_loops(
+    code: Code, nodes: dict[int, source.Node], trips: dict[str, list[float]]
+) -> dict[int, tuple[str, float]]:
+    """The name and the trips of each loop of the code, by its header.
+
+    Calls of a function are in the code in the order of the source. Where a loop is there several times for each call,
+    the compiler unrolled it; then all trips are taken to be those of the smallest copy.
+    """
+    members = dict(code.loops)
+    found: dict[int, tuple[str, float]] = {}
+    for name in dict.fromkeys(node.name for node in nodes.values()):
+        headers = [header for header, node in nodes.items() if node.name == name]
+        known = trips[name]
+        if not known or len(headers) % len(known):
             raise ValueError(
                 f"{name}: {len(headers)} loops in the code, {len(known)} in the run; needed one each: see bench/predict"
             )
         each = len(headers) // len(known)
-        sizes = dict(zip(headers, (sum(len(code.blocks[b].instructions) for b in dict(code.loops)[h]) for h in headers),
-                         strict=True))  # fmt: skip
         for place, count in enumerate(known):
-            same = headers[place * each : (place + 1) * each]
-            least = min(same, key=lambda header: sizes[header])
-            counts |= {header: count if header == least else 0.0 for header in same}
-    with_code = {node.name for node in loop_nodes.values()}
-    found = []
-    for block, votes in enumerate(nodes_of):
-        around = [header for header, members in code.loops if block in members and header in loop_nodes]
-        inner = min(around, key=lambda h: len(dict(code.loops)[h]), default=None)
-        own = votes.most_common(1)[0][0] if votes else ()
-        own_loop = next((node for node in reversed(own) if node.loop), None)
-        weight = 1.0 if inner is None else counts[inner]
-        if inner is not None and own_loop not in (None, loop_nodes[inner]):
-            outer = _within(loop_nodes[inner], own_loop)  # two loops made one: this is a part of the outer one
-            fused = _within(own_loop, loop_nodes[inner]) and own_loop.name not in with_code  # or of the inner one
-            weight = _mean(trips.get(own_loop.name, [])) if outer or fused else weight
-        if own and not own[-1].loop and len(trips.get(own[-1].name, [])) <= 1:  # of several it isn't known which
-            weight = min(weight, _mean(trips.get(own[-1].name, [])))
-        found.append(weight)
+            copies = headers[place * each : (place + 1) * each]
+            least = min(copies, key=lambda header: sum(len(code.blocks[b].instructions) for b in members[header]))
+            label = name if len(known) == 1 else f"{name}, {place + 1}"
+            found |= {header: (label, count if header == least else 0.0) for header in copies}
     return found
 
 
@@ -257,6 +283,17 @@ def busy(code: Code, warps: int, times: Sequence[float], operations: float) -> B
         share = tensor * count * in_block / products if products else 0.0
         alone += max(count * here, share)
     return Busy(issue, units, tensor, alone)
+
+
+def by_loop(code: Code, places: Sequence[Placed]) -> dict[str, tuple[float, dict[str, float]]]:
+    """For each loop, and "" for what is in none: its trips in a program, and a warp's instructions a trip by class."""
+    found: dict[str, tuple[float, dict[str, float]]] = {}
+    for block, of in zip(code.blocks, places, strict=True):
+        trips, classes = found.setdefault(of.loop, (of.trips, {}))
+        share = of.executed / trips if trips else 1.0
+        for one in block.instructions:
+            classes[one.kind] = classes.get(one.kind, 0.0) + share
+    return found
 
 
 def by_class(code: Code, times: Sequence[float]) -> dict[str, float]:

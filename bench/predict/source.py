@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import hashlib
 import inspect
 import textwrap
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ class Node(NamedTuple):
     loop: bool
     text: str
     """the header's source"""
+    test: str
+    """of an `if`: its condition"""
 
 
 class Function(NamedTuple):
@@ -39,6 +42,7 @@ class Function(NamedTuple):
     last: int
     nodes: tuple[Node, ...]
     calls: tuple[tuple[str, int], ...]
+    text: str
 
 
 def numbered(tree: ast.AST) -> Iterator[tuple[int, ast.For | ast.While | ast.If]]:
@@ -57,7 +61,8 @@ def functions(kernel: Any) -> dict[str, Function]:
         if jit.fn.__name__ in found:
             continue
         lines, start = inspect.getsourcelines(jit.fn)
-        tree = ast.parse(textwrap.dedent("".join(lines)))
+        text = textwrap.dedent("".join(lines))
+        tree = ast.parse(text)
         ast.increment_lineno(tree, start - 1)
         calls = []
         for node in ast.walk(tree):
@@ -74,12 +79,56 @@ def functions(kernel: Any) -> dict[str, Function]:
                 of.body[-1].end_lineno or of.body[-1].lineno,
                 not isinstance(of, ast.If),
                 lines[of.lineno - start].strip(),
+                ast.unparse(of.test) if isinstance(of, ast.If) else "",
             )
             for number, of in numbered(tree)
         )
         file = Path(inspect.getsourcefile(jit.fn) or "").name
-        found[jit.fn.__name__] = Function(jit.fn.__name__, file, start, start + len(lines) - 1, nodes, tuple(calls))
+        last = start + len(lines) - 1
+        found[jit.fn.__name__] = Function(jit.fn.__name__, file, start, last, nodes, tuple(calls), text)
     return found
+
+
+def calls(kernel: Any, constants: dict[str, Any]) -> dict[str, list[tuple[int, ...]]]:
+    """For each function of the kernel, the ways in which it is called: the lines of the calls, from the kernel inwards.
+
+    In the order of the source, which is that of the machine code. Calls by the kernel itself in a branch that its
+    constants rule out are left out.
+    """
+    known = functions(kernel)
+    found: dict[str, list[tuple[int, ...]]] = {}
+
+    def visit(name: str, way: tuple[int, ...]) -> None:
+        found.setdefault(name, []).append(way)
+        for called, line in sorted(known[name].calls, key=lambda call: call[1]):
+            around = [node.test for node in known[name].nodes if node.test and node.first <= line <= node.last]
+            # Within other functions a constant's name may stand for another number.
+            if way or not any(_is_false(test, constants) for test in around):
+                visit(called, (*way, line))
+
+    visit(kernel.fn.__name__, ())
+    return found
+
+
+def _is_false(test: str, constants: dict[str, Any]) -> bool:
+    """Whether a condition of constants alone doesn't hold."""
+    try:
+        return not eval(test, {"__builtins__": {}}, dict(constants))
+    except Exception:
+        return False  # of other things than constants
+
+
+@functools.cache
+def digest(kernel: Any) -> str:
+    """Changes with what the kernel and the functions that it calls do; not with comments, docstrings or lines."""
+    trees = []
+    for name, function in sorted(functions(kernel).items()):
+        tree = ast.parse(function.text)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+                del node.body[0]
+        trees.append(f"{name}: {ast.dump(tree)}")
+    return hashlib.sha256("\n".join(trees).encode()).hexdigest()[:12]
 
 
 def path(kernel: Any, file: str, line: int) -> tuple[Node, ...]:

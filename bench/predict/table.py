@@ -14,7 +14,7 @@ CLASSES = ("wgmma", "integer", "multiply", "float", "shuffle", "load/store", "sp
 
 _TOP = """# What the Triton kernels are predicted to take
 
-Made by `python -m csae.bench.predict --write` (`--count` counts loops again); no GPU is needed, and none was used. From
+Made by `python -m csae.bench.predict --write`; no GPU is needed, and none was used. From
 {source}.
 A prediction of a kernel is taken to be within {within:.0%}.
 
@@ -57,30 +57,15 @@ def markdown(found: Found) -> str:
     lines += ["", *_rows(["ratio", *SHAPES])]
     for name, ratio in of["ratios"].items():
         lines += _line([name, *(f"{ratio[s]:.2f}" if s in ratio else "" for s in SHAPES)])
-    lines += [
-        "",
-        "## Kernels",
-        "",
-        "Instructions are those that each warp issues in a program, the mean over launches.",
-        "",
-    ]
+    lines += ["", "## Kernels", ""]
     for shape in SHAPES:
-        lines += [
-            f"### {shape}",
-            "",
-            *_rows(["op", "kernel", "launches", "ms", "limits, ms", "instructions", "resident, waves"]),
-        ]
+        lines += [f"### {shape}", "", *_rows(["op", "kernel", "launches", "ms", "limits, ms", "resident, waves"])]
         for one in of["kernels"].get(shape, []):
-            parts = list(one["parts"].items())[:3]
-            lines += _line(
-                [
-                    one["op"], f"`{one['form']}`", str(one["launches"]), f"{one['ms']:g}",
-                    ", ".join(f"{limiter} {ms:g}" for limiter, ms in parts),
-                    ", ".join(f"{one['classes'][kind]} {kind}" for kind in CLASSES if one["classes"].get(kind)),
-                    f"{one['resident']}, {one['waves']:g}",
-                ]
-            )  # fmt: skip
+            limits = ", ".join(f"{limiter} {ms:g}" for limiter, ms in list(one["parts"].items())[:4])
+            cells = [one["op"], f"`{one['form']}`", str(one["launches"]), f"{one['ms']:g}", limits]
+            lines += _line([*cells, f"{one['resident']}, {one['waves']:g}"])
         lines.append("")
+    lines += [*_loops(of["kernels"]), ""]
     lines += [
         "## Launches of a step",
         "",
@@ -99,6 +84,29 @@ def markdown(found: Found) -> str:
             )
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _loops(kernels: dict[str, list[Found]]) -> list[str]:
+    """Lines of a table: each loop of each form, in the first op that launches it."""
+    forms: dict[str, dict[str, Found]] = {}
+    for shape in SHAPES:
+        for one in kernels.get(shape, []):
+            forms.setdefault(one["form"], {}).setdefault(shape, one)
+    lines = [
+        "## Instructions",
+        "",
+        "A warp's, by class: once a program, and in each trip of a loop. A program's trips are",
+    ]
+    lines += ["means over launches, in the first op that launches the form.", ""]
+    for form, of in forms.items():
+        lines += [f"`{form}`", "", *_rows(["loop", *(f"trips, {shape}" for shape in SHAPES), *CLASSES])]
+        first = next(iter(of.values()))
+        for name, loop in first["loops"].items():
+            trips = [f"{of[shape]['loops'][name]['trips']:g}" if shape in of else "" for shape in SHAPES]
+            number = [str(loop["classes"].get(kind) or "") for kind in CLASSES]
+            lines += _line([f"{name}: `{loop['text']}`" if name else "", *trips, *number])
+        lines.append("")
+    return lines
 
 
 def short(found: Found, shape: str) -> list[str]:

@@ -38,6 +38,8 @@ class Counted(NamedTuple):
     """A launch, as a sample of its programs ran."""
 
     kernel: str
+    digest: str
+    """of the kernel's source: `source.digest`"""
     constants: dict[str, Any]
     trips: dict[str, list[float]]
     """of each node: how often its body is executed by a program, for each place that its function is called from"""
@@ -195,19 +197,18 @@ def _run(variant: Any, grid: tuple[int, ...], given: tuple[Any, ...], encoder: b
         scope.restore()
     trips: dict[str, list[float]] = {}
     scaled: dict[str, dict[str, float]] = {}
-    nodes = source.nodes(function)
-    for (name, _), reached in sorted(_counter.reached.items(), key=lambda item: item[0]):
-        if name not in nodes:  # of triton's own functions
-            continue
-        node = nodes[name]
+    ways = source.calls(function, variant.constants)
+    for name, node in source.nodes(function).items():
         deep = depth if any(word in node.text for word in DEPTH_WORDS) and node.loop else 1.0
-        trips.setdefault(name, []).append(round(reached * more * deep / len(sample), 3))
+        reached = [_counter.reached.get((name, way), 0) for way in ways.get(name.partition(":")[0], [])]
+        trips[name] = [round(number * more * deep / len(sample), 3) for number in reached]
     for kind, of in _counter.bytes.items():
         # A product's tile reads whole columns, and the rows that are there; both as often as it is deep.
         factors = {n: (blocks if n.startswith("W") and blocks > 1 else scale_bytes) for n in of}
         depths = {n: depth if n.startswith(("x_", "W_")) else 1.0 for n in of}
         scaled[kind] = {n: size * factors[n] * depths[n] for n, size in of.items()}
-    return Counted(function.fn.__name__, variant.constants, trips, scaled["loaded"], scaled["stored"])
+    digest = source.digest(function)
+    return Counted(function.fn.__name__, digest, variant.constants, trips, scaled["loaded"], scaled["stored"])
 
 
 def _tensor(operator: str, name: str, of: dict[str, Any]) -> Tensor:

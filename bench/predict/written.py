@@ -12,7 +12,7 @@ import triton
 
 from ..cases import BACKWARD, CASES, CONTEXTUAL_STEP, ENCODE, TOPK_STEP
 from ..data import SHAPES
-from . import launches, machine, model, trips
+from . import launches, machine, model, source, trips
 from .launches import Recorded, Torch, Triton
 from .model import Row
 from .trips import Counted
@@ -37,11 +37,28 @@ def counted(shape: str) -> dict[str, list[Counted]]:
     return {call: [Counted(*one) for one in of_call] for call, of_call in known.get(shape, {}).items()}
 
 
+def outdated(found: Sequence[Recorded], known: dict[str, list[Counted]]) -> dict[str, Found]:
+    """The calls whose counts are missing, or of other launches or another source of a kernel than it has now."""
+    calls: dict[str, tuple[Found, dict[int, str]]] = {}
+    for of in found:
+        for _, launch in of.launches:
+            if isinstance(launch, Triton):
+                call = of.calls[launch.call]
+                _, launched = calls.setdefault(model.key(call), (call, {}))
+                launched[launch.place] = source.digest(launch.variant.kernel)
+    return {
+        key: call
+        for key, (call, launched) in calls.items()
+        if [one.digest for one in known.get(key, [])] != [digest for _, digest in sorted(launched.items())]
+    }
+
+
 def count(shape: str, again: bool = False) -> None:
     """Count what the launches of a shape need and is not kept, or all of it again, and keep that."""
-    needed = model.calls(list(recorded(shape).values()))
-    kept = {} if again else {call: of for call, of in counted(shape).items() if call in needed}
-    missing = {call: given for call, given in needed.items() if call not in kept}
+    found = list(recorded(shape).values())
+    needed, kept = outdated(found, {}), {} if again else counted(shape)
+    missing = outdated(found, kept)
+    kept = {call: of for call, of in kept.items() if call in needed and call not in missing}
     if missing:
         kept |= dict(zip(missing, trips.count(list(missing.values())), strict=True))
     known = json.loads(COUNTED.read_text()) if COUNTED.exists() else {}
@@ -60,11 +77,11 @@ def predictions() -> Found:
 
 def update(found: Found, shape: str) -> None:
     """Predict a shape, and put it into `found`."""
-    source = (
+    said = (
         f"the cost model of bench/predict: SASS for sm_90 by triton {triton.__version__}, loops counted on random data"
     )
     rates = {"operations_per_s": machine.OPERATIONS, "bytes_per_s": machine.MEMORY}
-    new: Found = {"source": source, "rates": rates}
+    new: Found = {"source": said, "rates": rates}
     of_device = found["devices"].setdefault(machine.DEVICE, new)
     of_device |= new
     known = counted(shape)
@@ -72,7 +89,7 @@ def update(found: Found, shape: str) -> None:
     ms = {"torch.mm": model.mm(SHAPES[shape].n, SHAPES[shape].d_in, SHAPES[shape].d_sae)}
     number: dict[str, int] = {}
     for name, of in rows.items():
-        ms[name] = whole(of)
+        ms[name] = whole(of, name in STEPS)
         number[name] = sum(kernels(launch) for _, launch, _ in of)
         if name not in CASES:
             for kernel, (times, total) in by_kernel(of).items():
@@ -105,14 +122,13 @@ def kernels(launch: Torch | Triton) -> int:
     return launch.kernels if isinstance(launch, Torch) else 1
 
 
-def whole(rows: Sequence[Row]) -> float:
-    """Milliseconds of an op or a step: of its kernels one after the other, or of the host, which launches them."""
+def whole(rows: Sequence[Row], step: bool) -> float:
+    """Milliseconds of an op: of its kernels one after the other. Of a step: or of the host, which launches them.
+
+    A benchmark of an op begins while the device is busy, so that the host is ahead; in a step it can't be.
+    """
     host = sum(kernels(launch) for _, launch, _ in rows) * machine.LAUNCH * 1e3
-    return max(sum(time.ms for _, _, time in rows), host if len(rows) > HOST_FROM else 0.0)
-
-
-# A benchmark of an op begins while the device is busy, so that the host is ahead; in a step it can't be.
-HOST_FROM = 100
+    return max(sum(time.ms for _, _, time in rows), host if step else 0.0)
 
 
 def by_kernel(rows: Sequence[Row]) -> dict[str, tuple[int, float]]:
@@ -148,11 +164,23 @@ def _kernels(op: str, rows: Sequence[Row]) -> list[Found]:
                 "ms": _short(sum(time.ms for _, time in of)),
                 "parts": {limiter: _short(ms) for limiter, ms in limiters.most_common() if ms >= 5e-4},
                 "classes": {kind: round(number) for kind, number in classes.items()},
+                "loops": _loops(of[0][0].variant.kernel, [time for _, time in of]),
                 "resident": of[0][1].resident,
                 "waves": _short(sum(time.waves for _, time in of) / n),
             }
         )
     return lines
+
+
+def _loops(kernel: Any, times: Sequence[model.Time]) -> dict[str, Found]:
+    """For each loop of a kernel: the mean trips of a program, and a warp's instructions a trip, by class."""
+    found, nodes = {}, source.nodes(kernel)
+    for name in times[0].loops:
+        node = nodes.get(name.partition(",")[0])
+        trips = sum(time.loops[name][0] for time in times) / len(times)
+        classes = {kind: round(number) for kind, number in times[0].loops[name][1].items()}
+        found[name] = {"text": node.text if node else "", "trips": _short(trips), "classes": classes}
+    return found
 
 
 def origins(rows: Sequence[Row]) -> dict[str, list[float]]:
