@@ -24,14 +24,15 @@ def main() -> None:
     parser.add_argument("--count", action="store_true", help="count all again")
     parser.add_argument("--write", action="store_true", help="write predictions.json and PREDICTED.md")
     args = parser.parse_args()
-    found = written.predictions()
     for name in args.shapes:
         written.count(name, args.count)
-        written.update(found, name)
+        new = written.predict(name)
+        found = written.predictions()
+        written.put(found, name, new)
         print(*table.short(found, name), sep="\n", flush=True)
-    if args.write:
-        written.PREDICTIONS.write_text(json.dumps(found, indent=1) + "\n")
-        table.PREDICTED.write_text(table.markdown(found))
+        if args.write:
+            written.PREDICTIONS.write_text(json.dumps(found, indent=1) + "\n")
+            table.PREDICTED.write_text(table.markdown(found))
 
 
 if __name__ == "__main__":

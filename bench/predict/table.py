@@ -102,7 +102,7 @@ def _loops(kernels: dict[str, list[Found]]) -> list[str]:
         lines += [f"`{form}`", "", *_rows(["loop", *(f"trips, {shape}" for shape in SHAPES), *CLASSES])]
         first = next(iter(of.values()))
         for name, loop in first["loops"].items():
-            trips = [f"{of[shape]['loops'][name]['trips']:g}" if shape in of else "" for shape in SHAPES]
+            trips = [f"{of[s]['loops'][name]['trips']:g}" if s in of and name in of[s]["loops"] else "" for s in SHAPES]
             number = [str(loop["classes"].get(kind) or "") for kind in CLASSES]
             lines += _line([f"{name}: `{loop['text']}`" if name else "", *trips, *number])
         lines.append("")

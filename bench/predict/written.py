@@ -75,15 +75,8 @@ def predictions() -> Found:
     return json.loads(PREDICTIONS.read_text()) if PREDICTIONS.exists() else {"devices": {}}
 
 
-def update(found: Found, shape: str) -> None:
-    """Predict a shape, and put it into `found`."""
-    said = (
-        f"the cost model of bench/predict: SASS for sm_90 by triton {triton.__version__}, loops counted on random data"
-    )
-    rates = {"operations_per_s": machine.OPERATIONS, "bytes_per_s": machine.MEMORY}
-    new: Found = {"source": said, "rates": rates}
-    of_device = found["devices"].setdefault(machine.DEVICE, new)
-    of_device |= new
+def predict(shape: str) -> Found:
+    """The rows of predictions.json of a shape: ms, launches, ratios, kernels, origins."""
     known = counted(shape)
     rows = {name: model.times(of, known) for name, of in recorded(shape).items()}
     ms = {"torch.mm": model.mm(SHAPES[shape].n, SHAPES[shape].d_in, SHAPES[shape].d_sae)}
@@ -103,18 +96,30 @@ def update(found: Found, shape: str) -> None:
         "backward of encode + decode / its floor": ms[BACKWARD.name] / floor,
         "contextual step / TopK step": ms[CONTEXTUAL_STEP.name] / ms[TOPK_STEP.name],
     }
-    for kind, values in (("ms", ms), ("launches", number), ("ratios", ratios)):
+    return {
+        "ms": {name: _short(value) for name, value in ms.items()},
+        "launches": number,
+        "ratios": {name: _short(value) for name, value in ratios.items()},
+        "kernels": [line for name, of in rows.items() if name not in CASES for line in _kernels(name, of)],
+        "origins": {name: origins(rows[name]) for name in STEPS},
+    }
+
+
+def put(found: Found, shape: str, new: Found) -> None:
+    """Put what `predict` gave of a shape into predictions.json's content."""
+    said = "the cost model of bench/predict: SASS for sm_90 by triton {}, loops counted on random data"
+    of_device = found["devices"].setdefault(machine.DEVICE, {})
+    of_device["source"] = said.format(triton.__version__)
+    of_device["rates"] = {"operations_per_s": machine.OPERATIONS, "bytes_per_s": machine.MEMORY}
+    for kind in ("ms", "launches", "ratios"):
         of_kind = of_device.setdefault(kind, {})
-        for name in [name for name in of_kind if name not in values]:  # rows that there are no longer
+        for name in [*of_kind]:
             of_kind[name].pop(shape, None)
-            if not of_kind[name]:
-                del of_kind[name]
-        for name, value in values.items():
-            of_kind.setdefault(name, {})[shape] = value if kind == "launches" else float(f"{value:.3g}")
-    of_device.setdefault("kernels", {})[shape] = [
-        line for name, of in rows.items() if name not in CASES for line in _kernels(name, of)
-    ]
-    of_device.setdefault("origins", {})[shape] = {name: origins(rows[name]) for name in STEPS}
+        for name, value in new[kind].items():
+            of_kind.setdefault(name, {})[shape] = value
+        of_device[kind] = {name: values for name, values in of_kind.items() if values}
+    for kind in ("kernels", "origins"):
+        of_device.setdefault(kind, {})[shape] = new[kind]
 
 
 def kernels(launch: Torch | Triton) -> int:
