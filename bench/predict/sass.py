@@ -210,7 +210,8 @@ def _trips_of_loops(
     """The name and the trips of each loop of the code, by its header.
 
     Calls of a function are in the code in the order of the source. Where a loop is there several times for each call,
-    the compiler unrolled it; then all trips are taken to be those of the smallest copy.
+    the compiler unrolled it; then all trips are taken to be those of the smallest copy. One that is there once and was
+    unrolled is taken for longer than it is: only loops of a few instructions are.
     """
     members = dict(code.loops)
     found: dict[int, tuple[str, float]] = {}
@@ -226,7 +227,7 @@ def _trips_of_loops(
             copies = headers[place * each : (place + 1) * each]
             least = min(copies, key=lambda header: sum(len(code.blocks[b].instructions) for b in members[header]))
             label = name if len(known) == 1 else f"{name}, {place + 1}"
-            found |= {header: (label, count if header == least else 0.0) for header in copies}
+            found |= {of: (label, count) if of == least else (f"{label}, unrolled", 0.0) for of in copies}
     return found
 
 

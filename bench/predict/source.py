@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-KERNELS = "csae.kernels.triton"
 
 
 class Node(NamedTuple):
@@ -51,9 +50,14 @@ def numbered(tree: ast.AST) -> Iterator[tuple[int, ast.For | ast.While | ast.If]
     yield from enumerate(sorted(found, key=lambda node: (node.lineno, node.col_offset)), 1)
 
 
+def of_triton(jit: Any) -> bool:
+    """Whether a jit function is one of triton's own."""
+    return jit.fn.__module__.partition(".")[0] == "triton"
+
+
 @functools.cache
 def functions(kernel: Any) -> dict[str, Function]:
-    """The kernel and all jit functions of csae that it calls, directly or not, by name."""
+    """The kernel and all jit functions that it calls but triton's own, directly or not, by name."""
     found: dict[str, Function] = {}
     waiting = [kernel]
     while waiting:
@@ -68,7 +72,7 @@ def functions(kernel: Any) -> dict[str, Function]:
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 called = jit.fn.__globals__.get(node.func.id)
-                if hasattr(called, "fn") and called.fn.__module__.startswith(KERNELS):
+                if hasattr(called, "fn") and not of_triton(called):
                     calls.append((called.fn.__name__, node.lineno))
                     waiting.append(called)
         nodes = tuple(

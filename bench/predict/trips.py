@@ -29,7 +29,7 @@ from . import source
 Call = dict[str, Any]
 """operator: its name; given: its arguments by name: a number, None, or {"shape", "dtype"}, or lists of these"""
 
-ROWS = 8  # of a product and the selection from it
+ROWS = 4  # of a product and the selection from it
 PROGRAMS = 48  # of any other kernel
 DEPTH_WORDS = ("steps", "depth")  # in the header of a loop over the depth of a product
 
@@ -118,7 +118,7 @@ def _instrument() -> None:
 
     def with_chain(self: Any, *args: Any, **kwargs: Any) -> Any:
         before = _counter.chain
-        if self.fn.__module__.startswith(source.KERNELS):
+        if not source.of_triton(self):
             _counter.chain = (*before, sys._getframe(1).f_lineno)
         try:
             return called(self, *args, **kwargs)

@@ -112,12 +112,10 @@ def put(found: Found, shape: str, new: Found) -> None:
     of_device["source"] = said.format(triton.__version__)
     of_device["rates"] = {"operations_per_s": machine.OPERATIONS, "bytes_per_s": machine.MEMORY}
     for kind in ("ms", "launches", "ratios"):
-        of_kind = of_device.setdefault(kind, {})
-        for name in [*of_kind]:
-            of_kind[name].pop(shape, None)
-        for name, value in new[kind].items():
-            of_kind.setdefault(name, {})[shape] = value
-        of_device[kind] = {name: values for name, values in of_kind.items() if values}
+        before = of_device.get(kind, {})
+        others = {name: {s: value for s, value in of.items() if s != shape} for name, of in before.items()}
+        rows = {name: others.pop(name, {}) | {shape: value} for name, value in new[kind].items()}
+        of_device[kind] = rows | {name: of for name, of in others.items() if of}
     for kind in ("kernels", "origins"):
         of_device.setdefault(kind, {})[shape] = new[kind]
 

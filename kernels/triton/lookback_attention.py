@@ -13,21 +13,19 @@ null * log2(e). Since log(t - j) * log2(e) = log2(t - j), the weights are the sa
 Three kernels: `_forward`; `_backward_queries` (dq, and partial sums of dslope and dnull); `_backward_keys` (dk, dv).
 A product of tiles costs 2 d operations a pair: two products forward, three in `_backward_queries`, four in
 `_backward_keys`. Only tiles on the diagonal or across a document's start compare positions. The mask of keys is a
-number, 0 or -inf, added by the multiply-add that scales <q, k>. Beside the products a pair costs, counted from the code
-for sm_90 and 16-bit inputs: one 2^x and one log2 of the hardware (16 a clock and multiprocessor), 8 or 9 float
-operations and 2 to 4 others, about 13 instructions (128 a clock). Strict float32 takes the accurate log2, of about 18
-operations.
+number, 0 or -inf, added by the multiply-add that scales <q, k>. Counted from the code for sm_90 and 16-bit inputs, a
+pair costs 20 instructions in `_forward`, 21 and 24 in the others, one 2^x and one log2 of the hardware (16 a clock and
+multiprocessor) among them. Strict float32 takes the accurate log2, of about 18 operations.
 
-Predicted for an H100 (132 multiprocessors at 1.75 GHz), bfloat16, B=8, T=1024, H=8, d_head = d_value = 64. 34 million
-pairs are visible; the tiles that hold them have 38 million:
+Predicted for an H200 (kernels/PREDICTED.md), bfloat16, B=8, T=1024, H=8, d_head = d_value = 64. 34 million pairs are
+visible; the tiles that hold them have 38 million:
 
-                        products    2^x and log2    instructions    sum, without any overlap
-    _forward            12 us       20 us           17 us           49 us
-    _backward_queries   17 us       19 us           16 us           52 us
-    _backward_keys      23 us       19 us           16 us           58 us
+                        products    2^x and log2    instructions    from L2    predicted
+    _forward            13 us       21 us           26 us           16 us      31 us: few programs hide each other's waits
+    _backward_queries   18 us       18 us           28 us           30 us      30 us
+    _backward_keys      22 us       18 us           32 us           30 us      32 us
 
-The floor of a kernel is the largest entry of its row, 19 to 23 us. Loads are hidden: the keys and values of one window
-and head are 256 KB, and L2 serves them to all programs of that head.
+The keys and values of one window and head are 256 KB, and L2 serves them to all programs of that head.
 """
 
 import math
