@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 
-
 class Node(NamedTuple):
     """A loop or a branch. Lines are those of the file; `header` is not part of the body."""
 

@@ -21,7 +21,7 @@ Predicted for an H200 (kernels/PREDICTED.md), bfloat16, B=8, T=1024, H=8, d_head
 visible; the tiles that hold them have 38 million:
 
                         products    2^x and log2    instructions    from L2    predicted
-    _forward            13 us       21 us           26 us           16 us      31 us: few programs hide each other's waits
+    _forward            13 us       21 us           26 us           16 us      31 us, with waits
     _backward_queries   18 us       18 us           28 us           30 us      30 us
     _backward_keys      22 us       18 us           32 us           30 us      32 us
 

@@ -49,15 +49,15 @@ def test_no_kernel_became_slower(op: str, written: dict[str, Any]) -> None:
     assert sum(time.ms for _, _, time in rows) <= SLOWER * written["ms"][op]["A"], "if that is meant: predict --write"
 
 
-@pytest.mark.parametrize("shape", ["A", "B", "C"])
-def test_no_step_launches_more(shape: str, written: dict[str, Any]) -> None:
+def test_no_step_launches_more(written: dict[str, Any]) -> None:
     from csae.bench.data import SHAPES
     from csae.bench.predict import launches
     from csae.bench.predict.written import STEPS
 
     for step in STEPS:
-        found = launches.kernels(launches.of_case(step, SHAPES[shape]))
-        assert found <= SLOWER * written["launches"][step][shape], "if that is meant: predict --write"
+        for shape, number in written["launches"][step].items():
+            found = launches.kernels(launches.of_case(step, SHAPES[shape]))
+            assert found <= SLOWER * number, "if that is meant: run `python -m csae.bench.predict --write`"
 
 
 @pytest.mark.slow
