@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from csae.distributed.shard import Shard
 
 CARD = "README.md"
-# The tensors with a row a feature: several ranks have some rows each.
-ROWS = (*TABLES, "tokens_since_fired")
+# The tensors with a row a feature, where they are no scalars: several ranks have some rows each.
+ROWS = (*TABLES, "tokens_since_fired", "threshold")
 # Arguments that config.json doesn't mention where they have these values: SAEs that were saved before they were there.
 UNSAID: dict[str, Any] = {
     "d_out": None,
@@ -235,7 +235,7 @@ def own_rows(sae: Saved) -> dict[str, range]:
     Raises ValueError where a tensor has another shape than the SAE was made with.
     """
     needed = shapes(without_tensors(type(sae), sae._arguments))
-    own = {} if sae.shard is None else {name: sae.shard.rows for name in ROWS if name in needed}
+    own = {} if sae.shard is None else {name: sae.shard.rows for name in ROWS if needed.get(name)}
     here = needed | {name: (len(rows), *needed[name][1:]) for name, rows in own.items()}
     misshapen = _misshapen(shapes(sae), here)
     if misshapen:

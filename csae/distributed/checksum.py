@@ -30,7 +30,7 @@ def whole_checksum(sae: SAE) -> str:
     ranks, digests = sae.shard.ranks, {}
     for name in sorted(tensors):
         tensor = tensors[name]
-        if name in ROWS:
+        if name in ROWS and tensor.dim():
             shape = [sae.d_sae, *tensor.shape[1:]]
             blocks = _blocks(tensor, sae.d_sae, ranks)
             if ranks.rank:

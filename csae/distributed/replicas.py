@@ -9,7 +9,7 @@ from torch import Tensor
 
 from csae.distributed.collectives import gather
 from csae.errors import UserError
-from csae.tables import TABLES
+from csae.saving import ROWS
 
 if TYPE_CHECKING:  # these import this package
     from csae.adam import Adam
@@ -34,7 +34,7 @@ def check_replicas(sae: SAE, optimizer: Adam) -> None:
     own = torch.stack([checksum(tensor) for tensor in tensors.values()])
     found = gather(own, ranks.world).tolist()
     for number, (name, tensor) in enumerate(tensors.items()):
-        of_rows = tensor.dim() > 0 and name.split(".")[0] in (*TABLES, "tokens_since_fired")
+        of_rows = tensor.dim() > 0 and name.split(".")[0] in ROWS
         for rank in range(ranks.size):
             first = rank % ranks.n_features if of_rows else 0
             if found[rank][number] != found[first][number]:

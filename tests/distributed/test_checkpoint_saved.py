@@ -23,7 +23,7 @@ from test_checkpoint import ARCHITECTURES, filled
 
 from csae import TopKSAE
 from csae.checkpoint import load_sae
-from csae.distributed import Shard
+from csae.distributed import Shard, sharded
 from csae.distributed import checksum as checksums
 from csae.errors import FailedElsewhere, UserError
 from csae.parts import Weights
@@ -241,6 +241,26 @@ def test_the_checksum_is_that_of_the_whole_one(saved: dict[int, Path]) -> None:
     assert expected[0] == expected[2] != expected[1]
     for size, data in ((1, 1), (2, 1), (4, 1), (4, 2)):
         assert run(size, _checksums, folders, data=data) == [expected] * size
+
+
+def _save_selecting(ranks: Any, folder: Path, selection: str) -> str:
+    def make() -> TopKSAE:
+        torch.manual_seed(0)
+        sae = TopKSAE(6, 10, 3, selection=selection)
+        with torch.no_grad():
+            sae.threshold += torch.arange(sae.threshold.numel()).view(sae.threshold.shape)
+        return sae
+
+    (make() if ranks is None else sharded(make, ranks)).save_pretrained(folder)
+    return checksums.whole_checksum(load_sae(folder, ranks=ranks))
+
+
+@pytest.mark.parametrize("selection", ["batch", "jumprelu"])
+def test_thresholds_are_saved(selection: str, tmp_path: Path) -> None:
+    found = run(3, _save_selecting, tmp_path / "several", selection)
+    sae = load_sae(tmp_path / "several")
+    assert found == [checksum(sae.state_dict())] * 3
+    assert sae.threshold.shape == (() if selection == "batch" else (10,))
 
 
 class Snapshots:
