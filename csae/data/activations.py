@@ -11,6 +11,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from copy import copy
+from operator import index
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
@@ -179,6 +180,7 @@ class ModelActivations(OfPlaces):
         self.places = tuple(dict.fromkeys(place for several in found for place in several))
         if not self.places:
             raise ValueError("places: given none; needed one at least")
+        _check_windows(token_windows)
         lm.check_tokens(token_windows.tokens)
         self.lm = lm
         self.token_windows = token_windows
@@ -191,7 +193,7 @@ class ModelActivations(OfPlaces):
 
     def read_all(self, window_indices: Sequence[int]) -> dict[Place, Batch]:
         """Windows of all places, see `ActivationSource`, from one pass of the model."""
-        chosen = torch.as_tensor(window_indices, dtype=torch.int64)
+        chosen = self._chosen(window_indices)
         windows, special = self.token_windows, self.token_windows.special
         special = None if special is None else special[chosen]
         return self._batches(windows.tokens[chosen], windows.documents[chosen], special, chosen)
@@ -239,7 +241,7 @@ class ModelActivations(OfPlaces):
 
     def tokens(self, window_indices: Sequence[int]) -> Tensor:
         """The token ids [B, T] of windows, int32, on the CPU; the model doesn't run."""
-        return self.token_windows.tokens[torch.as_tensor(window_indices, dtype=torch.int64)]
+        return self.token_windows.tokens[self._chosen(window_indices)]
 
     def describe(self) -> dict[str, Any]:
         """See `ActivationSource`; of several places, "places" stands for "layer" or "hook"."""
@@ -271,12 +273,36 @@ class ModelActivations(OfPlaces):
             about["keep_first"] = True
         return about
 
+    def _chosen(self, window_indices: Sequence[int]) -> Tensor:
+        """Raises TypeError where they are no whole numbers, IndexError where there are no such windows."""
+        chosen = [index(window) for window in window_indices]
+        for window in chosen:
+            if not 0 <= window < self.n_windows:
+                raise IndexError(f"window: given {window}; needed 0 to {self.n_windows - 1}")
+        return torch.tensor(chosen, dtype=torch.int64)
+
     def _width(self, hook: str) -> int:
         return self._points[hook].width
 
     def _check(self, place: Place) -> None:
         if place not in self.places:
             raise UserError(f"place: given {place}; needed one of {', '.join(map(str, self.places))}")
+
+
+def _check_windows(windows: TokenWindows) -> None:
+    """Raises ValueError or TypeError where the parts of windows don't fit each other."""
+    if windows.tokens.dim() != 2:
+        raise ValueError(f"token_windows: tokens are {list(windows.tokens.shape)}; needed [N, T]")
+    for name in ("tokens", "documents", "special"):
+        part = getattr(windows, name)
+        if part is None:
+            continue
+        if part.shape != windows.tokens.shape:
+            raise ValueError(
+                f"token_windows: {name} are {list(part.shape)}; needed {list(windows.tokens.shape)}, as tokens"
+            )
+        if part.is_floating_point() or part.is_complex():
+            raise TypeError(f"token_windows: {name} are {part.dtype}; needed integers")
 
 
 def __getattr__(name: str) -> Any:

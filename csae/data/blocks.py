@@ -219,6 +219,9 @@ def in_windows(first: Tensor, windows: torch.Size) -> Tensor:
 
 def checked_replacement(acts: Tensor, replaced: Tensor, mask: Tensor | None = None) -> Tensor:
     """What takes the place of acts [B, T, d]: `replaced`, in its dtype; with a mask [B, T] only where that is true."""
+    if not isinstance(replaced, Tensor) or not replaced.is_floating_point():
+        given = replaced.dtype if isinstance(replaced, Tensor) else type(replaced).__name__
+        raise TypeError(f"replace: gave {given}; needed a floating-point tensor of the shape of acts")
     if replaced.shape != acts.shape:
         raise ValueError(f"replace: gave {tuple(replaced.shape)}; needed the shape of acts, {tuple(acts.shape)}")
     replaced = replaced.to(acts)

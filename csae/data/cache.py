@@ -230,7 +230,7 @@ def _warn_if_full(paths: Mapping[str, Path], part: Part, window_bytes: int) -> N
     free = shutil.disk_usage(there).free
     if needed > free:
         print(
-            f"{there}: {free / 1e9:.1f} GB are free, and {needed / 1e9:.1f} GB are to be written: the disk will be "
+            f"{there}: {free / 1e6:,.1f} MB are free, and {needed / 1e6:,.1f} MB are to be written: the disk will be "
             "full before that (--max-bytes stores less)",
             file=sys.stderr,
         )

@@ -104,7 +104,7 @@ class LanguageModel:
     @torch.no_grad()
     def read(self, tokens: Tensor, points: Sequence[HookPoint]) -> list[Tensor]:
         """What is at several hook points, as `activations` gives it, from one pass that stops behind the last."""
-        tokens = tokens.to(self.device)
+        tokens = _checked_tokens(tokens).to(self.device)
         read: dict[str, Tensor] = {}
         wanted = {point.name for point in points}
 
@@ -144,7 +144,7 @@ class LanguageModel:
         """
         if (layer is None) != (replace is None):
             raise ValueError("layer and replace: given one without the other; needed both or neither")
-        tokens = tokens.to(self.device)
+        tokens = _checked_tokens(tokens).to(self.device)
         replaced: list[Tensor] = []
         with contextlib.ExitStack() as stack:
             if layer is not None and replace is not None:
@@ -243,6 +243,16 @@ class LanguageModel:
 
 class _Stop(Exception):
     """Thrown by a hook to leave the model's forward pass."""
+
+
+def _checked_tokens(tokens: Tensor) -> Tensor:
+    """Raises TypeError or ValueError where they are no token ids [B, T], B and T >= 1."""
+    given = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+    if not isinstance(given, torch.dtype) or given.is_floating_point or given.is_complex or given == torch.bool:
+        raise TypeError(f"tokens: given {given}; needed a tensor of integers [B, T]")
+    if tokens.dim() != 2 or not tokens.numel():
+        raise ValueError(f"tokens: given shape {list(tokens.shape)}; needed [B, T], B >= 1, T >= 1")
+    return tokens
 
 
 def _max_ctx(config: Any) -> int | None:

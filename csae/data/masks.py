@@ -55,6 +55,8 @@ def follow_mask(
     """
     if acts.dim() != 3:
         raise ValueError(f"acts: given shape {list(acts.shape)}; needed [B, T, d_in]")
+    if acts.is_complex():
+        raise TypeError(f"acts: given {acts.dtype}; needed real numbers")
     B, T, d_in = acts.shape
     is_text = torch.zeros(B, T, dtype=torch.bool, device=acts.device)
     if d_in:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-SHORT_FORM = re.compile(r"(resid|mlp|attn)\.(in|out):(\d+)")
+SHORT_FORM = re.compile(r"(resid|mlp|attn)\.(in|out):(\d+)", re.ASCII)
 PLACE_KEYS = ("layer", "hook", "hook_to", "hooks")
 """what says in JSON where activations are of: see `described_place`; "hooks" is a list of several names or patterns"""
 

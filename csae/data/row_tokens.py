@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from csae.data.token_rows import IDS, MASKS, shown_row, tokens_of_row
 from csae.errors import UserError, first_line
 
 TEXT, CHAT = "text", "messages"
+HALF = re.compile(r"[\ud800-\udfff]")  # of a pair of UTF-16, which no tokenizer takes
 
 
 class Tokenized(NamedTuple):
@@ -104,6 +106,8 @@ class RowTokens:
                 raise UserError(f"the chat template does not take it ({first_line(error)})") from error
         if not isinstance(value, str):
             raise UserError(f"{column} is {shown_row(value)}; needed a text")
+        if half := HALF.search(value):
+            raise UserError(f"{column} holds {ascii(half[0])[1:-1]}, half of a character; needed whole ones")
         return value
 
     def _tokenize(self, placed: list[tuple[str, str]], bad: list[str]) -> list[np.ndarray]:

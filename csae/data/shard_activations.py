@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class ShardActivations(OfPlaces):
 
     def read_all(self, window_indices: Sequence[int]) -> dict[Place, Batch]:
         """The same windows at each place."""
-        indices = [int(window) for window in window_indices]
+        indices = [index(window) for window in window_indices]
         self.prefetch(indices)
         read = {hook: self._hooks[hook].read(indices) for hook in self._read_hooks()}
         self._check_same_windows(read)
@@ -69,7 +70,7 @@ class ShardActivations(OfPlaces):
 
     def prefetch(self, window_indices: Sequence[int]) -> None:
         """Has the system read windows that are needed soon, and doesn't wait for them."""
-        indices = [int(window) for window in window_indices]
+        indices = [index(window) for window in window_indices]
         for hook in self._read_hooks():
             self._hooks[hook].prefetch(indices)
 
@@ -172,7 +173,7 @@ class _OneHook:
     def tokens(self, window_indices: Sequence[int]) -> Tensor | None:
         if not self._reader.has_tokens:
             return None
-        return torch.stack([self._reader.tokens(int(window)) for window in window_indices])
+        return torch.stack([self._reader.tokens(index(window)) for window in window_indices])
 
     def describe(self) -> dict[str, Any]:
         return {

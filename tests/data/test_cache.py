@@ -493,7 +493,7 @@ def test_too_little_disk_is_said_before(tmp_path: Path, monkeypatch: pytest.Monk
     usage = shutil_usage(free=100)
     monkeypatch.setattr("csae.data.cache.shutil.disk_usage", usage)
     small(Source([1, 2]), tmp_path)
-    assert "GB are free" in capsys.readouterr().err
+    assert "MB are free" in capsys.readouterr().err
     small(Source([1, 2]), tmp_path)  # nothing is left to be written
     assert not capsys.readouterr().err
 

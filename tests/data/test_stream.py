@@ -11,6 +11,9 @@ from streams import TOKENIZER, as_rows, same_windows, stream_of, texts_of, write
 from csae.data import retrying
 from csae.data import stream as streams
 from csae.data.packing import pack
+from csae.data.raw_text import windows_of_dataset
+from csae.data.row_tokens import RowTokens
+from csae.data.rows import open_rows
 from csae.data.stream import TokenStream
 from csae.errors import UserError
 
@@ -136,8 +139,30 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted(tmp_path: Path) -> No
     assert len(said) == len(bad) + 1  # the end
     assert said[0].startswith(f"{file}, line 21: no JSON (")
     assert said[2] == f"{file}, line 23: text is 5; needed a text: left out"
-    assert "line 26: the tokenizer does not take it" in said[5]
+    assert "line 26: text holds \\ud800, half of a character" in said[5]
     assert all("\n" not in line for line in said)
+
+
+def test_half_a_character_is_left_out_where_a_data_set_is_read_whole(tmp_path: Path, tiny_lm) -> None:
+    good = as_rows(texts_of(20))
+    file = write_lines(tmp_path / "a.jsonl", [*good[:9], '{"text": "one \\udfff two"}', *good[9:]])
+    origin = {"dataset": str(file), "n_ctx": 16}
+    without = {"dataset": str(write_lines(tmp_path / "b.jsonl", good)), "n_ctx": 16}
+    read, expected = (windows_of_dataset(one, tiny_lm, ()) for one in (origin, without))
+    assert torch.equal(read.tokens, expected.tokens)
+
+
+def test_a_text_that_the_tokenizer_does_not_take_is_left_out(lines: Path) -> None:
+    class Picky:
+        def __call__(self, texts, **options):
+            if any("a" in text for text in texts):
+                raise RuntimeError("no a")
+            return {"input_ids": [[1, 2, 3] for _ in texts]}
+
+    chunk = next(iter(open_rows(lines).read({}, ("text",))))
+    found = RowTokens(Picky(), ("text",))(chunk._replace(rows=["one", "a", "two"]))
+    assert found.lengths == [3, 3]
+    assert "the tokenizer does not take it (no a)" in found.bad[0]
 
 
 def test_many_bad_rows_are_told_less_and_less(tmp_path: Path) -> None:
