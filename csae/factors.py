@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from csae.errors import UserError
 from csae.matryoshka import Prefixes, by_group, pairs_by_group
 from csae.ops import near_threshold, sparse_decode, topk_encode
 from csae.ops.adam_rows import Pairs, feature_sums, sort_pairs
@@ -182,17 +181,19 @@ class Pass:
         """What W_dec makes of a code, [..., d_out], and where there are prefixes its parts by group (`Ran.groups`)."""
         if not self.prefixes:
             return self.decode("W_dec", code), None
-        if self.sae.selection == "jumprelu":  # the gradient of its thresholds would need the groups too
-            raise UserError(
-                f'prefixes: given {", ".join(map(str, self.prefixes))} with selection="jumprelu"; needed "batch" or '
-                '"topk" to train with prefixes'
-            )
         groups = self._groups(code)
         return groups.sum(dim=-2), groups
 
     def _groups(self, code: _Code) -> Tensor:
         """The sum of each group of features of a code that was encoded here, [..., G, d_out]."""
-        return sparse_decode(*by_group(*code, self.prefixes), self._rows("W_dec", None))
+        rows = self._rows("W_dec", None)
+        out = sparse_decode(*by_group(*code, self.prefixes), rows)
+        near = self._near(code)
+        if near is None:
+            return out
+        steps, features = by_group(near.steps, near.features, self.prefixes)
+        values, _ = by_group(near.values, near.features, self.prefixes)
+        return out + decode_steps(steps, values, features, self.sae.threshold, rows)
 
     def _rows(self, table: str, features: Tensor | None) -> Tensor:
         rows = getattr(self.sae, table)

@@ -143,8 +143,6 @@ class SAE(Saved, ABC):
         self.prefixes = checked_prefixes(prefixes, d_sae)
         self.k_aux = max(1, self.d_out // 2) if k_aux is None else k_aux
         self.aux_coef, self.dead_after = aux_coef, dead_after
-        if selection == "jumprelu" and prefixes:
-            raise ValueError(f'prefixes: given {prefixes} with selection="jumprelu"; needed () with that')
         if selection == "jumprelu" and not bandwidth:
             raise ValueError("bandwidth: given 0; needed a number above 0")
         self.selection, self.k_max = selection, slots(selection, k, k_max, d_sae)

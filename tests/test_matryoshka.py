@@ -11,7 +11,6 @@ from torch import Tensor
 
 import csae
 from csae import SAE, ContextualSAE, TopKSAE, reference
-from csae.errors import UserError
 from csae.factors import Factors, Pass, Trace
 from csae.matryoshka import by_group
 from csae.sae import Sweeps
@@ -263,7 +262,34 @@ def test_a_shared_budget(arch: str, options: dict[str, Any]) -> None:
             torch.testing.assert_close(found, parameter.grad, rtol=1e-5, atol=1e-6 * scale, msg=name)
 
 
-def test_thresholds_of_jumprelu_are_not_trained_with_prefixes() -> None:
-    sae = make("topk", selection="jumprelu")
-    with pytest.raises(UserError):
-        sae.loss(**batch(sae))
+def test_thresholds_get_the_straight_through_gradient_of_all_prefixes() -> None:
+    """A pre-activation near its threshold counts for the prefixes that hold its feature, and for no others."""
+    sae = make("topk", selection="jumprelu", k_max=50)
+    sae.bandwidth = 0.4
+    assert sae.threshold is not None
+    with torch.no_grad():
+        sae.threshold.copy_(torch.rand(sae.d_sae, dtype=torch.float64))
+    acts, mask = batch(sae)["acts"], batch(sae)["mask"]
+    x = acts / sae.scale
+    pre_acts = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).detach()
+    active = ((pre_acts > sae.threshold) & (pre_acts > 0)).double().detach().requires_grad_()
+    feature_acts = (pre_acts * active).detach().requires_grad_()
+    spread = (x[mask] - x[mask].mean(dim=0)).square().sum()
+    loss = sae.l0_coef * (active[mask].sum(dim=-1).mean() / sae.k - 1).square()
+    for prefix in (*sae.prefixes, sae.d_sae):
+        x_hat = feature_acts[..., :prefix] @ sae.W_dec[:prefix] + sae.b_dec
+        loss = loss + (x - x_hat)[mask].square().sum() / spread / (len(sae.prefixes) + 1)
+    d_acts, d_active = torch.autograd.grad(loss, [feature_acts, active])
+    flat = (of.flatten(0, 1) for of in (d_acts, d_active))
+    wanted = reference.threshold_gradient(pre_acts.flatten(0, 1), sae.threshold.detach(), sae.bandwidth, *flat)
+    losses = sae.loss(acts, mask)
+    torch.testing.assert_close(losses.loss, loss)
+    losses.loss.backward()
+    torch.testing.assert_close(sae.threshold.grad, wanted)
+    assert (wanted != 0).sum() > 10
+    _, gradients = sae.gradients(acts, mask)
+    for name, parameter in sae.named_parameters():
+        assert parameter.grad is not None
+        scale = float(parameter.grad.abs().max())
+        found = dense(gradients[name], parameter)
+        torch.testing.assert_close(found, parameter.grad, rtol=1e-5, atol=1e-6 * scale, msg=name)
