@@ -86,9 +86,8 @@ def _adam(p_avg, p_avg_sq, b_param, b_grad, hyper_ptr, seed_ptr, o_e, m_e):
 # a parameter, or 16 with bfloat16 moments, all marked to leave L2 first; `rows` n d e from memory, and P d e gathered
 # from L2. Lazy: a row without pairs costs only its two ends.
 # Operations: 2 P d, and about 20 a parameter. Floor: the bytes from memory, (24 or 16) d_sae d + n d e.
-# Predicted for W_enc and W_dec together, rows in bf16: A 0.42 ms (floor 0.41), B 2.8 (2.4), C 9.5 (8.6); with bfloat16
-# moments A 0.28, B 2.0, C 6.6. The excess at B and C comes from W_dec, whose unit rows need `rows` whole: 38 and 67 MB,
-# of which L2 holds half. b_enc: 0.02 ms.
+# Predicted for W_enc and W_dec together, rows in bf16, float32 moments: A 0.36 ms (floor 0.29), B 2.2 (1.7). What passes
+# through L2 decides, and the instructions are close behind.
 @jit
 def _adam_rows(
     order_ptr,

@@ -63,8 +63,8 @@ def _length(values_ptr, row, k):
 # Bytes: n L d e gathered, from L2 where a slab fits; the table once from memory; n d e written; the code once for each
 # slab, n (8 L + e k) d / COLUMNS, from L2. Operations: 2 n L d, and for each slab 2 n k for the length. Floor: n L d e
 # at the rate of memory. L: the mean length, k for codes of topk_encode.
-# Predicted for bf16 (shapes and rates: feature_rows.py): A 0.08 ms (floor 0.13), B 0.46 (0.81), C 0.84 (1.43); less
-# than the floor where L2 holds the slabs.
+# Predicted for bf16 (kernels/PREDICTED.md; shapes: feature_rows.py): A 0.08 ms (floor 0.09), B 0.46 (0.56), C 0.87
+# (1.0); less than the floor where L2 holds the slabs.
 @jit
 def _gather_sum(
     values_ptr,
@@ -111,7 +111,7 @@ def _gather_sum(
 # slab, n (8 L + e k) d / COLUMNS, from L2; 4 n k d / COLUMNS written and read again, so slabs are wider than in
 # `_gather_sum`. Operations: 2 n L d, 5 shuffles for each row and slab, and for each slab 2 n k for the length. Floor:
 # n L d e at the rate of memory.
-# Predicted for bf16, with the sum over slabs: A 0.08 ms (floor 0.13), B 0.49 (0.81), C 0.95 (1.43).
+# Predicted for bf16, with the sum over slabs: A 0.10 ms (floor 0.09), B 0.52 (0.56).
 @jit
 def _gather_dot(
     grad_ptr,
