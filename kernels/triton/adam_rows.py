@@ -86,8 +86,8 @@ def _adam(p_avg, p_avg_sq, b_param, b_grad, hyper_ptr, seed_ptr, o_e, m_e):
 # a parameter, or 16 with bfloat16 moments, all marked to leave L2 first; `rows` n d e from memory, and P d e gathered
 # from L2. Lazy: a row without pairs costs only its two ends.
 # Operations: 2 P d, and about 20 a parameter. Floor: the bytes from memory, (24 or 16) d_sae d + n d e.
-# Predicted for W_enc and W_dec together, rows in bf16, float32 moments: A 0.36 ms (floor 0.29), B 2.2 (1.7). What passes
-# through L2 decides, and the instructions are close behind.
+# Predicted for W_enc and W_dec together, rows in bf16, float32 moments: A 0.36 ms (floor 0.29), B 2.2 (1.7). What
+# passes through L2 decides, and the instructions are close behind.
 @jit
 def _adam_rows(
     order_ptr,

@@ -9,8 +9,8 @@ feature_sums.py has the first two, and the sum over a run that adam_rows.py shar
 Sums are in float32 and in a fixed order, without atomics: the same input gives the same bits. Launches depend on shapes
 alone and nothing is read back from the device, so all of it can be captured in a CUDA graph.
 
-Predicted times, here and in sparse_decode.py, are for an H200 (kernels/PREDICTED.md), with 4.3 TB/s from memory (measured
-on one) and 5.5 TB/s from L2 (assumed). Nothing here has been timed on a GPU. Shapes:
+Predicted times, here and in sparse_decode.py, are for an H200 (kernels/PREDICTED.md), with 4.3 TB/s from memory
+(measured on one) and 5.5 TB/s from L2 (assumed). Nothing here has been timed on a GPU. Shapes:
 A n=8192 d=768 d_sae=32768 k=32, B 8192 2304 65536 64, C 8192 4096 131072 64.
 """
 

@@ -192,8 +192,8 @@ def runs(ends_ptr, d_sae, FEATURES: tl.constexpr):
 # n COLUMNS e bytes.
 # Bytes (P pairs, n tokens, e bytes an element), for each table: P d e gathered from L2; `rows` n d e from memory;
 # d_sae d e written; 20 a pair and slab for the run. Operations: 2 P d. Floor: (d_sae + n) d e from memory.
-# Predicted for two tables in bf16: A 0.17 ms (floor 0.03), B 1.04 (0.16): the gathers decide, and at B the instructions
-# are close behind.
+# Predicted for two tables in bf16: A 0.17 ms (floor 0.03), B 1.04 (0.16): the gathers decide, and at B the
+# instructions are close behind.
 @jit
 def _feature_sum(
     order_ptr,
