@@ -5,37 +5,37 @@ reuse one workspace [rows, width]. Each range runs two kernels:
 
 1. A matrix product with bias (topk_product.py: `_pre_acts`, or `_pre_acts_tma` on Hopper and later). Its epilogue takes
    the maximum of each group of GROUP columns, and writes only groups whose maximum is above the row's `bound`. That is
-   the k-th largest pre-activation of earlier ranges, so other groups hold nothing of the top k. The first range is
+   the k-th largest group maximum of earlier ranges, so other groups hold nothing of the top k. The first range is
    written in full; after that, each doubling of the columns seen writes about k groups a row.
-2. A selection (topk_merge.py: `_merge`). Of the groups above the bound it keeps the k with the largest maxima. These
-   contain all of the k largest: an element of any other group is behind k elements, the maxima of the k groups. Ties go
-   to the lower group, so this also holds for "equal ones by lower index first". From those groups and the k entries
-   found so far it bisects the k largest; the k-th is the new bound.
+2. `_keep_groups` (topk_select.py). It reads the maxima only. Of all groups so far the k with the largest maxima contain
+   all of the k largest: an element of any other group is behind k elements, the maxima of the k groups. Ties go to the
+   lower group, so this also holds for "equal ones by lower index first". The groups that are new among the k are copied
+   to the slots of those that go, because the next range overwrites the workspace. The least maximum of the k is the new
+   bound.
 
-Last `_finish` (topk_merge.py) sorts the k entries of a row. The bound is proven, not estimated, so nothing overflows
-and no fallback is needed, whatever the data. Launches and allocations depend on shapes alone.
+At the end `_select` bisects the k largest from the k groups, and `_finish` sorts them (topk_select.py). The bound is
+proven, not estimated, so nothing overflows and no fallback is needed, whatever the data. Launches and allocations
+depend on shapes and the device alone.
 
 topk_threshold.py has another algorithm: a threshold estimated from a sample of features, one product that appends what
 exceeds it, a count as the proof, and a fallback. Both do the same operations. At the shapes below:
 
 |                                          | a bound from ranges (here)  | a sampled threshold                   |
 |------------------------------------------|-----------------------------|---------------------------------------|
-| bytes written by the product, A, B, C    | 0.32, 0.49, 0.61 GB         | 0.14, 0.23, 0.36 GB                   |
+| bytes written by the product, A, B, C    | 0.43, 0.54, 0.66 GB         | 0.14, 0.23, 0.36 GB                   |
 | all pre-activations would be             | 1.07, 2.15, 4.29 GB         |                                       |
-| launches, A, B, C                        | 12, 20, 38                  | 24, 32, 56, half of them for fallback |
-| sm_90, 128 x 256, bf16: registers, spill | 244, 0                      | 252, 0 (on sm_100 64 bytes)           |
-| shared memory, instructions in all       | 176 KB, 1712                | 160 KB, 2544                          |
 | in the epilogue                          | 32 shuffles a thread        | 256, and an atomic addition a hit     |
 | computed twice                           | nothing                     | rows that the sample misleads         |
 
 The bound from ranges is used: it can't fail, it does not depend on the order of features, and its epilogue is about
-half as long. At A that outweighs the 0.18 GB more that it writes (0.06 ms, mostly hidden by the product). A GPU has to
-confirm this; C may differ, where the product is 95% of either and there are 18 ranges.
+half as long. A GPU has to confirm this.
 
 The times beside the kernels are predictions, not measurements: the larger of operations and bytes at the rates that an
 H100 was measured to reach, 798 TFLOP/s in bf16 and 3.0 TB/s. The shapes are those of the benchmark:
 A n=8192, d_in=768, d_sae=32768, k=32; B 8192, 2304, 65536, 64; C 8192, 4096, 131072, 64.
 """
+
+import functools
 
 import torch
 import triton
@@ -43,32 +43,44 @@ from torch import Tensor
 
 from ..portable.topk_encode import round_table as round_table
 from . import tuning
-from .topk_merge import merge_ranges, ordered
-from .topk_product import GROUP, best_product, launch_product, product_variant
+from .topk_product import GROUP, best_product, launch_product, product_variant, programs_of
+from .topk_select import ordered, select_ranges
 from .variant import Variant, aligned, dot_precision, unit_of
 
-WORKSPACE_BYTES = 256 * 2**20
+WORKSPACE_BYTES = 384 * 2**20
 LEAST_WIDTH = 4096  # columns of a range, at least: in a narrower one the selection would outweigh the product
 RANGE_UNIT = 256  # a range's width is a multiple of this: the widest tile, so that no tile crosses two ranges
 
 
-def _workspace(n: int, d_sae: int, k: int) -> tuple[int, int]:
-    """Rows of a chunk and columns of a range that fit WORKSPACE_BYTES. All rows are one chunk if ranges stay wide."""
+@functools.lru_cache(1024)
+def _workspace(n: int, d_sae: int, k: int, tile: tuple[int, int] = (128, 256), programs: int = 132) -> tuple[int, int]:
+    """Rows of a chunk and columns of a range that fit WORKSPACE_BYTES. All rows are one chunk if ranges stay wide.
+
+    Of the widths that fit, the one whose tiles fill the waves of `programs` best; a range more counts as a wave.
+    """
     whole = triton.cdiv(d_sae, GROUP) * GROUP
     # A range has at least 2 k groups; k groups of fewer would be most of its columns.
     least = triton.cdiv(max(LEAST_WIDTH, 2 * k * GROUP), RANGE_UNIT) * RANGE_UNIT
-    fitting = (WORKSPACE_BYTES // n - bytes_a_row(0, k)) * 8 // 34 // RANGE_UNIT * RANGE_UNIT
-    ranges = triton.cdiv(d_sae, max(least, fitting))
-    width = min(triton.cdiv(triton.cdiv(d_sae, ranges), RANGE_UNIT) * RANGE_UNIT, whole)
+    fitting = (WORKSPACE_BYTES // n - bytes_a_row(0, k)) * 8 // 33 // RANGE_UNIT * RANGE_UNIT
+    if max(least, fitting) >= d_sae:
+        width = min(triton.cdiv(d_sae, RANGE_UNIT) * RANGE_UNIT, whole)
+    else:
+        most = max(least, fitting)
+
+        def waves(width: int) -> int:
+            widths = d_sae // width * [width] + ([d_sae % width] if d_sae % width else [])
+            tiles = (triton.cdiv(n, tile[0]) * triton.cdiv(here, tile[1]) for here in widths)
+            return len(widths) + sum(triton.cdiv(of, programs) for of in tiles)
+
+        width = min(range(most, max(least, most // 2) - 1, -RANGE_UNIT), key=waves)
     rows = WORKSPACE_BYTES // bytes_a_row(width, k)
     # Where possible a chunk is whole blocks of 128 rows, so that the next one starts at a 16-byte boundary.
     return min(n, rows - rows % 128 if rows >= 128 else max(rows, 1)), width
 
 
 def bytes_a_row(width: int, k: int) -> int:
-    """Workspace of a row: pre-activations, group maxima, listed groups, twice k keys and columns, the bound."""
-    groups = triton.cdiv(width, GROUP)
-    return 4 * width + 8 * groups + 16 * k + 4
+    """Workspace of a row: pre-activations, maxima, k groups with a key, a number and two moves each, the bound."""
+    return 4 * width + 4 * triton.cdiv(width, GROUP) + (4 * GROUP + 16) * k + 4
 
 
 def topk_encode(
@@ -93,30 +105,28 @@ def topk_encode(
     """
     x, W_enc, bias = aligned(x), aligned(W_enc), aligned(b_enc.float())
     n, d_sae = x.shape[0], W_enc.shape[0]
-    keys = torch.empty(n, k, dtype=torch.int32, device=x.device)
-    columns = torch.empty_like(keys)
+    pairs = torch.empty(n, k, dtype=torch.int64, device=x.device)
     if n == 0:
-        return x.new_empty(0, k, dtype=dtype), columns.long()
-    search(x, W_enc, bias, keys, columns, product or best_product(x, d_sae))
-    return ordered(keys, columns, dtype or x.dtype)
+        return x.new_empty(0, k, dtype=dtype), pairs
+    search(x, W_enc, bias, pairs, product or best_product(x, d_sae))
+    return ordered(pairs, dtype or x.dtype)
 
 
 def search(
     x: Tensor,
     W_enc: Tensor,
     bias: Tensor,
-    keys: Tensor,
-    columns: Tensor,
+    pairs: Tensor,
     product: Variant,
     only: Tensor | None = None,
 ) -> None:
-    """The keys and columns of the k largest pre-activations of each row, lowest column first.
+    """Write the pairs of the k largest pre-activations of each row to pairs [n, k] int64, in no order.
 
-    keys, columns: [n, k] int32, written. only: [n] int32; rows where it is zero are left as they are. It needs a
-    GATED `product`.
+    only: [n] int32; rows where it is zero are left as they are. It needs a GATED `product`.
     """
     n, d_sae = x.shape[0], W_enc.shape[0]
-    rows, width = _workspace(n, d_sae, keys.shape[1])
+    tile = product.constants["BLOCK_M"], product.constants["BLOCK_N"]
+    rows, width = _workspace(n, d_sae, pairs.shape[1], tile, programs_of(product, x.device))
     acts = torch.empty(rows, width, dtype=torch.float32, device=x.device)
 
     def multiply(first: int, chunk: int, start: int, here: int, bound: Tensor, maxima: Tensor) -> tuple[Tensor, int]:
@@ -124,7 +134,7 @@ def search(
         launch_product(product, x, W_here, bias_here, bound, acts, width, maxima, first, chunk, only)
         return acts, width
 
-    merge_ranges(multiply, rows, width, d_sae, keys, columns, only)
+    select_ranges(multiply, rows, width, d_sae, pairs, only=only)
 
 
 # --- a second encode of the same tokens ------------------------------------------------------------------
@@ -138,10 +148,9 @@ def encode_and_keep(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Te
     x, W_enc, bias = aligned(x), aligned(W_enc), aligned(b_enc.float())
     n, d_sae = x.shape[0], W_enc.shape[0]
     kept = torch.empty(n, d_sae, dtype=torch.float32, device=x.device)
-    keys = torch.empty(n, k, dtype=torch.int32, device=x.device)
-    columns = torch.empty_like(keys)
+    pairs = torch.empty(n, k, dtype=torch.int64, device=x.device)
     if n == 0:
-        return x.new_empty(0, k), columns.long(), kept
+        return x.new_empty(0, k), pairs, kept
     product = best_product(x, d_sae)
 
     def multiply(first: int, chunk: int, start: int, here: int, bound: Tensor, maxima: Tensor) -> tuple[Tensor, int]:
@@ -149,8 +158,8 @@ def encode_and_keep(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Te
         return kept[first:], d_sae
 
     # With a single range the bound stays NaN, so all pre-activations are written.
-    merge_ranges(multiply, _rows_of_kept(n, d_sae, k), triton.cdiv(d_sae, GROUP) * GROUP, d_sae, keys, columns)
-    return *ordered(keys, columns, x.dtype), kept
+    select_ranges(multiply, _rows_of_kept(n, d_sae, k), triton.cdiv(d_sae, GROUP) * GROUP, d_sae, pairs, stay=True)
+    return *ordered(pairs, x.dtype), kept
 
 
 def encode_again(kept: Tensor, a: Tensor, W_a: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -166,10 +175,9 @@ def encode_again(kept: Tensor, a: Tensor, W_a: Tensor, k: int) -> tuple[Tensor, 
     """
     a, W_a, kept = aligned(a), aligned(W_a), aligned(kept)
     n, d_sae = kept.shape
-    keys = torch.empty(n, k, dtype=torch.int32, device=a.device)
-    columns = torch.empty_like(keys)
+    pairs = torch.empty(n, k, dtype=torch.int64, device=a.device)
     if n == 0:
-        return a.new_empty(0, k), columns.long()
+        return a.new_empty(0, k), pairs
     unit = unit_of(a.dtype, a.shape[1]) if d_sae % GROUP == 0 and a.shape[1] else 1
     product = tuning.best(product_variant(a.dtype, dot_precision(a.dtype), unit, subtract=True), a.device)
 
@@ -178,8 +186,8 @@ def encode_again(kept: Tensor, a: Tensor, W_a: Tensor, k: int) -> tuple[Tensor, 
         launch_product(product, a, W_a[start : start + here], bound, bound, acts, d_sae, maxima, first, chunk)
         return acts, d_sae
 
-    merge_ranges(multiply, _rows_of_kept(n, d_sae, k), _width_of_kept(d_sae, k), d_sae, keys, columns)
-    return ordered(keys, columns, a.dtype)
+    select_ranges(multiply, _rows_of_kept(n, d_sae, k), _width_of_kept(d_sae, k), d_sae, pairs, stay=True)
+    return ordered(pairs, a.dtype)
 
 
 def _rows_of_kept(n: int, d_sae: int, k: int) -> int:

@@ -118,7 +118,7 @@ def multiply_tile(
 # Operations: 2 rows d_in columns. Bytes: x once; W_enc once for GROUP_M row blocks, from L2 if a range of it fits
 # (A 10, B 34, C 61 MB); written 4 for each column of a group above the bound, and 4 a group.
 # Floor: the operations, at the rate of the tensor cores. Predicted for all ranges: A 0.52, B 3.10, C 11.0 ms; the bytes
-# alone take A 0.14, B 0.7, C 2.1 ms with GROUP_M = 16. Written are A 0.32, B 0.49, C 0.61 GB of 1.1, 2.1, 4.3 GB of
+# alone take A 0.14, B 0.7, C 2.1 ms with GROUP_M = 16. Written are A 0.43, B 0.54, C 0.66 GB of 1.1, 2.1, 4.3 GB of
 # pre-activations: all of the first range, k/q groups a row in the range after q others, and the maxima.
 # Predicted for SUBTRACT with d_in = 512: by bytes (4 read a column, about a quarter written) A 0.45, B 0.89, C 1.79 ms;
 # by operations A 0.34, B 0.69, C 1.38 ms.
@@ -293,8 +293,13 @@ def _has_tma(device: torch.device) -> bool:
 
 
 def _programs(device: torch.device) -> int:
-    """The number of multiprocessors: a persistent kernel has RESIDENT programs on each. 2 in the interpreter."""
+    """The number of multiprocessors. 2 in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def programs_of(product: Variant, device: torch.device) -> int:
+    """How many programs run at a time, of a persistent kernel exactly: RESIDENT on each multiprocessor."""
+    return _programs(device) * product.constants.get("RESIDENT", 1)
 
 
 def best_product(x: Tensor, d_sae: int) -> Variant:
@@ -338,7 +343,7 @@ def product_grid(product: Variant, x: Tensor, W_enc: Tensor, first: int, chunk: 
     tiles = triton.cdiv(chunk, constants["BLOCK_M"]) * triton.cdiv(here, constants["BLOCK_N"])
     if not product.descriptors:
         return (tiles,), [x, W_enc, first, chunk, here, d_in // constants["UNIT"]]
-    programs = min(tiles, _programs(x.device) * constants["RESIDENT"])
+    programs = min(tiles, programs_of(product, x.device))
     # Not x.stride(): the stride of a single row may be any number, which TMA would refuse.
     x_desc = TensorDescriptor(x[first : first + chunk], [chunk, d_in], [d_in, 1], product.block("x_desc"))
     W_desc = TensorDescriptor(W_enc, [here, d_in], [d_in, 1], product.block("W_desc"))

@@ -16,8 +16,6 @@ The sample is fair if the order of features is random, as after initialisation. 
 groups tie, rows take the fallback. topk_encode.py defines A, B and C and the rates behind the predicted times.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -26,9 +24,7 @@ from torch import Tensor
 from . import topk_encode as by_ranges
 from . import tuning
 from .topk_encode import search
-from .topk_merge import merge_variant, ordered, to_key
 from .topk_product import (
-    GROUP,
     best_product,
     blocks_of,
     launch_product,
@@ -37,6 +33,8 @@ from .topk_product import (
     product_variant,
     tma_variant,
 )
+from .topk_select import ordered, select_ranges, to_pairs
+from .topk_select import variants as select_variants
 from .variant import FLOATS, Variant, aligned, dot_precision, dtypes_and_precisions, jit, max_or_nan, vector_units
 
 SAMPLE = 16
@@ -176,43 +174,37 @@ def _append_tma(
 
 @triton.jit
 def _pairs_at(
-    start, keys_ptr, columns_ptr, slots_ptr, groups_ptr, count, rank, sampled, d_sae, bound,
+    start, sample_ptr, slots_ptr, groups_ptr, count, rank, sampled, d_sae, bound,
     BLOCK: tl.constexpr, SLOT: tl.constexpr,
 ):  # fmt: skip
-    """Entries start .. start + BLOCK of what was found: [BLOCK] integers that order by key, then by lower column."""
+    """Entries start .. start + BLOCK of what was found: [BLOCK] pairs, _LEAST_PAIR for what is not above the bound."""
     o_e = start + tl.arange(0, BLOCK)
     m_sampled = o_e < rank
     o_new = tl.where(m_sampled, 0, o_e - rank)
     m_new = (o_e >= rank) & (o_e < count)
     # [BLOCK] each
-    b_keys = tl.load(keys_ptr + o_e, mask=m_sampled, other=0)
-    b_columns = tl.load(columns_ptr + o_e, mask=m_sampled, other=0)
+    b_sample = tl.load(sample_ptr + o_e, mask=m_sampled, other=_LEAST_PAIR)
     b_new = tl.load(slots_ptr + o_new, mask=m_new, other=0.0)
     b_groups = tl.load(groups_ptr + o_new // SLOT, mask=m_new, other=0)
     o_new = sampled + b_groups * SLOT + o_new % SLOT
-    b_keys = tl.where(m_sampled, b_keys, to_key(b_new))
-    b_columns = tl.where(m_sampled, b_columns, o_new)
-    b_pairs = (b_keys.to(tl.int64) << 32) | (0x7FFFFFFF - b_columns).to(tl.int64)
-    m_found = m_sampled | (m_new & ~(b_new <= bound) & (o_new < d_sae))
-    return tl.where(m_found, b_pairs, _LEAST_PAIR)
+    m_new = m_new & ~(b_new <= bound) & (o_new < d_sae)
+    return tl.where(m_new, to_pairs(b_new, o_new), b_sample)
 
 
-# keys[first + r], columns[first + r] = the k largest of what was found for row r, and failed[first + r] = 0. If fewer
-# than k were found, or more groups than fit, only failed[first + r] = 1 is written.
+# pairs[first + r] = the k largest of what was found for row r, in no order, and failed[first + r] = 0. If fewer than k
+# were found, or more groups than fit, only failed[first + r] = 1 is written.
 #
-# A program: one row. It bisects as `_choose` does; all pairs differ, so it always ends at exactly k.
+# A program: one row. It bisects as `choose` does; all pairs differ, so it always ends at exactly k.
 # Bytes: 36 a group found, 8 a sampled entry. Floor: the bytes. Predicted by bytes: 0.03 ms at A, B and C; by
 # instructions twice that, which was estimated and not counted.
 @jit
 def _settle(
-    sample_keys_ptr,
-    sample_columns_ptr,
+    sample_ptr,
     slots_ptr,
     count_ptr,
     groups_ptr,
     bound_ptr,
-    keys_ptr,
-    columns_ptr,
+    pairs_ptr,
     failed_ptr,
     first: tl.int32,
     sampled: tl.int32,
@@ -224,24 +216,20 @@ def _settle(
     CAPACITY: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    sample_keys_ptr += row * rank
-    sample_columns_ptr += row * rank
+    sample_ptr += row * rank
     slots_ptr += row * CAPACITY * SLOT
     groups_ptr += row * CAPACITY
-    keys_ptr += (first + row) * k
-    columns_ptr += (first + row) * k
+    pairs_ptr += (first + row) * k
     groups = tl.load(count_ptr + row)
     bound = tl.load(bound_ptr + row)
     count = rank + tl.minimum(groups, CAPACITY) * SLOT
 
-    b_first = _pairs_at(
-        0, sample_keys_ptr, sample_columns_ptr, slots_ptr, groups_ptr, count, rank, sampled, d_sae, bound, BLOCK, SLOT
-    )
+    b_first = _pairs_at(0, sample_ptr, slots_ptr, groups_ptr, count, rank, sampled, d_sae, bound, BLOCK, SLOT)
     found = tl.sum((b_first > _LEAST_PAIR).to(tl.int32), 0)
     high = tl.max(b_first, 0)
     for start in range(BLOCK, count, BLOCK):
         b_pairs = _pairs_at(
-            start, sample_keys_ptr, sample_columns_ptr, slots_ptr, groups_ptr, count, rank, sampled, d_sae, bound,
+            start, sample_ptr, slots_ptr, groups_ptr, count, rank, sampled, d_sae, bound,
             BLOCK, SLOT,
         )  # fmt: skip
         found += tl.sum((b_pairs > _LEAST_PAIR).to(tl.int32), 0)
@@ -257,7 +245,7 @@ def _settle(
         reached = tl.sum((b_first >= middle).to(tl.int32), 0)
         for start in range(BLOCK, count, BLOCK):
             b_pairs = _pairs_at(
-                start, sample_keys_ptr, sample_columns_ptr, slots_ptr, groups_ptr, count, rank, sampled, d_sae, bound,
+                start, sample_ptr, slots_ptr, groups_ptr, count, rank, sampled, d_sae, bound,
                 BLOCK, SLOT,
             )  # fmt: skip
             reached += tl.sum((b_pairs >= middle).to(tl.int32), 0)
@@ -266,14 +254,13 @@ def _settle(
     taken = tl.zeros([], tl.int32)
     for start in range(0, count, BLOCK):
         b_pairs = _pairs_at(
-            start, sample_keys_ptr, sample_columns_ptr, slots_ptr, groups_ptr, count, rank, sampled, d_sae, bound,
+            start, sample_ptr, slots_ptr, groups_ptr, count, rank, sampled, d_sae, bound,
             BLOCK, SLOT,
         )  # fmt: skip
         m_take = b_pairs >= low
         b_take = m_take.to(tl.int32)
         o_place = taken + tl.cumsum(b_take, 0) - 1
-        tl.store(keys_ptr + o_place, (b_pairs >> 32).to(tl.int32), mask=m_take)
-        tl.store(columns_ptr + o_place, (0x7FFFFFFF - (b_pairs & 0x7FFFFFFF)).to(tl.int32), mask=m_take)
+        tl.store(pairs_ptr + o_place, b_pairs, mask=m_take)
         taken += tl.sum(b_take, 0)
 
 
@@ -292,18 +279,12 @@ def _append_variant(product: Variant) -> Variant:
 
 
 def _settle_variant() -> Variant:
-    floats = {name: torch.float32 for name in ("slots_ptr", "bound_ptr")}
-    names = (
-        "sample_keys_ptr", "sample_columns_ptr", "slots_ptr", "count_ptr", "groups_ptr", "bound_ptr",
-        "keys_ptr", "columns_ptr", "failed_ptr",
-    )  # fmt: skip
-    return Variant(
-        _settle,
-        {name: floats.get(name, torch.int32) for name in names},
-        {"BLOCK": 2048, "SLOT": SLOT, "CAPACITY": CAPACITY},
-        num_warps=4,
-        num_stages=1,
-    )
+    types = {
+        "sample_ptr": torch.int64, "slots_ptr": torch.float32, "count_ptr": torch.int32, "groups_ptr": torch.int32,
+        "bound_ptr": torch.float32, "pairs_ptr": torch.int64, "failed_ptr": torch.int32,
+    }  # fmt: skip
+    constants = {"BLOCK": 2048, "SLOT": SLOT, "CAPACITY": CAPACITY}
+    return Variant(_settle, types, constants, num_warps=4, num_stages=1)
 
 
 def variants() -> list[Variant]:
@@ -315,7 +296,7 @@ def variants() -> list[Variant]:
     ]
     appending = [_append_variant(product) for product in (*products, *map(tma_variant, FLOATS))]
     gated = [_gated(product) for product in products]
-    return [*appending, _settle_variant(), *gated, merge_variant(gated=True)]
+    return [*appending, _settle_variant(), *gated, *select_variants(gated=True)]
 
 
 def _gated(product: Variant) -> Variant:
@@ -332,49 +313,39 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor
     if n == 0 or k > MOST_K or sampled < LEAST_SAMPLE:
         return by_ranges.topk_encode(x, W_enc, b_enc, k)
     x, W_enc, bias = aligned(x), aligned(W_enc), aligned(b_enc.float())
-    keys = torch.empty(n, k, dtype=torch.int32, device=x.device)
-    columns, failed = torch.empty_like(keys), keys.new_empty(n)
+    pairs = torch.empty(n, k, dtype=torch.int64, device=x.device)
+    failed = torch.empty(n, dtype=torch.int32, device=x.device)
     product = best_product(x, d_sae)
-    _sample_and_append(x, W_enc, bias, keys, columns, failed, product, sampled)
+    _sample_and_append(x, W_enc, bias, pairs, failed, product, sampled)
     unit = product.constants.get("UNIT", 16 // x.element_size())
     fallback = product_variant(x.dtype, dot_precision(x.dtype), unit)
-    search(x, W_enc, bias, keys, columns, _gated(tuning.best(fallback, x.device)), only=failed)
-    return ordered(keys, columns, x.dtype)
+    search(x, W_enc, bias, pairs, _gated(tuning.best(fallback, x.device)), only=failed)
+    return ordered(pairs, x.dtype)
 
 
 def _sample_and_append(
-    x: Tensor,
-    W_enc: Tensor,
-    bias: Tensor,
-    keys: Tensor,
-    columns: Tensor,
-    failed: Tensor,
-    product: Variant,
-    sampled: int,
+    x: Tensor, W_enc: Tensor, bias: Tensor, pairs: Tensor, failed: Tensor, product: Variant, sampled: int
 ) -> None:
-    """Fill keys and columns [n, k] of the rows with a proven result; failed [n] is 1 for the others."""
-    (n, k), d_sae = keys.shape, W_enc.shape[0]
+    """Fill pairs [n, k] of the rows with a proven result; failed [n] is 1 for the others."""
+    (n, k), d_sae = pairs.shape, W_enc.shape[0]
     rank = k // 8 + 12
     append, settle = _append_variant(product), _settle_variant()
-    merge = tuning.best(merge_variant(), x.device)
-    row_bytes = by_ranges.bytes_a_row(sampled, rank) + CAPACITY * (4 * SLOT + 4) + 8
+    row_bytes = by_ranges.bytes_a_row(sampled, rank) + CAPACITY * (4 * SLOT + 4) + 8 * rank + 4
     rows = min(n, max(by_ranges.WORKSPACE_BYTES // row_bytes // 128 * 128, 128))
     slots = torch.empty(rows, CAPACITY * SLOT, dtype=torch.float32, device=x.device)
-    groups, count = keys.new_empty(rows, CAPACITY), keys.new_empty(rows)
-    sample_keys, sample_columns = keys.new_empty(rows, rank), keys.new_empty(rows, rank)
+    groups, count = failed.new_empty(rows, CAPACITY), failed.new_empty(rows)
+    sample = pairs.new_empty(rows, rank)
     acts, bound = torch.empty(rows, sampled, device=x.device), torch.empty(rows, device=x.device)
-    maxima = torch.empty(rows, sampled // GROUP, device=x.device)
-    listed = keys.new_empty(rows, min(rank, maxima.shape[1]))
     W_rest, bias_rest = W_enc[sampled:], bias[sampled:]
     for first in range(0, n, rows):
         chunk = min(rows, n - first)
-        bound.fill_(math.nan)
         count.zero_()
-        launch_product(product, x, W_enc[:sampled], bias, bound, acts, sampled, maxima, first, chunk)
-        found = (sample_keys, sample_columns)
-        merged = (acts, maxima, bound, listed, *found, *found, listed)
-        merge.launch((chunk,), *merged, 0, 0, sampled, sampled, maxima.shape[1], listed.shape[1], rank, 0)
+
+        def multiply(_: int, chunk: int, start: int, here: int, bound: Tensor, maxima: Tensor) -> tuple[Tensor, int]:
+            launch_product(product, x, W_enc[:sampled], bias, bound, acts, sampled, maxima, first, chunk)  # noqa: B023
+            return acts, sampled
+
+        select_ranges(multiply, chunk, sampled, sampled, sample[:chunk], bound=bound)
         grid, (x_given, W_given, *sizes) = product_grid(append, x, W_rest, first, chunk)
         append.launch(grid, x_given, W_given, bias_rest, bound, slots, count, groups, *sizes)
-        settled = (*found, slots, count, groups, bound, keys, columns, failed)
-        settle.launch((chunk,), *settled, first, sampled, d_sae, rank, k)
+        settle.launch((chunk,), sample, slots, count, groups, bound, pairs, failed, first, sampled, d_sae, rank, k)

@@ -58,7 +58,7 @@ def test_the_sanitizer_reaches_every_kernel(monkeypatch: pytest.MonkeyPatch) -> 
         if self.descriptors:
             tiles = -(-named["rows"] // self.constants["BLOCK_M"]) * -(-named["columns"] // self.constants["BLOCK_N"])
             tiles_of_a_program.append(tiles / named["programs"])
-        if name == "_merge":
+        if name == "_keep_groups":
             starts.append(named["offset"])
         real(self, grid, *arguments)  # type: ignore[arg-type]
 
@@ -68,7 +68,13 @@ def test_the_sanitizer_reaches_every_kernel(monkeypatch: pytest.MonkeyPatch) -> 
             run()
     kernels = {variant.kernel.__name__ for variant in offline.variants()}
     assert kernels <= reached
-    assert {"_pre_acts gated", "_merge gated", "_pre_acts in units of 8", "_append in units of 4"} <= reached
+    assert {
+        "_pre_acts gated",
+        "_keep_groups gated",
+        "_select gated",
+        "_pre_acts in units of 8",
+        "_append in units of 4",
+    } <= reached
     assert max(tiles_of_a_program) > 10
     assert max(starts) > 0
 

@@ -21,9 +21,9 @@ pytestmark = needs_triton
 
 @pytest.fixture(autouse=True)
 def _listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from csae.kernels.triton import topk_merge, topk_product
+    from csae.kernels.triton import topk_product, topk_select
 
-    both = SimpleNamespace(variants=lambda: [*topk_product.variants(), *topk_merge.variants()])
+    both = SimpleNamespace(variants=lambda: [*topk_product.variants(), *topk_select.variants()])
     only_listed_variants(both, monkeypatch)  # type: ignore[arg-type]
 
 
@@ -100,7 +100,7 @@ def test_a_last_group_that_is_not_full_ends_with_its_row() -> None:
 def test_keys_have_the_order_of_their_floats() -> None:
     from triton_keys import keys_of
 
-    from csae.kernels.triton.topk_merge import NAN_KEY
+    from csae.kernels.triton.topk_select import NAN_KEY
 
     tiny, huge, inf = 1e-45, 3.4e38, math.inf
     rising = [-inf, -huge, -1.0, -tiny, 0.0, tiny, 1.0, huge, inf, math.nan]
@@ -125,7 +125,7 @@ def _narrow_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     from csae.kernels.triton import topk_encode
 
     monkeypatch.setattr(topk_encode, "LEAST_WIDTH", 256)
-    monkeypatch.setattr(topk_encode, "WORKSPACE_BYTES", 3000)
+    monkeypatch.setattr(topk_encode, "WORKSPACE_BYTES", 3500)
 
 
 @pytest.mark.usefixtures("_narrow_ranges")
@@ -168,6 +168,27 @@ def test_ranges_with_equal_pre_activations(k: int) -> None:
 
 
 @pytest.mark.usefixtures("_narrow_ranges")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_of_equal_groups_the_lower_ones_stay(dtype: torch.dtype) -> None:
+    """Groups of later ranges push out some of those that are equal, one range after the other."""
+    pre_acts = torch.full((1024,), 5.0, dtype=torch.float64)
+    pre_acts[[300, 400]] = 7.0  # of the second range's groups, two
+    pre_acts[[600, 1000]] = 6.0
+    fallen = pre_acts.clone()
+    fallen[0] = fallen[33] = -1.0
+    none_twice = torch.arange(1024, dtype=torch.float64) % 61
+    W_enc = torch.stack([pre_acts, fallen, none_twice], dim=1)
+    for k in (3, 4, 7):
+        zeros = torch.zeros(1024, dtype=torch.float64)
+        assert_equal_to_reference(torch.eye(3, dtype=torch.float64), W_enc, zeros, k, dtype)
+
+
+@pytest.mark.usefixtures("_narrow_ranges")
+def test_more_than_one_program_sorts() -> None:
+    assert_equal_to_reference(integers(2, 5), integers(9000, 5, seed=1), integers(9000, seed=2), 131, torch.float32)
+
+
+@pytest.mark.usefixtures("_narrow_ranges")
 @pytest.mark.parametrize(
     ("rest", "number", "where"),
     [
@@ -196,14 +217,23 @@ def test_the_workspace_is_bounded() -> None:
                 assert width % 256 == 0 or width >= d_sae
                 assert k <= width
                 groups = width // 32
-                # pre-activations, maxima, listed groups, bounds; with several ranges, keys and columns twice
-                used = 4 * (width + groups + min(k, groups) + 1) + (16 * k if width < d_sae else 0)
-                assert rows == 1 or rows * used <= 256 * 2**20
+                listed = min(k, groups)
+                # pre-activations, maxima, bounds; listed groups with 4 integers; with several ranges, their copies
+                used = 4 * (width + groups + 1 + 4 * listed) + (128 * listed if width < d_sae else 0)
+                assert rows == 1 or rows * used <= topk_encode.WORKSPACE_BYTES
                 if rows < n:
                     assert rows % 128 == 0 or rows < 128
-    # The three shapes that are measured: all rows at once.
+
+
+def test_ranges_fill_waves() -> None:
+    """At the three shapes that are measured, on 132 multiprocessors: all rows at once, and hardly a wave more."""
+    from csae.kernels.triton import topk_encode
+
     for d_sae, k in ((32768, 32), (65536, 64), (131072, 64)):
-        assert topk_encode._workspace(8192, d_sae, k)[0] == 8192
+        rows, width = topk_encode._workspace(8192, d_sae, k)
+        assert rows == 8192
+        waves = sum(-(-64 * -(-min(width, d_sae - start) // 256) // 132) for start in range(0, d_sae, width))
+        assert waves <= -(-64 * d_sae // 256 // 132) + 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
