@@ -61,8 +61,8 @@ LAST = {  # where it has to be compiled, or is another library's
 }
 TESTS = (
     *(f"kernels/test_triton_{name}" for name in (
-        "many_tiles", "topk_encode", "topk_threshold", "sparse_decode", "feature_rows", "lookback_attention",
-        "cuda_graph", "models",
+        "many_tiles", "topk_encode", "topk_threshold", "threshold_encode", "sparse_decode", "feature_rows",
+        "lookback_attention", "cuda_graph", "models",
     )),
     "distributed/test_one_rank",  # a sharded SAE on one rank of NCCL
 )  # fmt: skip

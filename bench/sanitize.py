@@ -34,10 +34,10 @@ def cases(
     device: torch.device, dtypes: tuple[torch.dtype, ...], large: bool = True
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """Each case with its name. large: those of WIDE and LONG too."""
-    topk, threshold, sums, rows, look_back = (
-        import_module(f"csae.kernels.triton.{name}")
-        for name in ("topk_encode", "topk_threshold", "sparse_decode", "feature_rows", "lookback_attention")
-    )
+    names = (
+        "topk_encode", "topk_threshold", "threshold_encode", "sparse_decode", "feature_rows", "lookback_attention",
+    )  # fmt: skip
+    topk, threshold, above, sums, rows, look_back = (import_module(f"csae.kernels.triton.{name}") for name in names)
 
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*shape, device=device).to(dtype)
@@ -51,6 +51,9 @@ def cases(
             misled = b_enc.clone()
             misled[: d_sae // threshold.SAMPLE] += 1000  # the sample has all of the largest: every row falls back
             yield f"topk_threshold, misled {named}", partial(threshold.topk_encode, x, W_enc, misled, k)
+            for said, at in (("", 2.5), (", which overflows", 0.0)):
+                given = (x, W_enc, b_enc, torch.full((d_sae,), at * d_in**0.5, device=device), k)
+                yield f"threshold_encode{said} {named}", partial(above.threshold_encode, *given)
             a, W_a = normal(n, d_in, dtype=dtype), normal(d_sae, d_in, dtype=dtype)
             yield f"second encode {named}", partial(_twice, topk, (x, W_enc, b_enc), a, W_a, k)
         for n, d_in, d_sae, k in (*SHAPES, *LONG) if large else SHAPES:
@@ -58,6 +61,9 @@ def cases(
             x, W_enc, b_enc = normal(n, d_in, dtype=dtype), normal(d_sae, d_in, dtype=dtype), normal(d_sae, dtype=dtype)
             yield f"topk_encode {named}", partial(topk.topk_encode, x, W_enc, b_enc, k)
             yield f"topk_threshold {named}", partial(threshold.topk_encode, x, W_enc, b_enc, k)
+            given = (x, W_enc, b_enc, torch.ones((), device=device))
+            yield f"threshold_encode {named}", partial(above.threshold_encode, *given, k)
+            yield f"near_threshold {named}", partial(above.near_threshold, *given, 1.0, k)
             a, W_a = normal(n, 12, dtype=dtype), normal(d_sae, 12, dtype=dtype)
             yield f"second encode {named}", partial(_twice, topk, (x, W_enc, b_enc), a, W_a, k)
             # One index is outside the table: it must not be followed.

@@ -3,6 +3,7 @@
 One file per op, with its kernels and their launchers. Launchers take plain tensors and know nothing of autograd.
 
 topk_encode          the encoder: a matrix product (topk_product) and an exact top-k selection (topk_select)
+threshold_encode     what is above a threshold: the product of topk_threshold, the choice of topk_select
 sparse_decode        the decoder: an embedding bag, and its gradients
 feature_rows         gradients summed per feature (feature_sums), and Adam fused with that sum (adam_rows)
 lookback_attention   causal attention with a log-distance bias and a null score, computed as FlashAttention does

@@ -33,7 +33,7 @@ def blocks_of(tile, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 
 
 @triton.jit
-def _write_hits(
+def write_hits(
     b_acts,
     o_m,
     m_m,
@@ -165,7 +165,7 @@ def _pre_acts(
     if not SUBTRACT:
         # [BLOCK_N]
         b_acts += tl.load(bias_ptr + o_n, mask=m_n, other=0.0)[None, :]
-    _write_hits(
+    write_hits(
         b_acts, o_m, m_m, block_n, bound_ptr, acts_ptr, maxima_ptr, columns, stride, groups,
         BLOCK_M, BLOCK_N, GROUP, WHOLE, SUBTRACT,
     )  # fmt: skip
@@ -220,7 +220,7 @@ def _pre_acts_tma(
         o_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
         # [BLOCK_N]
         b_acts += tl.load(bias_ptr + o_n, mask=o_n < columns, other=0.0)[None, :]
-        _write_hits(
+        write_hits(
             b_acts, o_m, o_m < rows, block_n, bound_ptr, acts_ptr, maxima_ptr, columns, stride, groups,
             BLOCK_M, BLOCK_N, GROUP, True, False,
         )  # fmt: skip

@@ -296,7 +296,8 @@ def choose(
         b_acts = _tile_at(start, acts_ptr, groups_ptr, count, columns, BLOCK_J, GROUP, IN_SLOTS, WHOLE)
         reached += tl.sum((b_acts >= edge).to(tl.int32))
         top = max_or_nan(top, tl.reduce(b_acts, None, max_or_nan))
-    if top != top:
+    broken = top != top
+    if broken:
         for start in range(0, k, 32):
             o_k = start + tl.arange(0, 32)
             tl.store(pairs_ptr + o_k, to_pairs(tl.full([32], float("nan"), tl.float32), o_k), mask=o_k < k)
@@ -334,7 +335,7 @@ def choose(
         last = tl.where(enough, trial, last)
 
     # Few groups at a time: what a thread does for each of their columns takes many registers.
-    taken = tl.zeros([], tl.int32)
+    taken = tl.where(broken, k, 0)
     for start in range(0, count, BLOCK_T):
         b_acts = _tile_at(start, acts_ptr, groups_ptr, count, columns, BLOCK_T, GROUP, IN_SLOTS, WHOLE)
         taken = _take(b_acts, start, groups_ptr, count, pairs_ptr, taken, edge, cut, exact, BLOCK_T, GROUP)

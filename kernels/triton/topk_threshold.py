@@ -46,7 +46,7 @@ _LEAST_PAIR = tl.constexpr(-(2**63))
 
 
 @triton.jit
-def _append_hits(
+def append_hits(
     b_acts,
     o_m,
     m_m,
@@ -122,7 +122,7 @@ def _append(
     )
     # [BLOCK_N]
     b_acts += tl.load(bias_ptr + o_n, mask=o_n < columns, other=0.0)[None, :]
-    _append_hits(
+    append_hits(
         b_acts, o_m, m_m, block_n, bound_ptr, count_ptr, slots_ptr, groups_ptr, columns,
         BLOCK_M, BLOCK_N, SLOT, CAPACITY, UNIT > 1,
     )  # fmt: skip
@@ -166,7 +166,7 @@ def _append_tma(
         o_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
         # [BLOCK_N]
         b_acts += tl.load(bias_ptr + o_n, mask=o_n < columns, other=0.0)[None, :]
-        _append_hits(
+        append_hits(
             b_acts, o_m, o_m < rows, block_n, bound_ptr, count_ptr, slots_ptr, groups_ptr, columns,
             BLOCK_M, BLOCK_N, SLOT, CAPACITY, True,
         )  # fmt: skip
@@ -264,7 +264,7 @@ def _settle(
         taken += tl.sum(b_take, 0)
 
 
-def _append_variant(product: Variant) -> Variant:
+def append_variant(product: Variant) -> Variant:
     """The appending product with the tiles of `product`, but at most 128 wide, because wider ones spill."""
     given = dict(list(product.tensors.items())[:2])
     floats = {name: torch.float32 for name in ("bias_ptr", "bound_ptr", "slots_ptr")}
@@ -294,7 +294,7 @@ def variants() -> list[Variant]:
         for dtype, precision in dtypes_and_precisions()
         for unit in vector_units(dtype)
     ]
-    appending = [_append_variant(product) for product in (*products, *map(tma_variant, FLOATS))]
+    appending = [append_variant(product) for product in (*products, *map(tma_variant, FLOATS))]
     gated = [_gated(product) for product in products]
     return [*appending, _settle_variant(), *gated, *select_variants(gated=True)]
 
@@ -329,7 +329,7 @@ def _sample_and_append(
     """Fill pairs [n, k] of the rows with a proven result; failed [n] is 1 for the others."""
     (n, k), d_sae = pairs.shape, W_enc.shape[0]
     rank = k // 8 + 12
-    append, settle = _append_variant(product), _settle_variant()
+    append, settle = append_variant(product), _settle_variant()
     row_bytes = by_ranges.bytes_a_row(sampled, rank) + CAPACITY * (4 * SLOT + 4) + 8 * rank + 4
     rows = min(n, max(by_ranges.WORKSPACE_BYTES // row_bytes // 128 * 128, 128))
     slots = torch.empty(rows, CAPACITY * SLOT, dtype=torch.float32, device=x.device)
