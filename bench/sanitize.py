@@ -52,8 +52,8 @@ def cases(
             misled[: d_sae // threshold.SAMPLE] += 1000  # the sample has all of the largest: every row falls back
             yield f"topk_threshold, misled {named}", partial(threshold.topk_encode, x, W_enc, misled, k)
             for said, at in (("", 2.5), (", which overflows", 0.0)):
-                given = (x, W_enc, b_enc, torch.full((d_sae,), at * d_in**0.5, device=device), k)
-                yield f"threshold_encode{said} {named}", partial(above.threshold_encode, *given)
+                thresholds = torch.full((d_sae,), at * d_in**0.5, device=device)
+                yield f"threshold_encode{said} {named}", partial(above.threshold_encode, x, W_enc, b_enc, thresholds, k)
             a, W_a = normal(n, d_in, dtype=dtype), normal(d_sae, d_in, dtype=dtype)
             yield f"second encode {named}", partial(_twice, topk, (x, W_enc, b_enc), a, W_a, k)
         for n, d_in, d_sae, k in (*SHAPES, *LONG) if large else SHAPES:
