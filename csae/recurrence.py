@@ -16,7 +16,7 @@ from torch import Tensor
 
 from csae.look_back import LookBack
 from csae.ops.linear import linear
-from csae.ops.recurrence import Over, Weights, recur, round_table
+from csae.ops.recurrence import Over, Weights, keeps_table, recur, round_table
 from csae.ops.topk_encode import LEAST_ROWS
 
 
@@ -57,10 +57,8 @@ class State(NamedTuple):
     """[m] int64: features whose share in c is asked for"""
     owner: Owner | None
     """the weights of the SAE that made it, the only one that may continue it; None inside `whole`"""
-    encoded: int
-    """how many tokens were encoded before, of all sequences together"""
     table: list[Tensor] | None
-    """`round_table` of the encoder, from the number of tokens on at which it pays"""
+    """`round_table` of the encoder, from the number of tokens on at which it pays, of all sequences together"""
 
     def clone(self) -> State:
         """A state of its own, with its own memory."""
@@ -137,7 +135,6 @@ class Recurrence(NamedTuple):
             bounded=bounded,
             followed=torch.as_tensor(followed, dtype=torch.int64, device=like.W_mem.device),
             owner=None,
-            encoded=0,
             table=None,
         )
 
@@ -159,7 +156,7 @@ class Recurrence(NamedTuple):
             code = (run.values, run.indices) if isinstance(x, Tensor) else x
             if n:
                 state = state._replace(start=starts[:, -1], document=documents[:, -1])
-            state = state._replace(position=state.position + n, past=run.past, encoded=state.encoded + B * n)
+            state = state._replace(position=state.position + n, past=run.past)
             x_hat = run.x_hat
             if self.W_skip is not None and isinstance(x, Tensor):
                 x_hat = x_hat + linear(x, self.W_skip)
@@ -195,8 +192,7 @@ def _continued(of: Recurrence, state: State, B: int) -> State:
     if sizes != {B}:
         given = ", ".join(map(str, sorted(sizes)))
         raise ValueError(f"acts: given {B} sequences; needed {given}, as the state is of")
-    # A tensor made in inference mode has no version, so a table of it could be out of date.
-    if state.table is None and state.encoded >= LEAST_ROWS and not of.W_enc.is_inference():
+    if state.table is None and (state.position + 1) * B >= LEAST_ROWS and keeps_table(of.W_enc):
         table = round_table(of.W_enc, of.b_enc, of.k, of.threshold)
         state = state._replace(table=table)
     return state

@@ -16,6 +16,8 @@ from csae.data.activations import Batch
 from csae.errors import UserError
 from csae.evaluate import evaluate
 from csae.factors import Factors
+from csae.kernels import cpu
+from csae.kernels.cpu import library
 from csae.look_back import LookBack
 from csae.recurrence import State
 from csae.sae import SAE, Sweeps
@@ -139,6 +141,32 @@ def test_a_stream_has_the_bits_of_whole_windows(query: str, cuts: list[int], sel
         (torch.cat([one.x_hat for one in outputs], dim=1), whole.x_hat),
     ):
         assert torch.equal(ours, wanted)
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the native library was not built")
+@pytest.mark.parametrize("inference", [False, True], ids=["", "inference"])
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_a_stream_has_these_bits_where_the_encoder_makes_its_table(
+    selection: str, inference: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The 256th token brings the table, whose values differ in the last bit, wherever a chunk begins or ends."""
+    monkeypatch.setattr(library, "multiplies_bfloat16", lambda: True)
+    with torch.inference_mode(inference):
+        torch.manual_seed(0)
+        sizes = {"n_heads": 2, "d_head": 3, "d_value": 5, "d_memory": 7}
+        sae = ContextualSAE(130, 1300, 4, selection=selection, k_max=None, **sizes).eval()
+        if sae.threshold is not None:
+            sae.threshold.data.fill_(2.5)
+        n = 140
+        acts = torch.randn(2, n, 130)
+        whole = sae(acts)
+    for cuts in ([1] * n, [50, 50, 40], [128, 12], [127, 13], [129, 11]):
+        state, outputs = sae.initial_state(2), []
+        for part in acts.split(cuts, dim=1):
+            output, state = sae.stream(part, state)
+            outputs.append(output)
+        assert torch.equal(torch.cat([one.code.values for one in outputs], dim=1), whole.code.values), cuts
+        assert torch.equal(torch.cat([one.x_hat for one in outputs], dim=1), whole.x_hat), cuts
 
 
 def test_a_state_is_of_one_threshold() -> None:

@@ -142,21 +142,32 @@ def _recur(
     by = Weights(*weights)
     sums = kernels("sparse_decode", memory.device, memory.dtype)
     # What selects by a threshold may wait for the device, which a CUDA graph can't.
-    over = Over(_encoder(by.W_enc, by.b_enc, k, table, threshold), sums.gather_sum, capturable=threshold is None)
+    encode = _encoder(by.W_enc, by.b_enc, k, table, threshold, encoded=position * mask.shape[0])
+    over = Over(encode, sums.gather_sum, capturable=threshold is None)
     state = mask, starts, memory, takes_part, past, position, followed
     return _positions(x, values, indices, *state, by, k, k_mem, from_past, over)
 
 
-def _encoder(W_enc: Tensor, b_enc: Tensor, k: int, table: list[Tensor], threshold: Tensor | None) -> Encode:
-    """x [B, d_in] -> its code [B, k], by the kernels."""
+def _encoder(
+    W_enc: Tensor, b_enc: Tensor, k: int, table: list[Tensor], threshold: Tensor | None, encoded: int
+) -> Encode:
+    """x [B, d_in] -> its code [B, k], by the kernels.
+
+    encoded: how many tokens went before, however they were cut into calls: a position has the same bits in all.
+    """
     if threshold is None:
         topk = kernels("topk_encode", W_enc.device, W_enc.dtype)
+        if not keeps_table(W_enc):
+            return lambda x: topk.topk_encode(x, W_enc, b_enc, k)
         of = (topk.topk_encode, topk.round_table, lambda *given: topk.encode_by_table(*given))
-        return repeated(W_enc, b_enc, k, table, *of)
+        return repeated(W_enc, b_enc, k, table, *of, encoded)
     by, above = kernels("threshold_encode", W_enc.device, W_enc.dtype), threshold.to(wide(W_enc))
 
     def once(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return by.threshold_encode(x, W_enc, b_enc, above, k)
+
+    if not keeps_table(W_enc):
+        return lambda x: once(x, W_enc, b_enc, k)
 
     def round_table(W_enc: Tensor, b_enc: Tensor, k: int) -> list[Tensor]:
         return by.threshold_table(W_enc, b_enc, above, k)
@@ -164,7 +175,16 @@ def _encoder(W_enc: Tensor, b_enc: Tensor, k: int, table: list[Tensor], threshol
     def by_table(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, table: list[Tensor], last: None) -> Any:
         return *by.threshold_encode_by_table(x, W_enc, b_enc, above, k, table), last
 
-    return repeated(W_enc, b_enc, k, table, once, round_table, by_table)
+    return repeated(W_enc, b_enc, k, table, once, round_table, by_table, encoded)
+
+
+def keeps_table(W_enc: Tensor) -> bool:
+    """Whether a table of these weights can be kept from call to call.
+
+    Weights made in inference mode have no version, so a table of them could be out of date. Whole windows, in one call,
+    do without it too: so they have the bits of steps.
+    """
+    return not W_enc.is_inference()
 
 
 def round_table(W_enc: Tensor, b_enc: Tensor, k: int, threshold: Tensor | None) -> list[Tensor]:

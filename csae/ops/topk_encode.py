@@ -191,15 +191,20 @@ def repeated(
     topk_encode: Callable[..., tuple[Tensor, Tensor]],
     round_table: Callable[..., list[Tensor]],
     encode_by_table: Callable[..., tuple[Tensor, Tensor, Tensor | None]],
+    encoded: int = 0,
 ) -> Encode:
-    """`encoder` from its three parts, operators or kernels. table: `round_table` of the weights, or empty."""
-    encoded, last = LEAST_ROWS if table else 0, None
+    """`encoder` from its three parts, operators or kernels.
+
+    table: `round_table` of the weights, or empty: it is then made with the call that brings the rows to LEAST_ROWS.
+    encoded: how many rows went before. What the table gives may differ in the last bit.
+    """
+    looked, last = bool(table), None
 
     def encode(x: Tensor) -> tuple[Tensor, Tensor]:
-        nonlocal encoded, table, last
-        if encoded < LEAST_ROWS:
-            encoded += x.shape[:-1].numel()
-            table = round_table(W_enc, b_enc, k) if encoded >= LEAST_ROWS else []
+        nonlocal encoded, looked, table, last
+        encoded += x.shape[:-1].numel()
+        if not looked and encoded >= LEAST_ROWS:
+            table, looked = round_table(W_enc, b_enc, k), True
         if not table:
             return topk_encode(x, W_enc, b_enc, k)
         values, indices, last = encode_by_table(x, W_enc, b_enc, k, table, last)
