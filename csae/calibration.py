@@ -30,6 +30,7 @@ def calibrate(sae: SAE, batches: Sequence[Batch]) -> float:
     threshold = sae.threshold
     if sae.selection == "topk" or threshold is None:
         raise UserError(f'calibrate: given an SAE with selection="{sae.selection}"; needed one with a threshold')
+    _check_threshold(sae, threshold)
     # Of one threshold the shift is the threshold itself; a threshold a feature is moved with all others.
     base = torch.zeros_like(threshold) if threshold.dim() == 0 else threshold.detach().clone()
     shift = float(threshold) if threshold.dim() == 0 else 0.0
@@ -50,12 +51,20 @@ def calibrate(sae: SAE, batches: Sequence[Batch]) -> float:
     return best[2]
 
 
+def _check_threshold(sae: SAE, threshold: Tensor) -> None:
+    """Raise UserError, on all ranks, where nothing can be found from this threshold; a feature's may be infinite."""
+    broken = threshold.isnan() if threshold.dim() else ~threshold.isfinite()
+    count = broken.sum().double()
+    if (count if sae.shard is None else sae.shard.total(count)) > 0:
+        raise UserError("calibrate: threshold holds NaN or Inf; needed finite numbers, such as zero")
+
+
 def _measured(sae: SAE, batches: Sequence[Batch], base: Tensor, shift: float) -> tuple[float, Tensor]:
     """The mean L0 of the sample as the SAE is, and how many features a token exceed the threshold by how much.
 
     The second is [2, m] float64: shifts above this one, and the L0 that would be there if codes didn't change.
     """
-    tokens = active = total = torch.zeros((), dtype=torch.float64, device=base.device)
+    tokens = active = total = broken = torch.zeros((), dtype=torch.float64, device=base.device)
     margins = []
     for batch in batches:
         mask = batch.mask.to(base.device)
@@ -66,8 +75,14 @@ def _measured(sae: SAE, batches: Sequence[Batch], base: Tensor, shift: float) ->
         tokens = tokens + mask.sum()
         active = active + counts.sum()
         total = total + code.values[counts].double().sum()
-    summed = torch.stack([tokens, active, total])
-    tokens, active, total = summed if sae.shard is None else sae.shard.total(summed)
+        broken = broken + ((~code.values.isfinite()).any(dim=-1) & mask).sum()
+    summed = torch.stack([tokens, active, total, broken])
+    tokens, active, total, broken = summed if sae.shard is None else sae.shard.total(summed)
+    if broken > 0:
+        raise UserError(
+            f"calibrate: the codes of {int(broken)} of {int(tokens)} tokens of the sample hold NaN or Inf; needed "
+            "finite activations and weights"
+        )
     if tokens == 0:
         raise UserError("calibrate: the mask leaves out every position of the sample; needed some")
     steps = GRID.to(base.device, torch.float64) * (total / active.clamp_min(1))

@@ -470,7 +470,8 @@ class SAE(Saved, ABC):
         differs from that of others by more than a percent. Where others own rows too, all processes call this, each
         with as many batches of its own.
 
-        Raises UserError with selection="topk", which has no threshold, and where no position is in the mask.
+        Raises UserError with selection="topk", which has no threshold, where no position is in the mask, and where a
+        code of the sample, or the threshold, is not finite.
         """
         return calibrate(self, batches)
 

@@ -208,6 +208,25 @@ def test_what_cannot_be_calibrated_is_said() -> None:
         make("topk", "batch").calibrate([Batch(acts, mask & False, documents, None)])
 
 
+@pytest.mark.parametrize("selection", ["batch", "jumprelu"])
+@pytest.mark.parametrize(("arch", "query"), [form[:2] for form in FORMS])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_no_sample(arch: str, query: str, selection: str, number: float) -> None:
+    acts, mask, documents = batch()
+    acts[1, T - 1, 3], mask[1, T - 1] = number, True  # the last position: no other code depends on it
+    sae = make(arch, selection, query)
+    before = sae.threshold.clone()
+    with pytest.raises(UserError, match=rf"calibrate: the codes of 1 of {int(mask.sum())} tokens of the sample hold"):
+        sae.calibrate([Batch(acts, mask, documents, None)])
+    assert torch.equal(sae.threshold, before)
+    mask[1, T - 1] = False
+    assert sae.calibrate([Batch(acts, mask, documents, None)]) == pytest.approx(K, rel=0.02)
+    with torch.no_grad():
+        sae.threshold.fill_(float("nan"))
+    with pytest.raises(UserError, match="calibrate: threshold holds NaN or Inf"):
+        sae.calibrate([Batch(acts, mask, documents, None)])
+
+
 def test_fewer_features_than_k_are_all_taken() -> None:
     sae = make("topk", "batch")
     with torch.no_grad():
