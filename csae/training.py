@@ -60,6 +60,7 @@ from csae.step import adam, exact_gap, learning_rate, sweeps_at, train_step
 from csae.trained_on import TrainedOn
 
 CALIBRATION_TOKENS = 1 << 15
+NOT_REACHED = 0.02  # share of k; of a small sample one feature more may be a percent
 SUSPICIOUS = 1e6  # from this loss on the batch is checked: an SAE that explains nothing has a loss of about 1
 
 
@@ -223,13 +224,16 @@ class Training:
         if self.first == 0 and isinstance(sae.threshold, Parameter) and not sae.threshold.any():
             self.calibrate(sample)
 
-    def calibrate(self, sample: Sample) -> None:
-        """Set the SAE's threshold by the first windows of training, where it has one that is not frozen."""
+    def calibrate(self, sample: Sample) -> float:
+        """Set the SAE's threshold by the first windows of training, where it has one that is not frozen.
+
+        Gives the mean number of features a token that is reached; k where nothing is set.
+        """
         sae = self.sae
         frozen = isinstance(sae.threshold, Parameter) and not sae.threshold.requires_grad
         if sae.selection == "topk" or frozen:
-            return
-        sae.calibrate([batch.batches[self.place] for batch in sample.steps(CALIBRATION_TOKENS)])
+            return sae.k
+        return sae.calibrate([batch.batches[self.place] for batch in sample.steps(CALIBRATION_TOKENS)])
 
     def restart_clock(self, step: int) -> None:
         """Measure the speed from this step on."""
@@ -349,7 +353,13 @@ class Training:
                     f"nothing to train on"
                 )
         self._check_trained()
-        self.calibrate(sample)
+        l0 = self.calibrate(sample)
+        if abs(l0 / self.sae.k - 1) > NOT_REACHED and self.hosts.is_first:
+            print(
+                f"{self.run}: {l0:.3g} features a token in use, where k is {self.sae.k}: no threshold comes nearer, on "
+                "the first windows of training",
+                file=sys.stderr,
+            )
         assert self.sae.trained_on is not None
         train_fvu = self.line.get("fvu_exact", self.line.get("fvu"))
         self.sae.trained_on = dataclasses.replace(self.sae.trained_on, train_fvu=train_fvu)

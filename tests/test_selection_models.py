@@ -295,6 +295,19 @@ def test_trained_it_has_k_features_on_average(arch: str, selection: str, tmp_pat
     assert after["selection"] == selection
 
 
+def test_a_k_that_is_not_reached_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    sae = TopKSAE(6, 12, 12, selection="batch")
+    sae.initialise(torch.zeros(6), 1.5)
+    train(sae, Windows(), range(12), tmp_path / "all", config())
+    l0 = evaluate(sae, Windows(), range(12))["l0"]
+    assert l0 < 11
+    said = f"{tmp_path / 'all'}: {l0:.3g} features a token in use, where k is 12: no threshold comes nearer"
+    assert said in capsys.readouterr().err
+    train(new_sae("topk", "batch"), Windows(), range(12), tmp_path / "two", config())
+    assert "in use" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 @pytest.mark.parametrize(("arch", "query", "sweeps"), [("topk", "", 0), ("contextual", "past", 0)])
 def test_thresholds_get_the_straight_through_gradient(arch: str, query: str, sweeps: int, masked: bool) -> None:
