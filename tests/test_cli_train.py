@@ -124,7 +124,7 @@ def test_prefixes_by_option_and_by_file(from_model, tmp_path, capsys):  # noqa: 
     begun = ["train", *from_model, "--batch-windows", "4", "--tokens", "64", "--init", tmp_path / "first"]
     assert csae(*begun, "--prefixes", "2,8", "-o", tmp_path / "begun", capsys=capsys)[0] == 0
     code, _, err = csae(*begun, "--prefixes", "2", "-o", tmp_path / "no", capsys=capsys)
-    assert "--prefixes: given (2,); the SAE of --init has (2, 8)" in err
+    assert "--prefixes: given 2; the SAE of --init has 2,8: leave" in err
     code, _, err = csae(*first[:-4], "--prefixes", "8,2", "-o", tmp_path / "no", capsys=capsys)
     assert (code, "prefixes: given 8, 2; needed ascending numbers" in err) == (2, True)
 

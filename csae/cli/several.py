@@ -171,7 +171,8 @@ def _check_begun(context: click.Context, name: str, sae: SAE, source: Activation
         has = getattr(sae, name_of) if name_of in unsaid else sae.config.get(name_of)
         for value in asked if field.name in SEVERAL and isinstance(asked, tuple) else [asked]:
             if value != has:
-                raise UserError(f"--{option}: given {value}; the SAE of --init has {has}: leave the option out")
+                given, its = (",".join(map(str, of)) or "none" if isinstance(of, tuple) else of for of in (value, has))
+                raise UserError(f"--{option}: given {given}; the SAE of --init has {its}: leave the option out")
 
 
 def _name(place: Place, setting: Setting, settings: Sequence[Setting]) -> str:
