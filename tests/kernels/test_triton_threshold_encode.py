@@ -18,9 +18,9 @@ pytestmark = needs_triton
 
 @pytest.fixture(autouse=True)
 def _listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from csae.kernels.triton import threshold_encode, topk_product, topk_select, topk_threshold
+    from csae.kernels.triton import threshold_encode, topk_groups, topk_product, topk_select, topk_threshold
 
-    modules = (topk_product, topk_select, topk_threshold, threshold_encode)
+    modules = (topk_groups, topk_product, topk_select, topk_threshold, threshold_encode)
     listed = SimpleNamespace(variants=lambda: [variant for module in modules for variant in module.variants()])
     only_listed_variants(listed, monkeypatch)  # type: ignore[arg-type]
 

@@ -21,9 +21,11 @@ pytestmark = needs_triton
 
 @pytest.fixture(autouse=True)
 def _listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from csae.kernels.triton import topk_product, topk_select
+    from csae.kernels.triton import topk_groups, topk_product, topk_select
 
-    both = SimpleNamespace(variants=lambda: [*topk_product.variants(), *topk_select.variants()])
+    both = SimpleNamespace(
+        variants=lambda: [*topk_groups.variants(), *topk_product.variants(), *topk_select.variants()]
+    )
     only_listed_variants(both, monkeypatch)  # type: ignore[arg-type]
 
 
@@ -100,7 +102,7 @@ def test_a_last_group_that_is_not_full_ends_with_its_row() -> None:
 def test_keys_have_the_order_of_their_floats() -> None:
     from triton_keys import keys_of
 
-    from csae.kernels.triton.topk_select import NAN_KEY
+    from csae.kernels.triton.topk_keys import NAN_KEY
 
     tiny, huge, inf = 1e-45, 3.4e38, math.inf
     rising = [-inf, -huge, -1.0, -tiny, 0.0, tiny, 1.0, huge, inf, math.nan]

@@ -19,9 +19,9 @@ D_SAE = 1024  # of which 256 are the sample
 
 @pytest.fixture(autouse=True)
 def _small_and_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from csae.kernels.triton import topk_product, topk_select, topk_threshold
+    from csae.kernels.triton import topk_groups, topk_product, topk_select, topk_threshold
 
-    modules = (topk_product, topk_select, topk_threshold)
+    modules = (topk_groups, topk_product, topk_select, topk_threshold)
     listed = SimpleNamespace(variants=lambda: [variant for module in modules for variant in module.variants()])
     only_listed_variants(listed, monkeypatch)  # type: ignore[arg-type]
     monkeypatch.setattr(topk_threshold, "SAMPLE", 4)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from csae.kernels.triton.topk_select import to_key
+from csae.kernels.triton.topk_keys import to_key
 
 
 @triton.jit

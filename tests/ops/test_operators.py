@@ -54,14 +54,22 @@ def encoded(B: int, T: int) -> tuple[Tensor, Tensor]:
 
 
 def of_the_recurrence(B: int, T: int, form: Callable[[Tensor], Tensor]) -> Iterator[tuple[object, ...]]:
-    for decoding, m, d_out in ((False, 2, None), (True, 0, None), (False, 2, 7), (True, 0, 7)):
+    forms = (
+        (False, 2, None, None),
+        (True, 0, None, None),
+        (False, 2, 7, ()),
+        (False, 2, None, (11,)),
+        (True, 0, 7, None),
+    )
+    for decoding, m, d_out, thresholds in forms:
         given = (None, *encoded(B, T)) if decoding else (form(normal(B, T, 6)), None, None)
         mask, starts = normal(B, T) > -1, torch.zeros(B, T, dtype=torch.int64)
         memory, takes_part = torch.zeros(B, 4, 2 * (3 + 4 + m)), torch.zeros(B, 4, dtype=torch.bool)
         past = form(normal(B, d_out or 6))
         state = mask, form(starts), memory, takes_part, past, 2, torch.arange(m)
         by = weights(d_out=d_out, d_query=past.shape[1] if decoding else 6)
-        yield *given, *state, list(map(form, by.tensors())), K, 2, decoding, []
+        above = None if thresholds is None else torch.full(thresholds, 0.1)
+        yield *given, *state, list(map(form, by.tensors())), K, 2, decoding, [], above
 
 
 def calls(name: str, B: int, T: int, form: Callable[[Tensor], Tensor]) -> Iterator[tuple[object, ...]]:
