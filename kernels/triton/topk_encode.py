@@ -7,7 +7,7 @@ reuse one workspace [rows, width]. Each range runs two kernels:
    the maximum of each group of GROUP columns, and writes only groups whose maximum is above the row's `bound`. That is
    the k-th largest group maximum of earlier ranges, so other groups hold nothing of the top k. The first range is
    written in full; after that, each doubling of the columns seen writes about k groups a row.
-2. `_keep_groups` (topk_select.py). It reads the maxima only. Of all groups so far the k with the largest maxima contain
+2. `_keep_groups` (topk_groups.py). It reads the maxima only. Of all groups so far the k with the largest maxima contain
    all of the k largest: an element of any other group is behind k elements, the maxima of the k groups. Ties go to the
    lower group, so this also holds for "equal ones by lower index first". The groups that are new among the k are copied
    to the slots of those that go, because the next range overwrites the workspace. The least maximum of the k is the new

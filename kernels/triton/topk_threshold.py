@@ -22,8 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import topk_encode as by_ranges
-from . import tuning
+from . import topk_groups, topk_select, tuning
 from .topk_encode import search
+from .topk_keys import to_pairs
 from .topk_product import (
     best_product,
     blocks_of,
@@ -33,8 +34,7 @@ from .topk_product import (
     product_variant,
     tma_variant,
 )
-from .topk_select import ordered, select_ranges, to_pairs
-from .topk_select import variants as select_variants
+from .topk_select import ordered, select_ranges
 from .variant import FLOATS, Variant, aligned, dot_precision, dtypes_and_precisions, jit, max_or_nan, vector_units
 
 SAMPLE = 16
@@ -296,7 +296,7 @@ def variants() -> list[Variant]:
     ]
     appending = [append_variant(product) for product in (*products, *map(tma_variant, FLOATS))]
     gated = [_gated(product) for product in products]
-    return [*appending, _settle_variant(), *gated, *select_variants(gated=True)]
+    return [*appending, _settle_variant(), *gated, *topk_groups.variants(gated=True), *topk_select.variants(gated=True)]
 
 
 def _gated(product: Variant) -> Variant:
