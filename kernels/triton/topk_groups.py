@@ -1,5 +1,5 @@
-"""What topk_encode keeps between ranges: `_keep_groups` keeps the k groups of columns with the largest maxima so far, and
-the k-th largest maximum as the bound.
+"""What topk_encode keeps between ranges: `_keep_groups` keeps the k groups of columns with the largest maxima so far,
+and the k-th largest maximum as the bound.
 
 topk_encode.py explains the algorithm, and defines A, B and C and the rates behind the predicted times.
 """
