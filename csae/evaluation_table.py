@@ -28,9 +28,11 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
     headers = ["SAE", "k", "d_sae", "params", "FVU", "L0", "dead", "cosine", "eval\ntokens/s"]
     rows = Table(box=box.SIMPLE_HEAD, padding=0, caption=Text(_evaluated_on(results)), caption_justify="left")
     for header in headers + (["CE", "loss\nrecovered"] if with_lm else []):
-        # Where a terminal is narrow, a name may break, a figure not.
-        figure = header != "SAE"
-        rows.add_column(header, justify="right" if figure else "left", no_wrap=figure, min_width=None if figure else 11)
+        # Where a terminal is narrow, a name breaks and keeps its end, which may be all that differs; a figure doesn't.
+        if header == "SAE":
+            rows.add_column(header, overflow="fold", min_width=11)
+        else:
+            rows.add_column(header, justify="right", no_wrap=True)
     for result in results:
         contextual = "fvu_sweeps" in result
         for form in ["", "_sweeps"] if contextual else [""]:

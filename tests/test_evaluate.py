@@ -242,6 +242,16 @@ def test_table(source: Windows) -> None:
     assert all(cell in words for column in columns[1:] for cell in column), "a figure was cut"
 
 
+def test_table_keeps_the_end_of_a_long_name(source: Windows) -> None:
+    names = ["mlp.out-11-topk-k8-batch", "mlp.out-11-topk-k8-jumprelu"]
+    found = evaluate(make("topk"), source, range(N)) | {"ce_sae": 3.21, "loss_recovered": 0.9}
+    narrow = Console(width=80, file=io.StringIO())
+    narrow.print(table([found | {"name": name} for name in names]))
+    rows = [line for line in narrow.file.getvalue().splitlines() if line.startswith(" ")]
+    shown = "".join(line.split()[0] for line in rows if line.strip())
+    assert all(name in shown for name in names)
+
+
 @pytest.mark.parametrize("arch", ["topk", "contextual"])
 def test_windows_with_nothing_in_their_mask_count_as_if_they_were_not_there(arch: str, source: Windows) -> None:
     sae = make(arch)
