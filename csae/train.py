@@ -20,10 +20,11 @@ on the same batches, each as if it were alone.
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from csae.config import TrainConfig
 from csae.data.activations import ActivationSource
 from csae.data.background import ready_steps
 from csae.data.batches import Batches, IndexedBatches
-from csae.distributed.hosts import ranks_of
+from csae.distributed.hosts import Hosts, ranks_of
 from csae.distributed.in_step import in_step
 from csae.errors import FailedElsewhere, Stopped, UserError, shown
 from csae.progress import bar as progress_bar
@@ -175,10 +176,19 @@ def _steps(runs: Sequence[Training], batches: Batches, stop: threading.Event) ->
                 raise Stopped(
                     f"{_named(runs)}: stopped after step {done} of {last}; the same command goes on from there"
                 )
+    _say_thresholds(sum(run.has_threshold for run in runs), hosts)
     for run in runs:
         _attempt(problems, run, run.finish, state, sample)
     if problems:
         raise _reported(problems, runs, last)
+
+
+def _say_thresholds(count: int, hosts: Hosts) -> None:
+    """Say what is done after the last step, which may take as long as many steps and draws no bar."""
+    if count and hosts.is_first:
+        what = "the threshold" if count == 1 else f"the thresholds of {count} SAEs"
+        with suppress(BrokenPipeError):
+            print(f"setting {what} on the first tokens of training", file=sys.stderr, flush=True)
 
 
 def _attempt(problems: list[tuple[Training, Exception]], run: Training, do: Any, *given: Any) -> None:

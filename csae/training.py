@@ -224,14 +224,19 @@ class Training:
         if self.first == 0 and isinstance(sae.threshold, Parameter) and not sae.threshold.any():
             self.calibrate(sample)
 
+    @property
+    def has_threshold(self) -> bool:
+        """Whether the SAE has a threshold, and it is not frozen."""
+        frozen = isinstance(self.sae.threshold, Parameter) and not self.sae.threshold.requires_grad
+        return self.sae.selection != "topk" and not frozen
+
     def calibrate(self, sample: Sample) -> float:
         """Set the SAE's threshold by the first windows of training, where it has one that is not frozen.
 
         Gives the mean number of features a token that is reached; k where nothing is set.
         """
         sae = self.sae
-        frozen = isinstance(sae.threshold, Parameter) and not sae.threshold.requires_grad
-        if sae.selection == "topk" or frozen:
+        if not self.has_threshold:
             return sae.k
         return sae.calibrate([batch.batches[self.place] for batch in sample.steps(CALIBRATION_TOKENS)])
 

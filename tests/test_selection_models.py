@@ -308,6 +308,12 @@ def test_a_k_that_is_not_reached_is_said(tmp_path: Path, capsys: pytest.CaptureF
     assert "in use" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_it_is_said_that_a_threshold_is_set(selection: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(new_sae("topk", selection), Windows(), range(12), tmp_path, config())
+    assert ("setting the threshold on" in capsys.readouterr().err) == (selection != "topk")
+
+
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 @pytest.mark.parametrize(("arch", "query", "sweeps"), [("topk", "", 0), ("contextual", "past", 0)])
 def test_thresholds_get_the_straight_through_gradient(arch: str, query: str, sweeps: int, masked: bool) -> None:
