@@ -76,6 +76,8 @@ def load_sae(name: str | Path, device: torch.device | str = "cpu", ranks: Ranks 
         config_file = folder / CONFIG
     elif folder.exists():
         raise UserError(f"{folder}: a file; needed the folder of a run, with {CONFIG} and {WEIGHTS}")
+    elif siblings := _runs_beside(folder):
+        raise UserError(f"{folder}: no such folder; in {folder.parent} there is {', '.join(siblings)}")
     else:
         config_file = _hub_config(str(name))
     config = config_of(folder) if folder.is_dir() else read_json(config_file)
@@ -310,6 +312,13 @@ def _moments(sae: SAE, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tens
         for parameter, state in optimizer.state.items()
         for key, tensor in state.items()
     }
+
+
+def _runs_beside(folder: Path) -> list[str]:
+    """Names of runs in the folder's parent, a few; where there are any, a missing one is no hub id."""
+    if not folder.parent.is_dir():
+        return []
+    return sorted(other.parent.name for other in folder.parent.glob(f"*/{RUN}"))[:8]
 
 
 def _hub_config(name: str) -> Path:

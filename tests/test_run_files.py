@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import edit, finish, lines, refused, same, stopped, write
 
 from csae.checkpoint import load_sae
+from csae.errors import UserError
 from csae.run import read_origin, read_trained_on
 
 DAMAGED = {
@@ -244,3 +245,10 @@ def test_windows_that_are_missing_from_their_list_are_said(tmp_path):
     assert "windows.bin: it lacks windows" in refused(run, finish)[0]
     file.unlink()
     finish(run)
+
+
+def test_a_missing_run_among_others_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    finish(tmp_path / "one")
+    monkeypatch.setattr("csae.checkpoint._hub_config", None)
+    with pytest.raises(UserError, match=r"nope: no such folder; in .* there is one$"):
+        load_sae(tmp_path / "nope")

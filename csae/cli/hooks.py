@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from csae.cli.options import DEVICE, device_of
+from csae.errors import shown
 
 if TYPE_CHECKING:
     from csae.data.hook_points import HookPoint, HookPoints
@@ -27,6 +29,7 @@ def hooks(model: str, patterns: tuple[str, ...], device: str | None) -> None:
     """
     from csae.data.language_model import LanguageModel
 
+    click.echo(f"loading {shown(Path(model).name)}", err=True)
     lm = LanguageModel.load(model, device=device_of(device))
     found = [point for pattern in patterns for point in lm.hook_points.find(pattern)]
     points = list(dict.fromkeys(found)) or lm.hook_points.all()
