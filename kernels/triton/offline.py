@@ -1,9 +1,10 @@
 """Compile every form in which a kernel can be launched, without a GPU, and report what each costs.
 
 `variants` lists the forms; `compile_for` compiles one, with the tools in triton's own wheel; `problems` checks the
-result; `report` makes kernels/RESOURCES.md.
+result; `report` makes kernels/RESOURCES.md. What was compiled is kept in kernels/compiled.json, by a hash of all that
+the machine code depends on. So only forms that changed are compiled again.
 
-    python -m csae.kernels.triton.offline --write                  compile all, write RESOURCES.md (some minutes)
+    python -m csae.kernels.triton.offline --write [--afresh]       compile, write RESOURCES.md and compiled.json
     python -m csae.kernels.triton.offline [--target sm_90] WORDS   compile and list those with all WORDS in their name
 
 Not under TRITON_INTERPRET=1, where triton has no kernels to compile.
@@ -11,7 +12,9 @@ Not under TRITON_INTERPRET=1, where triton has no kernels to compile.
 
 import argparse
 import functools
+import hashlib
 import importlib
+import json
 import math
 import multiprocessing
 import pkgutil
@@ -20,9 +23,10 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import triton
@@ -34,6 +38,7 @@ from . import tuning
 from .variant import Variant
 
 RESOURCES = Path(__file__).resolve().parents[1] / "RESOURCES.md"
+KEPT = RESOURCES.with_name("compiled.json")
 # A GPU's name: triton's target, and the bytes of shared memory that one program may use.
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
@@ -96,21 +101,28 @@ def _only_on() -> dict[str, set[str]]:
     return found
 
 
-def compile_for(variant: Variant, target: str) -> Compiled | None:
-    """Compile for one of TARGETS.
+def launched_on(variant: Variant, target: str) -> Variant | None:
+    """The form in which a variant is launched on one of TARGETS.
 
-    None if the variant is not launched on that GPU: it was tuned for other GPUs, it takes TMA descriptors and the GPU
-    has no TMA, or the module's `on_amd`, which gives the form for an AMD GPU, gives none.
+    None if it isn't: it was tuned for other GPUs, it takes TMA descriptors and the GPU has no TMA, or the module's
+    `on_amd`, which gives the form for an AMD GPU, gives none.
     """
     gpu, _ = TARGETS[target]
     if target not in _only_on().get(str(variant), [target]) or (variant.descriptors and target not in WITH_TMA):
         return None
     module = importlib.import_module(variant.kernel.fn.__module__)
     if gpu.backend == "hip" and hasattr(module, "on_amd"):
-        variant = module.on_amd(variant)
-        if variant is None:
-            return None
-    source, options = source_of(variant)
+        return module.on_amd(variant)
+    return variant
+
+
+def compile_for(variant: Variant, target: str) -> Compiled | None:
+    """Compile for one of TARGETS. None if the variant is not launched on that GPU."""
+    launched = launched_on(variant, target)
+    if launched is None:
+        return None
+    gpu, _ = TARGETS[target]
+    source, options = source_of(launched)
     kernel = triton.compile(source, target=gpu, options=options)
     if gpu.backend == "hip":
         return _of_amdgcn(kernel.asm["amdgcn"], kernel.metadata.shared)
@@ -119,6 +131,26 @@ def compile_for(variant: Variant, target: str) -> Compiled | None:
         file.flush()
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
         return _of_sass(_run("nvdisasm", "--print-code", file.name), usage, kernel.metadata.shared)
+
+
+def key(variant: Variant, target: str) -> str | None:
+    """A hash of all that the machine code depends on but triton; None if the variant is not launched on that GPU.
+
+    The source of the kernel and of what it calls, with its line in the file; types, constants, options, the target.
+    """
+    launched = launched_on(variant, target)
+    if launched is None:
+        return None
+    source, options = source_of(launched)
+    return hashlib.sha256(f"{source.hash()} {sorted(options.items())} {target}".encode()).hexdigest()
+
+
+def kept() -> dict[str, Compiled]:
+    """What is in compiled.json, by `key`; nothing if it was made with another triton."""
+    written: dict[str, Any] = json.loads(KEPT.read_text()) if KEPT.is_file() else {"triton": None}
+    if written["triton"] != triton.__version__:
+        return {}
+    return {of: Compiled(*counts) for of, counts in written["forms"].items()}
 
 
 def source_of(variant: Variant) -> tuple[ASTSource, dict[str, int | bool]]:
@@ -213,18 +245,24 @@ def problems(variant: Variant, target: str, compiled: Compiled | str | None) -> 
 
 
 def compile_all(
-    chosen: Iterable[tuple[Variant, str]], processes: int = 2
+    chosen: Iterable[tuple[Variant, str]], processes: int = 2, known: Mapping[str, Compiled] = MappingProxyType({})
 ) -> Iterator[tuple[Variant, str, Compiled | str | None]]:
-    """Compile each variant for its target, in order. Yields an error text for a variant that can't be compiled."""
+    """Compile each variant for its target, in order, unless `known` has it by its `key`.
+
+    Yields an error text for a variant that can't be compiled.
+    """
     chosen = list(chosen)
+    keys = [key(variant, target) for variant, target in chosen]
     # A kernel can't be pickled; its module and name can.
     places = [
         (v.kernel.fn.__module__, v.kernel.__name__, v._replace(kernel=None, descriptors=dict(v.descriptors)), target)
-        for v, target in chosen
+        for (v, target), of in zip(chosen, keys, strict=True)
+        if of is not None and of not in known
     ]
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        for (variant, target), compiled in zip(chosen, pool.map(_compile_named, places), strict=True):
-            yield variant, target, compiled
+        compiled = iter(pool.map(_compile_named, places) if places else ())
+        for (variant, target), of in zip(chosen, keys, strict=True):
+            yield variant, target, None if of is None else known[of] if of in known else next(compiled)
 
 
 def _compile_named(place: tuple[str, str, Variant, str]) -> Compiled | str | None:
@@ -250,6 +288,15 @@ def report(compiled: dict[tuple[str, str], Compiled | str | None]) -> str:
                 lines.append(f"| {_form(variant, of_kernel)} | " + " | ".join(cells) + " |")
             lines.append("")
     return "\n".join(lines)
+
+
+def kept_text(chosen: Iterable[tuple[Variant, str]], found: Mapping[tuple[str, str], Compiled | str | None]) -> str:
+    """The text of compiled.json: what was found for each variant and target, a line each."""
+    forms = {key(variant, target): found[str(variant), target] for variant, target in chosen}
+    lines = [
+        f'"{of}": {json.dumps(counts)}' for of, counts in sorted(forms.items(), key=str) if isinstance(counts, Compiled)
+    ]
+    return f'{{"triton": "{triton.__version__}", "forms": {{\n' + ",\n".join(lines) + "\n}}\n"
 
 
 _TOP = """# What the Triton kernels cost
@@ -302,6 +349,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="compile the Triton kernels without a GPU")
     parser.add_argument("--target", nargs="*", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--write", action="store_true", help="all variants for all targets, into RESOURCES.md")
+    parser.add_argument("--afresh", action="store_true", help="compile what is kept in compiled.json too")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("words", nargs="*", help="only variants with all of these in their name")
     arguments = parser.parse_args()
@@ -310,7 +358,8 @@ def main() -> int:
     named = [variant for variant in variants() if all(word in str(variant) for word in arguments.words)]
     chosen = [(variant, target) for variant in named for target in arguments.target]
     found, failures = {}, 0
-    for variant, target, compiled in compile_all(chosen, arguments.processes):
+    known = {} if arguments.afresh or not arguments.write else kept()
+    for variant, target, compiled in compile_all(chosen, arguments.processes, known):
         found[str(variant), target] = compiled
         wrong = problems(variant, target, compiled)
         failures += bool(wrong)
@@ -318,6 +367,7 @@ def main() -> int:
             print(f"{target:7} {_cell(compiled):40} {variant}", *wrong, sep="  ", flush=True)
     if arguments.write:
         RESOURCES.write_text(report(found))
+        KEPT.write_text(kept_text(chosen, found))
     print(f"{len(chosen)} compiled, {failures} with problems")
     return 1 if failures else 0
 

@@ -38,17 +38,44 @@ def test_some_variants(kernel: str, words: list[str], target: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def everything() -> dict[tuple[str, str], Compiled]:
-    """Every variant on every target, by their names."""
+def everything() -> dict[tuple[str, str], Compiled | str | None]:
+    """Every variant on every target, by their names; those that compiled.json has are not compiled again."""
     from csae.kernels.triton import offline
 
     chosen = [(variant, target) for variant in offline.variants() for target in TARGETS]
-    return {(str(variant), target): compiled for variant, target, compiled in offline.compile_all(chosen)}
+    found = offline.compile_all(chosen, known=offline.kept())
+    return {(str(variant), target): compiled for variant, target, compiled in found}
+
+
+@pytest.mark.slow
+def test_what_is_kept_is_what_compiles() -> None:
+    from csae.kernels.triton import offline
+
+    kept = offline.kept()
+    if not kept:
+        pytest.skip("compiled.json was made with another triton")
+    chosen = [(variant, target) for variant in offline.variants() for target in TARGETS]
+    known = [one for one in chosen if offline.key(*one) in kept]
+    for variant, target, compiled in offline.compile_all(known[:: max(1, len(known) // 30)]):
+        assert compiled == kept.get(str(offline.key(variant, target))), f"{variant} {target}"
+
+
+def test_a_key_has_what_the_code_depends_on() -> None:
+    from csae.kernels.triton import offline
+
+    variants = offline.variants()
+    keys = [offline.key(variant, "sm_90") for variant in variants]
+    assert len(set(keys)) == len(variants)
+    first = variants[0]
+    others = [first._replace(num_warps=16), first._replace(num_stages=7), variants[-1]]
+    assert offline.key(first, "sm_90") not in [offline.key(other, "sm_90") for other in others]
+    assert offline.key(first, "sm_80") != offline.key(first, "sm_90")
+    assert offline.key(first, "sm_90") == offline.key(first._replace(constants=dict(first.constants)), "sm_90")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_variant(everything: dict[tuple[str, str], Compiled], target: str) -> None:
+def test_every_variant(everything: dict[tuple[str, str], Compiled | str | None], target: str) -> None:
     from csae.kernels.triton import offline
 
     wrong = {str(v): offline.problems(v, target, everything[str(v), target]) for v in offline.variants()}
@@ -63,7 +90,7 @@ def test_each_form_has_a_name_of_its_own() -> None:
 
 
 @pytest.mark.slow
-def test_resources_are_what_is_written(everything: dict[tuple[str, str], Compiled]) -> None:
+def test_resources_are_what_is_written(everything: dict[tuple[str, str], Compiled | str | None]) -> None:
     import triton
 
     from csae.kernels.triton import offline
