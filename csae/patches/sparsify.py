@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from csae.ops import sparse_decode, topk_encode
+from csae.ops.sparse_decode import _sparse_decode_backward, decode_backward
 from csae.ops.topk_encode import _topk_encode_backward
 
 from . import Replacement
@@ -47,7 +48,7 @@ def replacements() -> list[Replacement]:
         if _too_wide(W_dec):
             return own_decoder(top_indices, top_acts, W_dec)
         with torch.autocast(W_dec.device.type, enabled=False):  # as the library's decoder ignores autocast
-            return sparse_decode(top_acts, top_indices.long(), W_dec.mT)  # stored latents often are int32
+            return _Decode.apply(top_acts, top_indices.long(), W_dec.mT)  # stored latents often are int32
 
     own_encoder, own_decoder = encoder.fused_encoder, utils.decoder_impl
     return [
@@ -80,3 +81,21 @@ class _Encode(torch.autograd.Function):
         grad = grad.type_as(weight)
         found = _topk_encode_backward(grad, torch.ones_like(grad), indices, input.type_as(weight), weight, *needed)
         return *(of if need else None for of, need in zip(found, needed, strict=True)), None
+
+
+class _Decode(torch.autograd.Function):
+    """`sparse_decode` with the library's gradient: values at the end of a code have one at zero too."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+        ctx.save_for_backward(values, indices, W_dec)
+        return sparse_decode(values, indices, W_dec)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        values, indices, W_dec = ctx.saved_tensors
+        needs_values, _, needs_W = ctx.needs_input_grad
+        d_values = decode_backward(grad, torch.ones_like(values), indices, W_dec) if needs_values else None
+        d_W = _sparse_decode_backward(grad, values, indices, W_dec, False, True)[1] if needs_W else None
+        return d_values, None, d_W
