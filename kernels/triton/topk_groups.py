@@ -67,8 +67,8 @@ def _move(
 # Bytes a row: 4 a group and a slot; 264 for each group that is new, which are 59, 165 and 210 in all (A, B, C).
 # Operations, counted from SASS (sm_90), for up to 512 candidates: 980 instructions, 75 for each step of the bisection,
 # of which there are 4 to 9, and 129 to copy up to 32 groups.
-# Floor: the bytes, A 0.05, B 0.13, C 0.18 ms for all ranges. Predicted from these counts with simulated trip counts:
-# A 0.06, B 0.11, C 0.22 ms.
+# Floor: the bytes, A 0.05, B 0.13, C 0.18 ms for all ranges. Predicted (bench/predict): A 0.14,
+# B 0.26, C 0.51 ms, by integer instructions.
 @jit
 def _keep_groups(
     acts_ptr,

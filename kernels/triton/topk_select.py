@@ -151,7 +151,7 @@ def choose(
 # A program: one row, in one warp. Bytes a row: 4 GROUP + 4 a listed group, 8 k written.
 # Operations, counted from SASS (sm_90): for 1,024 candidates 500 instructions, 117 for each step of the bisection, of
 # which there are 3 to 5, and 1,350 to write; for 2,048 it is 850, 222 and 2,700.
-# Floor: the bytes, A 0.01, B and C 0.02 ms. Predicted from these counts: A 0.02, B and C 0.04 ms.
+# Floor: the bytes, A 0.01, B and C 0.02 ms. Predicted (bench/predict): A 0.02, B 0.06, C 0.05 ms.
 @jit
 def _select(
     acts_ptr,
@@ -191,7 +191,7 @@ def _select(
 # values, indices = pairs [rows, k] sorted, largest first; equal ones by lower column. Values are relu'd.
 #
 # A program: BLOCK_M rows of up to BLOCK entries. Bytes: 8 n k read, 10 or 12 n k written. Floor: the launch.
-# Predicted: 3 to 5 us at A, B and C.
+# Predicted (bench/predict): A 2, B and C 6 us.
 @jit
 def _finish(
     pairs_ptr,
