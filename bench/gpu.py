@@ -117,6 +117,7 @@ def do(case: Case, here: Here, seconds: float) -> dict[str, Any]:
 
 def _child(case: Case, here: Here, part: Path, log: Path) -> None:
     os.setsid()  # so that its children are stopped with it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores SIGINT
     if sys.platform == "linux":  # where the parent is killed, it is not to go on
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
