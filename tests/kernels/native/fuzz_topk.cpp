@@ -127,9 +127,9 @@ void above_rows() {
         const Matrix<float> tile(n, width, width + below(9));
         for (int64_t i = 0; i < n * width; ++i) tile(i / width, i % width) = pre_acts(i / width, first + i % width);
         const csae_band here = band.from(first);
-        check_status(csae_above_add(&best, &here, tile.data(), tile.stride, bias.data() + first, width, first,
-                                    some_threads()),
-                     csae_ok);
+        check_status(
+            csae_above_add(&best, &here, tile.data(), tile.stride, bias.data() + first, width, first, some_threads()),
+            csae_ok);
     }
     function = "csae_above_finish";
     const auto values = output<float>(n, k);
@@ -235,8 +235,8 @@ void above_settle(const csae_topk& best, int64_t k, const Matrix<float>& x, cons
         for (int64_t j = found; j < k; ++j) check(values(i, j) == 0 && indices(i, j) == 0, "something behind the end");
         for (int64_t f = 0; f < d_sae; ++f) {
             const double value = double{dots(i, f)} + bias(0, f);
-            const bool surely = band.inside(f, static_cast<float>(value - slack)) &&
-                                band.inside(f, static_cast<float>(value + slack));
+            const bool surely =
+                band.inside(f, static_cast<float>(value - slack)) && band.inside(f, static_cast<float>(value + slack));
             check(chosen[f] || !surely || !(value > lowest + slack), "one in the band was missed");
         }
     }

@@ -138,8 +138,8 @@ void add(const TopkScan& scan, Above above, const csae_topk& to, int64_t i, cons
         std::copy_n(row.bias + whole, rest, tail.bias);
         std::copy_n(band.floor + whole, rest, tail.floor);
         if (bounded) std::copy_n(band.ceiling + whole, rest, tail.ceiling);
-        nan = here.add({tail.row, tail.bias}, {tail.floor, bounded ? tail.ceiling : nullptr},
-                       (uint64_t{1} << rest) - 1, first_column + whole);
+        nan = here.add({tail.row, tail.bias}, {tail.floor, bounded ? tail.ceiling : nullptr}, (uint64_t{1} << rest) - 1,
+                       first_column + whole);
     }
     to.threshold[i] = here.threshold;
     to.count[i] = nan ? broken : static_cast<int32_t>(here.candidates.count);
@@ -285,9 +285,8 @@ int csae_above_settle(const csae_topk* best, const csae_band* band, int64_t k, f
         for (int i = 0; i < n_threads; ++i) workspaces[i].reset(new csae::Workspace(best->k));
         const auto run = [&](auto* typed) {
             using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
-            const csae::Settle<T> settle{*best,        *band,          k,    start,
-                                         of_values != 0, typed,        table_stride, d_sae,
-                                         d,            bias,           csae::topk_scan(), csae::row_sums<T>()};
+            const csae::Settle<T> settle{*best,        *band, k, start, of_values != 0,    typed,
+                                         table_stride, d_sae, d, bias,  csae::topk_scan(), csae::row_sums<T>()};
             csae::parallel_for(n, csae::piece_of(n, n_threads), n_threads, [&](int thread, int64_t begin, int64_t end) {
                 for (int64_t i = begin; i < end; ++i) {
                     bool here = true;
