@@ -171,7 +171,7 @@ def _keep_groups(
         m_j = o_j < come
         # [BLOCK_J] each
         b_from = tl.load(moves_ptr + o_j, mask=m_j, other=0)
-        b_slots = tl.load(moves_ptr + listed + o_j, mask=m_j & (old > 0), other=0)
+        b_slots = tl.load(moves_ptr + listed + o_j, mask=o_j < go, other=0)
         b_slots = tl.where(old > 0, b_slots, o_j)
         tl.store(tops_ptr + b_slots, to_key(tl.load(maxima_ptr + b_from, mask=m_j, other=0.0)), mask=m_j)
         tl.store(groups_ptr + b_slots, offset + b_from, mask=m_j)
