@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from csae.config import SELECTIONS
-from csae.errors import UserError
 from csae.ops import batch_topk_encode, threshold_encode, topk_encode
 from csae.ops.batch_topk_encode import batch_encode_again, batch_encode_and_keep
 from csae.ops.threshold_encode import threshold_encode_again, threshold_encode_and_keep, threshold_encoder
@@ -119,9 +118,3 @@ def in_use(sae: SAE) -> Iterator[None]:
         yield
     finally:
         sae.train(training)
-
-
-def only_topk(sae: SAE, what: str) -> None:
-    """Raise UserError where the number of features varies from token to token: `what` can't follow that."""
-    if sae.selection != "topk":
-        raise UserError(f'{what}: given an SAE with selection="{sae.selection}"; needed one with selection="topk"')

@@ -46,7 +46,6 @@ from csae.train import train
 FOUND = "evidence.json"
 NO_GAPS = 10**9  # training needs no comparison of the exact form with sweeps: the evaluation makes it
 KEPT = ("n_params", "fvu", "l0", "cosine", "dead", "silent", "fvu_sweeps", "l0_sweeps")
-MILLION = 1_000_000
 BUDGETS = [Budget(tokens=840_000, distinct=420_000), Budget(tokens=2_520_000, distinct=1_260_000)]
 BUDGETS += [Budget(tokens=8_400_000, distinct=3_000_000)]
 

@@ -43,8 +43,9 @@ def test_no_kernel_became_slower(op: str, written: dict[str, Any]) -> None:
     if f"triton {triton.__version__}," not in written["source"]:
         pytest.skip(f"predictions.json was not made with triton {triton.__version__}")
     found = launches.of_op(op, SHAPES["A"])
-    if outdated([found], counted("A")):
-        pytest.skip("its source was changed since its loops were counted: run `python -m csae.bench.predict --write`")
+    assert not outdated([found], counted("A")), (
+        "a kernel's source was changed: run `python -m csae.bench.predict --write`"
+    )
     rows = model.times(found, counted("A"))
     assert sum(time.ms for _, _, time in rows) <= SLOWER * written["ms"][op]["A"], "if that is meant: predict --write"
 
