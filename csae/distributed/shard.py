@@ -34,7 +34,9 @@ class Shard:
         return self  # connections can't be copied
 
     def trace(self, sae: Any, trained: Collection[str], training: bool = True) -> ShardedTrace:
-        """A pass over the ranks."""
+        """A pass over the ranks. `trained` names the parameters that get a gradient, if any do."""
+        if trained:
+            check_trains(sae)
         return ShardedTrace(sae, trained, self, training)
 
     def total(self, x: Tensor) -> Tensor:
@@ -97,9 +99,14 @@ def sharded(make: Callable[[], AnySAE], ranks: Ranks) -> AnySAE:
     """
     with owning(ranks.rows):
         sae = make()
+    check_trains(sae)
+    sae.shard = Shard(sae.d_sae, ranks)
+    return sae
+
+
+def check_trains(sae: Any) -> None:
+    """Raise UserError where an SAE that several ranks share is not trained: its thresholds would get no gradient."""
     if sae.selection == "jumprelu":
         raise UserError(
             'selection: given "jumprelu" for an SAE that several ranks share; needed "batch" or "topk", or one process'
         )
-    sae.shard = Shard(sae.d_sae, ranks)
-    return sae

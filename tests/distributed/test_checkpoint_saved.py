@@ -262,7 +262,14 @@ def test_a_threshold_is_saved(tmp_path: Path) -> None:
     assert sae.threshold.shape == ()
 
 
+def _train_loaded(ranks: Any, folder: Path) -> None:
+    load_sae(folder, ranks=ranks).gradients(torch.ones(2, 6))
+
+
 def test_thresholds_of_features_are_refused(tmp_path: Path) -> None:
+    TopKSAE(6, 10, 3, selection="jumprelu").save_pretrained(tmp_path / "one")
+    with pytest.raises(Exception, match='selection: given "jumprelu" for an SAE that several ranks share'):
+        run(2, _train_loaded, tmp_path / "one")
     with pytest.raises(Exception, match='selection: given "jumprelu" for an SAE that several ranks share'):
         run(3, _save_selecting, tmp_path / "several", "jumprelu")
 
