@@ -151,7 +151,8 @@ def save(*args, **kwargs):
 writer.save_plain = save
 def main():  # a process group may not outlive the program
     with joined("cpu", 60) as ranks:
-        print("begun", flush=True)
+        if ranks.rank == 0:  # what several ranks print at once may run together
+            print("begun", flush=True)
         _small(ranks, Path({folder!r}), True)
 main()
 """
