@@ -107,7 +107,7 @@ $(ready): $(sources)
 	$(PYTHON) -m venv .venv
 	$(LOCKED) $(bin)/python -m pip install --quiet torch
 	$(bin)/python -c 'import triton' 2>/dev/null || $(bin)/python -m pip install --quiet '$(TRITON)'
-	$(LOCKED) $(bin)/python -m pip install --quiet --editable '.[cli,datasets,dev,docs]'
+	$(LOCKED) $(bin)/python -m pip install --quiet --editable '.[cli,datasets,dev,docs,evidence]'
 	touch $@
 
 # torchvision, which the peers ask for, goes at the end: where it doesn't fit this torch, `import transformers` fails.
