@@ -1,11 +1,11 @@
 """Does the lead of looking back last? FVU against training tokens, at equal parameters and equal mean L0.
 
-    python -m csae.bench.evidence.lead OUT [--tokens 840000 --distinct 420000] [--selection batch]
+    python -m csae.bench.evidence.lead OUT [--tokens 840000 --distinct 420000] [--selection batch] [--corpus NAME]
 
-SmolLM2-135M on English manuals (`documentation`). At each budget: a per-token SAE widened to equal parameters, with k,
-1.5 k and 2 k features, and the contextual SAE with k, both queries. Each budget is a training of its own, with the
-learning rate's whole course. `lead` is how many times the features of the contextual SAE the per-token SAE needs for
-the same FVU.
+SmolLM2-135M on English manuals (`documentation`), or another corpus of `texts`. At each budget: a per-token SAE widened
+to equal parameters, with k, 1.5 k and 2 k features, and the contextual SAE with k, both queries. Each budget is a
+training of its own, with the learning rate's whole course. `lead` is how many times the features of the contextual SAE
+the per-token SAE needs for the same FVU.
 
     OUT/activations/        all hook points, from one pass of the model; made once
     OUT/runs/NAME/          a run of csae.train for each SAE, with its figures (evidence.json)
@@ -133,11 +133,11 @@ def leads(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def cached(folder: Path, hooks: Sequence[str], distinct: int, n_ctx: int) -> Path:
+def cached(folder: Path, hooks: Sequence[str], distinct: int, n_ctx: int, corpus: str) -> Path:
     """A folder with the activations at these hook points, made where it is not complete."""
     dtype = getattr(torch, resolved_dtype("auto", torch.device("cpu")))
     lm = LanguageModel.load(smollm2(), device="cpu", dtype=dtype)
-    windows = texts.windows("documentation", lm.tokenizer, n_ctx, (distinct // n_ctx + HELD_OUT) * n_ctx)
+    windows = texts.windows(corpus, lm.tokenizer, n_ctx, (distinct // n_ctx + HELD_OUT) * n_ctx)
     write_cache(ModelActivations(lm, list(hooks), windows), folder, progress=track)
     return folder
 
@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("--distinct", type=int, action="append", help="of these; default: 420k, 1,260k and 3,000k")
     parser.add_argument("--lr", type=float, default=LR)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--corpus", default="documentation", help="a folder OUT is of one corpus")
     given = parser.parse_args()
     budgets = BUDGETS
     if given.tokens or given.distinct:
@@ -161,7 +162,7 @@ def main() -> None:
         budgets = [Budget(tokens=n, distinct=d) for n, d in zip(given.tokens, given.distinct, strict=True)]
     hooks = given.hook or ["resid.out:11"]
     distinct, n_ctx = max(budget.distinct for budget in budgets), budgets[0].n_ctx
-    folder = cached(given.out / "activations", hooks, distinct, n_ctx)
+    folder = cached(given.out / "activations", hooks, distinct, n_ctx, given.corpus)
     entries = []
     for seed in range(given.seeds):
         for budget in budgets:

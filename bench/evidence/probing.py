@@ -1,7 +1,5 @@
 """Sparse probing: how well the best one or five features of an SAE tell what a token is.
 
-    python -m csae.bench.evidence.probing RUN [RUN ...] -o FILE
-
 For each label of `labels`: features are chosen on one half of the windows and measured on the other. A token is taken
 for one that has the label where any chosen feature fires. F1 is that of Gurnee et al. 2023 ("Finding Neurons in a
 Haystack"); they fit a classifier to the features, here their firing itself decides, so what is measured is what a
@@ -11,29 +9,18 @@ are probed apart, and together.
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from csae.attribution import attribute
-from csae.bench.evidence import labels as of
-from csae.bench.evidence import texts
-from csae.checkpoint import load_sae
 from csae.contextual_sae import ContextualSAE
-from csae.data.activations import ActivationSource, ModelActivations
-from csae.data.cache import write_cache
-from csae.data.language_model import LanguageModel
-from csae.data.loading import smollm2
-from csae.data.shard_activations import ShardActivations
+from csae.data.activations import ActivationSource
 from csae.evaluate import run_form
-from csae.files import write_json
 from csae.outputs import Code, Output
-from csae.progress import Progress, quiet, track
+from csae.progress import Progress, quiet
 from csae.sae import SAE
 
 AT_MOST = (1, 5)
@@ -43,8 +30,6 @@ SHARES = (0.02, 0.1, 0.3)
 LEVELS = (0.0, 0.5, 1.0)
 """of a feature's mean value where it is active: it fires above one of these, each of them tried"""
 BATCH_WINDOWS = 16
-WINDOWS = 96
-REGION_TOKENS = 64
 
 Found = tuple[Tensor, Tensor, Tensor]
 """Positions, features and how much of each is there, all [n]."""
@@ -184,52 +169,3 @@ def _items(positions: Tensor, features: Tensor, kept: Sequence[Tensor], d_sae: i
 def _together(one: Firings, other: Firings) -> Firings:
     items = torch.cat([one.items, other.items + one.n_items])
     return Firings(torch.cat([one.positions, other.positions]), items, one.n_items + other.n_items)
-
-
-def sources(
-    lm: LanguageModel, hook: int | str, n_windows: int = WINDOWS, n_ctx: int = 256
-) -> dict[str, tuple[ModelActivations, dict[str, Tensor]]]:
-    """Text to probe on, with its labels: English (words), code and prose in turn, six languages in turn.
-
-    The English is that of Python's documentation, and the languages are of the sections of Debian's books that are held
-    out: no SAE of `lead` was trained on it.
-    """
-    english = texts.windows("english", lm.tokenizer, n_ctx, n_windows * n_ctx)
-    two = {"prose": texts.english(), "code": of.python_code()}
-    code = texts.switching(two, lm.tokenizer, n_ctx, n_windows, REGION_TOKENS)
-    books = texts.split(texts.multilingual())[1]
-    languages = texts.switching(books, lm.tokenizer, n_ctx, n_windows, REGION_TOKENS)
-    return {
-        "words": (ModelActivations(lm, hook, english), of.of_words(english.tokens, lm.tokenizer, of.hanta())),
-        "code": (ModelActivations(lm, hook, code.windows), of.of_switches(code)),
-        "languages": (ModelActivations(lm, hook, languages.windows), of.of_switches(languages)),
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of SAEs of one hook point")
-    parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--hook", default="resid.out:11")
-    parser.add_argument("--windows", type=int, default=WINDOWS, help="of each text")
-    given = parser.parse_args()
-    lm = LanguageModel.load(smollm2(), device="cpu")
-    found = []
-    with tempfile.TemporaryDirectory() as folder:
-        read = []
-        for name, (source, labels) in sources(lm, given.hook, given.windows).items():
-            write_cache(source, Path(folder) / name, progress=track)
-            read.append((ShardActivations(Path(folder) / name), labels))
-        for run in given.runs:
-            sae = load_sae(run)
-            entries = [
-                entry
-                for source, labels in read
-                for entry in measure(sae, source, range(source.n_windows), labels, progress=track)
-            ]
-            found.append({"run": run.name, "arch": sae.arch, "k": sae.k, "n_params": sae.n_params, "probes": entries})
-            write_json(given.out, found)
-
-
-if __name__ == "__main__":
-    main()

@@ -311,7 +311,9 @@ def _figures_of_mark(half: _Half, language: int, feature: int) -> dict[str, Any]
     share of positions at which it is active in the language's regions, and in others. In the language's regions:
     flicker: how often it switches on or off in 100 positions; rate_by_offset: the share of regions in which it is
     active at an offset; first_by_offset: the share in which it first fires there; median_first: the median of that
-    offset.
+    offset. at_once, at_once_elsewhere: the share of the language's regions after a switch, and of other such regions,
+    in which it fires in the first START positions. again: how many times more it fires in a region of the language in
+    which it fired at once, the mean.
     """
     fires, here = half.fires(feature), half.languages == language
     seen = half.mask & here
@@ -328,6 +330,11 @@ def _figures_of_mark(half: _Half, language: int, feature: int) -> dict[str, Any]
     is_first = fires & (half.offset == first[half.region])
     after = seen & half.after_switch
     firsts = half.offset[is_first & after]
+    times = torch.bincount(half.region[fires], minlength=n_regions)
+    switched = torch.zeros(n_regions, dtype=torch.bool)
+    switched[half.region[half.after_switch]] = True
+    at_once = switched & (first < START)
+    here_at_once, elsewhere = at_once & of_language, switched & ~of_language
     return {
         "recall": recall,
         "false_alarms": false_alarms,
@@ -338,6 +345,9 @@ def _figures_of_mark(half: _Half, language: int, feature: int) -> dict[str, Any]
         "rate_by_offset": half.by_offset(fires, after),
         "first_by_offset": half.by_offset(is_first, after),
         "median_first": float(firsts.double().quantile(0.5)) if len(firsts) else None,
+        "at_once": _ratio(here_at_once.sum(), (switched & of_language).sum()),
+        "at_once_elsewhere": _ratio((at_once & elsewhere).sum(), elsewhere.sum()),
+        "again": _ratio((times - 1)[here_at_once].sum(), here_at_once.sum()),
     }
 
 

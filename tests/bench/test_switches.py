@@ -106,6 +106,28 @@ def test_where_marks_fire(known: dict[str, Any]) -> None:
     assert z["flicker"] == pytest.approx(100)
 
 
+def test_how_often_a_mark_fires_again(known: dict[str, Any]) -> None:
+    x, y, z = (mark(known, language, "region") for language in "xyz")
+    assert [found["at_once"] for found in (x, y, z)] == [1, 1, 1]
+    assert [found["at_once_elsewhere"] for found in (x, y, z)] == [0, 0, 0]
+    assert [found["again"] for found in (x, y, z)] == [R - 1, 0, R // 2 - 1]
+
+
+def test_a_mark_that_comes_late_is_not_there_at_once() -> None:
+    regions, languages, offset = layout(12)
+    acts = torch.zeros(12, T, D)
+    acts[..., 5] = ((languages == 1) & (offset >= START)).float()
+    acts[..., 6] = ((languages == 2) & (offset % 9 == 0)).float()
+    acts[::2, :, 6] += ((languages[::2] == 0) & (offset[::2] == 0)).float()
+    result = measure(identity_sae(2), Given(acts), range(12), regions, languages, list("xyz"))
+    late, early = mark(result, "y", "region"), mark(result, "z", "region")
+    assert (late["feature"], late["recall"], late["at_once"], late["again"]) == (5, 1, 0, None)
+    assert (early["feature"], early["at_once"], early["again"]) == (6, 1, 1)
+    after = [(w, r) for w in range(6, 12) for r in (1, 2) if (w + r) % 3 != 2]
+    there = [w % 2 == 0 and (w + r) % 3 == 0 for w, r in after]
+    assert early["at_once_elsewhere"] == pytest.approx(sum(there) / len(there))
+
+
 def test_means_over_languages(known: dict[str, Any]) -> None:
     mean = known["mean_marks"]["region"]
     x, y, z = (mark(known, language, "region") for language in "xyz")
