@@ -137,8 +137,9 @@ def _drop_what_nobody_reads() -> None:
 
 
 def _say(line: str) -> None:
-    try:  # noqa: SIM105
-        print(line, file=sys.stderr, flush=True)
+    try:  # in one write, as csae.progress.say, which is not imported yet where a signal comes early
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
     except (OSError, ValueError):  # nobody is there to read it
         pass
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ from csae.pages.from_index import from_index
 from csae.pages.held_out import passages
 from csae.pages.view import view
 from csae.pages.view_page import write_view
-from csae.progress import Progress, track
+from csae.progress import Progress, say, track
 from csae.run import METRICS
 from csae.sae import SAE
 from csae.topk_sae import TopKSAE
@@ -119,7 +118,7 @@ def run_demo(
         raise UserError("--layer, --hook: both given; needed one of them")
     out = Path(out)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    _say("language model: loading")
+    say("language model: loading")
     dtype = getattr(torch, resolved_dtype(lm_dtype, torch.device(device)))
     lm = LanguageModel.load(smollm2() if model is None else model, device=device, dtype=dtype)
     point = lm.hook(hook or (LAYER if layer is None else layer))
@@ -145,12 +144,12 @@ def run_demo(
     for sae in saes.values():
         sae.to(device).initialise(mean.to(device), scale)
     sizes = ", ".join(f"{name} {sae.n_params / 1e6:.2f}M parameters" for name, sae in saes.items())
-    _say(f"training on {config.steps * batch_windows} windows: {sizes}")
+    say(f"training on {config.steps * batch_windows} windows: {sizes}")
     jobs = [Job(sae, runs[name], config, origin) for name, sae in saes.items()]
     train_together(jobs, IndexedBatches(source, train_windows, config))
     rows: list[dict[str, Any]] = []
     figures: list[dict[str, Any]] = []
-    _say(f"evaluating on {len(test_windows)} held-out windows")
+    say(f"evaluating on {len(test_windows)} held-out windows")
     subjects = [Subject(sae, name) for name, sae in saes.items()]
     at_once = max(1, EVAL_BATCH_TOKENS // n_ctx)
     evaluated = evaluate_together(subjects, source, test_windows, lm, at_once, CE_WINDOWS, progress)
@@ -177,10 +176,10 @@ def run_demo(
         "saes": figures,
     }
     write_json(out / "results.json", results)
-    _say("report: which features are active where")
+    say("report: which features are active where")
     _write_report(out / "report.html", results, runs, saes, source, test_windows, lm, progress)
     Console().print(table(rows))
-    _say(f"figures: {shown(out / 'results.json')}\nreport:  {shown(out / 'report.html')}")
+    say(f"figures: {shown(out / 'results.json')}\nreport:  {shown(out / 'report.html')}")
     return results
 
 
@@ -258,7 +257,3 @@ def _training_speed(run: Path) -> float:
         found = [json.loads(line) for line in lines]
     # Runs of earlier versions were trained one by one, and say only that.
     return statistics.median(line.get("sae_tokens_per_s", line["tokens_per_s"]) for line in found)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

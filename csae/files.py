@@ -8,13 +8,13 @@ import math
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from csae.errors import FailedElsewhere, UserError, shown
+from csae.progress import say
 
 try:
     import fcntl
@@ -263,7 +263,7 @@ def lock(file: int | IO[Any], path: Path, doing: str) -> None:
             ) from error
         # Some network file systems have no locks.
         reason = f"this file system can't lock it ({error.strerror})"
-        print(f"{path}: {reason}: see that only one process at a time is {doing}", file=sys.stderr)
+        say(f"{path}: {reason}: see that only one process at a time is {doing}")
 
 
 def wait_for_lock(file: IO[Any]) -> None:

@@ -26,6 +26,7 @@ from typing import Any
 from csae import versions
 from csae.errors import UserError, first_line, shown
 from csae.files import read_json, write_json
+from csae.progress import say
 
 LOGS = ("wandb", "trackio", "tensorboard")
 LOGS_FILE = "logs.json"
@@ -178,10 +179,7 @@ def _guarded(name: str, log: Log) -> Log:
             log(line)
         except Exception as error:
             failed = True
-            print(
-                f"--log {name}: {shown(first_line(error))}: training goes on, and is logged there no more",
-                file=sys.stderr,
-            )
+            say(f"--log {name}: {shown(first_line(error))}: training goes on, and is logged there no more")
 
     return guarded
 

@@ -1,4 +1,4 @@
-"""Progress of a long loop, on stderr: drawn often on a terminal, every ten seconds in a log."""
+"""What is said on stderr: lines, and how far a long loop is, drawn often on a terminal, every ten seconds in a log."""
 
 from __future__ import annotations
 
@@ -11,6 +11,16 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 10.0
+
+
+def say(line: str) -> None:
+    """Say a line.
+
+    The line and its end are one write. Where Python is unbuffered, as under torchrun, `print` makes two, and lines of
+    several ranks would run together.
+    """
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 class Progress(Protocol):

@@ -20,7 +20,6 @@ on the same batches, each as if it were alone.
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -38,6 +37,7 @@ from csae.distributed.hosts import Hosts, ranks_of
 from csae.distributed.in_step import in_step
 from csae.errors import FailedElsewhere, Stopped, UserError, shown
 from csae.progress import bar as progress_bar
+from csae.progress import say
 from csae.sae import SAE
 from csae.step import train_step
 from csae.training import Job, Sample, Training
@@ -188,7 +188,7 @@ def _say_thresholds(count: int, hosts: Hosts) -> None:
     if count and hosts.is_first:
         what = "the threshold" if count == 1 else f"the thresholds of {count} SAEs"
         with suppress(BrokenPipeError):
-            print(f"setting {what} on the first tokens of training", file=sys.stderr, flush=True)
+            say(f"setting {what} on the first tokens of training")
 
 
 def _attempt(problems: list[tuple[Training, Exception]], run: Training, do: Any, *given: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -39,6 +38,7 @@ from csae.extend import Earlier, earlier_job, extend, keep_source, of_source, so
 from csae.figures import Figures, logged_steps, mean
 from csae.files import read_json
 from csae.logs import check_logs, open_logs
+from csae.progress import say
 from csae.run import (
     FILES,
     METRICS,
@@ -360,10 +360,9 @@ class Training:
         self._check_trained()
         l0 = self.calibrate(sample)
         if abs(l0 / self.sae.k - 1) > NOT_REACHED and self.hosts.is_first:
-            print(
+            say(
                 f"{self.run}: {l0:.3g} features a token in use, where k is {self.sae.k}: no threshold comes nearer, on "
-                "the first windows of training",
-                file=sys.stderr,
+                "the first windows of training"
             )
         assert self.sae.trained_on is not None
         train_fvu = self.line.get("fvu_exact", self.line.get("fvu"))
@@ -400,9 +399,9 @@ class Training:
         try:
             settle(self.run)  # not earlier: after a kill, the steps after the checkpoint are done again
         except UserError as error:  # the SAE is trained nevertheless
-            print(error, file=sys.stderr)
+            say(str(error))
         for path, reason in remove_checkpoints(self.run, self.about).items():
-            print(f"{path}: kept: {reason}", file=sys.stderr)
+            say(f"{path}: kept: {reason}")
 
     def _check_trained(self) -> None:
         """Raises UserError where weights are not finite, or ranks differ, before they replace the last checkpoint."""

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
-from csae.progress import quiet, track
+from csae.progress import quiet, say, track
 
 
 @pytest.mark.parametrize("show", [quiet, track])
@@ -29,3 +32,19 @@ def test_it_is_drawn_on_stderr_and_seldom_in_a_log(terminal, drawn, monkeypatch,
 def test_quiet_shows_nothing(capsys) -> None:
     list(quiet(range(3), "reading"))
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_line_is_said_at_once(capsys) -> None:
+    say("something")
+    assert capsys.readouterr() == ("", "something\n")
+
+
+def test_lines_of_two_unbuffered_processes_stay_apart() -> None:
+    program = "import sys; from csae.progress import say\nfor _ in range(1000): say(60 * sys.argv[1])"
+    read, write = os.pipe()
+    both = [subprocess.Popen([sys.executable, "-u", "-c", program, name], stderr=write) for name in "ab"]
+    os.close(write)
+    with open(read) as lines:
+        said = Counter(line.rstrip("\n") for line in lines)
+    assert [process.wait() for process in both] == [0, 0]
+    assert said == {60 * "a": 1000, 60 * "b": 1000}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +89,7 @@ def _write(out: Path, options: dict[str, Any], ranks: Ranks | None) -> None:
     from csae.data.streamed import open_streamed
     from csae.distributed.hosts import Hosts
     from csae.distributed.same_data import check_same_data
-    from csae.progress import quiet, track
+    from csae.progress import quiet, say, track
 
     hosts = Hosts(ranks)
     first = hosts.is_first
@@ -114,7 +113,7 @@ def _write(out: Path, options: dict[str, Any], ranks: Ranks | None) -> None:
             shuffle=options["shuffle"],
             append=options["append"],
             ranks=ranks,
-            say=_say,
+            say=say,
         )
     except UserError:
         if streamed and first:
@@ -130,10 +129,6 @@ def _write(out: Path, options: dict[str, Any], ranks: Ranks | None) -> None:
         print(f"added: {did.n_added} windows")
     tokens = did.n_windows * source.n_ctx
     print(f"cached: {did.n_windows} windows of {source.n_ctx} positions, {tokens:,} tokens, in {shown(out)}")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def bytes_of(size: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -126,12 +125,12 @@ def _train(context: click.Context, options: dict[str, Any], ranks: Ranks | None)
     from csae.data.sources import check_said, open_source
     from csae.distributed.hosts import Hosts
     from csae.distributed.same_data import check_same_data
-    from csae.progress import quiet, track
+    from csae.progress import quiet, say, track
     from csae.train import train_together
 
     hosts = Hosts(ranks)
     share = (0, 1) if ranks is None else (ranks.rank, ranks.size)
-    say: Callable[[str], None] = _say if hosts.is_first else _say_nothing
+    tell: Callable[[str], None] = say if hosts.is_first else lambda line: None
     device = device_of(options["device"]) if ranks is None else str(ranks.device)
     lm_device = device_of(options["lm_device"] or device, "--lm-device")
     earlier = hosts.from_first(lambda: check_folders(options["out"]))
@@ -141,7 +140,7 @@ def _train(context: click.Context, options: dict[str, Any], ranks: Ranks | None)
     if "model" in origin:
         given = options["lm_dtype"] or (earlier.get("lm_dtype") if earlier else "auto")
         origin |= {} if given is None else {"lm_dtype": resolved_dtype(given, torch.device(lm_device))}
-        say(f"loading {shown(Path(origin['model']).name)} and its text")
+        tell(f"loading {shown(Path(origin['model']).name)} and its text")
     origin = as_stream(
         origin,
         options["stream"],
@@ -171,7 +170,7 @@ def _train(context: click.Context, options: dict[str, Any], ranks: Ranks | None)
     seconds = steps * per_step * (time.perf_counter() - began) / read
     takes = "" if options["init"] else f"; to read the activations takes about {_time(seconds)} of it"
     of = f"{len(jobs)} SAEs" if len(jobs) > 1 else "one SAE"
-    say(
+    tell(
         f"training {of} on {steps * per_step:,} tokens: {steps:,} steps of {options['batch_windows']} windows of "
         f"{source.n_ctx}{takes}"
     )
@@ -180,14 +179,6 @@ def _train(context: click.Context, options: dict[str, Any], ranks: Ranks | None)
         return
     runs = " ".join(shown(job.run) for job in jobs)
     print(f"trained: {runs} (look at {'them' if len(jobs) > 1 else 'it'}: csae eval {runs})")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _say_nothing(line: str) -> None:
-    pass
 
 
 def _time(seconds: float) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +18,7 @@ from csae.data.shard_writer import Part, begun, check_about, check_whole, claime
 from csae.distributed.hosts import Hosts
 from csae.distributed.ranks import Ranks
 from csae.errors import UserError
-from csae.progress import Progress, quiet
+from csae.progress import Progress, quiet, say
 
 SHARD_BYTES = 256 * 2**20
 HEADER_BYTES = 1024  # of a shard, at most
@@ -229,8 +228,7 @@ def _warn_if_full(paths: Mapping[str, Path], part: Part, window_bytes: int) -> N
     there = next(each for each in (folder, *folder.parents) if each.is_dir())
     free = shutil.disk_usage(there).free
     if needed > free:
-        print(
+        say(
             f"{there}: {free / 1e6:,.1f} MB are free, and {needed / 1e6:,.1f} MB are to be written: the disk will be "
-            "full before that (--max-bytes stores less)",
-            file=sys.stderr,
+            "full before that (--max-bytes stores less)"
         )

@@ -15,12 +15,12 @@ from csae.data.packing import TokenWindows
 from csae.data.retrying import read_on
 from csae.data.row_tokens import RowTokens, choose_columns, tell_left_out
 from csae.data.rows import open_rows
-from csae.data.stream import SHUFFLED, TokenStream, say_on_stderr
+from csae.data.stream import SHUFFLED, TokenStream
 from csae.data.stream_batches import StreamBatches
 from csae.data.text import beginning, load_token_dataset, tokenize
 from csae.data.token_rows import IDS
 from csae.errors import UserError
-from csae.progress import Progress, quiet
+from csae.progress import Progress, quiet, say
 
 CHARACTERS = 6  # a token has fewer, as a rule
 MEASURED = 64  # windows of a stream from which the normalisation is estimated
@@ -72,7 +72,7 @@ def as_stream(
 
 
 def open_stream(
-    origin: dict[str, Any], lm: LanguageModel, workers: int = 1, say: Callable[[str], None] = say_on_stderr
+    origin: dict[str, Any], lm: LanguageModel, workers: int = 1, say: Callable[[str], None] = say
 ) -> TokenStream:
     """The stream that `origin` describes. Raises UserError where it can't be opened."""
     rows = open_rows(origin["dataset"])
@@ -103,7 +103,7 @@ def open_stream_batches(
     held_out: what `csae.data.sources.open_source` gives for it. share: the rank and the number of ranks; what there is
     to say of the text, rank 0 says.
     """
-    stream = open_stream(origin, held_out.lm, workers, say_on_stderr if share[0] == 0 else lambda line: None)
+    stream = open_stream(origin, held_out.lm, workers, say if share[0] == 0 else lambda line: None)
     tokens, documents, special, begin = stream.first(stream.held_out + MEASURED)
     if len(tokens) <= stream.held_out:
         raise UserError(
@@ -152,11 +152,11 @@ def _texts(origin: dict[str, Any], lm: LanguageModel) -> Iterator[str]:
     to_tokens = RowTokens(lm.tokenizer, columns, chat)
     document = ""
     left_out = 0
-    for chunk in read_on(rows, {}, columns, say_on_stderr):
+    for chunk in read_on(rows, {}, columns, say):
         texts, bad = to_tokens.texts(chunk)
         for line in bad:
             left_out += 1
-            tell_left_out(line, left_out, say_on_stderr)
+            tell_left_out(line, left_out, say)
         if not chunk.goes_on and document:
             yield document
             document = ""

@@ -10,7 +10,6 @@ A data set that ends begins again, with a line that says so. Rows that can't be 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,14 +24,11 @@ from csae.data.rows import Chunk, Rows
 from csae.data.shuffling import WindowBuffer
 from csae.data.workers import InOrder, Waiting
 from csae.errors import UserError
+from csae.progress import say
 
 SHUFFLED = 1024
 HOPELESS = 1000  # rows without one that can be used
 PARTS = Text._fields
-
-
-def say_on_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 class TokenStream:
@@ -54,7 +50,7 @@ class TokenStream:
         shuffle: int = SHUFFLED,
         seed: int = 0,
         workers: int = 1,
-        say: Callable[[str], None] = say_on_stderr,
+        say: Callable[[str], None] = say,
     ) -> None:
         least_of = {"shuffle": (shuffle, 1), "held_out": (held_out, 0), "workers": (workers, 0), "seed": (seed, 0)}
         for name, (value, least) in least_of.items():

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
@@ -23,6 +22,7 @@ import torch
 
 from csae.errors import UserError
 from csae.files import wait_for_lock, write_file
+from csae.progress import say
 from csae.tensors import load_tensors, save_tensors
 
 VARIABLE = "CSAE_TOKEN_CACHE"
@@ -142,7 +142,7 @@ def _keep(file: Path, tokens: np.ndarray, lengths: np.ndarray) -> None:
     try:
         write_file(file, lambda path: save_tensors(tensors, path))
     except UserError as error:
-        print(f"token ids are not kept: {error}; {VARIABLE} names another folder, or none: ''", file=sys.stderr)
+        say(f"token ids are not kept: {error}; {VARIABLE} names another folder, or none: ''")
         return
     _make_room(file)
 

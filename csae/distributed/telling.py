@@ -32,6 +32,7 @@ import torch.distributed as dist
 
 from csae.distributed.ranks import Ranks, joined
 from csae.errors import FailedElsewhere, Stopped, UserError, memory_problem, shown
+from csae.progress import say
 
 EVERY = 1.0  # seconds
 GRACE = 15.0  # seconds, for a rank to end by itself when another one has failed
@@ -85,7 +86,7 @@ def end(error: BaseException, told: tuple[str | None, int] | None) -> NoReturn:
                 if told is None:
                     traceback.print_exception(error)
                 elif told[0] is not None:
-                    print(told[0], file=sys.stderr)
+                    say(told[0])
                 tell_torchrun((told and told[0]) or f"{type(error).__name__}: {error}")
         if not tells:
             tell_torchrun(BECAUSE, first=False)
@@ -219,7 +220,7 @@ def _look_after_others(store: dist.TCPStore) -> None:
             gone = [] if store.check([_key("failed")]) else _gone_ranks(store)
             if gone and is_first_to_tell(store=store):
                 line = f"csae: {_ended(gone)}"
-                print(f"\n{line}", file=sys.stderr, flush=True)
+                say(f"\n{line}")
                 tell_torchrun(line)
             if store.check([_key("failed")]):
                 if not _Notes.is_over.wait(GRACE):
@@ -228,7 +229,7 @@ def _look_after_others(store: dist.TCPStore) -> None:
                 return
     except RuntimeError:  # the store is gone, and with it torchrun: nobody else would end this process
         if not _Notes.is_over.wait(GRACE):
-            print(f"\ncsae: torchrun on the first machine is gone: {GO_ON}", file=sys.stderr, flush=True)
+            say(f"\ncsae: torchrun on the first machine is gone: {GO_ON}")
             os._exit(1)
 
 

@@ -308,8 +308,3 @@ def test_states_of_another_stream(lines: Path) -> None:
 def test_bad_sizes(lines: Path, name: str, value: int) -> None:
     with pytest.raises(UserError, match=f"{name}: given {value}; needed"):
         stream_of(lines, **{name: value})
-
-
-def test_lines_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    streams.say_on_stderr("something")
-    assert capsys.readouterr().err == "something\n"
