@@ -150,13 +150,15 @@ def _train(context: click.Context, options: dict[str, Any], ranks: Ranks | None)
         options["seed"],
         earlier.get("held_out_windows"),
     )
-    source, _ = open_source(origin, lm_device, track if hosts.is_first else quiet)
+    opened: dict[str, Any] = {}
+    source, _ = open_source(origin, lm_device, track if hosts.is_first else quiet, opened)
     check_said(origin, source)
     check_same_data(source, hosts)
     batches: Batches | None = None
     if origin.get("stream"):
         assert isinstance(source, ModelActivations)
-        batches, source = open_stream_batches(origin, source, options["batch_windows"], options["workers"], share)
+        batch_windows, workers = options["batch_windows"], options["workers"]
+        batches, source = open_stream_batches(origin, source, batch_windows, workers, share, opened)
         train_windows = range(source.n_windows)
     else:
         train_windows, _ = held_out(source.n_windows, options["held_out"])

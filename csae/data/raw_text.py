@@ -6,6 +6,7 @@ true, "held_out_windows", how many windows at its beginning are not trained on, 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -97,13 +98,16 @@ def open_stream_batches(
     batch_windows: int,
     workers: int = 1,
     share: tuple[int, int] = (0, 1),
+    opened: dict[str, Any] | None = None,
 ) -> tuple[StreamBatches, ModelActivations]:
     """The batches of the stream that `origin` describes, and a source of its first windows, to measure them.
 
-    held_out: what `csae.data.sources.open_source` gives for it. share: the rank and the number of ranks; what there is
-    to say of the text, rank 0 says.
+    held_out: what `csae.data.sources.open_source` gives for it, with the same `opened`, so that no text is tokenized
+    twice. share: the rank and the number of ranks; what there is to say of the text, rank 0 says.
     """
     stream = open_stream(origin, held_out.lm, workers, say if share[0] == 0 else lambda line: None)
+    if (begun := (opened or {}).get(_name_of(origin))) is not None:
+        stream.begins_as(begun)
     tokens, documents, special, begin = stream.first(stream.held_out + MEASURED)
     if len(tokens) <= stream.held_out:
         raise UserError(
@@ -116,15 +120,28 @@ def open_stream_batches(
     return StreamBatches(stream, held_out, batch_windows, share), source
 
 
+def _name_of(origin: dict[str, Any]) -> str:
+    """The name of a stream among what is open: by what its token ids follow from."""
+    said = {name: origin.get(name) for name in ("model", "dataset", "text_column", "chat")}
+    return f"stream {json.dumps(said, sort_keys=True)}"
+
+
 def windows_of_dataset(
-    origin: dict[str, Any], lm: LanguageModel, begin: Sequence[int], progress: Progress = quiet
+    origin: dict[str, Any],
+    lm: LanguageModel,
+    begin: Sequence[int],
+    progress: Progress = quiet,
+    opened: dict[str, Any] | None = None,
 ) -> TokenWindows:
-    """The windows of a data set: all, or those that a stream holds out."""
+    """The windows of a data set: all, or those that a stream holds out; the stream is then put in `opened`."""
     if origin.get("stream"):
         n = origin.get("held_out_windows")
         if not n:
             raise UserError("held_out_windows: not given with a stream; needed how many windows it holds out")
-        return open_stream(origin, lm).first(n)
+        stream = open_stream(origin, lm)
+        if opened is not None:
+            opened[_name_of(origin)] = stream
+        return stream.first(n)
     if not is_text(origin):
         return load_token_dataset(
             origin["dataset"], origin["n_ctx"], origin.get("max_tokens"), begin=begin, n_vocab=lm.n_vocab

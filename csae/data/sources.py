@@ -36,8 +36,8 @@ def open_source(
     windows begin with a beginning of sequence: false if it is not there, null for the tokenizer's own convention
     (`csae.data.text.beginning`), and "lm_dtype", that of the model, such as "bfloat16"; that of `LanguageModel.load` if
     it is not there. How a data set of text is read is in `csae.data.raw_text`; of one that is streamed, these are the
-    windows that it holds out. opened: models and windows that are open already, by their names; shared with the next
-    call. Raises UserError where a part is missing or does not fit.
+    windows that it holds out. opened: models, streams and windows that are open already, by their names; shared with
+    the next call. Raises UserError where a part is missing or does not fit.
     """
     opened = {} if opened is None else opened
     keep_first = bool(origin.get("keep_first"))
@@ -55,7 +55,7 @@ def open_source(
     of_windows = {name: origin.get(name) for name in names}
     key = f"windows {json.dumps(of_windows, sort_keys=True)} {'bos' in origin}"
     if key not in opened:
-        opened[key] = _windows(origin, lm, progress)
+        opened[key] = _windows(origin, lm, progress, opened)
     return ModelActivations(lm, places, opened[key], keep_first=keep_first), lm
 
 
@@ -160,12 +160,12 @@ def remembered(origin: dict[str, Any], source: ActivationSource) -> dict[str, An
     return kept | {name: True for name in ("bos", "keep_first") if about.get(name)}
 
 
-def _windows(origin: dict[str, Any], lm: LanguageModel, progress: Progress) -> TokenWindows:
+def _windows(origin: dict[str, Any], lm: LanguageModel, progress: Progress, opened: dict[str, Any]) -> TokenWindows:
     n_ctx, max_tokens = origin["n_ctx"], origin.get("max_tokens")
     if lm.max_ctx is not None and n_ctx > lm.max_ctx:
         raise UserError(f"--n-ctx: given {n_ctx}; the context of {lm.name} is {lm.max_ctx} tokens at most")
     begin = beginning(lm.tokenizer, origin.get("bos", False), lm.n_vocab)
     if origin.get("dataset") is not None:
-        return windows_of_dataset(origin, lm, begin, progress)
+        return windows_of_dataset(origin, lm, begin, progress, opened)
     documents = read_documents(origin["text"])
     return tokenize(documents, lm.tokenizer, n_ctx, max_tokens, progress=progress, begin=begin)

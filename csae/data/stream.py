@@ -10,7 +10,8 @@ A data set that ends begins again, with a line that says so. Rows that can't be 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,8 @@ class TokenStream:
         self._to_leave = held_out
         self.counts = {"round": 0, "rows": 0, "bad_rows": 0, "tokens": 0, "useless": 0, "windows": 0}
         self._work: InOrder[Chunk, Tokenized] | None = None
+        self._beginning: dict[str, Tokenized] = {}  # what `first` read, by the position before it
+        self._ahead: deque[Tokenized] = deque()
 
     def take(self, n: int, patience: float | None = None) -> TokenWindows:
         """The next n windows.
@@ -85,14 +88,16 @@ class TokenStream:
     def first(self, n: int) -> TokenWindows:
         """The first n windows of the data set, in its order; fewer where it has no more. The stream stays as it is.
 
+        What was tokenized for them is kept until a stream begins with it: this one, one made by `again`, or one that
+        `begins_as` this one.
+
         Raises UserError where the data set can't be read, or no row of its first HOPELESS can be used.
         """
         packing = Packing(self.n_ctx, self.begin)
         found = [Text.empty(0, self.n_ctx)]
         useless = n_bad = 0
         bad = ""
-        for chunk in read_on(self.rows, {}, self.to_tokens.columns, self.say):
-            tokenized = self.to_tokens(chunk)
+        for tokenized in self._from_the_first():
             useless = check_useful(tokenized, useless)
             n_bad, bad = n_bad + len(tokenized.bad), (tokenized.bad or [bad])[-1]
             add_rows(packing, tokenized)
@@ -150,12 +155,18 @@ class TokenStream:
         """Another stream of the same windows, from a state on, or from the beginning."""
         how = {"held_out": self.held_out, "shuffle": self.shuffle, "seed": self.seed, "workers": self.workers}
         other = TokenStream(self.rows, self.to_tokens, self.n_ctx, self.begin, say=self.say, **how)
+        other.begins_as(self)
         if state is not None:
             other.restore(state)
         return other
 
+    def begins_as(self, other: TokenStream) -> None:
+        """Share what `first` of a stream of the same data set and tokenizer read, so that it is tokenized once."""
+        self._beginning = other._beginning
+
     def close(self) -> None:
         """Stop reading ahead; the processes end. The stream can go on nevertheless."""
+        self._ahead.clear()
         if self._work is not None:
             self._work.close()
             self._work = None
@@ -171,6 +182,25 @@ class TokenStream:
             **self.rows.describe(),
         }
 
+    def _from_the_first(self) -> Iterator[Tokenized]:
+        """The data set from its first row on."""
+        position: dict[str, Any] = {}
+        for known in self._known_from(position):
+            position = known.after
+            yield known
+        for chunk in read_on(self.rows, position, self.to_tokens.columns, self.say):
+            tokenized = self._beginning[_key(position)] = self.to_tokens(chunk)
+            position = tokenized.after
+            yield tokenized
+
+    def _known_from(self, position: dict[str, Any]) -> list[Tokenized]:
+        """What `first` has read from a position on."""
+        found: list[Tokenized] = []
+        while (known := self._beginning.get(_key(position))) is not None:
+            found.append(known)
+            position = known.after
+        return found
+
     def _fill_buffer(self, patience: float | None) -> None:
         """Fill the buffer. Of a data set with fewer windows it holds each once."""
         while not self._buffer.is_full:
@@ -183,10 +213,13 @@ class TokenStream:
     def _read(self, patience: float | None) -> bool:
         """Pack one more chunk of rows; True where there was none, and the data set begins again."""
         if self._work is None:
-            chunks = read_on(self.rows, self._position, self.to_tokens.columns, self.say)
+            self._ahead.extend(self._known_from(self._position))
+            self._beginning.clear()
+            position = self._ahead[-1].after if self._ahead else self._position
+            chunks = read_on(self.rows, position, self.to_tokens.columns, self.say)
             self._work = InOrder(self.to_tokens, chunks, self.workers)
         try:
-            found = self._work.get(patience)
+            found = self._ahead.popleft() if self._ahead else self._work.get(patience)
         except Waiting:
             raise
         except BaseException:
@@ -235,6 +268,10 @@ class TokenStream:
                 counts["bad_rows"] += 1
                 tell_left_out(line, counts["bad_rows"], self.say)
         counts["useless"] = check_useful(found, counts["useless"])
+
+
+def _key(position: dict[str, Any]) -> str:
+    return json.dumps(position, sort_keys=True)
 
 
 def check_useful(found: Tokenized, useless: int) -> int:

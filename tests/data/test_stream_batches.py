@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ import torch
 from one_line import one_line
 from streams import as_rows, same_windows, texts_of, write_lines
 
+from csae.data import rows
 from csae.data.activations import ModelActivations, estimate_normalisation
 from csae.data.language_model import LanguageModel
 from csae.data.packing import TokenWindows
 from csae.data.places import Place
 from csae.data.raw_text import as_stream, is_text, open_stream, open_stream_batches, windows_of_dataset
+from csae.data.row_tokens import RowTokens, Tokenized
+from csae.data.rows import Chunk
 from csae.data.stream_batches import StreamBatches
 from csae.data.text import tokenize
 from csae.errors import UserError
@@ -64,6 +68,56 @@ def test_steps_from_any_state_on(tiny_lm: LanguageModel, lines: Path, workers: i
                 assert torch.equal(batch.acts, expected.batches[place].acts)
                 assert torch.equal(batch.tokens, expected.batches[place].tokens)
             assert all(torch.equal(part, expected.state[name]) for name, part in step.state.items())
+
+
+@pytest.fixture
+def tokenized(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each row was tokenized."""
+    rows: Counter[str] = Counter()
+
+    def counted(self: RowTokens, chunk: Chunk, tokenize: Any = RowTokens.__call__) -> Tokenized:
+        rows.update(chunk.place(number) for number in range(len(chunk.rows)))
+        return tokenize(self, chunk)
+
+    monkeypatch.setattr(RowTokens, "__call__", counted)
+    return rows
+
+
+def test_no_row_is_tokenized_twice(tiny_lm: LanguageModel, tmp_path: Path, tokenized: Counter[str]) -> None:
+    n_tokens = len(tiny_lm.tokenizer(" ".join(texts_of(2000)))["input_ids"])
+    dataset = write_lines(tmp_path / "long.jsonl", as_rows([*texts_of(40), " ".join(texts_of(2000)), *texts_of(900)]))
+    # Held out, measured and trained on are windows of the same long row.
+    origin = origin_of(dataset, held_out_windows=n_tokens // 16 // 3)
+    expected = islice(batches_of(tiny_lm, origin)[0].start(0, None), 200)
+    acts = [step.batches[PLACES[0]].acts for step in expected]
+    tokenized.clear()
+    opened: dict[str, Any] = {}
+    held_out = ModelActivations(tiny_lm, PLACES, windows_of_dataset(origin, tiny_lm, (), opened=opened))
+    batches, _ = open_stream_batches(origin, held_out, 3, 0, opened=opened)
+    steps = list(islice(batches.start(0, None), 200))
+    assert all(torch.equal(step.batches[PLACES[0]].acts, other) for step, other in zip(steps, acts, strict=True))
+    assert set(tokenized.values()) == {1}
+    assert len(tokenized) > 500, "it read on"
+    tokenized.clear()
+    resumed = batches.start(150, steps[149].state)
+    assert torch.equal(next(resumed).batches[PLACES[0]].acts, acts[150])
+    assert batches.stream.first(3).tokens.shape == (3, 16)
+    assert max(tokenized.values()) == 1, "the long row once, for `first`"
+
+
+def test_a_stream_goes_on_inside_of_what_was_read_first(
+    tiny_lm: LanguageModel, lines: Path, tokenized: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "ROWS_AT_ONCE", 10)
+    origin = origin_of(lines)
+    states = [step.state for step in islice(batches_of(tiny_lm, origin)[0].start(0, None), 20)]
+    for state in states:
+        batches, _ = batches_of(tiny_lm, origin)
+        stream, other = batches.stream.again(state), open_stream(origin, tiny_lm, workers=0)
+        other.restore(state)
+        tokenized.clear()
+        assert all(same_windows(stream.take(3), other.take(3)) for _ in range(20))
+        assert stream.counts == other.counts
 
 
 def test_what_a_run_keeps_of_a_stream(tiny_lm: LanguageModel, lines: Path) -> None:
