@@ -113,13 +113,13 @@ class ShardActivations(OfPlaces):
                 raise UserError(f"activations {str(self.folder)!r} hold {hold}; not {shown(hook)}: give another folder")
 
 
-def _largest_bits(acts: Tensor) -> Tensor:
-    """The bits, as an integer, of the largest absolute value of each position: [B, T, d_in] -> [B, T].
+def _largest_bits_over(acts: Tensor) -> Tensor:
+    """The bits, as an integer, of the largest absolute value of each position: [T, d_in] -> [T]. It writes over `acts`.
 
     They are ordered as the values are; Inf is above every number, and NaN above Inf.
     """
     integers = torch.int32 if acts.dtype == torch.float32 else torch.int16
-    return (acts.view(integers) & torch.iinfo(integers).max).amax(dim=-1)
+    return acts.view(integers).bitwise_and_(torch.iinfo(integers).max).amax(dim=-1)
 
 
 class _OneHook:
@@ -144,15 +144,17 @@ class _OneHook:
 
     def read(self, indices: Sequence[int]) -> Batch:
         windows = [self._reader.read(window) for window in indices]
-        stored = self._reader.activations(indices)
-        largest = _largest_bits(stored)
-        finite = (largest < INF_BITS[stored.dtype]).all(dim=1)
-        if not finite.all():
-            where = self._reader.where(indices[int(finite.long().argmin())])
-            raise UserError(
-                f"{where}: NaN or Inf in the activations; write it again (float16 ends at 65504, bfloat16 far above)"
-            )
-        acts, mask = stored.float(), largest != 0
+        acts = torch.empty(len(indices), self.n_ctx, self.d_in)
+        mask = torch.empty(len(indices), self.n_ctx, dtype=torch.bool)
+        for row, stored in self._reader.activations(indices):
+            acts[row] = stored
+            largest = _largest_bits_over(stored)
+            if int(largest.max()) >= INF_BITS[stored.dtype]:
+                raise UserError(
+                    f"{self._reader.where(indices[row])}: NaN or Inf in the activations; write it again (float16 ends "
+                    "at 65504, bfloat16 far above)"
+                )
+            mask[row] = largest != 0
         without = [row for row, window in enumerate(windows) if window.mask is None]
         if without:
             mask[without] = sink_mask(acts[without], keep_first=self.keep_first)

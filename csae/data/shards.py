@@ -26,7 +26,7 @@ import os
 import re
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -107,22 +107,20 @@ class ShardReader:
         shard, row = self._locate(window)
         return shard.read(row)
 
-    def activations(self, windows: Sequence[int]) -> Tensor:
-        """Those of windows as they are stored, [n, T, d_in]; float32 where the files differ in dtype.
+    def activations(self, windows: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """Those of windows as they are stored, [T, d_in], each with its place in `windows`; in the order of the files.
 
-        Raises UserError where a file was changed, or cut short, since it was opened.
+        They are the caller's, until the next one is read over it: so a window is in the processor's cache while it is
+        used. Raises UserError where a file was changed, or cut short, since it was opened.
         """
-        located = [self._locate(window) for window in windows]
-        dtypes = {shard.dtype for shard, _ in located}
-        read = torch.empty(len(located), self.n_ctx, self.d_in, dtype=dtypes.pop() if len(dtypes) == 1 else None)
-        for at, (shard, row) in enumerate(located):
-            if shard.dtype == read.dtype:
-                shard.read_into(row, read[at])
-            else:
-                own = torch.empty(self.n_ctx, self.d_in, dtype=shard.dtype)
-                shard.read_into(row, own)
-                read[at] = own
-        return read
+        located: dict[Shard, list[tuple[int, int]]] = defaultdict(list)
+        for at, window in enumerate(windows):
+            shard, row = self._locate(window)
+            located[shard].append((row, at))
+        for shard in sorted(located, key=self._shards.index):
+            places = sorted(located[shard])
+            stored = shard.activations([row for row, _ in places])
+            yield from zip((at for _, at in places), stored, strict=True)
 
     def tokens(self, window: int) -> Tensor:
         """The token ids [T] of a window alone; only where has_tokens."""
@@ -192,20 +190,24 @@ class Shard:
     def read(self, row: int) -> Window:
         return Window(**{name: tensor[row] for name, tensor in self.tensors.items()})
 
-    def read_into(self, row: int, into: Tensor) -> None:
-        """Fills a tensor [T, d_in] of the file's dtype with the activations of a window.
+    def activations(self, rows: Sequence[int]) -> Iterator[Tensor]:
+        """The activations [T, d_in] of windows, in the file's dtype, each written over the one before.
 
         By a read and not from the map: of that each page costs a fault, and a file that was cut short ends the program.
         """
-        left = into.view(torch.uint8).reshape(-1).numpy().data
+        into = torch.empty(self.shape[1:], dtype=self.dtype)
+        content = into.view(torch.uint8).reshape(-1).numpy().data
         with reading(self.file), open(self.file, "rb", buffering=0) as file:
-            same = _state(os.fstat(file.fileno())) == self._state
-            file.seek(self._start(file) + row * len(left)) if same else None
-            while same and left:
-                count = file.readinto(left)
-                same, left = bool(count), left[count:]
-        if not same:
-            raise UserError(f"{self.file} was changed since it was opened: put it back, or start again")
+            for row in rows:
+                left = content
+                same = _state(os.fstat(file.fileno())) == self._state
+                file.seek(self._start(file) + row * len(left)) if same else None
+                while same and left:
+                    count = file.readinto(left)
+                    same, left = bool(count), left[count:]
+                if not same:
+                    raise UserError(f"{self.file} was changed since it was opened: put it back, or start again")
+                yield into
 
     def prefetch(self, rows: Sequence[int]) -> None:
         if not hasattr(os, "posix_fadvise"):  # only some systems have it
