@@ -12,6 +12,7 @@ from torch import Tensor
 
 from csae.data.activations import Batch, OfPlaces, Place, sink_mask
 from csae.data.places import described_place
+from csae.data.reused import Reused
 from csae.data.shards import ShardReader, hook_of, read_places
 from csae.errors import UserError, shown
 
@@ -137,6 +138,8 @@ class _OneHook:
         self.keep_first = keep_first or kept
         self.folder = folder
         self.n_windows, self.n_ctx, self.d_in = self._reader.n_windows, self._reader.n_ctx, self._reader.d_in
+        self._memory = Reused()
+        self._told: set[int] = set()  # windows that the system reads, and nobody read since
 
     @property
     def hook(self) -> str:
@@ -144,17 +147,20 @@ class _OneHook:
 
     def read(self, indices: Sequence[int]) -> Batch:
         windows = [self._reader.read(window) for window in indices]
-        acts = torch.empty(len(indices), self.n_ctx, self.d_in)
-        mask = torch.empty(len(indices), self.n_ctx, dtype=torch.bool)
+        self._told.difference_update(indices)
+        acts = self._memory.empty(len(indices), self.n_ctx, self.d_in)
+        largest = torch.empty(len(indices), self.n_ctx, dtype=torch.int32)
+        infinite = [0] * len(indices)
         for row, stored in self._reader.activations(indices):
             acts[row] = stored
-            largest = _largest_bits_over(stored)
-            if int(largest.max()) >= INF_BITS[stored.dtype]:
-                raise UserError(
-                    f"{self._reader.where(indices[row])}: NaN or Inf in the activations; write it again (float16 ends "
-                    "at 65504, bfloat16 far above)"
-                )
-            mask[row] = largest != 0
+            largest[row], infinite[row] = _largest_bits_over(stored), INF_BITS[stored.dtype]
+        finite = (largest < torch.tensor(infinite).unsqueeze(1)).all(dim=1)
+        if not finite.all():
+            where = self._reader.where(indices[int(finite.long().argmin())])
+            raise UserError(
+                f"{where}: NaN or Inf in the activations; write it again (float16 ends at 65504, bfloat16 far above)"
+            )
+        mask = largest != 0
         without = [row for row, window in enumerate(windows) if window.mask is None]
         if without:
             mask[without] = sink_mask(acts[without], keep_first=self.keep_first)
@@ -170,7 +176,9 @@ class _OneHook:
         return Batch(acts, mask, documents, tokens)
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        self._reader.prefetch(indices)
+        new = [window for window in indices if window not in self._told]
+        self._told.update(new)
+        self._reader.prefetch(new)
 
     def tokens(self, window_indices: Sequence[int]) -> Tensor | None:
         if not self._reader.has_tokens:

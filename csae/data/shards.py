@@ -28,6 +28,7 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -113,13 +114,10 @@ class ShardReader:
         They are the caller's, until the next one is read over it: so a window is in the processor's cache while it is
         used. Raises UserError where a file was changed, or cut short, since it was opened.
         """
-        located: dict[Shard, list[tuple[int, int]]] = defaultdict(list)
-        for at, window in enumerate(windows):
-            shard, row = self._locate(window)
-            located[shard].append((row, at))
-        for shard in sorted(located, key=self._shards.index):
-            places = sorted(located[shard])
-            stored = shard.activations([row for row, _ in places])
+        in_order = sorted((window, at) for at, window in enumerate(windows))
+        for shard, group in groupby(in_order, lambda place: self._locate(place[0])[0]):
+            places = list(group)
+            stored = shard.activations([self._locate(window)[1] for window, _ in places])
             yield from zip((at for _, at in places), stored, strict=True)
 
     def tokens(self, window: int) -> Tensor:

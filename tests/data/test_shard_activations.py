@@ -64,6 +64,11 @@ def test_what_is_asked_for_ahead_is_where_the_windows_are(tmp_path: Path, monkey
     asked.clear()
     source.read([5, 1])
     assert sorted(asked) == sorted(tensors["activations"][i].numpy().tobytes() for i in (5, 1))
+    asked.clear()
+    source.read([9, 0])  # known to be read
+    assert asked == []
+    source.read([9])
+    assert asked == [tensors["activations"][9].numpy().tobytes()]
 
 
 def test_a_system_that_takes_no_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
