@@ -13,7 +13,7 @@ they are.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -90,6 +90,11 @@ class Near(NamedTuple):
     features: Tensor  # [..., k_max]
     steps: Tensor  # [..., k_max]: zeros with the gradient of H(v - threshold)
 
+    def of_rows(self, d_sae: int) -> Tensor:
+        """[n, k_max]: the features, d_sae in a slot without one; NaN is one."""
+        features = torch.where(self.values != 0, self.features, d_sae)
+        return features.reshape(-1, features.shape[-1])
+
 
 class Pass:
     """The ops of an SAE's forward pass, differentiated by autograd.
@@ -143,11 +148,15 @@ class Pass:
         """Keep what of x [..., d_in] says something about the gradient of the thresholds."""
         if not self.trains_threshold or not torch.is_grad_enabled():
             return
+        values, features = self._near_threshold(x, mask)
+        steps = threshold_steps(values, features, self.sae.threshold, self.sae.bandwidth)
+        self.near.append(Near(code[1], values, features, steps))
+
+    def _near_threshold(self, x: Tensor, mask: Tensor | None) -> _Code:
+        """Values and features of `Near`, of x [..., d_in]; zero where the mask [...] is False."""
         sae = self.sae
         values, features = near_threshold(x, sae.W_enc, sae.b_enc, sae.threshold, sae.bandwidth, sae.k_max)
-        values = values if mask is None else values.masked_fill(~mask.unsqueeze(-1), 0)
-        steps = threshold_steps(values, features, sae.threshold, sae.bandwidth)
-        self.near.append(Near(code[1], values, features, steps))
+        return values if mask is None else values.masked_fill(~mask.unsqueeze(-1), 0), features
 
     def active(self, code: _Code) -> Tensor:
         """[...]: how many features of a code that was encoded here are active, with the gradient of the thresholds."""
@@ -263,13 +272,14 @@ class Trace(Pass):
         """The gradient of every parameter that had a part in the loss, and is trained."""
         sae, trained = self.sae, set(self.trained)
         tables = {"W_enc", "b_enc", *(decoded.table for decoded in self.decoded)}
+        tables |= {"threshold"} if self.near else set()
         dense = {name: parameter for name, parameter in sae.named_parameters() if name in trained - tables}
         coded = self.coded if trained & {"W_enc", "b_enc"} or self.encodes_b_dec else []
         decoded = [of for of in self.decoded if of.table in trained]
-        values, outs = [of.values for of in coded], [of.out for of in decoded]
-        found = torch.autograd.grad(loss, [*values, *outs, *dense.values()], allow_unused=True)
-        d_values, d_outs = found[: len(values)], found[len(values) : len(values) + len(outs)]
-        d_dense = dict(zip(dense, found[len(values) + len(outs) :], strict=True))
+        asked = [of.values for of in coded], [of.out for of in decoded], [of.steps for of in self.near]
+        found = iter(torch.autograd.grad(loss, [*sum(asked, []), *dense.values()], allow_unused=True))
+        d_values, d_outs, d_steps = ([next(found) for _ in of] for of in asked)
+        d_dense = dict(zip(dense, found, strict=True))
         with torch.no_grad():
             terms: dict[str, list[_Term]] = {"W_enc": []} if coded else {}
             for number, (of, d) in enumerate(zip(coded, d_values, strict=True)):
@@ -284,6 +294,7 @@ class Trace(Pass):
             factors = self._factors(terms)
             gradients: dict[str, Tensor | Factors] = dict(factors)
             gradients |= self._summed({name: d for name, d in d_dense.items() if d is not None})
+            gradients |= self._of_threshold(d_steps)
             if coded:
                 encoder = factors["W_enc"]
                 ones = encoder.weights.new_ones(encoder.rows.shape[0], 1)
@@ -332,7 +343,7 @@ class Trace(Pass):
         for name, parts in terms.items():
             codes = tuple(part.code for part in parts)
             if codes not in pairs:
-                pairs[codes] = self._sorted(codes)
+                pairs[codes] = self._sorted([self.coded[code].features for code in codes])
             own = pairs[codes]
             if any(part.by_group for part in parts):
                 own = pairs_by_group(own, [(len(part.weights), part.by_group) for part in parts], self._own_prefixes())
@@ -345,8 +356,21 @@ class Trace(Pass):
         """`prefixes`, by the numbers of the rows that are here."""
         return self.prefixes
 
-    def _sorted(self, codes: tuple[int, ...]) -> Pairs:
-        features = [self._of_all(self.coded[code].features) for code in codes]
+    def _of_threshold(self, d_steps: Sequence[Tensor | None]) -> dict[str, Factors]:
+        """The gradient of the thresholds, from those of each `Near.steps` that had a part in the loss."""
+        had = [(near, d) for near, d in zip(self.near, d_steps, strict=True) if d is not None]
+        if not had:
+            return {}
+        features = [near.of_rows(self.sae.W_enc.shape[0]) for near, _ in had]
+        pairs = self._sorted(features)
+        weights = [self._of_all(d.reshape(of.shape)) for of, (_, d) in zip(features, had, strict=True)]
+        ones = weights[0].new_ones(sum(map(len, weights)), 1)
+        flat = _wide(torch.cat([of.flatten() for of in weights]))
+        return {"threshold": Factors(pairs, flat / -self.sae.bandwidth, ones)}
+
+    def _sorted(self, features: Sequence[Tensor]) -> Pairs:
+        """The pairs of codes whose features are [n, k] each, d_sae where there is none; tokens are counted through."""
+        features = [self._of_all(of_code) for of_code in features]
         tokens, first = [], 0
         for of_code in features:
             n, k = of_code.shape

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 # The tensors with a row a feature, where they are no scalars: several ranks have some rows each.
-ROWS = (*TABLES, "tokens_since_fired", "threshold")
+ROWS = (*TABLES, "tokens_since_fired")
 # Arguments that config.json doesn't mention where they have these values: SAEs that were saved before they were there.
 UNSAID: dict[str, Any] = {
     "d_out": None,

@@ -9,8 +9,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-TABLES = ("W_enc", "b_enc", "W_dec", "W_mem")
-"""the parameters with a row a feature"""
+TABLES = ("W_enc", "b_enc", "W_dec", "W_mem", "threshold")
+"""the parameters with a row a feature; threshold is one with selection="jumprelu" """
 
 Rows = Callable[[int], range]
 """d_sae -> the features whose rows are here"""

@@ -220,8 +220,8 @@ class Training:
 
     def begin(self, sample: Sample) -> None:
         """Give thresholds that are trained where to begin: where k features a token are active."""
-        sae = self.sae
-        if self.first == 0 and isinstance(sae.threshold, Parameter) and not sae.threshold.any():
+        threshold = self.sae.threshold
+        if self.first == 0 and isinstance(threshold, Parameter) and not any(self.hosts.gather(bool(threshold.any()))):
             self.calibrate(sample)
 
     @property

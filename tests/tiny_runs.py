@@ -45,6 +45,8 @@ def new_sae(kind="contextual", source=None):
     torch.manual_seed(0)
     if kind == "topk":
         sae = TopKSAE(D_IN, 12, 2, dead_after=50)
+    elif kind == "jumprelu":
+        sae = ContextualSAE(D_IN, 12, 2, n_heads=2, d_head=3, d_value=3, dead_after=50, selection="jumprelu")
     else:
         sae = ContextualSAE(D_IN, 12, 2, n_heads=2, d_head=3, d_value=3, dead_after=50)
     sae.initialise(*estimate_normalisation(source or Windows())[:2])

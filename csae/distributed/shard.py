@@ -12,7 +12,6 @@ from csae.distributed.codes import Owners
 from csae.distributed.collectives import gather, total
 from csae.distributed.ranks import Ranks, split
 from csae.distributed.trace import ShardedTrace
-from csae.errors import UserError
 from csae.ops.recurrence import Over
 from csae.tables import owning
 
@@ -35,8 +34,6 @@ class Shard:
 
     def trace(self, sae: Any, trained: Collection[str], training: bool = True) -> ShardedTrace:
         """A pass over the ranks. `trained` names the parameters that get a gradient, if any do."""
-        if trained:
-            check_trains(sae)
         return ShardedTrace(sae, trained, self, training)
 
     def total(self, x: Tensor) -> Tensor:
@@ -99,14 +96,5 @@ def sharded(make: Callable[[], AnySAE], ranks: Ranks) -> AnySAE:
     """
     with owning(ranks.rows):
         sae = make()
-    check_trains(sae)
     sae.shard = Shard(sae.d_sae, ranks)
     return sae
-
-
-def check_trains(sae: Any) -> None:
-    """Raise UserError where an SAE that several ranks share is not trained: its thresholds would get no gradient."""
-    if sae.selection == "jumprelu":
-        raise UserError(
-            'selection: given "jumprelu" for an SAE that several ranks share; needed "batch" or "topk", or one process'
-        )

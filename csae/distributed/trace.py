@@ -23,7 +23,8 @@ from csae.factors import Coded, Decoded, Trace
 from csae.matryoshka import Prefixes, by_group
 from csae.ops.checks import autocast_to
 from csae.ops.sparse_decode import decode_backward
-from csae.ops.threshold_encode import threshold_encode_wide
+from csae.ops.straight_through import sized, steps_backward
+from csae.ops.threshold_encode import near_threshold, threshold_encode_wide
 from csae.ops.topk_encode import Encode, encode_wide
 from csae.selection import Rule
 
@@ -92,7 +93,24 @@ class ShardedTrace(Trace):
         if x.requires_grad:
             kept = _Encoded.apply(x, own, W_enc, self.shard.owners)
         self._note_own(everyone, kept, indices, own, own.rows, aux=False)
+        self._note_near(x, (values, indices), mask)
         return values, indices
+
+    def _near_threshold(self, x: Tensor, mask: Tensor | None) -> _Code:
+        """The own part, values and rows [N, m], of the candidates of all tokens: they are chosen as a code is."""
+        sae, owners = self.sae, self.shard.owners
+
+        def near(x: Tensor, m: int) -> _Code:
+            return near_threshold(x, sae.W_enc, sae.b_enc, sae.threshold, sae.bandwidth, m)
+
+        values, indices = owners.again(near, self._everyone(x), sae.k_max)
+        values = values if mask is None else _masked(values, mask.reshape(-1))
+        return owners.own(values, indices)[:2]
+
+    def active(self, code: _Code) -> Tensor:
+        near = self._near(code)
+        counts = (code[0] > 0).sum(dim=-1)
+        return counts if near is None else counts + _Counted.apply(near.steps, counts, self.shard.owners)
 
     def encode_dead(self, x: Tensor, dead: Tensor, k: int, mask: Tensor | None) -> _Code:
         owners = self.shard.owners_of_dead(dead)
@@ -110,8 +128,9 @@ class ShardedTrace(Trace):
         number = self._number(code)
         owners = self.shard.owners if features is None else self.shard.owners_of_dead(features)
         values, rows = autocast_to(self._active(number, most_active), self._rows(table, features))
+        steps = self._steps(code, rows.dtype) if most_active is None else ()  # the most active ones are not near
         everywhere: list[Tensor] = []
-        out = _Decoded.apply(values, self.owned[number].rows, rows, owners, everywhere)
+        out = _Decoded.apply(values, self.owned[number].rows, rows, owners, everywhere, *steps)
         out = out.view(*code[1].shape[:-1], rows.shape[1])
         self.decoded.append(Decoded(table, number, most_active, out, everywhere))
         return out
@@ -122,10 +141,20 @@ class ShardedTrace(Trace):
         prefixes = tuple(prefix - owners.first for prefix in self.prefixes)
         values, rows = by_group(self._active(number, None), self.owned[number].rows, prefixes)
         values, table = autocast_to(values, self._rows("W_dec", None))
+        steps = self._steps(code, table.dtype)
+        if steps:
+            steps = by_group(steps[0], steps[2], prefixes)[0], *by_group(*steps[1:], prefixes)
         everywhere: list[Tensor] = []
-        out = _Decoded.apply(values, rows, table, owners, everywhere)
+        out = _Decoded.apply(values, rows, table, owners, everywhere, *steps)
         self.decoded.append(Decoded("W_dec", number, None, out, everywhere, by_group=True))
         return out.view(*code[1].shape[:-1], *out.shape[-2:])
+
+    def _steps(self, code: _Code, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """What `_Decoded` takes of the candidates of a code, in the dtype of the table, if it has any."""
+        near = self._near(code)
+        if near is None:
+            return ()
+        return sized(near.steps, near.features, self.sae.threshold).to(dtype), near.values.to(dtype), near.features
 
     def _own_prefixes(self) -> Prefixes:
         first, owned = self.shard.owners.first, self.shard.owners.owned
@@ -214,22 +243,47 @@ class _Decoded(Function):
     """The values [N, m] of own rows -> the sums at home [n, d]. Backward: d values, from the d out of all tokens.
 
     By groups of features: values [N, G, m] -> sums [n, G, d].
+
+    steps: [N, m] or [N, G, m], those of own rows `features` whose candidates are `near`, as `csae.ops.straight_through`
+    decodes them: they add zero, and get a gradient.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, rows: Tensor, table: Tensor, owners: Owners, everywhere: list[Tensor]
+        ctx: Any,
+        values: Tensor,
+        rows: Tensor,
+        table: Tensor,
+        owners: Owners,
+        everywhere: list[Tensor],
+        steps: Tensor | None = None,
+        near: Tensor | None = None,
+        features: Tensor | None = None,
     ) -> Tensor:
-        ctx.save_for_backward(values, rows, table)
+        ctx.save_for_backward(values, rows, table, near, features)
         ctx.owners, ctx.everywhere = owners, everywhere
         return owners.decoded(values, rows, table)
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None, None, None]:
-        values, rows, table = ctx.saved_tensors
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        values, rows, table, near, features = ctx.saved_tensors
         d_all = ctx.owners.everyone(d_out)
         ctx.everywhere.append(d_all)
-        return decode_backward(d_all, values, rows, table), None, None, None, None
+        d_steps = None if near is None else steps_backward(d_all, near, features, table)
+        return decode_backward(d_all, values, rows, table), None, None, None, None, d_steps, None, None
+
+
+class _Counted(Function):
+    """The steps [N, m] of own rows -> zeros at home, like counts [...]. Backward: d steps, from d counts of all tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, steps: Tensor, counts: Tensor, owners: Owners) -> Tensor:
+        ctx.owners, ctx.shape = owners, steps.shape
+        return counts.new_zeros(counts.shape, dtype=steps.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, d_counts: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.owners.everyone(d_counts.reshape(-1)).unsqueeze(1).expand(ctx.shape), None, None
 
 
 def _is_half(x: Tensor) -> bool:

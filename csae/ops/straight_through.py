@@ -35,9 +35,14 @@ def decode_steps(steps: Tensor, values: Tensor, indices: Tensor, threshold: Tens
     steps: of `threshold_steps`. values, indices: those of `near_threshold` that it was made of. W_dec [d_sae, d_out]:
     the table that the code is decoded with; it gets no gradient here, and neither does threshold but through steps.
     """
-    sizes = threshold.detach().expand(indices.shape) if threshold.dim() == 0 else threshold.detach()[indices]
-    steps, active, W_dec = autocast_to(steps * sizes, values.detach(), W_dec.detach())
+    steps, active, W_dec = autocast_to(sized(steps, indices, threshold), values.detach(), W_dec.detach())
     return _decode_steps(steps.to(W_dec.dtype), active.to(W_dec.dtype), indices, W_dec)
+
+
+def sized(steps: Tensor, indices: Tensor, threshold: Tensor) -> Tensor:
+    """steps [..., k_max] times the threshold of their features: by so much the code jumps there."""
+    threshold = threshold.detach()
+    return steps * (threshold.expand(indices.shape) if threshold.dim() == 0 else threshold[indices])
 
 
 @operator("decode_steps")
@@ -57,8 +62,12 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     """d steps_ti = <grad_t, W_dec[indices_ti]>, where there is a candidate."""
     values, indices, W_dec = ctx.saved_tensors
-    d_steps = decode_backward(grad.contiguous(), values, indices, W_dec)
-    return torch.where(values != 0, d_steps, 0), None, None, None
+    return steps_backward(grad.contiguous(), values, indices, W_dec), None, None, None
+
+
+def steps_backward(grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    """The gradient of `sized` steps [n, k_max], from that of what they were decoded to, [n, d_out]."""
+    return torch.where(values != 0, decode_backward(grad, values, indices, W_dec), 0)
 
 
 gradient("decode_steps", _setup_context, _backward)

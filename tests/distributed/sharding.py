@@ -19,7 +19,9 @@ def new(arch: str) -> SAE:
     torch.manual_seed(0)
     if arch == "topk":
         return TopKSAE(6, D_SAE[arch], 3)
-    return ContextualSAE(6, D_SAE[arch], 3, n_heads=2, d_head=4, d_value=5, d_memory=7, query="past")
+    return ContextualSAE(
+        6, D_SAE[arch], 3, n_heads=2, d_head=4, d_value=5, d_memory=7, query="past", selection="jumprelu"
+    )
 
 
 def here(arch: str, ranks: Ranks | None) -> SAE:

@@ -15,7 +15,7 @@ from csae.errors import UserError
 
 
 def _changed(ranks: Ranks, name: str, on: int) -> str:
-    sae = sharded(lambda: make(Case()), ranks)
+    sae = sharded(lambda: make(Case(sae={"selection": "jumprelu"})), ranks)
     optimizer = Adam(sae)
     check_replicas(sae, optimizer)
     tensors = dict(sae.state_dict()) | {"moment": optimizer.state[sae.W_enc]["exp_avg_sq"]}
@@ -33,6 +33,7 @@ def _changed(ranks: Ranks, name: str, on: int) -> str:
         ("W_dec", 0, "W_dec: ranks 0 and 2 should have the same numbers"),
         ("b_dec", 1, "b_dec: ranks 0 and 1 should have the same numbers"),
         ("tokens_since_fired", 2, "tokens_since_fired: ranks 0 and 2"),
+        ("threshold", 3, "threshold: ranks 1 and 3"),
         ("moment", 2, "W_enc.exp_avg_sq: ranks 0 and 2"),
     ],
 )

@@ -58,6 +58,8 @@ def check_alike(one: Trained, found: list[Trained], case: Case, tolerance: float
 
 
 BATCH = {"selection": "batch"}
+# Thresholds begin at zero, and a wide band says something about them.
+JUMPRELU = {"selection": "jumprelu", "bandwidth": 0.5, "l0_coef": 0.3}
 CASES = {
     "topk": Case(),
     "topk, three shards of few rows": Case(d_sae=10, k=8, windows=7),
@@ -76,12 +78,21 @@ CASES = {
     "a shared budget": Case(sae={"selection": "batch"}),
     "a shared budget, past, an empty shard": Case("contextual", BATCH | {"query": "past"}, d_sae=9, k=2, windows=7),
     "a shared budget, current from exact codes": Case("contextual", BATCH, from_exact=True, steps=10),
+    "thresholds": Case(sae=JUMPRELU),
+    "thresholds, few slots, lazy": Case(sae=JUMPRELU | {"k_max": 5, "bandwidth": 2}, lazy=True),
+    "thresholds, current": Case("contextual", JUMPRELU),
+    "thresholds, past, few remembered": Case("contextual", JUMPRELU | {"query": "past", "k_mem": 2}, windows=10),
+    "thresholds, past, an empty shard": Case("contextual", JUMPRELU | {"query": "past"}, d_sae=9, k=2, windows=7),
+    "thresholds, current from exact codes": Case("contextual", JUMPRELU, from_exact=True, steps=10),
+    "thresholds, matryoshka": Case(sae=JUMPRELU | {"prefixes": (3, 9, 20)}),
+    "thresholds, transcoder with skip": Case(d_out=15, sae=JUMPRELU | {"skip": True}, steps=20),
 }
 
 
 # These end after 20 steps.
 FAST = {("topk", 3), ("current", 2), ("matryoshka", 3)}
 FAST |= {("a shared budget", 3), ("a shared budget, past, an empty shard", 4)}
+FAST |= {("thresholds", 2), ("thresholds, past, an empty shard", 4)}
 
 
 @pytest.mark.parametrize(
@@ -107,8 +118,10 @@ def test_equal_to_one_process(name: str, size: int) -> None:
         Case(steps=20),
         pytest.param(Case("contextual", {"query": "past"}, windows=9, steps=20), marks=pytest.mark.slow),
         pytest.param(Case(sae={"prefixes": (3, 9, 20)}, steps=20), marks=pytest.mark.slow),
+        pytest.param(Case("contextual", JUMPRELU, windows=9, steps=20), marks=pytest.mark.slow),
+        pytest.param(Case(sae=JUMPRELU | {"prefixes": (3, 9, 20)}, steps=20), marks=pytest.mark.slow),
     ],
-    ids=["topk", "past", "matryoshka"],
+    ids=["topk", "past", "matryoshka", "thresholds, current", "thresholds, matryoshka"],
 )
 def test_replicas(case: Case) -> None:
     """Two replicas of an SAE of two ranks each: the step of one process with all windows."""
@@ -124,8 +137,9 @@ def test_replicas(case: Case) -> None:
     check_alike(one, [first[0]._replace(codes=codes), first[1]._replace(codes=none)], case)
 
 
-def test_the_same_bits_twice() -> None:
-    case = Case("contextual", steps=10)
+@pytest.mark.parametrize("selected", [{}, JUMPRELU], ids=["topk", "jumprelu"])
+def test_the_same_bits_twice(selected: dict[str, Any]) -> None:
+    case = Case("contextual", selected, steps=10)
     for one, other in zip(run(3, _train, case), run(3, _train, case), strict=True):
         assert torch.equal(one.losses, other.losses)
         for of in ("parameters", "moments"):
@@ -133,8 +147,8 @@ def test_the_same_bits_twice() -> None:
                 assert torch.equal(tensor, getattr(other, of)[name])
 
 
-@pytest.mark.parametrize("selected", [{}, BATCH], ids=["topk", "batch"])
-def test_a_step_of_broken_activations_breaks_the_same(selected: dict[str, str]) -> None:
+@pytest.mark.parametrize("selected", [{}, BATCH, JUMPRELU], ids=["topk", "batch", "jumprelu"])
+def test_a_step_of_broken_activations_breaks_the_same(selected: dict[str, Any]) -> None:
     """A NaN is seen by every rank, in the loss and in the rows that it breaks on one device."""
     case = Case(broken=True, steps=3, sae=selected)
     (one,) = run(1, _train, case)
@@ -177,18 +191,26 @@ def _calibrated(ranks: Ranks | None, case: Case) -> tuple[float, Tensor]:
     sae = make(case) if ranks is None else sharded(lambda: make(case), ranks)
     sae.initialise(torch.full((20,), 0.4), 1.7)
     given = batch(case, 0) if ranks is None else share(batch(case, 0), ranks)
+    if sae.selection == "jumprelu":
+        rows = range(case.d_sae) if ranks is None else ranks.rows(case.d_sae)
+        with torch.no_grad():
+            sae.threshold += torch.linspace(0, 1, case.d_sae)[rows.start : rows.stop]
     l0 = sae.calibrate([Batch(**given, tokens=None)])
     return l0, sae.threshold.detach()
 
 
+@pytest.mark.parametrize("selected", [BATCH, JUMPRELU], ids=["batch", "jumprelu"])
 @pytest.mark.parametrize("arch", ["topk", "contextual"])
-def test_calibrated_over_ranks_as_in_one_process(arch: str) -> None:
-    case = Case(arch, BATCH, windows=19)
+def test_calibrated_over_ranks_as_in_one_process(arch: str, selected: dict[str, Any]) -> None:
+    case = Case(arch, selected, windows=19, d_sae=9 if selected == JUMPRELU else 70, k=3)
     ((l0, threshold),) = run(1, _calibrated, case)
     assert l0 == pytest.approx(case.k, rel=0.01)
-    for found in run(3, _calibrated, case):
-        assert found[0] == pytest.approx(l0, rel=1e-3)
-        torch.testing.assert_close(found[1], threshold, rtol=1e-2, atol=0)
+    found = run(4, _calibrated, case)
+    for each in found:
+        assert each[0] == pytest.approx(l0, rel=1e-3)
+    thresholds = [each[1] for each in found]
+    ours = torch.cat(thresholds) if selected == JUMPRELU else torch.stack(thresholds)
+    torch.testing.assert_close(ours, threshold.expand_as(ours), rtol=1e-2, atol=1e-3)
 
 
 CHANGES = ("ties", "only the decoder", "only the encoder", "only b_dec", "only the look-back", "none")
@@ -339,9 +361,9 @@ def _gap(ranks: Ranks | None, case: Case) -> tuple[float, float]:
     return exact_gap(sae, Batch(**given, tokens=None), Sweeps(1))
 
 
-@pytest.mark.parametrize("selected", [{}, BATCH], ids=["topk", "batch"])
+@pytest.mark.parametrize("selected", [{}, BATCH, JUMPRELU], ids=["topk", "batch", "jumprelu"])
 @pytest.mark.parametrize("query", ["current", "past"])
-def test_the_exact_form_over_ranks(query: str, selected: dict[str, str]) -> None:
+def test_the_exact_form_over_ranks(query: str, selected: dict[str, Any]) -> None:
     case = Case("contextual", {"query": query, "k_mem": 3} | selected, windows=7)
     (one,) = run(1, _gap, case)
     assert abs(one[1]) > 1e-3
