@@ -171,6 +171,7 @@ PURPOSES = {
     "trace.py:_Decoded.forward": "sums of rows home",
     "trace.py:_Decoded.backward": "gradients of sums to all owners",
     "trace.py:ShardedTrace._rows_of": "gradients of sums to all owners",
+    "trace.py:_Counted.backward": "gradients of L0 to all owners",
     "trace.py:_Encoded.backward": "gradients of x home",
     "trace.py:ShardedTrace._summed": "gradients of replicated parameters",
     "trace.py:ShardedTrace._over_rows": "gradients of replicated parameters",

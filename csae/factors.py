@@ -14,6 +14,7 @@ they are.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from csae.ops import near_threshold, sparse_decode, topk_encode
 from csae.ops.adam_rows import Pairs, feature_sums, sort_pairs
 from csae.ops.checks import autocast_to
 from csae.ops.straight_through import decode_steps, threshold_steps
+from csae.ops.threshold_encode import threshold_and_near
 from csae.ops.topk_encode import Encode, with_encode_gradient
 from csae.selection import Rule
 
@@ -110,6 +112,7 @@ class Pass:
         self.sae, self.rule, self.prefixes = sae, Rule.of(sae, training), prefixes
         self.trains_threshold = training and sae.selection == "jumprelu" and sae.threshold.requires_grad
         self.near: list[Near] = []
+        self._searched: tuple[Any, ...] = ()  # the indices of the last code, and what was found near thresholds
 
     def centred(self, x: Tensor) -> Tensor:
         """x - b_dec, or a transcoder's x - mean: what `encode` takes, before what the look-back subtracts."""
@@ -129,14 +132,33 @@ class Pass:
 
     def encoder(self, mask: Tensor | None) -> Encode:
         """A function of x [..., d_in] that gives its code, without a gradient, for repeated use with one mask [...]."""
-        return self.rule.encoder(self.sae.W_enc, self.sae.b_enc, mask)
+        return self._encode_and_near if self._notes_near else self.rule.encoder(self.sae.W_enc, self.sae.b_enc, mask)
+
+    @property
+    def _notes_near(self) -> bool:
+        """Whether what is near the thresholds is to be kept, of each code."""
+        return self.trains_threshold and torch.is_grad_enabled()
+
+    def _encode_and_near(self, x: Tensor) -> _Code:
+        """The code of x [..., d_in], and what is near the thresholds, for `_near_threshold`."""
+        sae, (like,) = self.sae, autocast_to(x)
+        values, indices, *near = threshold_and_near(x, sae.W_enc, sae.b_enc, sae.threshold, sae.bandwidth, sae.k_max)
+        if values.dtype != like.dtype:
+            values = values.to(like.dtype)
+            indices = indices.masked_fill(values == 0, 0)
+        self._searched = indices, *near
+        return values, indices
 
     def encode(self, x: Tensor, mask: Tensor | None, found: tuple[Tensor, Tensor] | None = None) -> _Code:
         """The code of x [..., d_in], values and indices [..., k_max], with its gradient.
 
         found: the code, where it was computed already, without a gradient.
         """
-        W_enc, b_enc = self.sae.W_enc, self.sae.b_enc
+        return self._encode(x, self.sae.W_enc, self.sae.b_enc, mask, found)
+
+    def _encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, mask: Tensor | None, found: _Code | None) -> _Code:
+        if found is None and self._notes_near:
+            found = self._encode_and_near(x)
         if found is None:
             code = self.rule.encode(x, W_enc, b_enc, mask)
         else:
@@ -146,16 +168,19 @@ class Pass:
 
     def _note_near(self, x: Tensor, code: _Code, mask: Tensor | None) -> None:
         """Keep what of x [..., d_in] says something about the gradient of the thresholds."""
-        if not self.trains_threshold or not torch.is_grad_enabled():
+        if not self._notes_near:
             return
-        values, features = self._near_threshold(x, mask)
+        values, features = self._near_threshold(x, code[1], mask)
         steps = threshold_steps(values, features, self.sae.threshold, self.sae.bandwidth)
         self.near.append(Near(code[1], values, features, steps))
 
-    def _near_threshold(self, x: Tensor, mask: Tensor | None) -> _Code:
-        """Values and features of `Near`, of x [..., d_in]; zero where the mask [...] is False."""
+    def _near_threshold(self, x: Tensor, indices: Tensor, mask: Tensor | None) -> _Code:
+        """Values and features of `Near`, of x [..., d_in] with these indices; zero where the mask [...] is False."""
         sae = self.sae
-        values, features = near_threshold(x, sae.W_enc, sae.b_enc, sae.threshold, sae.bandwidth, sae.k_max)
+        if self._searched and self._searched[0] is indices:
+            _, values, features = self._searched
+        else:
+            values, features = near_threshold(x, sae.W_enc, sae.b_enc, sae.threshold, sae.bandwidth, sae.k_max)
         return values if mask is None else values.masked_fill(~mask.unsqueeze(-1), 0), features
 
     def active(self, code: _Code) -> Tensor:
@@ -240,12 +265,7 @@ class Trace(Pass):
         W_enc, b_enc = self.sae.W_enc.detach(), self.sae.b_enc
         # autograd reaches the values only if they depend on something: on b_enc, if on nothing else.
         b_enc = b_enc.detach() if x.requires_grad else b_enc
-        if found is None:
-            code = self.rule.encode(x, W_enc, b_enc, mask)
-        else:
-            code = with_encode_gradient(x, W_enc, b_enc, *found), found[1]
-        self._note_near(x, code, mask)
-        return self._note(x, code, mask, features=None)
+        return self._note(x, self._encode(x, W_enc, b_enc, mask, found), mask, features=None)
 
     def encode_dead(self, x: Tensor, dead: Tensor, k: int, mask: Tensor | None) -> _Code:
         (x,) = autocast_to(x)
@@ -277,7 +297,7 @@ class Trace(Pass):
         coded = self.coded if trained & {"W_enc", "b_enc"} or self.encodes_b_dec else []
         decoded = [of for of in self.decoded if of.table in trained]
         asked = [of.values for of in coded], [of.out for of in decoded], [of.steps for of in self.near]
-        found = iter(torch.autograd.grad(loss, [*sum(asked, []), *dense.values()], allow_unused=True))
+        found = iter(torch.autograd.grad(loss, [*chain(*asked), *dense.values()], allow_unused=True))
         d_values, d_outs, d_steps = ([next(found) for _ in of] for of in asked)
         d_dense = dict(zip(dense, found, strict=True))
         with torch.no_grad():

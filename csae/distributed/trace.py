@@ -24,7 +24,7 @@ from csae.matryoshka import Prefixes, by_group
 from csae.ops.checks import autocast_to
 from csae.ops.sparse_decode import decode_backward
 from csae.ops.straight_through import sized, steps_backward
-from csae.ops.threshold_encode import near_threshold, threshold_encode_wide
+from csae.ops.threshold_encode import near_threshold, threshold_and_near, threshold_encode_wide
 from csae.ops.topk_encode import Encode, encode_wide
 from csae.selection import Rule
 
@@ -50,12 +50,14 @@ class ShardedTrace(Trace):
         return sum(self.shard.owners_of_dead(dead).counts)
 
     def encoder(self, mask: Tensor | None) -> Encode:
-        W_enc, b_enc, k_max, owners = self.sae.W_enc, self.sae.b_enc, self.rule.k_max, self.shard.owners
+        sae, k_max, owners = self.sae, self.rule.k_max, self.shard.owners
+        W_enc, b_enc = sae.W_enc, sae.b_enc
         # A rank's candidates for a shared budget: all that a token could have.
         above = None if self.rule.shared else self.rule.threshold
         (like,) = autocast_to(W_enc.detach()[:0])
         again = None
-        if owners.owned and not _is_half(like):
+        near: list[_Code] = []  # of each piece of the tokens
+        if owners.owned and not _is_half(like) and not self._notes_near:
             alone = Rule(k_max, min(k_max, owners.owned), above, shared=False)
             again = alone._replace(k=alone.k_max).encoder(W_enc, b_enc, None)
 
@@ -64,10 +66,17 @@ class ShardedTrace(Trace):
                 return again(x)
             if above is None:
                 return encode_wide(x, W_enc, b_enc, m)
-            return threshold_encode_wide(x, W_enc, b_enc, above, m)
+            if not self._notes_near:
+                return threshold_encode_wide(x, W_enc, b_enc, above, m)
+            values, indices, *found = threshold_and_near(x, W_enc, b_enc, above, sae.bandwidth, m)
+            near.append((found[0], found[1]))
+            return values, indices
 
         def encode(x: Tensor) -> _Code:
-            return self._encoded(owners, own, x, k_max, partial(self._within, mask))
+            near.clear()
+            code = self._encoded(owners, own, x, k_max, partial(self._within, mask))
+            self._searched = code[1], [*near]
+            return code
 
         return encode
 
@@ -96,11 +105,14 @@ class ShardedTrace(Trace):
         self._note_near(x, (values, indices), mask)
         return values, indices
 
-    def _near_threshold(self, x: Tensor, mask: Tensor | None) -> _Code:
+    def _near_threshold(self, x: Tensor, indices: Tensor, mask: Tensor | None) -> _Code:
         """The own part, values and rows [N, m], of the candidates of all tokens: they are chosen as a code is."""
         sae, owners = self.sae, self.shard.owners
+        searched = iter(self._searched[1]) if self._searched and self._searched[0] is indices else None
 
         def near(x: Tensor, m: int) -> _Code:
+            if searched is not None:
+                return next(searched)
             return near_threshold(x, sae.W_enc, sae.b_enc, sae.threshold, sae.bandwidth, m)
 
         values, indices = owners.again(near, self._everyone(x), sae.k_max)
@@ -274,7 +286,7 @@ class _Decoded(Function):
 
 
 class _Counted(Function):
-    """The steps [N, m] of own rows -> zeros at home, like counts [...]. Backward: d steps, from d counts of all tokens."""
+    """The steps [N, m] of own rows -> zeros at home, like counts [...]. Backward: from d counts of all tokens."""
 
     @staticmethod
     def forward(ctx: Any, steps: Tensor, counts: Tensor, owners: Owners) -> Tensor:

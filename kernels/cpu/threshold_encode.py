@@ -54,6 +54,41 @@ def near_threshold(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, b
     return _encode(x, W_enc, b_enc, threshold - bandwidth / 2, threshold + bandwidth / 2, k_max, [])
 
 
+def threshold_and_near(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float, k_max: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`threshold_encode` in float32 and `near_threshold`, of one search: both are above threshold - bandwidth / 2.
+
+    With room for two codes hardly any row is cut off; one that may be is searched twice.
+    """
+    lower, upper = threshold - bandwidth / 2, threshold + bandwidth / 2
+    values, indices = _encode(x, W_enc, b_enc, lower, None, min(len(W_enc), 2 * k_max), [])
+    own, high = (of.expand(len(W_enc))[indices] for of in (threshold, upper))
+    found = (
+        *_kept(values, indices, (values > own) | values.isnan(), k_max),
+        *_kept(values, indices, (values < high) | values.isnan(), k_max),
+    )
+    cut_off = (values[:, -1] != 0).nonzero().squeeze(1)
+    if len(cut_off) and values.shape[1] < len(W_enc):
+        left = x[cut_off], W_enc, b_enc
+        again = threshold_encode(*left, threshold, k_max, torch.float32)
+        again += near_threshold(*left, threshold, bandwidth, k_max)
+        for of, by in zip(found, again, strict=True):
+            of[cut_off] = by
+    return found
+
+
+def _kept(values: Tensor, indices: Tensor, keep: Tensor, k_max: int) -> Code:
+    """The first k_max entries of each row [n, m] that are to be kept, in their order; behind them both are 0."""
+    place = keep.cumsum(dim=1)
+    place = torch.where(keep & (values != 0) & (place <= k_max), place, 0)  # place 0 is for the others, and cut off
+    shape = len(values), k_max + 1
+    return (
+        values.new_zeros(shape).scatter_(1, place, values)[:, 1:].contiguous(),
+        indices.new_zeros(shape).scatter_(1, place, indices)[:, 1:].contiguous(),
+    )
+
+
 def threshold_table(W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k_max: int) -> list[Tensor]:
     """What can be made of the weights once: their `PairedRows`, for `threshold_encode_by_table`; or nothing."""
     if not worthwhile(W_enc, k_max):

@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 from processes import run
 from torch.nn.parallel import DistributedDataParallel
+from trained import Case, batch, make, share
 
+from csae import Adam
 from csae.bench import scale_count
 from csae.bench.scale_count import KINDS, Collectives, Sent, purpose, socket_bytes
-from csae.distributed import Ranks
+from csae.distributed import Ranks, sharded
 
 R = 3
 NUMBERS = 30_000  # of float32 a rank, a multiple of R
@@ -81,6 +83,24 @@ def test_what_is_counted_is_what_leaves_the_sockets() -> None:
     assert each[1]["all_gather"][0] == [Sent("all-gather", "other", 1, 2 * whole)]
     assert [of["all_to_all_single, uneven"][0][0].bytes for of in each] == [whole / 2, whole * 3 / 4, whole * 3 / 4]
     assert each[0]["DDP"][0] == [Sent("all-reduce", "gradients", 1, 2 * 4 * 300 * 101 * 2 / R)]
+
+
+def _bytes_of_a_step(ranks: Ranks, d_sae: int) -> dict[str, float]:
+    case = Case("contextual", {"selection": "jumprelu"}, d_sae=d_sae)
+    sae = sharded(lambda: make(case), ranks)
+    optimizer = Adam(sae)
+    with Collectives(purpose) as counted:
+        losses, gradients = sae.gradients(**share(batch(case, 0), ranks))
+        optimizer.update(gradients)
+        sae.track(losses.code)
+    return {each.purpose: each.bytes for each in counted.sent}
+
+
+@pytest.mark.parametrize("data", [1, 2])
+def test_no_gradient_of_a_threshold_travels(data: int) -> None:
+    small, large = (run(2 * data, _bytes_of_a_step, d_sae, data=data)[0] for d_sae in (70, 700))
+    assert small == large
+    assert small["gradients of L0 to all owners"] > 0
 
 
 @pytest.fixture

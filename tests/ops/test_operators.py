@@ -98,7 +98,7 @@ def calls(name: str, B: int, T: int, form: Callable[[Tensor], Tensor]) -> Iterat
             encoder = by.W_enc, by.b_enc, threshold
             if name == "threshold_encode_again":
                 yield normal(n, 11), form(normal(B, T, 4)), form(normal(11, 4)), threshold, K
-            elif name == "near_threshold":
+            elif name in ("near_threshold", "threshold_and_near"):
                 yield x, *encoder, 0.7, K
             elif name not in ("threshold_table", "threshold_encode_by_table"):
                 yield x, *encoder, K

@@ -7,6 +7,7 @@ from csae import reference
 from csae.ops import near_threshold, threshold_encode
 from csae.ops.straight_through import decode_steps, threshold_steps
 from csae.ops.threshold_encode import (
+    threshold_and_near,
     threshold_encode_again,
     threshold_encode_and_keep,
     threshold_encode_wide,
@@ -149,6 +150,7 @@ def test_opcheck():
     x, W, b = (tensor.detach() for tensor in inputs(5, 4, 9))
     threshold = torch.rand(9)
     torch.library.opcheck(ops.near_threshold.default, (x, W, b, threshold, 0.5, 3))
+    torch.library.opcheck(ops.threshold_and_near.default, (x, W, b, threshold, 0.5, 3))
     torch.library.opcheck(ops.threshold_encode_wide.default, (x.half(), W.half(), b.half(), threshold, 3))
     torch.library.opcheck(ops.threshold_encode_and_keep.default, (x, W, b, threshold, 3))
     kept = threshold_encode_and_keep(x, W, b, threshold, 3)[2]
@@ -186,6 +188,24 @@ def test_near_threshold_gives_the_candidates_on_both_sides(dtype, shape, per_fea
     assert (wanted[0] > 0).any()
     assert torch.equal(found[0], wanted[0])
     assert torch.equal(found[1], wanted[1])
+
+
+@pytest.mark.parametrize("per_feature", [False, True])
+@pytest.mark.parametrize("k_max", [2, 12, 100])  # of the first nearly all rows are cut off
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_one_search_gives_the_code_and_what_is_near(dtype, k_max, per_feature):
+    for n, d_in, d_sae in ((17, 6, 100), (300, 130, 1100)):
+        x, W, b = (of.to(dtype) for of in integers(n, d_in, d_sae))
+        x[3, 0] = math.nan
+        threshold = torch.randint(-1, 8, (d_sae,)).to(torch.promote_types(dtype, torch.float32)) * d_in**0.5 / 2
+        threshold[5:7] = torch.tensor([math.inf, math.nan])
+        threshold = threshold if per_feature else threshold[0].abs()
+        *code, values, indices = threshold_and_near(x, W, b, threshold, 5.0, k_max)
+        x, W, b = (of.to(threshold.dtype) for of in (x, W, b))
+        wanted = reference.threshold_encode(x, W, b, threshold, k_max)
+        near = reference.near_threshold(x, W, b, threshold, 5.0, k_max)
+        for found, expected in zip((*code, values, indices), (*wanted, *near), strict=True):
+            torch.testing.assert_close(found, expected.to(found.dtype), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("scalar", [False, True])
