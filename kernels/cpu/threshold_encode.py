@@ -84,8 +84,8 @@ def _kept(values: Tensor, indices: Tensor, keep: Tensor, k_max: int) -> Code:
     place = torch.where(keep & (values != 0) & (place <= k_max), place, 0)  # place 0 is for the others, and cut off
     shape = len(values), k_max + 1
     return (
-        values.new_zeros(shape).scatter_(1, place, values)[:, 1:].contiguous(),
-        indices.new_zeros(shape).scatter_(1, place, indices)[:, 1:].contiguous(),
+        values.new_zeros(shape).scatter_(1, place, values).narrow_copy(1, 1, k_max),
+        indices.new_zeros(shape).scatter_(1, place, indices).narrow_copy(1, 1, k_max),
     )
 
 
