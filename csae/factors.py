@@ -95,7 +95,7 @@ class Near(NamedTuple):
     def of_rows(self, d_sae: int) -> Tensor:
         """[n, k_max]: the features, d_sae in a slot without one; NaN is one."""
         features = torch.where(self.values != 0, self.features, d_sae)
-        return features.reshape(-1, features.shape[-1])
+        return features.reshape(features.shape[:-1].numel(), features.shape[-1])
 
 
 class Pass:

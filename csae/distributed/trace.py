@@ -155,7 +155,8 @@ class ShardedTrace(Trace):
         values, table = autocast_to(values, self._rows("W_dec", None))
         steps = self._steps(code, table.dtype)
         if steps:
-            steps = by_group(steps[0], steps[2], prefixes)[0], *by_group(*steps[1:], prefixes)
+            of_steps, near, features = steps
+            steps = by_group(of_steps, features, prefixes)[0], *by_group(near, features, prefixes)
         everywhere: list[Tensor] = []
         out = _Decoded.apply(values, rows, table, owners, everywhere, *steps)
         self.decoded.append(Decoded("W_dec", number, None, out, everywhere, by_group=True))

@@ -71,9 +71,9 @@ def threshold_and_near(
     cut_off = (values[:, -1] != 0).nonzero().squeeze(1)
     if len(cut_off) and values.shape[1] < len(W_enc):
         left = x[cut_off], W_enc, b_enc
-        again = threshold_encode(*left, threshold, k_max, torch.float32)
-        again += near_threshold(*left, threshold, bandwidth, k_max)
-        for of, by in zip(found, again, strict=True):
+        code = threshold_encode(*left, threshold, k_max, torch.float32)
+        near = near_threshold(*left, threshold, bandwidth, k_max)
+        for of, by in zip(found, (*code, *near), strict=True):
             of[cut_off] = by
     return found
 
