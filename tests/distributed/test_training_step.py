@@ -109,7 +109,8 @@ def test_equal_to_one_process(name: str, size: int) -> None:
     assert torch.isfinite(one.losses).all()
     if case.steps == 50 and name.removeprefix("thresholds, ") in ("topk", "current", "past, few remembered"):
         assert (one.losses[:, 2] > 0).any()  # AuxK had a part
-    check_alike(one, run(size, _train, case), case)
+    # Of a feature that only AuxK finds gradients are as small as their rounding, and Adam makes steps of them.
+    check_alike(one, run(size, _train, case), case, 1e-5 if "thresholds" in name else 2e-6)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,8 @@ def test_replicas(case: Case) -> None:
     # Ranks are numbered replica by replica, and windows with them.
     codes = [tuple(torch.cat([each.codes[step][i] for each in found]) for i in (0, 1)) for step in range(case.steps)]
     none = [(values[:0], indices[:0]) for values, indices in codes]
-    check_alike(one, [first[0]._replace(codes=codes), first[1]._replace(codes=none)], case)
+    found = [first[0]._replace(codes=codes), first[1]._replace(codes=none)]
+    check_alike(one, found, case, 1e-5 if case.sae.get("selection") == "jumprelu" else 2e-6)
 
 
 @pytest.mark.parametrize("selected", [{}, JUMPRELU], ids=["topk", "jumprelu"])
