@@ -109,8 +109,8 @@ def test_equal_to_one_process(name: str, size: int) -> None:
     assert torch.isfinite(one.losses).all()
     if case.steps == 50 and name.removeprefix("thresholds, ") in ("topk", "current", "past, few remembered"):
         assert (one.losses[:, 2] > 0).any()  # AuxK had a part
-    # Of a feature that only AuxK finds gradients are as small as their rounding, and Adam makes steps of them.
-    check_alike(one, run(size, _train, case), case, 1e-5 if "thresholds" in name else 2e-6)
+    # Adam's first steps are as large for a gradient that is nearly zero, and so is what its rounding makes of them.
+    check_alike(one, run(size, _train, case), case, 5e-5 if "thresholds" in name else 2e-6)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_replicas(case: Case) -> None:
     codes = [tuple(torch.cat([each.codes[step][i] for each in found]) for i in (0, 1)) for step in range(case.steps)]
     none = [(values[:0], indices[:0]) for values, indices in codes]
     found = [first[0]._replace(codes=codes), first[1]._replace(codes=none)]
-    check_alike(one, found, case, 1e-5 if case.sae.get("selection") == "jumprelu" else 2e-6)
+    check_alike(one, found, case, 5e-5 if case.sae.get("selection") == "jumprelu" else 2e-6)
 
 
 @pytest.mark.parametrize("selected", [{}, JUMPRELU], ids=["topk", "jumprelu"])
