@@ -42,14 +42,21 @@ Op = Callable[[], object]
 
 def ops(data: Data) -> Iterator[tuple[str, Op]]:
     """Everything that launches kernels, by name. The inputs of each are made when it is reached."""
-    topk, threshold, sums, rows, look_back = (
-        import_module(f"csae.kernels.triton.{name}")
-        for name in ("topk_encode", "topk_threshold", "sparse_decode", "feature_rows", "lookback_attention")
-    )
+    names = ("topk_encode", "topk_threshold", "threshold_encode", "sparse_decode", "feature_rows", "lookback_attention")
+    topk, sampled, threshold, sums, rows, look_back = (import_module(f"csae.kernels.triton.{name}") for name in names)
     n, d_in, d_sae, k = data.shape.n, data.shape.d_in, data.shape.d_sae, data.shape.k
     values, indices = data.code
     yield "topk_encode", lambda: topk.topk_encode(data.x, data.W_enc, data.b_enc, k)
-    yield "topk_threshold", lambda: threshold.topk_encode(data.x, data.W_enc, data.b_enc, k)
+    yield "topk_threshold", lambda: sampled.topk_encode(data.x, data.W_enc, data.b_enc, k)
+    # A threshold that about k features of a token exceed.
+    acts = data.x[:64].float() @ data.W_enc.float().T + data.b_enc.float()
+    above = acts.topk(k).values[:, -1].mean()
+    del acts
+    room = min(2 * k, d_sae)
+    yield "threshold_encode", lambda: threshold.threshold_encode(data.x, data.W_enc, data.b_enc, above, room)
+    wide = [of.float() for of in (data.x, data.W_enc, data.b_enc)]
+    yield "topk_encode, float32", partial(topk.topk_encode, *wide, k)
+    del wide
     yield "gather_sum", lambda: sums.gather_sum(values, indices, data.W_dec)
     yield "gather_dot", lambda: sums.gather_dot(data.grad, values, indices, data.W_dec)
 

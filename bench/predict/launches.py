@@ -23,6 +23,7 @@ from csae.ops import backend, sparse_decode, topk_encode
 from csae.ops.adam_rows import Table, adam_rows, feature_sums, sort_pairs
 from csae.ops.lookback_attention import _lookback_attention, _lookback_attention_backward
 from csae.ops.sparse_decode import decode_backward
+from csae.ops.threshold_encode import threshold_encode
 from csae.ops.topk_encode import encode_again, encode_and_keep
 
 from ..cases import CASES, OURS
@@ -236,8 +237,11 @@ def ops(data: Data) -> dict[str, Callable[[], object]]:
     some = data.x[: max(1, 2**26 // d_sae)]
     W_a, a = (torch.empty(size, data.qkv[2][0, 0].numel(), dtype=data.dtype) for size in (d_sae, len(some)))
     kept = torch.empty(len(some), d_sae)
+    wide = [of.float() for of in (data.x, data.W_enc, data.b_enc)]
     return {
         "topk_encode": lambda: topk_encode(data.x, data.W_enc, data.b_enc, k),
+        "topk_encode, float32": lambda: topk_encode(*wide, k),
+        "threshold_encode": lambda: threshold_encode(data.x, data.W_enc, data.b_enc, torch.empty(()), 2 * k),
         "gather_sum": lambda: sparse_decode(values, indices, data.W_dec),
         "gather_dot": lambda: decode_backward(data.grad, values, indices, data.W_dec),
         "feature_sums": lambda: feature_sums(pairs, [weights, weights], [data.x, data.grad]),

@@ -68,7 +68,9 @@ def of_triton(launch: Triton, counted: Counted) -> Time:
 def _whole_tiles(variant: Variant, reached: dict[str, list[float]]) -> dict[str, list[float]]:
     """The counts of the busiest program of a persistent kernel, which takes a whole number of tiles."""
     for name, node in source.nodes(variant.kernel).items():
-        if node.loop and "programs" in node.text and reached.get(name):
+        # The loop over tiles; or, where it is one with that over the depth, what is done at a tile's end.
+        a_tile = node.loop and "programs" in node.text and "steps" not in node.text
+        if (a_tile or node.test == "step == steps - 1") and reached.get(name):
             more = math.ceil(reached[name][0]) / reached[name][0]
             return {of: [count * more for count in counts] for of, counts in reached.items()}
     return reached

@@ -190,6 +190,21 @@ def placed(code: Code, kernel: Any, trips: dict[str, list[float]]) -> list[Place
         if own and not own[-1].loop and len(trips.get(own[-1].name, [])) <= 1:  # of several it isn't known which
             executed = min(count, _mean(trips.get(own[-1].name, [])))
         found.append(Placed(loop, count, executed))
+    return _after_others(code, found)
+
+
+def _after_others(code: Code, places: list[Placed]) -> list[Placed]:
+    """The same, with no block executed more often than those before it: of a function called twice it isn't known."""
+    before: dict[int, list[int]] = {block: [] for block in range(len(code.blocks))}
+    for block, of in enumerate(code.blocks):
+        for after in of.next:
+            before[after].append(block)
+    headers = {header for header, _ in code.loops}
+    found = list(places)
+    for block, others in before.items():
+        if others and max(others) < block and block not in headers:
+            most = sum(found[other].executed for other in others)
+            found[block] = found[block]._replace(executed=min(found[block].executed, most))
     return found
 
 
@@ -264,12 +279,14 @@ def _innermost_loop(votes: Counter[tuple[source.Node, ...]]) -> source.Node | No
 def busy(code: Code, warps: int, times: Sequence[float], operations: float) -> Busy:
     """What a program costs. operations: of its products of matrices, multiplications and additions."""
     tensor = operations / (machine.OPERATIONS / machine.MULTIPROCESSORS / machine.CLOCK)
-    issue, alone = 0.0, 0.0
+    issue = 0.0
     units = dict.fromkeys(machine.RATES, 0.0)
     products = sum(
         t * sum(of.kind == "wgmma" for of in b.instructions) for t, b in zip(times, code.blocks, strict=True)
     )
-    for block, count in zip(code.blocks, times, strict=True):
+    # What is done while a product is being made, by what it is waited for with: nothing, if there is no other product.
+    waits: dict[object, list[float]] = {}
+    for number, (block, count) in enumerate(zip(code.blocks, times, strict=True)):
         if count == 0:
             continue
         size = len(block.instructions)
@@ -282,8 +299,24 @@ def busy(code: Code, warps: int, times: Sequence[float], operations: float) -> B
         here += machine.BARRIER * sum(of.opcode.startswith("BAR") for of in block.instructions)
         in_block = sum(of.kind == "wgmma" for of in block.instructions)
         share = tensor * count * in_block / products if products else 0.0
-        alone += max(count * here, share)
+        together = waits.setdefault(_turn(code, times, number), [0.0, 0.0])
+        together[0] += count * here
+        together[1] += share
+    alone = sum(max(together) for together in waits.values())
     return Busy(issue, units, tensor, alone)
+
+
+def _turn(code: Code, times: Sequence[float], block: int) -> object:
+    """Which blocks pass while the same product is made: those of a loop's turn, if it leaves a product under way."""
+    around = [(len(members), header, members) for header, members in code.loops if block in members]
+    if around:
+        _, header, members = min(around, key=lambda of: of[0])
+        turn = [of for of in members if times[of] == times[block]]
+        instructions = [of for number in turn for of in code.blocks[number].instructions]
+        under_way = any(re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x[1-9]", of.text) for of in instructions)
+        if under_way and any(of.kind == "wgmma" for of in instructions):
+            return "turn", header, times[block]
+    return block
 
 
 def by_loop(code: Code, places: Sequence[Placed]) -> dict[str, tuple[float, dict[str, float]]]:

@@ -31,7 +31,7 @@ Call = dict[str, Any]
 
 ROWS = 4  # of a product and the selection from it
 PROGRAMS = 48  # of any other kernel
-DEPTH_WORDS = ("steps", "depth")  # in the header of a loop over the depth of a product
+DEPTH_WORDS = ("steps", "d_in, BLOCK_K")  # in the header of a loop over the depth of a product
 
 
 class Counted(NamedTuple):
@@ -246,6 +246,9 @@ def _arguments(call: Call) -> tuple[list[Any], float]:
                     given[name]["shape"][-1] = block
 
     def made(name: str, of: Any) -> Any:
+        if name == "threshold":  # half of k_max exceed it: pre-activations are normal, as x and W_enc are
+            d_in, d_sae = given["W_enc"]["shape"][-1], given["W_enc"]["shape"][0]
+            return torch.special.ndtri(torch.tensor(1 - given["k_max"] / 2 / d_sae)) * d_in**0.5
         if isinstance(of, list):
             return [made(name, one) for one in of]
         if not isinstance(of, dict):

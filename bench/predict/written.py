@@ -12,7 +12,7 @@ import triton
 
 from ..cases import BACKWARD, CASES, CONTEXTUAL_STEP, ENCODE, TOPK_STEP
 from ..data import SHAPES
-from . import launches, machine, model, source, trips
+from . import launches, machine, model, source, strict, trips
 from .launches import Recorded, Torch, Triton
 from .model import Row
 from .trips import Counted
@@ -59,8 +59,12 @@ def count(shape: str, again: bool = False) -> None:
     needed, kept = outdated(found, {}), {} if again else counted(shape)
     missing = outdated(found, kept)
     kept = {call: of for call, of in kept.items() if call in needed and call not in missing}
-    if missing:
-        kept |= dict(zip(missing, trips.count(list(missing.values())), strict=True))
+    strictly = {key: call for key, call in missing.items() if strict.is_strict(call)}
+    others = {key: call for key, call in missing.items() if key not in strictly}
+    if others:
+        kept |= dict(zip(others, trips.count(list(others.values())), strict=True))
+    for key, call in strictly.items():
+        kept[key] = strict.count(call, next(of for of in found if call in of.calls))
     known = json.loads(COUNTED.read_text()) if COUNTED.exists() else {}
     known[shape] = kept
     shapes = []

@@ -42,7 +42,7 @@ import triton
 from torch import Tensor
 
 from ..portable.topk_encode import round_table as round_table
-from . import tuning
+from . import topk_coarse, tuning
 from .topk_product import GROUP, best_product, launch_product, product_variant, programs_of
 from .topk_select import ordered, select_ranges
 from .variant import Variant, aligned, dot_precision, unit_of
@@ -97,8 +97,9 @@ def topk_encode(
     -> values [n, k] in `dtype` or that of x, indices [n, k] int64.
 
     Selection is on the float32 accumulator. Products of float32 are float32 if torch.get_float32_matmul_precision() is
-    "highest", and TF32 otherwise. A row with a NaN among its pre-activations gives k NaN at indices 0..k-1. Memory
-    beside the result: 8 n k bytes, and WORKSPACE_BYTES at most, or what one row needs if that is more.
+    "highest" (of candidates only where topk_coarse.py is a gain; it needs memory of its own), and TF32 otherwise. A row
+    with a NaN among its pre-activations gives k NaN at indices 0..k-1. Memory beside the result: 8 n k bytes, and
+    WORKSPACE_BYTES at most, or what one row needs if that is more.
 
     product: the form of the product kernel, one of topk_product.py's `variants` or `candidates`; by default the best
     for the device.
@@ -108,7 +109,11 @@ def topk_encode(
     pairs = torch.empty(n, k, dtype=torch.int64, device=x.device)
     if n == 0:
         return x.new_empty(0, k, dtype=dtype), pairs
-    search(x, W_enc, bias, pairs, product or best_product(x, d_sae))
+    strict = x.dtype == torch.float32 and dot_precision(x.dtype) == "ieee"
+    if product is None and strict and topk_coarse.worthwhile(x, W_enc, k):
+        topk_coarse.search(x, W_enc, bias, pairs, search)
+    else:
+        search(x, W_enc, bias, pairs, product or best_product(x, d_sae))
     return ordered(pairs, dtype or x.dtype)
 
 

@@ -35,7 +35,7 @@ def blocks_of(tile, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 @triton.jit
 def write_hits(
     b_acts,
-    o_m,
+    first_m,
     m_m,
     block_n,
     bound_ptr,
@@ -52,30 +52,57 @@ def write_hits(
 ):
     """The epilogue: write all group maxima of a tile, and the groups whose maximum is above their row's bound.
 
-    Groups are a third axis of the tile, which costs a layout conversion: in the TMA kernel the whole 128 x 256 tile
-    passes through shared memory. Counted from SASS (sm_90), the epilogue has 1,102 instructions and 13 barriers.
+    On Hopper no pre-activation passes through shared memory. A wgmma leaves rows l and l + 8 of its 16, and columns
+    2 q, 2 q + 1 of each 8, in lane 4 l + q. Seen with an axis for each of these, lanes first and what a thread holds
+    last, the tile is laid out as the compiler lays out a tile that is stored. So a store writes whole sectors of 32
+    bytes from where the products lie, and a group's maximum takes two shuffles.
     """
     GROUPS: tl.constexpr = BLOCK_N // GROUP
+    WARPS: tl.constexpr = BLOCK_M // 16
+    EIGHTS: tl.constexpr = GROUP // 8
+    o_m = first_m + tl.arange(0, BLOCK_M)
     o_g = block_n * GROUPS + tl.arange(0, GROUPS)
-    o_n = (o_g * GROUP)[None, :, None] + tl.arange(0, GROUP)[None, None, :]
     m_tile = m_m[:, None] & (o_g * GROUP < columns)[None, :]
-    o_row = o_m.to(tl.int64)
-    p_acts = acts_ptr + o_row[:, None, None] * stride + o_n
-    b_grouped = tl.reshape(b_acts, [BLOCK_M, GROUPS, GROUP])
-    if SUBTRACT:
-        # [BLOCK_M, GROUPS, GROUP]
-        b_grouped = tl.load(p_acts, mask=m_tile[:, :, None] & (o_n < columns), other=0.0) - b_grouped
-    if not WHOLE:
-        b_grouped = tl.where(o_n < columns, b_grouped, float("-inf"))
-    b_maxima = tl.reduce(b_grouped, 2, max_or_nan)
-    tl.store(maxima_ptr + o_row[:, None] * groups + o_g[None, :], b_maxima, mask=m_tile)
     # [BLOCK_M]
     b_bound = tl.load(bound_ptr + o_m, mask=m_m, other=float("inf"))
-    # Not `b_maxima > b_bound`: a NaN maximum must count as a hit, and so must everything if the bound is NaN.
-    m_hit = (m_tile & ~(b_maxima <= b_bound[:, None]))[:, :, None]
+    # Axes: q, l, warp, eight columns, group, half of 16 rows, two columns. Only constants are added last, so that the
+    # compiler keeps two addresses a thread.
+    o_row = tl.arange(0, 8)[None, :, None, None, None, None, None]
+    o_row += 16 * tl.arange(0, WARPS)[None, None, :, None, None, None, None]
+    o_row += 8 * tl.arange(0, 2)[None, None, None, None, None, :, None]
+    o_q = 2 * tl.arange(0, 4)[:, None, None, None, None, None, None]
+    o_held = 8 * tl.arange(0, EIGHTS)[None, None, None, :, None, None, None]
+    o_held += GROUP * tl.arange(0, GROUPS)[None, None, None, None, :, None, None]
+    o_held += tl.arange(0, 2)[None, None, None, None, None, None, :]
+    p_acts = acts_ptr + block_n * BLOCK_N + (first_m + o_row).to(tl.int64) * stride + o_q + o_held
+    m_acts = block_n * BLOCK_N + o_q + o_held < columns
+    if SUBTRACT:
+        m_load = tl.permute(tl.reshape(m_tile, [WARPS, 2, 8, GROUPS, 1, 1, 1]), (5, 2, 0, 4, 3, 1, 6))
+        if not WHOLE:
+            m_load = m_load & m_acts
+        b_before = tl.permute(tl.load(p_acts, mask=m_load, other=0.0), (2, 5, 1, 4, 3, 0, 6))
+        b_acts = tl.reshape(b_before, [BLOCK_M, BLOCK_N]) - b_acts
     if not WHOLE:
-        m_hit = m_hit & (o_n < columns)
-    tl.store(p_acts, b_grouped, mask=m_hit)
+        b_acts = tl.where((block_n * BLOCK_N + tl.arange(0, BLOCK_N) < columns)[None, :], b_acts, float("-inf"))
+    b_maxima = tl.reduce(tl.reshape(b_acts, [BLOCK_M, GROUPS, GROUP]), 2, max_or_nan)
+    tl.store(maxima_ptr + o_m.to(tl.int64)[:, None] * groups + o_g[None, :], b_maxima, mask=m_tile)
+    # Not `b_maxima > b_bound`: a NaN maximum must count as a hit, and so must everything if the bound is NaN.
+    m_hit = m_tile & ~(b_maxima <= b_bound[:, None])
+    m_hit = tl.permute(tl.reshape(m_hit, [WARPS, 2, 8, GROUPS, 1, 1, 1]), (5, 2, 0, 4, 3, 1, 6))
+    if not WHOLE:
+        m_hit = m_hit & m_acts
+    b_held = tl.permute(tl.reshape(b_acts, [WARPS, 2, 8, GROUPS, EIGHTS, 4, 2]), (5, 2, 0, 4, 3, 1, 6))
+    tl.store(p_acts, b_held, mask=m_hit)
+
+
+@triton.jit
+def bias_of(tile, tiles, bias_ptr, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """[BLOCK_M, BLOCK_N] float32: the biases of a tile's columns; of the last tile's behind that."""
+    _, block_n = blocks_of(tl.minimum(tile, tiles - 1), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+    o_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # [BLOCK_N]
+    b_bias = tl.load(bias_ptr + o_n, mask=o_n < columns, other=0.0)
+    return tl.broadcast_to(b_bias[None, :], [BLOCK_M, BLOCK_N])
 
 
 @triton.jit
@@ -87,19 +114,18 @@ def multiply_tile(
     m_m,
     m_n,
     d_in,
-    depth,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """[BLOCK_M, BLOCK_N] float32: x[o_m, :depth] W_enc[o_n, :depth]^T."""
+    """[BLOCK_M, BLOCK_N] float32: x[o_m] W_enc[o_n]^T."""
     o_k = tl.arange(0, BLOCK_K)
     p_x = x_ptr + o_m.to(tl.int64)[:, None] * d_in + o_k[None, :]
     p_W = W_ptr + o_n.to(tl.int64)[:, None] * d_in + o_k[None, :]
     b_acts = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, depth, BLOCK_K):
-        m_k = o_k < depth - start
+    for start in range(0, d_in, BLOCK_K):
+        m_k = o_k < d_in - start
         # [BLOCK_M, BLOCK_K]
         b_x = tl.load(p_x + start, mask=m_m[:, None] & m_k[None, :], other=0.0)
         # [BLOCK_N, BLOCK_K]
@@ -156,32 +182,34 @@ def _pre_acts(
     o_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_m = o_m < rows
     m_n = o_n < columns
-    depth = d_in
+    wanted = True
     if GATED:
         # [BLOCK_M]
         m_m = m_m & (tl.load(only_ptr + first + o_m, mask=m_m, other=0) != 0)
-        depth = tl.where(tl.max(m_m.to(tl.int32), 0) > 0, d_in, 0)
-    b_acts = multiply_tile(x_ptr, W_ptr, first + o_m, o_n, m_m, m_n, d_in, depth, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-    if not SUBTRACT:
-        # [BLOCK_N]
-        b_acts += tl.load(bias_ptr + o_n, mask=m_n, other=0.0)[None, :]
-    write_hits(
-        b_acts, o_m, m_m, block_n, bound_ptr, acts_ptr, maxima_ptr, columns, stride, groups,
-        BLOCK_M, BLOCK_N, GROUP, WHOLE, SUBTRACT,
-    )  # fmt: skip
+        wanted = tl.max(m_m.to(tl.int32), 0) > 0
+    if wanted:
+        b_acts = multiply_tile(x_ptr, W_ptr, first + o_m, o_n, m_m, m_n, d_in, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+        if not SUBTRACT:
+            # [BLOCK_N]
+            b_acts += tl.load(bias_ptr + o_n, mask=m_n, other=0.0)[None, :]
+        write_hits(
+            b_acts, block_m * BLOCK_M, m_m, block_n, bound_ptr, acts_ptr, maxima_ptr, columns, stride, groups,
+            BLOCK_M, BLOCK_N, GROUP, WHOLE, SUBTRACT,
+        )  # fmt: skip
 
 
 # The same for Hopper and later, with TMA loads, in a persistent kernel. d_in must be a multiple of 16 bytes, and the
 # columns whole groups.
 #
-# A program: every `programs`-th tile [BLOCK_M, BLOCK_N]; RESIDENT programs a multiprocessor. With FLATTEN the loop over
-# tiles and the loop over d_in are one, so the first blocks of the next tile arrive while this one is written.
+# A program: every `programs`-th tile [BLOCK_M, BLOCK_N]; RESIDENT programs a multiprocessor. The loops over tiles and
+# over d_in are one, so the first blocks of the next tile arrive while this one is written. Not by flatten=True of
+# tl.range: products would wait for the biases, which they start from. That takes no additions, and no zeros.
 # GROUP_M = 16 makes the 132 tiles that an H100 has in flight a square: 16 blocks of 128 rows by 8 of 256 columns.
 # Shared memory can feed tiles of 128 x 256: for 64 of d_in, the 16-bit products take 1024 cycles, and so do 48 KB into
-# and 80 KB out of shared memory, at 128 bytes a cycle. For 128 x 128 it would be 512 cycles against 640.
-# Bytes, operations and floor: as `_pre_acts`. The epilogue, 1,102 instructions and 13 barriers as counted from SASS
-# (sm_90), takes about 3,000 cycles a tile, against 12,288 of products at A, 36,864 at B, 65,536 at C. With RESIDENT = 2
-# and smaller tiles, one program's epilogue overlaps the other's products; a GPU has to tell which is faster.
+# and 80 KB out of shared memory, at 128 bytes a cycle. For 128 x 128 it would be 512 cycles against 640: what two
+# programs of such tiles hide (RESIDENT = 2), or two groups of warps that take turns, they lose there.
+# Bytes, operations and floor: as `_pre_acts`. Counted from SASS (sm_90), a tile's end has 592 instructions and 3
+# barriers; with groups as a third axis, stored through shared memory, it had 1,102 and 13.
 @jit
 def _pre_acts_tma(
     x_desc,
@@ -202,28 +230,35 @@ def _pre_acts_tma(
     GROUP_M: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
-    FLATTEN: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):
     tl.assume(steps > 0)
+    block_m, block_n = 0, 0
     stride = stride * GROUP
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(columns, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles, programs, flatten=FLATTEN):
-        block_m, block_n = blocks_of(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
-        b_acts = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for step in range(steps):
-            # [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K]; TMA fills in zeros outside the tensors
-            b_x = x_desc.load([block_m * BLOCK_M, step * BLOCK_K])
-            b_W = W_desc.load([block_n * BLOCK_N, step * BLOCK_K])
-            b_acts = tl.dot(b_x, b_W.T, b_acts, input_precision=PRECISION)
-        o_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        o_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        # [BLOCK_N]
-        b_acts += tl.load(bias_ptr + o_n, mask=o_n < columns, other=0.0)[None, :]
-        write_hits(
-            b_acts, o_m, o_m < rows, block_n, bound_ptr, acts_ptr, maxima_ptr, columns, stride, groups,
-            BLOCK_M, BLOCK_N, GROUP, True, False,
-        )  # fmt: skip
+    tile = tl.program_id(0) - programs
+    written = tl.program_id(0)
+    step = -1
+    b_acts = bias_of(written, tiles, bias_ptr, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+    for _ in range(tl.cdiv(tiles - written, programs) * steps):
+        step = tl.where(step == steps - 1, 0, step + 1)
+        if step == 0:
+            tile += programs
+            block_m, block_n = blocks_of(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+        # [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K]; TMA fills in zeros outside the tensors
+        b_x = x_desc.load([block_m * BLOCK_M, step * BLOCK_K])
+        b_W = W_desc.load([block_n * BLOCK_N, step * BLOCK_K])
+        b_acts = tl.dot(b_x, b_W.T, b_acts, input_precision=PRECISION)
+        if step == steps - 1:
+            # Not block_m and block_n: then loads would wait for this branch.
+            this_m, this_n = blocks_of(written, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+            m_m = this_m * BLOCK_M + tl.arange(0, BLOCK_M) < rows
+            write_hits(
+                b_acts, this_m * BLOCK_M, m_m, this_n, bound_ptr, acts_ptr, maxima_ptr, columns, stride, groups,
+                BLOCK_M, BLOCK_N, GROUP, True, False,
+            )  # fmt: skip
+            written += programs
+            b_acts = bias_of(written, tiles, bias_ptr, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
 
 
 def product_variant(dtype: torch.dtype, precision: str, unit: int, subtract: bool = False) -> Variant:
@@ -256,7 +291,7 @@ def tma_variant(dtype: torch.dtype) -> Variant:
     return Variant(
         _pre_acts_tma,
         {"x_desc": dtype, "W_desc": dtype, **floats},
-        {**blocks, "GROUP_M": 16, "GROUP": GROUP, "PRECISION": "tf32", "FLATTEN": True, "RESIDENT": 1},
+        {**blocks, "GROUP_M": 16, "GROUP": GROUP, "PRECISION": "tf32", "RESIDENT": 1},
         num_warps=8,
         num_stages=3,
         descriptors={"x_desc": ("BLOCK_M", "BLOCK_K"), "W_desc": ("BLOCK_N", "BLOCK_K")},
@@ -278,11 +313,10 @@ def candidates(variant: Variant) -> list[Variant]:
     """Other forms in which it can be launched, for `tuning` to choose from."""
     changes: list[dict[str, int]] = []
     if variant.kernel is _pre_acts_tma:
-        changes = [{"num_stages": 4}, {"FLATTEN": False, "num_stages": 4}, {"GROUP_M": 8}]
+        changes = [{"num_stages": 4}, {"GROUP_M": 8}]
         if variant.tensors["x_desc"].itemsize == 2:
             # With two programs a multiprocessor, one multiplies while the other writes.
-            two_programs = {"BLOCK_N": 128, "num_warps": 4, "RESIDENT": 2}
-            changes += [two_programs, {**two_programs, "FLATTEN": False}]
+            changes.append({"BLOCK_N": 128, "num_warps": 4, "RESIDENT": 2})
     elif variant.kernel is _pre_acts and variant.constants["UNIT"] > 1 and variant.constants["PRECISION"] != "ieee":
         changes = [{"num_stages": 4}, {"GROUP_M": 16}]
     return [tuning.changed(variant, change) for change in changes]

@@ -118,7 +118,7 @@ def _append(
     m_m = o_m < rows
     d_in = units * UNIT
     b_acts = multiply_tile(
-        x_ptr, W_ptr, first + o_m, o_n, m_m, o_n < columns, d_in, d_in, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+        x_ptr, W_ptr, first + o_m, o_n, m_m, o_n < columns, d_in, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
     )
     # [BLOCK_N]
     b_acts += tl.load(bias_ptr + o_n, mask=o_n < columns, other=0.0)[None, :]
@@ -270,6 +270,8 @@ def append_variant(product: Variant) -> Variant:
     floats = {name: torch.float32 for name in ("bias_ptr", "bound_ptr", "slots_ptr")}
     left_out = ("GROUP", "SUBTRACT", "GATED")
     tiles = {name: value for name, value in product.constants.items() if name not in left_out}
+    if product.descriptors:
+        tiles["FLATTEN"] = True
     tiles["BLOCK_N"] = min(tiles["BLOCK_N"], 128)
     return product._replace(
         kernel=_append_tma if product.descriptors else _append,

@@ -46,3 +46,19 @@ def test_exact(dtype: torch.dtype, d_in: int, misled: bool) -> None:
         found = encode(x.to(dtype), W_enc.to(dtype), b_enc.to(dtype), K)
         assert torch.equal(found[1], indices)
         assert torch.equal(found[0].double(), values)
+
+
+@pytest.mark.parametrize("fits", [True, False], ids=["fits", "falls back"])
+@pytest.mark.parametrize("d_in", [64, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_threshold_encode_is_exact(dtype: torch.dtype, d_in: int, fits: bool) -> None:
+    """About 30 of a row are above a threshold near three standard deviations; half of them above zero."""
+    from csae.kernels.triton import threshold_encode
+
+    x, W_enc = integers(N, d_in, largest=1, seed=0), integers(D_SAE, d_in, largest=1, seed=1)
+    b_enc = integers(D_SAE, largest=3, seed=2)
+    threshold = torch.tensor(round(2 * d_in**0.5) if fits else 0.0, dtype=torch.float64, device=DEVICE)
+    values, indices = reference.threshold_encode(x, W_enc, b_enc, threshold, 64)
+    found = threshold_encode.threshold_encode(x.to(dtype), W_enc.to(dtype), b_enc.to(dtype), threshold.float(), 64)
+    assert torch.equal(found[1], indices)
+    assert torch.equal(found[0].double(), values)
