@@ -31,7 +31,7 @@ Call = dict[str, Any]
 
 ROWS = 4  # of a product and the selection from it
 PROGRAMS = 48  # of any other kernel
-DEPTH_WORDS = ("steps", "d_in, BLOCK_K")  # in the header of a loop over the depth of a product
+DEPTH_WORDS = ("steps", "depth")  # in the header of a loop over the depth of a product
 
 
 class Counted(NamedTuple):

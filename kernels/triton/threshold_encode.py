@@ -87,7 +87,7 @@ def _append_above(
     m_m = o_m < rows
     d_in = units * UNIT
     b_acts = multiply_tile(
-        x_ptr, W_ptr, first + o_m, o_n, m_m, o_n < columns, d_in, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+        x_ptr, W_ptr, first + o_m, o_n, m_m, o_n < columns, d_in, d_in, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
     )
     b_acts = _above(b_acts, features_ptr, o_n, o_n < columns, False)
     append_hits(
@@ -173,13 +173,13 @@ def _pre_acts_above(
     m_n = o_n < columns
     m_m = o_m < rows
     m_m = m_m & (tl.load(only_ptr + first + o_m, mask=m_m, other=0) != 0)
-    if tl.max(m_m.to(tl.int32), 0) > 0:
-        b_acts = multiply_tile(x_ptr, W_ptr, first + o_m, o_n, m_m, m_n, d_in, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-        b_acts = _above(b_acts, features_ptr, o_n, m_n, True)
-        write_hits(
-            b_acts, block_m * BLOCK_M, m_m, block_n, bound_ptr, acts_ptr, maxima_ptr, columns, stride, groups,
-            BLOCK_M, BLOCK_N, GROUP, WHOLE, False,
-        )  # fmt: skip
+    depth = tl.where(tl.max(m_m.to(tl.int32), 0) > 0, d_in, 0)
+    b_acts = multiply_tile(x_ptr, W_ptr, first + o_m, o_n, m_m, m_n, d_in, depth, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+    b_acts = _above(b_acts, features_ptr, o_n, m_n, True)
+    write_hits(
+        b_acts, o_m, m_m, block_n, bound_ptr, acts_ptr, maxima_ptr, columns, stride, groups,
+        BLOCK_M, BLOCK_N, GROUP, WHOLE, False,
+    )  # fmt: skip
 
 
 # slots[r] = 0 where it is not below its feature's upper bound. A program: one row, in one warp. Bytes: 36 a group, and

@@ -35,7 +35,7 @@ def blocks_of(tile, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 @triton.jit
 def write_hits(
     b_acts,
-    first_m,
+    o_m,
     m_m,
     block_n,
     bound_ptr,
@@ -52,57 +52,30 @@ def write_hits(
 ):
     """The epilogue: write all group maxima of a tile, and the groups whose maximum is above their row's bound.
 
-    On Hopper no pre-activation passes through shared memory. A wgmma leaves rows l and l + 8 of its 16, and columns
-    2 q, 2 q + 1 of each 8, in lane 4 l + q. Seen with an axis for each of these, lanes first and what a thread holds
-    last, the tile is laid out as the compiler lays out a tile that is stored. So a store writes whole sectors of 32
-    bytes from where the products lie, and a group's maximum takes two shuffles.
+    Groups are a third axis of the tile, which costs a layout conversion: the whole tile passes through shared memory.
+    `write_held` does without, for Hopper.
     """
     GROUPS: tl.constexpr = BLOCK_N // GROUP
-    WARPS: tl.constexpr = BLOCK_M // 16
-    EIGHTS: tl.constexpr = GROUP // 8
-    o_m = first_m + tl.arange(0, BLOCK_M)
     o_g = block_n * GROUPS + tl.arange(0, GROUPS)
+    o_n = (o_g * GROUP)[None, :, None] + tl.arange(0, GROUP)[None, None, :]
     m_tile = m_m[:, None] & (o_g * GROUP < columns)[None, :]
+    o_row = o_m.to(tl.int64)
+    p_acts = acts_ptr + o_row[:, None, None] * stride + o_n
+    b_grouped = tl.reshape(b_acts, [BLOCK_M, GROUPS, GROUP])
+    if SUBTRACT:
+        # [BLOCK_M, GROUPS, GROUP]
+        b_grouped = tl.load(p_acts, mask=m_tile[:, :, None] & (o_n < columns), other=0.0) - b_grouped
+    if not WHOLE:
+        b_grouped = tl.where(o_n < columns, b_grouped, float("-inf"))
+    b_maxima = tl.reduce(b_grouped, 2, max_or_nan)
+    tl.store(maxima_ptr + o_row[:, None] * groups + o_g[None, :], b_maxima, mask=m_tile)
     # [BLOCK_M]
     b_bound = tl.load(bound_ptr + o_m, mask=m_m, other=float("inf"))
-    # Axes: q, l, warp, eight columns, group, half of 16 rows, two columns. Only constants are added last, so that the
-    # compiler keeps two addresses a thread.
-    o_row = tl.arange(0, 8)[None, :, None, None, None, None, None]
-    o_row += 16 * tl.arange(0, WARPS)[None, None, :, None, None, None, None]
-    o_row += 8 * tl.arange(0, 2)[None, None, None, None, None, :, None]
-    o_q = 2 * tl.arange(0, 4)[:, None, None, None, None, None, None]
-    o_held = 8 * tl.arange(0, EIGHTS)[None, None, None, :, None, None, None]
-    o_held += GROUP * tl.arange(0, GROUPS)[None, None, None, None, :, None, None]
-    o_held += tl.arange(0, 2)[None, None, None, None, None, None, :]
-    p_acts = acts_ptr + block_n * BLOCK_N + (first_m + o_row).to(tl.int64) * stride + o_q + o_held
-    m_acts = block_n * BLOCK_N + o_q + o_held < columns
-    if SUBTRACT:
-        m_load = tl.permute(tl.reshape(m_tile, [WARPS, 2, 8, GROUPS, 1, 1, 1]), (5, 2, 0, 4, 3, 1, 6))
-        if not WHOLE:
-            m_load = m_load & m_acts
-        b_before = tl.permute(tl.load(p_acts, mask=m_load, other=0.0), (2, 5, 1, 4, 3, 0, 6))
-        b_acts = tl.reshape(b_before, [BLOCK_M, BLOCK_N]) - b_acts
-    if not WHOLE:
-        b_acts = tl.where((block_n * BLOCK_N + tl.arange(0, BLOCK_N) < columns)[None, :], b_acts, float("-inf"))
-    b_maxima = tl.reduce(tl.reshape(b_acts, [BLOCK_M, GROUPS, GROUP]), 2, max_or_nan)
-    tl.store(maxima_ptr + o_m.to(tl.int64)[:, None] * groups + o_g[None, :], b_maxima, mask=m_tile)
     # Not `b_maxima > b_bound`: a NaN maximum must count as a hit, and so must everything if the bound is NaN.
-    m_hit = m_tile & ~(b_maxima <= b_bound[:, None])
-    m_hit = tl.permute(tl.reshape(m_hit, [WARPS, 2, 8, GROUPS, 1, 1, 1]), (5, 2, 0, 4, 3, 1, 6))
+    m_hit = (m_tile & ~(b_maxima <= b_bound[:, None]))[:, :, None]
     if not WHOLE:
-        m_hit = m_hit & m_acts
-    b_held = tl.permute(tl.reshape(b_acts, [WARPS, 2, 8, GROUPS, EIGHTS, 4, 2]), (5, 2, 0, 4, 3, 1, 6))
-    tl.store(p_acts, b_held, mask=m_hit)
-
-
-@triton.jit
-def bias_of(tile, tiles, bias_ptr, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """[BLOCK_M, BLOCK_N] float32: the biases of a tile's columns; of the last tile's behind that."""
-    _, block_n = blocks_of(tl.minimum(tile, tiles - 1), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
-    o_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # [BLOCK_N]
-    b_bias = tl.load(bias_ptr + o_n, mask=o_n < columns, other=0.0)
-    return tl.broadcast_to(b_bias[None, :], [BLOCK_M, BLOCK_N])
+        m_hit = m_hit & (o_n < columns)
+    tl.store(p_acts, b_grouped, mask=m_hit)
 
 
 @triton.jit
@@ -114,18 +87,19 @@ def multiply_tile(
     m_m,
     m_n,
     d_in,
+    depth,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """[BLOCK_M, BLOCK_N] float32: x[o_m] W_enc[o_n]^T."""
+    """[BLOCK_M, BLOCK_N] float32: x[o_m, :depth] W_enc[o_n, :depth]^T."""
     o_k = tl.arange(0, BLOCK_K)
     p_x = x_ptr + o_m.to(tl.int64)[:, None] * d_in + o_k[None, :]
     p_W = W_ptr + o_n.to(tl.int64)[:, None] * d_in + o_k[None, :]
     b_acts = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, d_in, BLOCK_K):
-        m_k = o_k < d_in - start
+    for start in range(0, depth, BLOCK_K):
+        m_k = o_k < depth - start
         # [BLOCK_M, BLOCK_K]
         b_x = tl.load(p_x + start, mask=m_m[:, None] & m_k[None, :], other=0.0)
         # [BLOCK_N, BLOCK_K]
@@ -188,14 +162,76 @@ def _pre_acts(
         m_m = m_m & (tl.load(only_ptr + first + o_m, mask=m_m, other=0) != 0)
         wanted = tl.max(m_m.to(tl.int32), 0) > 0
     if wanted:
-        b_acts = multiply_tile(x_ptr, W_ptr, first + o_m, o_n, m_m, m_n, d_in, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+        b_acts = multiply_tile(
+            x_ptr, W_ptr, first + o_m, o_n, m_m, m_n, d_in, d_in, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+        )
         if not SUBTRACT:
             # [BLOCK_N]
             b_acts += tl.load(bias_ptr + o_n, mask=m_n, other=0.0)[None, :]
         write_hits(
-            b_acts, block_m * BLOCK_M, m_m, block_n, bound_ptr, acts_ptr, maxima_ptr, columns, stride, groups,
+            b_acts, o_m, m_m, block_n, bound_ptr, acts_ptr, maxima_ptr, columns, stride, groups,
             BLOCK_M, BLOCK_N, GROUP, WHOLE, SUBTRACT,
         )  # fmt: skip
+
+
+@triton.jit
+def write_held(
+    b_acts,
+    first_m,
+    m_m,
+    block_n,
+    bound_ptr,
+    acts_ptr,
+    maxima_ptr,
+    columns,
+    stride,
+    groups,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """What `write_hits` does, where columns are whole groups; on Hopper no pre-activation passes through shared memory.
+
+    A wgmma leaves rows l and l + 8 of its 16, and columns 2 q and 2 q + 1 of each 8, in lane 4 l + q. Seen with an axis
+    for each of these, lanes first, and what a thread holds last, the tile is laid out as the compiler lays out a tile
+    that is stored. So a store writes whole sectors of 32 bytes from where the products lie, and a group's maximum takes
+    two shuffles.
+    """
+    GROUPS: tl.constexpr = BLOCK_N // GROUP
+    WARPS: tl.constexpr = BLOCK_M // 16
+    EIGHTS: tl.constexpr = GROUP // 8
+    o_m = first_m + tl.arange(0, BLOCK_M)
+    o_g = block_n * GROUPS + tl.arange(0, GROUPS)
+    m_tile = m_m[:, None] & (o_g * GROUP < columns)[None, :]
+    # [BLOCK_M]
+    b_bound = tl.load(bound_ptr + o_m, mask=m_m, other=float("inf"))
+    # Axes: q, l, warp, eight columns, group, half of 16 rows, two columns. Only constants are added last, so that the
+    # compiler keeps two addresses a thread.
+    o_row = tl.arange(0, 8)[None, :, None, None, None, None, None]
+    o_row += 16 * tl.arange(0, WARPS)[None, None, :, None, None, None, None]
+    o_row += 8 * tl.arange(0, 2)[None, None, None, None, None, :, None]
+    o_q = 2 * tl.arange(0, 4)[:, None, None, None, None, None, None]
+    o_held = 8 * tl.arange(0, EIGHTS)[None, None, None, :, None, None, None]
+    o_held += GROUP * tl.arange(0, GROUPS)[None, None, None, None, :, None, None]
+    o_held += tl.arange(0, 2)[None, None, None, None, None, None, :]
+    p_acts = acts_ptr + block_n * BLOCK_N + (first_m + o_row).to(tl.int64) * stride + o_q + o_held
+    b_maxima = tl.reduce(tl.reshape(b_acts, [BLOCK_M, GROUPS, GROUP]), 2, max_or_nan)
+    tl.store(maxima_ptr + o_m.to(tl.int64)[:, None] * groups + o_g[None, :], b_maxima, mask=m_tile)
+    # Not `b_maxima > b_bound`: a NaN maximum must count as a hit, and so must everything if the bound is NaN.
+    m_hit = m_tile & ~(b_maxima <= b_bound[:, None])
+    m_hit = tl.permute(tl.reshape(m_hit, [WARPS, 2, 8, GROUPS, 1, 1, 1]), (5, 2, 0, 4, 3, 1, 6))
+    b_held = tl.permute(tl.reshape(b_acts, [WARPS, 2, 8, GROUPS, EIGHTS, 4, 2]), (5, 2, 0, 4, 3, 1, 6))
+    tl.store(p_acts, b_held, mask=m_hit)
+
+
+@triton.jit
+def bias_of(tile, tiles, bias_ptr, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """[BLOCK_M, BLOCK_N] float32: the biases of a tile's columns; of the last tile's behind that."""
+    _, block_n = blocks_of(tl.minimum(tile, tiles - 1), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+    o_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # [BLOCK_N]
+    b_bias = tl.load(bias_ptr + o_n, mask=o_n < columns, other=0.0)
+    return tl.broadcast_to(b_bias[None, :], [BLOCK_M, BLOCK_N])
 
 
 # The same for Hopper and later, with TMA loads, in a persistent kernel. d_in must be a multiple of 16 bytes, and the
@@ -253,9 +289,9 @@ def _pre_acts_tma(
             # Not block_m and block_n: then loads would wait for this branch.
             this_m, this_n = blocks_of(written, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
             m_m = this_m * BLOCK_M + tl.arange(0, BLOCK_M) < rows
-            write_hits(
+            write_held(
                 b_acts, this_m * BLOCK_M, m_m, this_n, bound_ptr, acts_ptr, maxima_ptr, columns, stride, groups,
-                BLOCK_M, BLOCK_N, GROUP, True, False,
+                BLOCK_M, BLOCK_N, GROUP,
             )  # fmt: skip
             written += programs
             b_acts = bias_of(written, tiles, bias_ptr, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)

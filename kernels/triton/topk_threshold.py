@@ -118,7 +118,7 @@ def _append(
     m_m = o_m < rows
     d_in = units * UNIT
     b_acts = multiply_tile(
-        x_ptr, W_ptr, first + o_m, o_n, m_m, o_n < columns, d_in, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+        x_ptr, W_ptr, first + o_m, o_n, m_m, o_n < columns, d_in, d_in, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
     )
     # [BLOCK_N]
     b_acts += tl.load(bias_ptr + o_n, mask=o_n < columns, other=0.0)[None, :]
