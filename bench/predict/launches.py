@@ -83,17 +83,17 @@ def pretending() -> Iterator[None]:
 
     ours = [module for name, module in list(sys.modules.items()) if name.startswith("csae.") and module is not None]
     found = [(module, name) for module in ours for name, value in vars(module).items() if value is place]
-    before = topk_product._has_tma, topk_product._programs
+    before = topk_product._has_tma, topk_product._is_hopper, topk_product._programs
     for module, name in found:
         setattr(module, name, on_triton)
-    topk_product._has_tma = lambda device: True
+    topk_product._has_tma = topk_product._is_hopper = lambda device: True
     topk_product._programs = lambda device: machine.MULTIPROCESSORS
     try:
         yield
     finally:
         for module, name in found:
             setattr(module, name, place)
-        topk_product._has_tma, topk_product._programs = before
+        topk_product._has_tma, topk_product._is_hopper, topk_product._programs = before
 
 
 class _Recorder(TorchDispatchMode):

@@ -125,19 +125,7 @@ def blocks_of(text: str) -> list[Block]:
 
 def loops_of(blocks: Sequence[Block]) -> list[tuple[int, set[int]]]:
     """The natural loops: of each block that a block behind it jumps back to, and that dominates it."""
-    everything = set(range(len(blocks)))
-    before: dict[int, list[int]] = {block: [] for block in everything}
-    for block, of in enumerate(blocks):
-        for follows in of.next:
-            before[follows].append(block)
-    dominators = {block: {0} if block == 0 else everything for block in everything}
-    changed = True
-    while changed:
-        changed = False
-        for block in range(1, len(blocks)):
-            new = {block} | set.intersection(*(dominators[b] for b in before[block])) if before[block] else {block}
-            changed |= new != dominators[block]
-            dominators[block] = new
+    before, dominators = _before(blocks), _dominators(blocks)
     members: dict[int, set[int]] = {}
     for block, of in enumerate(blocks):
         for header in of.next:
@@ -151,6 +139,29 @@ def loops_of(blocks: Sequence[Block]) -> list[tuple[int, set[int]]]:
             elif header == block and len(of.instructions) > 2:
                 members.setdefault(header, {header})
     return sorted(members.items())
+
+
+def _before(blocks: Sequence[Block]) -> dict[int, list[int]]:
+    """The blocks that each block may follow."""
+    before: dict[int, list[int]] = {block: [] for block in range(len(blocks))}
+    for block, of in enumerate(blocks):
+        for follows in of.next:
+            before[follows].append(block)
+    return before
+
+
+def _dominators(blocks: Sequence[Block]) -> dict[int, set[int]]:
+    """For each block: itself, and those that every way to it leads through."""
+    everything, before = set(range(len(blocks))), _before(blocks)
+    dominators = {block: {0} if block == 0 else everything for block in everything}
+    changed = True
+    while changed:
+        changed = False
+        for block in range(1, len(blocks)):
+            new = {block} | set.intersection(*(dominators[b] for b in before[block])) if before[block] else {block}
+            changed |= new != dominators[block]
+            dominators[block] = new
+    return dominators
 
 
 class Placed(NamedTuple):
@@ -194,18 +205,23 @@ def placed(code: Code, kernel: Any, trips: dict[str, list[float]]) -> list[Place
 
 
 def _after_others(code: Code, places: list[Placed]) -> list[Placed]:
-    """The same, with no block executed more often than those before it: of a function called twice it isn't known."""
-    before: dict[int, list[int]] = {block: [] for block in range(len(code.blocks))}
-    for block, of in enumerate(code.blocks):
-        for after in of.next:
-            before[after].append(block)
-    headers = {header for header, _ in code.loops}
-    found = list(places)
-    for block, others in before.items():
-        if others and max(others) < block and block not in headers:
-            most = sum(found[other].executed for other in others)
-            found[block] = found[block]._replace(executed=min(found[block].executed, most))
-    return found
+    """The same, with no block executed more often than one of its loop that every way to it leads through.
+
+    Of a function that is called in several places, its lines don't tell where a block belongs.
+    """
+    dominators = _dominators(code.blocks)
+    around = {
+        block: min((len(members), header) for header, members in code.loops if block in members)
+        for block in set[int]().union(*(members for _, members in code.loops))
+    }
+    return [
+        of._replace(
+            executed=min(
+                places[other].executed for other in dominators[block] if around.get(other) == around.get(block)
+            )
+        )
+        for block, of in enumerate(places)
+    ]
 
 
 def _nodes_of_loops(code: Code, votes: list[Counter[tuple[source.Node, ...]]]) -> dict[int, source.Node]:

@@ -30,6 +30,7 @@ Call = dict[str, Any]
 """operator: its name; given: its arguments by name: a number, None, or {"shape", "dtype"}, or lists of these"""
 
 ROWS = 4  # of a product and the selection from it
+LEAST_BLOCK = 16  # rows of a product's tile, at least
 PROGRAMS = 48  # of any other kernel
 DEPTH_WORDS = ("steps", "depth")  # in the header of a loop over the depth of a product
 
@@ -155,14 +156,20 @@ def _run(variant: Any, grid: tuple[int, ...], given: tuple[Any, ...], encoder: b
     global _counter
     names = [name for name in variant.kernel.arg_names if name not in variant.constants]
     arguments: dict[str, Any] = dict(zip(names, given, strict=True))
-    full, more, blocks = (*grid, 1, 1)[:3], 1.0, 1.0
+    full, more, blocks, constants = (*grid, 1, 1)[:3], 1.0, 1.0, dict(variant.constants)
     if encoder and "rows" in arguments and "BLOCK_M" in variant.constants:
         block, rows = variant.constants["BLOCK_M"], arguments["rows"]
         arguments["rows"] = min(rows, ROWS)
+        if "BLOCK_N" in constants:
+            constants["BLOCK_M"] = LEAST_BLOCK  # the other rows of a tile would be empty
         for name, argument in arguments.items():
             if isinstance(argument, TensorDescriptor) and variant.descriptors[name][0] == "BLOCK_M":
-                arguments[name] = TensorDescriptor(argument.base, [min(rows, ROWS), *argument.shape[1:]],
-                                                   argument.strides, argument.block_shape)  # fmt: skip
+                sizes = (
+                    [min(rows, ROWS), *argument.shape[1:]],
+                    argument.strides,
+                    [LEAST_BLOCK, *argument.block_shape[1:]],
+                )
+                arguments[name] = TensorDescriptor(argument.base, *sizes)
         more = blocks = math.ceil(rows / block)
         scale_bytes = rows / arguments["rows"]
         if "programs" in arguments:
@@ -187,7 +194,7 @@ def _run(variant: Any, grid: tuple[int, ...], given: tuple[Any, ...], encoder: b
     fn = function.rewrite()
     scope = interpreter._patch_lang(fn)
     try:
-        called = inspect.getcallargs(fn, **arguments, **variant.constants)
+        called = inspect.getcallargs(fn, **arguments, **constants)
         called = {n: a if n in variant.constants else interpreter._implicit_cvt(a) for n, a in called.items()}
         interpreter.interpreter_builder.set_grid_dim(*full)
         for place in sample:

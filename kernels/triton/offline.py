@@ -105,12 +105,14 @@ def launched_on(variant: Variant, target: str) -> Variant | None:
     """The form in which a variant is launched on one of TARGETS.
 
     None if it isn't: it was tuned for other GPUs, it takes TMA descriptors and the GPU has no TMA, or the module's
-    `on_amd`, which gives the form for an AMD GPU, gives none.
+    `only_on` names others, or its `on_amd`, which gives the form for an AMD GPU, gives none.
     """
     gpu, _ = TARGETS[target]
     if target not in _only_on().get(str(variant), [target]) or (variant.descriptors and target not in WITH_TMA):
         return None
     module = importlib.import_module(variant.kernel.fn.__module__)
+    if hasattr(module, "only_on") and target not in (module.only_on(variant) or (target,)):
+        return None
     if gpu.backend == "hip" and hasattr(module, "on_amd"):
         return module.on_amd(variant)
     return variant

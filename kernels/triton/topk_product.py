@@ -178,11 +178,11 @@ def _pre_acts(
 def write_held(
     b_acts,
     first_m,
-    m_m,
     block_n,
-    bound_ptr,
+    b_bound,
     acts_ptr,
     maxima_ptr,
+    rows,
     columns,
     stride,
     groups,
@@ -202,9 +202,7 @@ def write_held(
     EIGHTS: tl.constexpr = GROUP // 8
     o_m = first_m + tl.arange(0, BLOCK_M)
     o_g = block_n * GROUPS + tl.arange(0, GROUPS)
-    m_tile = m_m[:, None] & (o_g * GROUP < columns)[None, :]
-    # [BLOCK_M]
-    b_bound = tl.load(bound_ptr + o_m, mask=m_m, other=float("inf"))
+    m_tile = (o_m < rows)[:, None] & (o_g * GROUP < columns)[None, :]
     # Axes: q, l, warp, eight columns, group, half of 16 rows, two columns. Only constants are added last, so that the
     # compiler keeps two addresses a thread.
     o_row = tl.arange(0, 8)[None, :, None, None, None, None, None]
@@ -225,13 +223,23 @@ def write_held(
 
 
 @triton.jit
-def bias_of(tile, tiles, bias_ptr, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """[BLOCK_M, BLOCK_N] float32: the biases of a tile's columns; of the last tile's behind that."""
-    _, block_n = blocks_of(tl.minimum(tile, tiles - 1), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+def bias_of(block_n, bias_ptr, columns, BLOCK_N: tl.constexpr):
+    """[BLOCK_N] the biases of a tile's columns."""
     o_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # [BLOCK_N]
-    b_bias = tl.load(bias_ptr + o_n, mask=o_n < columns, other=0.0)
-    return tl.broadcast_to(b_bias[None, :], [BLOCK_M, BLOCK_N])
+    return tl.load(bias_ptr + o_n, mask=o_n < columns, other=0.0)
+
+
+@triton.jit
+def needed_at_the_end(
+    tile, programs, tiles, bound_ptr, bias_ptr, rows, columns,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """The row and column block of a tile, the bounds [BLOCK_M] of its rows, and the biases [BLOCK_N] of the next."""
+    block_m, block_n = blocks_of(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+    _, next_n = blocks_of(tl.minimum(tile + programs, tiles - 1), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+    o_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    b_bound = tl.load(bound_ptr + o_m, mask=o_m < rows, other=float("inf"))
+    return block_m, block_n, b_bound, bias_of(next_n, bias_ptr, columns, BLOCK_N)
 
 
 # The same for Hopper and later, with TMA loads, in a persistent kernel. d_in must be a multiple of 16 bytes, and the
@@ -239,13 +247,14 @@ def bias_of(tile, tiles, bias_ptr, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N
 #
 # A program: every `programs`-th tile [BLOCK_M, BLOCK_N]; RESIDENT programs a multiprocessor. The loops over tiles and
 # over d_in are one, so the first blocks of the next tile arrive while this one is written. Not by flatten=True of
-# tl.range: products would wait for the biases, which they start from. That takes no additions, and no zeros.
+# tl.range: with it loads are not pipelined where products start from the biases, which saves adding them, and zeros.
 # GROUP_M = 16 makes the 132 tiles that an H100 has in flight a square: 16 blocks of 128 rows by 8 of 256 columns.
 # Shared memory can feed tiles of 128 x 256: for 64 of d_in, the 16-bit products take 1024 cycles, and so do 48 KB into
 # and 80 KB out of shared memory, at 128 bytes a cycle. For 128 x 128 it would be 512 cycles against 640: what two
 # programs of such tiles hide (RESIDENT = 2), or two groups of warps that take turns, they lose there.
-# Bytes, operations and floor: as `_pre_acts`. Counted from SASS (sm_90), a tile's end has 592 instructions and 3
-# barriers; with groups as a third axis, stored through shared memory, it had 1,102 and 13.
+# Bytes, operations and floor: as `_pre_acts`. Counted from SASS (sm_90), a tile's end has 468 instructions and 3
+# barriers, and waits for no load; through shared memory it had 1,102, and 13, and waited for one. It takes 1,200 cycles,
+# against 14,700 of products at A, 44,000 at B, 78,000 at C.
 @jit
 def _pre_acts_tma(
     x_desc,
@@ -267,15 +276,16 @@ def _pre_acts_tma(
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
     RESIDENT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     tl.assume(steps > 0)
-    block_m, block_n = 0, 0
     stride = stride * GROUP
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(columns, BLOCK_N)
     tile = tl.program_id(0) - programs
     written = tl.program_id(0)
     step = -1
-    b_acts = bias_of(written, tiles, bias_ptr, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+    block_m, block_n = blocks_of(written, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+    b_acts = tl.broadcast_to(bias_of(block_n, bias_ptr, columns, BLOCK_N)[None, :], [BLOCK_M, BLOCK_N])
     for _ in range(tl.cdiv(tiles - written, programs) * steps):
         step = tl.where(step == steps - 1, 0, step + 1)
         if step == 0:
@@ -284,17 +294,22 @@ def _pre_acts_tma(
         # [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K]; TMA fills in zeros outside the tensors
         b_x = x_desc.load([block_m * BLOCK_M, step * BLOCK_K])
         b_W = W_desc.load([block_n * BLOCK_N, step * BLOCK_K])
+        if EARLY:
+            this_m, this_n, b_bound, b_bias = needed_at_the_end(
+                written, programs, tiles, bound_ptr, bias_ptr, rows, columns, BLOCK_M, BLOCK_N, GROUP_M
+            )
         b_acts = tl.dot(b_x, b_W.T, b_acts, input_precision=PRECISION)
         if step == steps - 1:
-            # Not block_m and block_n: then loads would wait for this branch.
-            this_m, this_n = blocks_of(written, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
-            m_m = this_m * BLOCK_M + tl.arange(0, BLOCK_M) < rows
+            if not EARLY:
+                this_m, this_n, b_bound, b_bias = needed_at_the_end(
+                    written, programs, tiles, bound_ptr, bias_ptr, rows, columns, BLOCK_M, BLOCK_N, GROUP_M
+                )
             write_held(
-                b_acts, this_m * BLOCK_M, m_m, this_n, bound_ptr, acts_ptr, maxima_ptr, columns, stride, groups,
+                b_acts, this_m * BLOCK_M, this_n, b_bound, acts_ptr, maxima_ptr, rows, columns, stride, groups,
                 BLOCK_M, BLOCK_N, GROUP,
             )  # fmt: skip
             written += programs
-            b_acts = bias_of(written, tiles, bias_ptr, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+            b_acts = tl.broadcast_to(b_bias[None, :], [BLOCK_M, BLOCK_N])
 
 
 def product_variant(dtype: torch.dtype, precision: str, unit: int, subtract: bool = False) -> Variant:
@@ -319,15 +334,22 @@ def product_variant(dtype: torch.dtype, precision: str, unit: int, subtract: boo
     )  # fmt: skip
 
 
-def tma_variant(dtype: torch.dtype) -> Variant:
-    """`_pre_acts_tma` for x and W_enc of `dtype`."""
+def tma_variant(dtype: torch.dtype, early: bool = True) -> Variant:
+    """`_pre_acts_tma` for x and W_enc of `dtype`; early: on Hopper."""
     block_n = 256 if dtype.itemsize == 2 else 128
     blocks = {"BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": 128 // dtype.itemsize}
     floats = {name: torch.float32 for name in ("bias_ptr", "bound_ptr", "acts_ptr", "maxima_ptr")}
     return Variant(
         _pre_acts_tma,
         {"x_desc": dtype, "W_desc": dtype, **floats},
-        {**blocks, "GROUP_M": 16, "GROUP": GROUP, "PRECISION": "tf32", "RESIDENT": 1},
+        {
+            **blocks,
+            "GROUP_M": 16,
+            "GROUP": GROUP,
+            "PRECISION": "tf32",
+            "RESIDENT": 1,
+            "EARLY": early and block_n == 256,
+        },
         num_warps=8,
         num_stages=3,
         descriptors={"x_desc": ("BLOCK_M", "BLOCK_K"), "W_desc": ("BLOCK_N", "BLOCK_K")},
@@ -342,7 +364,13 @@ def variants() -> list[Variant]:
         for dtype, precision in dtypes_and_precisions()
         for unit in vector_units(dtype)
     ]
-    return [*products, *(tma_variant(dtype) for dtype in FLOATS)]
+    tma = [tma_variant(dtype, early) for early in (True, False) for dtype in FLOATS]
+    return [*products, *{str(variant): variant for variant in tma}.values()]
+
+
+def only_on(variant: Variant) -> tuple[str, ...] | None:
+    """The targets of `offline` that a variant is launched on; None if that is all that can launch it."""
+    return ("sm_90",) if variant.constants.get("EARLY") else None
 
 
 def candidates(variant: Variant) -> list[Variant]:
@@ -362,6 +390,10 @@ def _has_tma(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def _programs(device: torch.device) -> int:
     """The number of multiprocessors. 2 in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
@@ -377,7 +409,7 @@ def best_product(x: Tensor, d_sae: int) -> Variant:
     unit = unit_of(x.dtype, x.shape[1]) if d_sae % GROUP == 0 and x.shape[1] else 1
     precision = dot_precision(x.dtype)
     if unit > 1 and precision != "ieee" and _has_tma(x.device):
-        return tuning.best(tma_variant(x.dtype), x.device)
+        return tuning.best(tma_variant(x.dtype, _is_hopper(x.device)), x.device)
     return tuning.best(product_variant(x.dtype, precision, unit), x.device)
 
 

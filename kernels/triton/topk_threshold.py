@@ -268,10 +268,10 @@ def append_variant(product: Variant) -> Variant:
     """The appending product with the tiles of `product`, but at most 128 wide, because wider ones spill."""
     given = dict(list(product.tensors.items())[:2])
     floats = {name: torch.float32 for name in ("bias_ptr", "bound_ptr", "slots_ptr")}
-    left_out = ("GROUP", "SUBTRACT", "GATED")
+    left_out = ("GROUP", "SUBTRACT", "GATED", "EARLY")
     tiles = {name: value for name, value in product.constants.items() if name not in left_out}
     if product.descriptors:
-        tiles["FLATTEN"] = True
+        tiles |= {"FLATTEN": True, "RESIDENT": tiles.pop("RESIDENT")}
     tiles["BLOCK_N"] = min(tiles["BLOCK_N"], 128)
     return product._replace(
         kernel=_append_tma if product.descriptors else _append,

@@ -168,7 +168,7 @@ def test_counts_in_the_interpreter_are_those_of_the_kernel() -> None:
     product = encode[0]
     tiles = (n // 128) * (4096 // 256)
     assert product.trips["_pre_acts_tma:1"] == [pytest.approx(256 // 64 * tiles / min(tiles, 132), abs=0.01)]
-    for branch in ("_pre_acts_tma:2", "_pre_acts_tma:3"):  # at a tile's begin and at its end
+    for branch in ("_pre_acts_tma:2", "_pre_acts_tma:4"):  # at a tile's begin and at its end
         assert product.trips[branch] == [pytest.approx(tiles / min(tiles, 132), abs=0.01)]
     # Each tile reads its rows of x, and its columns of W_enc, whole.
     assert product.loaded["x_desc"] == pytest.approx(n * 256 * 2 * (4096 // 256))

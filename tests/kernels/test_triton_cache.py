@@ -45,6 +45,7 @@ def test_the_sanitizer_reaches_every_kernel(monkeypatch: pytest.MonkeyPatch) -> 
     from csae.kernels.triton.variant import Variant
 
     monkeypatch.setattr(topk_product, "_has_tma", lambda device: True)
+    monkeypatch.setattr(topk_product, "_is_hopper", lambda device: True)
     monkeypatch.setattr(topk_product, "_programs", lambda device: 132)
     reached: set[str] = set()
     tiles_of_a_program, starts = [], []

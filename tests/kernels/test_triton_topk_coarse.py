@@ -74,7 +74,7 @@ def test_more_equal_ones_than_candidates_fall_back() -> None:
 def test_pre_activations_that_float16_can_not_tell_apart() -> None:
     """All rows are nearly the same: the bounds prove nothing, and the result is that of float32."""
     x, W_enc = torch.ones(2, 136, device=DEVICE), torch.ones(192, 136, device=DEVICE)
-    W_enc[:, 0] += 2.0**-12 * torch.arange(192, device=DEVICE)[torch.randperm(192)]
+    W_enc[:, 0] += 2.0**-16 * torch.arange(192, device=DEVICE)[torch.randperm(192)]
     assert assert_exact(x, W_enc, torch.zeros(192, device=DEVICE), 20).all()
 
 
@@ -98,8 +98,11 @@ def test_bounds_are_no_less_than_pre_activations(d_in: int) -> None:
     x[1] *= 1e-5
     W_enc[3:9] *= torch.tensor([1e-9, 1e-3, 0, 1e3, 1e4, 1e5], device=DEVICE)[:, None]
 
-    def record(halves: Tensor, W_halves: Tensor, raised: Tensor, *_: object, only: Tensor | None = None) -> None:
+    def record(
+        halves: Tensor, W_halves: Tensor, raised: Tensor, found: Tensor, *_: object, only: Tensor | None = None
+    ) -> None:
         if only is None:
+            found.copy_(0x7FFFFFFF - torch.arange(found.shape[1]))  # a bound of zero for each of the first features
             seen.append(halves.double() @ W_halves.double().T + raised.double())
             seen.append(2.0 ** (raised[0] / b_enc[0]).log2().round())  # a power of two, and raised by little
 

@@ -239,15 +239,19 @@ def test_ranges_fill_waves() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "d_in", "d_sae"), [(2, 24, 320), (3, 72, 96), (1, 8, 32)])
+@pytest.mark.parametrize(
+    ("n", "d_in", "d_sae", "hopper"), [(2, 24, 320, True), (3, 72, 96, True), (3, 72, 800, False), (1, 8, 32, True)]
+)
 def test_products_by_tensor_descriptors(
-    n: int, d_in: int, d_sae: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    n: int, d_in: int, d_sae: int, hopper: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from csae.kernels.triton import topk_encode, topk_product
 
     if DEVICE == "cuda" and not topk_product._has_tma(torch.device("cuda")):
         pytest.skip("no tensor memory accelerator")
     monkeypatch.setattr(topk_product, "_has_tma", lambda device: True)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(topk_product, "_is_hopper", lambda device: hopper)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
