@@ -252,9 +252,11 @@ def needed_at_the_end(
 # Shared memory can feed tiles of 128 x 256: for 64 of d_in, the 16-bit products take 1024 cycles, and so do 48 KB into
 # and 80 KB out of shared memory, at 128 bytes a cycle. For 128 x 128 it would be 512 cycles against 640: what two
 # programs of such tiles hide (RESIDENT = 2), or two groups of warps that take turns, they lose there.
+# EARLY: what a tile's end needs is loaded at every step, which takes nothing while a product is made; not from block_m
+# and block_n, or loads of tiles would wait for that end. On Blackwell it spills.
 # Bytes, operations and floor: as `_pre_acts`. Counted from SASS (sm_90), a tile's end has 468 instructions and 3
-# barriers, and waits for no load; through shared memory it had 1,102, and 13, and waited for one. It takes 1,200 cycles,
-# against 14,700 of products at A, 44,000 at B, 78,000 at C.
+# barriers, and waits for no load; through shared memory it had 1,102, and 13, and waited for one. It takes about 1,200
+# cycles, against 14,700 of products at A, 44,000 at B, 78,000 at C.
 @jit
 def _pre_acts_tma(
     x_desc,
