@@ -237,10 +237,10 @@ def ops(data: Data) -> dict[str, Callable[[], object]]:
     some = data.x[: max(1, 2**26 // d_sae)]
     W_a, a = (torch.empty(size, data.qkv[2][0, 0].numel(), dtype=data.dtype) for size in (d_sae, len(some)))
     kept = torch.empty(len(some), d_sae)
-    wide = [of.float() for of in (data.x, data.W_enc, data.b_enc)]
+    x, W_enc, b_enc = (of.float() for of in (data.x, data.W_enc, data.b_enc))
     return {
         "topk_encode": lambda: topk_encode(data.x, data.W_enc, data.b_enc, k),
-        "topk_encode, float32": lambda: topk_encode(*wide, k),
+        "topk_encode, float32": lambda: topk_encode(x, W_enc, b_enc, k),
         "threshold_encode": lambda: threshold_encode(data.x, data.W_enc, data.b_enc, torch.empty(()), 2 * k),
         "gather_sum": lambda: sparse_decode(values, indices, data.W_dec),
         "gather_dot": lambda: decode_backward(data.grad, values, indices, data.W_dec),
