@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from csae.kernels.triton import topk_product
+from csae.kernels.triton import topk_coarse, topk_product
 from csae.kernels.triton.variant import Variant
 from csae.ops import backend, sparse_decode, topk_encode
 from csae.ops.adam_rows import Table, adam_rows, feature_sums, sort_pairs
@@ -86,6 +86,7 @@ def pretending() -> Iterator[None]:
     before = topk_product._has_tma, topk_product._is_hopper, topk_product._programs
     for module, name in found:
         setattr(module, name, on_triton)
+    proven, topk_coarse._all_proven = topk_coarse._all_proven, lambda failed: True
     topk_product._has_tma = topk_product._is_hopper = lambda device: True
     topk_product._programs = lambda device: machine.MULTIPROCESSORS
     try:
@@ -94,6 +95,7 @@ def pretending() -> Iterator[None]:
         for module, name in found:
             setattr(module, name, place)
         topk_product._has_tma, topk_product._is_hopper, topk_product._programs = before
+        topk_coarse._all_proven = proven
 
 
 class _Recorder(TorchDispatchMode):

@@ -52,19 +52,16 @@ def count(call: Call, recorded: Recorded, half: Sequence[Counted] | None = None)
     bounds = iter(trips.count([in_half(call)])[0] if half is None else half)
     d_in, d_sae, k = call["given"]["x"]["shape"][-1], call["given"]["W_enc"]["shape"][0], call["given"]["k"]
     mine = [of for _, of in recorded.launches if isinstance(of, Triton) and recorded.calls[of.call] == call]
-    found, settled = [], False
+    found = []
     for launch in mine:
         name, constants = launch.variant.kernel.fn.__name__, launch.variant.constants
         if name == "_settle_exact":
-            settled = True
             found.append(_settle(launch, reached(d_in, d_sae, k)))
         elif name in ("_scale", "_round"):
             loops = math.ceil(d_in / constants["BLOCK"])
             read, written = (4.0, 2.0) if name == "_round" else (0.0, 0.0)
             size = launch.grid[0] * d_in
             found.append(_given(launch, float(loops), {"given_ptr": read * size}, {"rounded_ptr": written * size}))
-        elif settled and name != "_finish":  # the fallback: no row is wanted
-            found.append(_given(launch, 0.0, {"only_ptr": 4.0 * launch.grid[0]}, {}))
         else:
             found.append(next(bounds))
             if found[-1].kernel != name:

@@ -117,7 +117,7 @@ def multiply_tile(
 # GROUP) it loads and stores 16 bytes at a time.
 # Operations: 2 rows d_in columns. Bytes: x once; W_enc once for GROUP_M row blocks, from L2 if a range of it fits
 # (A 10, B 34, C 61 MB); written 4 for each column of a group above the bound, and 4 a group.
-# Floor: the operations, by tensor cores. Predicted (bench/predict): A 0.68, B 3.56, C 12.3 ms; the bytes
+# Floor: the operations, by tensor cores. Predicted (bench/predict): A 0.57, B 3.23, C 11.4 ms; the bytes
 # alone take A 0.14, B 0.7, C 2.1 ms with GROUP_M = 16. Written are A 0.43, B 0.54, C 0.66 GB of 1.1, 2.1, 4.3 GB of
 # pre-activations: all of the first range, k/q groups a row in the range after q others, and the maxima.
 # Predicted for SUBTRACT with d_in = 512: by bytes (4 read a column, about a quarter written) A 0.45, B 0.89, C 1.79 ms;
