@@ -175,8 +175,8 @@ def _exact_at(start, x_ptr, W_ptr, bias_ptr, bounds_ptr, width, ROWS: tl.constex
 # no other feature can be among them. Otherwise failed[r] = 1. bounds[r]: pairs of upper bounds, sorted here.
 #
 # The first k candidates, by their bounds, give a value that k features reach; candidates follow until a bound is below
-# it. A program: one row, in one warp. Bytes: 4 d_in a candidate, of which random numbers have 34, 75 and 86 a row (A, B,
-# C). Floor: these bytes, from L2 where W_enc fits. Predicted (bench/predict): A 0.17 ms.
+# it. A program: one row, in one warp. Bytes: 4 d_in a candidate, of which random numbers have 34, 75 and 86 a row (A,
+# B, C). Floor: these bytes, from L2 where W_enc fits. Predicted (bench/predict): A 0.17 ms.
 @jit
 def _settle_exact(
     x_ptr,
