@@ -126,6 +126,40 @@ def test_what_a_program_costs() -> None:
     assert sass.resident(code._replace(shared=100 * 1024), 1) == 2
 
 
+PRODUCT = """
+_kernel:
+        /*0000*/                   S2R R0, SR_TID.X ;
+.L_x_1:
+        /*0010*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0020*/              @!P0 BRA `(.L_x_2) ;
+        /*0030*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+.L_x_2:
+        /*0040*/               @P1 BRA `(.L_x_1) ;
+        /*0050*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize("under_way", [1, 0])
+def test_a_loop_s_turn_passes_while_its_product_is_made(under_way: int) -> None:
+    """If a product is left under way; otherwise only the block that issues it."""
+    from csae.bench.predict import machine, sass
+
+    blocks = sass.blocks_of(PRODUCT.replace("0x1 ;", f"0x{under_way} ;"))
+    code = sass.Code(blocks, sass.loops_of(blocks), 32, 0)
+    assert [len(block.instructions) for block in blocks] == [1, 2, 1, 1, 1]
+    operations = 1000 * machine.OPERATIONS / machine.MULTIPROCESSORS / machine.CLOCK
+    busy = sass.busy(code, 1, [1, 10, 10, 10, 1], operations)
+    others = 2 if under_way else 22  # of this many instructions
+    assert busy.alone == pytest.approx(1000 + others * machine.DEPENDENT)
+
+
+def test_how_many_bounds_in_float16_reach_the_least_of_k() -> None:
+    from csae.bench.predict import strict
+
+    few, many = strict.reached(768, 8192, 32), strict.reached(8192, 8192, 32)
+    assert 32 <= few < 36 < many < 128
+
+
 def test_loops_of_code_are_those_of_the_source() -> None:
     """The sum is called from two places, first outside of the loop over sums and then inside of it."""
     from loops_kernel import VARIANT, halved
