@@ -24,8 +24,8 @@ feature. Times are in milliseconds on an {device}.
 
 A kernel takes the longest of: its instructions at four a clock and multiprocessor (issue); those of one class at the
 rate of its units; its products at the measured rate (wgmma); a program's way through all its instructions and waits,
-times the programs that a multiprocessor takes one after another (waits; what a loop does while it leaves a product under
-way takes nothing, up to that product's time); bytes from L2; bytes from memory; {least:g} us
+times the programs that a multiprocessor takes one after another (waits; what a loop does while it leaves a product
+under way takes nothing, up to that product's time); bytes from L2; bytes from memory; {least:g} us
 (launch). An op is the sum of its kernels, a step too, or {host:g} us for each launch if that is more.
 
 | rate | |
