@@ -154,7 +154,7 @@ def _reconstructions(
     def summed() -> tuple[dict[Place | None, Any], list[Any]]:
         wanted = {subject.at: Wanted() for subject in subjects}
         sums = [Reconstruction(subject.sae) for subject in subjects]
-        for start in progress(_starts(windows, batch_windows, ranks), "evaluating"):
+        for start in progress(_starts(windows, batch_windows, ranks), f"evaluating{_named_in_bar(subjects)}"):
             batches = _read(source, windows[start : start + batch_windows], subjects)
             x = {at: wanted[at].add(batch) for at, batch in batches.items()}
             for subject, one in zip(subjects, sums, strict=True):
@@ -182,7 +182,7 @@ def _cross_entropies(
 ) -> list[dict[str, Any]]:
     def summed() -> list[Any]:
         sums = [CrossEntropies(subject.sae, place) for subject, place in zip(subjects, places, strict=True)]
-        for start in progress(_starts(windows, CE_BATCH_WINDOWS, ranks), "cross-entropy"):
+        for start in progress(_starts(windows, CE_BATCH_WINDOWS, ranks), f"cross-entropy{_named_in_bar(subjects)}"):
             batches = _read(source, windows[start : start + CE_BATCH_WINDOWS], subjects)
             losses = BatchLosses(lm)
             for subject, one in zip(subjects, sums, strict=True):
@@ -197,6 +197,13 @@ def _cross_entropies(
         with _named(subject, subjects):
             found.append(whole.figures(lm, len(windows)))
     return found
+
+
+def _named_in_bar(subjects: Sequence[Subject]) -> str:
+    """What a bar says of the SAEs, as one may follow another."""
+    if len(subjects) > 1:
+        return f" of {len(subjects)} SAEs"
+    return f" of {subjects[0].name}" if subjects[0].name else ""
 
 
 def _starts(windows: Sequence[int], at_once: int, ranks: Ranks | None) -> Sequence[int]:

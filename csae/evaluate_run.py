@@ -287,7 +287,7 @@ def _open(
         if (places := getattr(source, "places", ())) and len(places) > 1:
             raise UserError(f"--hook: {len(places)} places, {places[0]} to {places[-1]}; needed one: name it")
         if lm is None and "model" in origin:  # saved activations, and a model to splice into
-            lm = open_model(origin["model"], device, opened, origin.get("lm_dtype"))
+            lm = open_model(origin["model"], device, opened, origin.get("lm_dtype"), progress)
         opened[key] = source, lm
     return opened[key]
 

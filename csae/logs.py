@@ -20,6 +20,7 @@ import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,38 @@ def open_logs(names: Sequence[str], run: Path | str, job: dict[str, Any]) -> Ite
     openers = {"wandb": _wandb, "trackio": _trackio, "tensorboard": _tensorboard}
     with contextlib.ExitStack() as stack:
         about = _known_as(run) if names else {}
-        yield [_guarded(name, stack.enter_context(openers[name](run, job, about))) for name in dict.fromkeys(names)]
+        tries = {name: _Try(name) for name in names}
+        yield [
+            partial(tries[name], stack.enter_context(openers[name](run, job, about, tries[name])))
+            for name in dict.fromkeys(names)
+        ]
+
+
+class _Try:
+    """Calls a log, until it fails once; what a dashboard does wrong is no reason to end a training."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.failed = name, False
+
+    def __call__(self, call: Callable[..., Any], *given: Any, **named: Any) -> None:
+        if self.failed:
+            return
+        try:
+            call(*given, **named)
+        except Exception as error:
+            self.failed = True
+            self._tell(error, "training goes on, and is logged there no more")
+
+    def end(self, call: Callable[..., Any], **named: Any) -> None:
+        """The last call, which is tried also where one has failed; then it may fail too."""
+        try:
+            call(**named)
+        except Exception as error:
+            if not self.failed:
+                self._tell(error, "its last lines may be missing there")
+
+    def _tell(self, error: Exception, what: str) -> None:
+        say(f"--log {self.name}: {shown(first_line(error))}: {what}; metrics.jsonl has all of it")
 
 
 def _known_as(run: Path) -> dict[str, Any]:
@@ -84,7 +116,7 @@ def _begun(run: Path, about: dict[str, Any], name: str) -> None:
 
 
 @contextlib.contextmanager
-def _wandb(run: Path, job: dict[str, Any], about: dict[str, Any]) -> Iterator[Log]:
+def _wandb(run: Path, job: dict[str, Any], about: dict[str, Any], tried: _Try) -> Iterator[Log]:
     import wandb
 
     try:
@@ -112,13 +144,13 @@ def _wandb(run: Path, job: dict[str, Any], about: dict[str, Any]) -> Iterator[Lo
     try:
         yield log
     except BaseException:
-        logged.finish(exit_code=1)
+        tried.end(logged.finish, exit_code=1)
         raise
-    logged.finish()
+    tried.end(logged.finish)
 
 
 @contextlib.contextmanager
-def _trackio(run: Path, job: dict[str, Any], about: dict[str, Any]) -> Iterator[Log]:
+def _trackio(run: Path, job: dict[str, Any], about: dict[str, Any], tried: _Try) -> Iterator[Log]:
     import trackio
 
     # A context of its own: trackio.init ends the run that it finds in the context, which may be another of ours.
@@ -142,11 +174,11 @@ def _trackio(run: Path, job: dict[str, Any], about: dict[str, Any]) -> Iterator[
         yield lambda line: logged.log(_numbers(line), step=line["step"])
     finally:
         with contextlib.redirect_stdout(sys.stderr):
-            logged.finish()
+            tried.end(logged.finish)
 
 
 @contextlib.contextmanager
-def _tensorboard(run: Path, job: dict[str, Any], about: dict[str, Any]) -> Iterator[Log]:
+def _tensorboard(run: Path, job: dict[str, Any], about: dict[str, Any], tried: _Try) -> Iterator[Log]:
     from torch.utils.tensorboard import SummaryWriter
 
     writer: SummaryWriter | None = None
@@ -164,24 +196,7 @@ def _tensorboard(run: Path, job: dict[str, Any], about: dict[str, Any]) -> Itera
         yield log
     finally:
         if writer is not None:
-            writer.close()
-
-
-def _guarded(name: str, log: Log) -> Log:
-    """The same, until it fails once."""
-    failed = False
-
-    def guarded(line: dict[str, Any]) -> None:
-        nonlocal failed
-        if failed:
-            return
-        try:
-            log(line)
-        except Exception as error:
-            failed = True
-            say(f"--log {name}: {shown(first_line(error))}: training goes on, and is logged there no more")
-
-    return guarded
+            tried.end(writer.close)
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Self
 
+import torch
 from torch import Tensor
 
 
@@ -14,6 +15,21 @@ class Bounds(NamedTuple):
     """[B, T] bool: which positions took part; None: all"""
     documents: Tensor | None
     """[B, T] integer: a document is a run of equal ids; None: one in each window"""
+
+
+def _shortly(what: tuple[Any, ...]) -> str:
+    """What `print` shows of a tuple of tensors: their shapes and dtypes, and a number where there is one."""
+    names: tuple[str, ...] = what._fields  # type: ignore[attr-defined]
+    return f"{type(what).__name__}({', '.join(map(_part, names, what))})"
+
+
+def _part(name: str, value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"{name}={value!r}"
+    dtype, on = str(value.dtype).removeprefix("torch."), "" if value.device.type == "cpu" else f" on {value.device}"
+    if value.dim() == 0 and value.device.type != "meta" and type(value) in (Tensor, torch.nn.Parameter):
+        return f"{name}={value.item():.6g}"
+    return f"{name}=<{list(value.shape)} {dtype}{on}>"
 
 
 class _Pair(NamedTuple):
@@ -29,6 +45,9 @@ class Code(_Pair):
     bounds: Bounds | None = None
     """what `ContextualSAE.decode` needs beside the values and indices of whole windows. None for a code that was put
     together from its parts, or of a piece of a sequence"""
+
+    def __repr__(self) -> str:
+        return _shortly(self)
 
     @classmethod
     def of_windows(cls, values: Tensor, indices: Tensor, mask: Tensor | None, documents: Tensor | None) -> Self:
@@ -54,6 +73,9 @@ class Output(NamedTuple):
     c: Tensor
     """[..., d_out]: the look-back's part of x_hat, in the same units and dtype; zero for a per-token SAE"""
 
+    def __repr__(self) -> str:
+        return _shortly(self)
+
 
 class Ran(NamedTuple):
     """What an SAE makes of normalised activations, in normalised units."""
@@ -68,6 +90,9 @@ class Ran(NamedTuple):
     groups: Tensor | None = None
     """[..., G, d_out]: the parts of x_hat by the groups of features between prefixes, for the loss of an SAE that has
     prefixes"""
+
+    def __repr__(self) -> str:
+        return _shortly(self)
 
 
 class Sweeps(NamedTuple):
@@ -92,3 +117,6 @@ class Losses(NamedTuple):
     """what dead features leave unexplained of the residual (AuxK); zero where none is dead"""
     code: Code
     """the code of the batch"""
+
+    def __repr__(self) -> str:
+        return _shortly(self)

@@ -36,6 +36,11 @@ ORIGIN: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("bos", "keep_first", "chat", "stream"), (bool,)),
     "held_out": (int, float),
 }
+# What is told of hashes.
+IN_WORDS = {
+    "windows_sha256": "data: the text has other tokens: it was changed since, or the model's tokenizer was",
+    "files_sha256": "data: --dataset has files of other names or sizes: it was changed since",
+}
 # What is in run.json and no option of `csae train`.
 NO_OPTION = ("d_in", "d_out", "k_aux", "aux_coef", "start", "data", "stream")
 SOURCE_STATE = "source.safetensors"  # of a stream, after the last step
@@ -114,6 +119,13 @@ def differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if found and part == "origin":
             return found  # the rest follows from those
     rest = ((set(earlier) | set(now)) - {"sae", "train", "origin", "data"}) if not found else set()
+    if "init" in rest and isinstance(now.get("init"), dict) and isinstance(earlier.get("init"), dict):
+        names = [job["init"].get("name") for job in (now, earlier)]
+        rest.discard("init")
+        if names[0] != names[1]:
+            found.append(f"--init: given {shown(names[0])}, the run has {shown(names[1])}")
+        elif now["init"] != earlier["init"]:
+            found.append(f"--init: {shown(names[0])} has other weights than when the run began")
     return found + [
         f"{name}: {shown(now.get(name))}, the run has {shown(earlier.get(name))}"
         for name in sorted(rest)
@@ -133,6 +145,8 @@ def _difference(
         )
         longer = " (a run that has ended can be extended, this one has not)" if _steps(now) > _steps(earlier) else ""
         return f"--tokens: given {given}, the run has {had}{longer}"
+    if name in IN_WORDS:
+        return IN_WORDS[name]
     option = {"n_heads": "heads"}.get(name, name).replace("_", "-")
     label = f"{part}: {name}" if part == "data" or name in NO_OPTION else f"--{option}"
     return f"{label}: given {shown(_short(given))}, the run has {shown(_short(had))}"

@@ -15,10 +15,12 @@ def make_runs(folder: Path, model: Path) -> dict[str, Path]:
     """A run of each architecture that is done and evaluated, on `text.txt` in the folder."""
     text = folder / "text.txt"
     text.write_text(TEXT)
-    small = ["--d-sae", D_SAE, "--k", K, "--heads", 2, "--d-head", 4, "--d-value", 4, "--d-memory", 8]
+    small = ["--d-sae", D_SAE, "--k", K]
+    of_look_back = ["--heads", 2, "--d-head", 4, "--d-value", 4, "--d-memory", 8]
     source = ["--model", model, "--layer", LAYER, "--text", text, "--n-ctx", N_CTX, "--device", "cpu"]
     for arch in ARCHS:
         train = ["train", "-o", folder / arch, "--arch", arch, *source, *small, "--batch-windows", 4, "--tokens", 1280]
+        train += of_look_back if arch == "contextual" else []
         csae(*train, "--held-out", 0.2, "--lm-dtype", "float32")
         csae("eval", folder / arch, "--windows", 4, "--ce-windows", 2, "--device", "cpu")
     return {arch: folder / arch for arch in ARCHS}

@@ -49,7 +49,8 @@ def from_model(tiny_model_path, text):
     return ["--model", tiny_model_path, "--layer", "2", "--text", text, "--n-ctx", "16", "--device", "cpu"]
 
 
-SMALL = ["--d-sae", "40", "--k", "4", "--heads", "2", "--d-head", "4", "--d-value", "4", "--batch-windows", "4"]
+PLAIN = ["--d-sae", "40", "--k", "4", "--batch-windows", "4"]
+SMALL = [*PLAIN, "--heads", "2", "--d-head", "4", "--d-value", "4"]
 
 
 def test_train_cache_eval_from_end_to_end(from_model, text, tmp_path, capsys, monkeypatch):
@@ -64,12 +65,15 @@ def test_train_cache_eval_from_end_to_end(from_model, text, tmp_path, capsys, mo
     shards = load_file(next((tmp_path / "acts").glob("*.safetensors")))
     assert shards["activations"].shape[1:] == (16, 16)
     args = ["--activations", "acts", "--device", "cpu"]
-    assert csae("train", "-o", "plain", "--arch", "topk", *args, *SMALL, "--tokens", "640", capsys=capsys)[0] == 0
+    assert csae("train", "-o", "plain", "--arch", "topk", *args, *PLAIN, "--tokens", "640", capsys=capsys)[0] == 0
 
     code, out, err = csae("eval", "run", "plain", "--device", "cpu", "--ce-windows", "2", capsys=capsys)
     assert code == 0, err
     assert "run" in out
     assert "plain" in out
+    assert err.count("loading tiny-model") == 1
+    for bar in ("evaluating of run", "cross-entropy of run", "evaluating of plain"):
+        assert f"{bar}: " in err
     contextual, plain = (json.loads((tmp_path / run / "eval.json").read_text()) for run in ("run", "plain"))
     assert {"fvu", "fvu_exact", "fvu_sweeps", "l0", "dead", "cosine", "tokens_per_s"} <= set(contextual)
     assert {"ce_clean", "ce_sae", "ce_zero", "loss_recovered"} <= set(contextual)

@@ -5,15 +5,17 @@ import json
 import pytest
 import torch
 import yaml
-from test_cli import SMALL, csae, from_model, text  # noqa: F401
+from test_cli import PLAIN, SMALL, csae, from_model, text  # noqa: F401
 
 from csae.checkpoint import load_sae
 from csae.data import dtypes
 from csae.data.dtypes import multiplies_bfloat16, resolved_dtype
+from csae.data.language_model import LanguageModel
 from csae.evaluate_run import evaluate_run
 from csae.run import read_run
 
-LITTLE = [*SMALL, "--tokens", "640", "--log-every", "4", "--lm-dtype", "float32"]
+SHORT = ["--tokens", "640", "--log-every", "4", "--lm-dtype", "float32"]
+LITTLE, LITTLE_TOPK = [*SMALL, *SHORT], [*PLAIN, *SHORT, "--arch", "topk"]
 
 
 def weights(run):
@@ -112,7 +114,7 @@ def test_a_place_of_the_command_line_takes_the_place_of_that_in_a_file(from_mode
 
 
 def test_prefixes_by_option_and_by_file(from_model, tmp_path, capsys):  # noqa: F811
-    first = ["train", *from_model, *LITTLE, "--arch", "topk", "--prefixes", "2,8", "-o", tmp_path / "first"]
+    first = ["train", *from_model, *LITTLE_TOPK, "--prefixes", "2,8", "-o", tmp_path / "first"]
     assert csae(*first, capsys=capsys)[0] == 0
     assert load_sae(tmp_path / "first").prefixes == (2, 8)
     file = tmp_path / "first" / "config.yaml"
@@ -130,7 +132,7 @@ def test_prefixes_by_option_and_by_file(from_model, tmp_path, capsys):  # noqa: 
 
 
 def test_a_run_begins_with_the_weights_of_another(from_model, tmp_path, capsys):  # noqa: F811
-    first = ["train", *from_model, *LITTLE, "--arch", "topk", "-o", tmp_path / "first"]
+    first = ["train", *from_model, *LITTLE_TOPK, "-o", tmp_path / "first"]
     assert csae(*first, capsys=capsys)[0] == 0
     more = ["train", *from_model, "--batch-windows", "4", "--tokens", "64", "--init", tmp_path / "first"]
     code, _, err = csae(*more, "--lr", "1e-9", "-o", tmp_path / "second", capsys=capsys)
@@ -175,7 +177,7 @@ def test_what_differs_is_named_by_its_option_and_more_tokens_extend(from_model, 
 
 def test_the_dtype_of_the_model_is_kept_and_evaluated_with(from_model, tmp_path, capsys, monkeypatch):  # noqa: F811
     monkeypatch.setattr(dtypes, "cpu_flags", lambda: {"avx512_bf16"})
-    command = ["train", *from_model, *SMALL, "--tokens", "320", "--arch", "topk", "-o", tmp_path / "run"]
+    command = ["train", *from_model, *PLAIN, "--tokens", "320", "--arch", "topk", "-o", tmp_path / "run"]
     assert csae(*command, capsys=capsys)[0] == 0
     job = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (job["origin"]["lm_dtype"], job["data"]["dtype"]) == ("bfloat16", "bfloat16")
@@ -206,7 +208,14 @@ def test_auto_is_bfloat16_where_the_hardware_multiplies_it(monkeypatch):
 
 @pytest.mark.parametrize("arch", ["topk", "contextual"])
 def test_a_transcoder_is_trained_and_repeated(arch, from_model, tmp_path, capsys):  # noqa: F811
-    data = [*from_model[:2], *from_model[4:], *LITTLE, "--arch", arch, "--skip"]
+    data = [
+        *from_model[:2],
+        *from_model[4:],
+        *(LITTLE if arch == "contextual" else LITTLE_TOPK),
+        "--arch",
+        arch,
+        "--skip",
+    ]
     command = ["train", *data, "--from", "mlp.in:1", "--to", "mlp.out:1", "-o", tmp_path / "run"]
     code, _, err = csae(*command, capsys=capsys)
     assert code == 0, err
@@ -220,7 +229,7 @@ def test_a_transcoder_is_trained_and_repeated(arch, from_model, tmp_path, capsys
 
 
 def test_selections_train_side_by_side_and_by_a_config_file(from_model, tmp_path, capsys):  # noqa: F811
-    command = ["train", *from_model, *LITTLE, "--arch", "topk", "--selection", "topk", "--selection", "batch"]
+    command = ["train", *from_model, *LITTLE_TOPK, "--selection", "topk", "--selection", "batch"]
     code, _, err = csae(*command, "--k-max", "6", "-o", tmp_path / "all", capsys=capsys)
     assert code == 0, err
     assert {path.name for path in (tmp_path / "all").iterdir()} == {
@@ -238,7 +247,76 @@ def test_selections_train_side_by_side_and_by_a_config_file(from_model, tmp_path
     code, _, err = csae(*command[:-4], "--selection", "topk", "--k-max", "6", "-o", tmp_path / "b", capsys=capsys)
     assert code == 2
     assert "k_max: given 6; needed None" in err
-    given = ["train", *from_model, *LITTLE, "--arch", "topk", "--init", run]
+    given = ["train", *from_model, *LITTLE_TOPK, "--init", run]
     code, _, err = csae(*given, "--selection", "topk", "-o", tmp_path / "c", capsys=capsys)
     assert code == 2
     assert "--selection: given topk; the SAE of --init has batch" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--query", "past"], "--query: given with --arch topk, which does not look back: it has no effect there"),
+        (["--heads", "8"], "--heads: given with --arch topk"),
+        (["--sweeps", "3"], "--sweeps: given with --arch topk"),
+        (["--look-back-lr", "0.5"], "--look-back-lr: given with --arch topk"),
+        (["--gap-every", "9"], "--gap-every: given with --arch topk"),
+        (["--workers", "2"], "--workers: given without a data set that is streamed"),
+        (["--shuffle-buffer", "2"], "--shuffle-buffer: given without a data set that is streamed"),
+        (["--k", "5000"], "k: given 5000; needed 1 <= k <= d_sae = 40"),
+        (["--prefixes", "8,99"], "prefixes: given"),
+        (["--k-max", "9"], "k_max: given 9; needed None"),
+        (["--skip"], "skip: given for an SAE that rebuilds what it reads"),
+        (["--lr", "-1"], "lr: given -1.0"),
+        (["--text", "no/such.txt"], "no/such.txt': no such file or folder"),
+    ],
+)
+def test_what_cannot_be_is_said_before_a_model_is_loaded(
+    options, message, from_model, tmp_path, capsys, monkeypatch  # noqa: F811
+):  # fmt: skip
+    monkeypatch.setattr(LanguageModel, "load", None)
+    code, _, err = csae("train", *from_model, *LITTLE_TOPK, *options, "-o", tmp_path / "run", capsys=capsys)
+    assert code == 2
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_with_what_has_no_effect_is_followed_and_told(from_model, tmp_path, capsys):  # noqa: F811
+    file = tmp_path / "old.yaml"  # as earlier versions wrote it of a run
+    file.write_text("arch: topk\nheads: 8\nquery: [past]\nworkers: 1\nshuffle_buffer: 1024\n")
+    command = ["train", *from_model, *PLAIN, *SHORT, "--config", file, "-o", tmp_path / "run"]
+    code, _, err = csae(*command, capsys=capsys)
+    assert code == 0, err
+    assert err.count("no effect") == 1
+    assert f"{file}: query: given with --arch topk, which does not look back: it has no effect there" in err
+    kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert not {"heads", "query", "sweeps", "gap_every", "workers", "shuffle_buffer"} & set(kept)
+    assert csae("train", "--config", tmp_path / "run" / "config.yaml", "-o", tmp_path / "b", capsys=capsys)[0] == 0
+
+
+def test_a_data_set_that_is_not_there_is_said_before_a_model_is_loaded(
+    from_model, tmp_path, capsys, monkeypatch  # noqa: F811
+):  # fmt: skip
+    monkeypatch.setattr(LanguageModel, "load", None)
+    dataset = tmp_path / "a.jsonl"
+    dataset.write_text('{"body": "some text"}\n')
+    for command in ("train", "cache"):
+        for more in (["--stream", "--tokens", "64"][: 3 if command == "train" else 1], ["--no-stream"]):
+            given = [*from_model[:4], "--dataset", dataset, *more, "-o", tmp_path / "out"]
+            code, _, err = csae(command, *given, capsys=capsys)
+            assert (code, len(err.splitlines())) == (2, 1), err
+            assert "has no column text" in err
+
+
+def test_what_changed_of_the_data_is_said_in_words(from_model, tmp_path, capsys):  # noqa: F811
+    command = ["train", *from_model, *LITTLE, "-o", tmp_path / "run"]
+    assert csae(*command, capsys=capsys)[0] == 0
+    path = from_model[from_model.index("--text") + 1]
+    content = path.read_text()
+    path.write_text(content.replace("a", "e", 1))
+    code, _, err = csae(*command, capsys=capsys)
+    path.write_text(content)
+    assert code == 2
+    assert "data: the text has other tokens: it was changed since" in err
+    assert "sha256" not in err

@@ -145,6 +145,56 @@ def test_a_log_that_fails_is_said_once_and_left_alone(fake, tmp_path, capsys):
     assert len(fake.runs[1].lines) == 3
 
 
+@pytest.mark.parametrize("how", ["network", "disk", "at its end"])
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_training_goes_on_where_a_log_fails_midway(fake, tmp_path, capsys, name, how):
+    class Failing(Logged):
+        def log(self, metrics, step):
+            super().log(metrics, step)
+            if step >= 3 and how != "at its end":
+                raise ConnectionError("no route") if how == "network" else OSError(28, "No space left on device")
+
+        def finish(self, exit_code=None):
+            super().finish(exit_code)
+            raise ConnectionError("no route")
+
+    def init(**given):
+        fake.runs.append(Failing(given))
+        return fake.runs[-1]
+
+    train(new_sae("topk"), Windows(), range(12), tmp_path / "quiet", config(log_every=1))
+    capsys.readouterr()
+    sys.modules[name].init = init
+    train(new_sae("topk"), Windows(), range(12), tmp_path / "run", config(log_every=1), logs=[name])
+    said = [of for of in capsys.readouterr().err.splitlines() if "--log" in of]
+    reason = "No space left on device" if how == "disk" else "no route"
+    assert len(said) == 1
+    assert reason in said[0]
+    what = "its last lines may be missing there" if how == "at its end" else "training goes on, and is logged there no"
+    assert what in said[0]
+    assert "metrics.jsonl has all of it" in said[0]
+    assert [of["loss"] for of in lines(tmp_path / "run")] == [of["loss"] for of in lines(tmp_path / "quiet")]
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+    (run,) = fake.runs
+    assert run.ended == [None]
+    assert [step for step, _ in run.lines] == list(range(11 if how == "at its end" else 4))
+
+
+def test_a_log_that_cannot_end_hides_no_error(fake, tmp_path, capsys):
+    def refuse(exit_code=None):
+        raise ConnectionError("no route")
+
+    def fail():
+        with open_logs(["wandb", "trackio"], tmp_path, JOB):
+            for run in fake.runs:
+                run.finish = refuse
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert capsys.readouterr().err.count("no route") == 2
+
+
 def test_what_cannot_start_is_one_line(fake, tmp_path, monkeypatch):
     def refuse(**given):
         raise RuntimeError("No API key configured.\nSecond line")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import torch
 
+from csae.cli.no_effect import check_effect
 from csae.cli.options import (
     BOS,
     DATASET,
@@ -70,6 +71,8 @@ def cache(**options: Any) -> None:
     if (out is None) == (check is None):
         raise UserError("--out, --check: needed one of them: a folder to write, or one to check")
     if check is not None:
+        context = click.get_current_context()
+        check_effect(context, set(options) - {"check"}, "with --check, which only reads a folder")
         found = check_shards(check, track)
         print(f"checked: {found.n_windows} windows in {found.n_files} files, {found.n_bytes / 1e9:.2f} GB, as written")
         if found.unknown:

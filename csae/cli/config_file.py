@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from csae.cli.no_effect import OF_LOOK_BACK, OF_STREAM
 from csae.cli.options import Numbers
 from csae.data.places import PLACE_KEYS
 from csae.errors import UserError, first_line, shown
@@ -141,10 +142,12 @@ def config_of(
         asked |= {name: origin.get(name) for name in ("layer", "hook")}
     if "activations" in origin:
         asked["lm_dtype"] = None
+    left_out = (*NOT_KEPT, *(OF_LOOK_BACK if asked["arch"] == "topk" else ()))
+    left_out += () if origin.get("stream") else OF_STREAM
     kept = {}
     for of in context.command.params:
         value = asked.get(str(of.name))
-        if of.name not in NOT_KEPT and value not in (None, (), []):
+        if of.name not in left_out and value not in (None, (), []):
             kept[max(of.opts, key=len).lstrip("-").replace("-", "_")] = (
                 list(value) if isinstance(value, tuple) else value
             )

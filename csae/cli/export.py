@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from csae.cli.no_effect import check_effect
 from csae.cli.options import ACTIVATIONS, DATASET, DEVICE, MODEL, TEXT, device_of, given_of
 from csae.errors import shown
 
@@ -30,8 +31,12 @@ def export(run: str, to: str, out: Path, windows: int, **options: Any) -> None:
     sae_lens, sparsify, dictionary_learning, gemma_scope: the weights. neuronpedia: dashboards, for its importer.
     delphi: its latent cache. Model, layer and text are those of the run if not given.
     """
+    from csae.export import LIBRARIES
     from csae.export import export as export_run
     from csae.progress import track
 
+    if to in LIBRARIES:
+        of_activations = ["text", "dataset", "text_column", "chat", "activations", "n_ctx", "windows"]
+        check_effect(click.get_current_context(), of_activations, f"with --to {to}, which takes the weights alone")
     for path in export_run(run, to, out, given_of(options), windows, device_of(options["device"]), track):
         print(f"written: {shown(path)}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from csae.cli.no_effect import check_effect
 from csae.cli.options import (
     ACTIVATIONS,
     BOS,
@@ -67,11 +68,14 @@ def features(run: Path, out: Path | None, n: int, elsewhere: bool, **options: An
     device = device_of(options["device"])
     sae = load_sae(run, device)
     if not searches:
+        check_effect(click.get_current_context(), ["n"], "without a search")
         _build(run, path, sae, options, elsewhere, device)
         return
     for name in DATA:
         if options[name] is not None:
             raise UserError(f"--{name}, --{searches[0]}: both given; needed one: build first, then search")
+    of_building = set(options) - {*SEARCHES, *DATA, "device"} | {"elsewhere"}
+    check_effect(click.get_current_context(), of_building, f"with --{searches[0]}, which searches what is built")
     with FeatureIndex(path) as index:
         index.check(sae)
         for line in _found(run, index, searches[0], options[searches[0]], n):
@@ -105,7 +109,7 @@ def _build(run: Path, path: Path, sae: SAE, options: dict[str, Any], elsewhere: 
     if lm is None:
         if "model" not in origin:
             raise UserError(f"--model: not given, and {run} does not say which one; needed for the text of tokens")
-        lm = open_model(origin["model"], device, dtype=origin.get("lm_dtype"))
+        lm = open_model(origin["model"], device, dtype=origin.get("lm_dtype"), progress=track)
     windows = range(source.n_windows)
     if origin.get("activations") is not None and options["max_tokens"] is not None:
         windows = windows[: max(1, options["max_tokens"] // source.n_ctx)]

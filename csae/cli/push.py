@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from csae.cli.no_effect import check_effect
 from csae.errors import shown
 
 
@@ -24,6 +25,7 @@ def push(run: Path, repository: str, private: bool, message: str | None, dry_run
     from csae.push import write_folder
 
     if dry_run is not None:
+        check_effect(click.get_current_context(), ["private", "message"], "with --dry-run, which uploads nothing")
         names = write_folder(run, repository, dry_run)
         print(f"written: {shown(dry_run)} ({', '.join(names)}); nothing was uploaded")
         return

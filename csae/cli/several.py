@@ -13,6 +13,7 @@ import click
 import torch
 
 from csae.cli.config_file import config_of
+from csae.cli.no_effect import OF_LOOK_BACK
 from csae.config import SAEConfig, TrainConfig
 from csae.data.activations import (
     ActivationSource,
@@ -33,7 +34,7 @@ from csae.sae import SAE
 from csae.training import Job
 
 SEVERAL = ("arch", "d_sae", "k", "selection", "query", "lr")
-OF_CONTEXTUAL = ("heads", "d_head", "d_value", "d_memory", "k_mem", "query", "sweeps")
+WIDE = 2**17  # a width above any model's
 
 
 class Setting(NamedTuple):
@@ -63,6 +64,15 @@ def settings_of(options: dict[str, Any]) -> list[Setting]:
         sae = SAEConfig(**which)
         found.setdefault(sae, {}).setdefault(str(varied["lr"]), Setting(sae, how, varied))
     return [setting for by_lr in found.values() for setting in by_lr.values()]
+
+
+def check_settings(settings: Sequence[Setting], options: dict[str, Any]) -> None:
+    """Raises UserError where sizes don't fit each other, before the activations and their width are known."""
+    for setting in settings:
+        TrainConfig(steps=1, **setting.train)
+        if not options["init"]:
+            with torch.device("meta"):
+                setting.sae.make(WIDE, WIDE if options["hook_from"] else None)
 
 
 def check_folders(out: Path) -> dict[str, Any]:
@@ -164,7 +174,7 @@ def _check_begun(context: click.Context, name: str, sae: SAE, source: Activation
         option = field.name.replace("_", "-")
         if context.get_parameter_source(field.name) in (None, click.core.ParameterSource.DEFAULT):
             continue
-        if sae.arch == "topk" and field.name in OF_CONTEXTUAL:
+        if sae.arch == "topk" and field.name in OF_LOOK_BACK:
             raise UserError(f"--{option}: given with --init {shown(name)}, which is a topk SAE: leave it out")
         name_of = {"heads": "n_heads"}.get(field.name, field.name)
         unsaid = ("prefixes", "selection", "k_max")  # config.json mentions them only where they are given

@@ -11,6 +11,7 @@ import click
 import torch
 
 from csae.cli.config_file import CONFIG_FILE, place_of_the_command_line
+from csae.cli.no_effect import OF_LOOK_BACK, OF_STREAM, check_effect
 from csae.cli.options import (
     ACTIVATIONS,
     BOS,
@@ -111,13 +112,17 @@ def train(context: click.Context, **options: Any) -> None:
         raise UserError(f"--data-ranks: given {options['data_ranks']} in one process; needed torchrun, with more")
     check_logs(options["logs"])
     check_share(options["held_out"])
+    if set(options["arch"]) == {"topk"}:
+        check_effect(context, OF_LOOK_BACK, "with --arch topk, which does not look back")
+    if options["activations"]:
+        check_effect(context, ["lm_device"], "with --activations, which run no language model")
     same = {name: value for name, value in options.items() if name != "lm_device"}
     with started(same, options["device"], options["timeout"], options["data_ranks"]) as ranks:
         _train(context, options, ranks)
 
 
 def _train(context: click.Context, options: dict[str, Any], ranks: Ranks | None) -> None:
-    from csae.cli.several import check_folders, jobs_of, settings_of
+    from csae.cli.several import check_folders, check_settings, jobs_of, settings_of
     from csae.data.activations import ModelActivations, held_out
     from csae.data.batches import Batches, IndexedBatches
     from csae.data.dtypes import resolved_dtype
@@ -140,7 +145,8 @@ def _train(context: click.Context, options: dict[str, Any], ranks: Ranks | None)
     if "model" in origin:
         given = options["lm_dtype"] or (earlier.get("lm_dtype") if earlier else "auto")
         origin |= {} if given is None else {"lm_dtype": resolved_dtype(given, torch.device(lm_device))}
-        tell(f"loading {shown(Path(origin['model']).name)} and its text")
+    settings = settings_of(options)
+    check_settings(settings, options)
     origin = as_stream(
         origin,
         options["stream"],
@@ -150,6 +156,8 @@ def _train(context: click.Context, options: dict[str, Any], ranks: Ranks | None)
         options["seed"],
         earlier.get("held_out_windows"),
     )
+    if not origin.get("stream"):
+        check_effect(context, OF_STREAM, "without a data set that is streamed")
     opened: dict[str, Any] = {}
     source, _ = open_source(origin, lm_device, track if hosts.is_first else quiet, opened)
     check_said(origin, source)
@@ -162,7 +170,6 @@ def _train(context: click.Context, options: dict[str, Any], ranks: Ranks | None)
         train_windows = range(source.n_windows)
     else:
         train_windows, _ = held_out(source.n_windows, options["held_out"])
-    settings = settings_of(options)
     per_step = options["batch_windows"] * source.n_ctx
     tokens = len(train_windows) * source.n_ctx if options["tokens"] is None else options["tokens"]
     steps = max(1, tokens // max(1, per_step))

@@ -96,7 +96,7 @@ def view(
         with FeatureIndex(index) as opened:
             opened.check(sae, model_name(str(origin["model"])))
     other_sae = None if beside is None else load_sae(beside, device)
-    lm = open_model(origin["model"], device, dtype=origin.get("lm_dtype"))
+    lm = open_model(origin["model"], device, dtype=origin.get("lm_dtype"), progress=track)
     (place,) = lm.hook_points.places(*place)
     for loaded in (sae, other_sae):
         if loaded is not None:

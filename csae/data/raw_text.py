@@ -45,7 +45,8 @@ def is_streamed(origin: dict[str, Any], stream: bool | None) -> bool:
         return False
     if origin.get("text") is not None or origin.get("model") is None:
         return False  # `open_source` says what is wrong
-    return is_text(origin) if stream is None else stream
+    has_text = is_text(origin)  # in any case: a data set that can't be read is told before a model is loaded
+    return has_text if stream is None else stream
 
 
 def as_stream(

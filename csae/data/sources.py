@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +12,12 @@ import torch
 from csae.data.activations import ActivationSource, ActivationSources, ModelActivations, OfPlaces
 from csae.data.language_model import LanguageModel
 from csae.data.places import PLACE_KEYS, Place, in_words, matching, places_in
-from csae.data.raw_text import READING, windows_of_dataset
+from csae.data.raw_text import READING, is_text, windows_of_dataset
 from csae.data.shard_activations import ShardActivations
 from csae.data.shards import read_places
-from csae.data.text import TokenWindows, beginning, read_documents, tokenize
+from csae.data.text import TokenWindows, beginning, check_text, read_documents, tokenize
 from csae.errors import UserError, shown
-from csae.progress import Progress, quiet
+from csae.progress import Progress, quiet, say
 from csae.trained_on import same_model
 
 
@@ -48,7 +49,8 @@ def open_source(
     places = asked_places(origin)
     if (origin.get("text") is None) == (origin.get("dataset") is None):
         raise UserError("--text, --dataset: needed one of them (or --activations DIR)")
-    lm = open_model(origin["model"], device, opened, origin.get("lm_dtype"))
+    _check_there(origin)
+    lm = open_model(origin["model"], device, opened, origin.get("lm_dtype"), progress)
     for place in places:
         lm.hook_points.places(*(place if isinstance(place, Place) else (place,)))
     names = ("model", "text", "dataset", "n_ctx", "max_tokens", "bos", *READING)
@@ -68,14 +70,31 @@ def asked_places(origin: dict[str, Any]) -> list[int | Place]:
 
 
 def open_model(
-    name: str, device: str | None = None, opened: dict[str, Any] | None = None, dtype: str | None = None
+    name: str,
+    device: str | None = None,
+    opened: dict[str, Any] | None = None,
+    dtype: str | None = None,
+    progress: Progress = quiet,
 ) -> LanguageModel:
-    """The language model of a name; from `opened` where it is there, see `open_source`."""
+    """The language model of a name; from `opened` where it is there, see `open_source`.
+
+    progress: unless it is quiet, a line says what is loaded.
+    """
     opened = {} if opened is None else opened
     key = f"model {name} {device} {dtype}"
     if key not in opened:
+        if progress is not quiet:
+            say(f"loading {shown(Path(name).name)}")
         opened[key] = LanguageModel.load(name, device, None if dtype is None else getattr(torch, dtype))
     return opened[key]
+
+
+def _check_there(origin: dict[str, Any]) -> None:
+    """Raises UserError where a text, or a data set that nobody opened yet, isn't there: before a model is loaded."""
+    if origin.get("text") is not None:
+        check_text(origin["text"])
+    elif not origin.get("stream"):
+        is_text(origin)
 
 
 def _of_shards(folder: str, keep_first: bool, wanted: list[Place]) -> ShardActivations:

@@ -39,7 +39,7 @@ def open_streamed(
             "--max-tokens, --max-bytes: not given; needed one of them with a data set of the hub, which is streamed "
             "(--no-stream reads it whole)"
         )
-    lm = open_model(origin["model"], device, None, origin.get("lm_dtype"))
+    lm = open_model(origin["model"], device, None, origin.get("lm_dtype"), progress)
     asked = asked_places(origin)
     places = [place for one in asked for place in lm.hook_points.places(*(one if isinstance(one, Place) else (one,)))]
     stream = open_stream(origin, lm)

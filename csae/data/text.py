@@ -6,6 +6,7 @@ import ast
 import json
 import sysconfig
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,15 @@ def read_documents(path: str | Path) -> list[str]:
     One file is one document; files with nothing but white space are left out. Raises UserError where
     the path is missing, a file is no UTF-8 text or holds data and no prose, or nothing is left.
     """
+    files = check_text(path)
+    documents = [text for text in map(_read_text, files) if text.strip()]
+    if not documents:
+        raise UserError(f"text {str(path)!r} is empty; give a file or folder with text in it")
+    return documents
+
+
+def check_text(path: str | Path) -> list[Path]:
+    """The files that `read_documents` reads, unread. Raises UserError where there are none."""
     path = Path(path)
     if path.is_dir():
         if any((path / name).is_file() for name in DATASET_FILES):
@@ -47,10 +57,7 @@ def read_documents(path: str | Path) -> list[str]:
         files = [path]
     else:
         raise UserError(f"text {str(path)!r}: no such file or folder")
-    documents = [text for text in map(_read_text, files) if text.strip()]
-    if not documents:
-        raise UserError(f"text {str(path)!r} is empty; give a file or folder with text in it")
-    return documents
+    return files
 
 
 def _read_text(file: Path) -> str:
@@ -107,11 +114,23 @@ def _docstrings(file: Path) -> Iterator[str]:
     except (SyntaxError, ValueError, OSError):
         return
     owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(tree) if isinstance(node, owners)]
+    nodes = [node for node in _statements(tree) if isinstance(node, owners)]
     for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
         docstring = ast.get_docstring(node)
         if docstring and len(docstring) > 200:
             yield docstring
+
+
+def _statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """A tree and the statements in it, as `ast.walk`, which also goes into expressions: they are most of it."""
+    todo = deque([tree])
+    while todo:
+        node = todo.popleft()
+        yield node
+        for name in ("body", "handlers", "orelse", "finalbody", "cases"):
+            inside = getattr(node, name, None)
+            if isinstance(inside, list):
+                todo.extend(inside)
 
 
 def beginning(tokenizer: Any, bos: bool | None = None, n_vocab: int | None = None) -> tuple[int, ...]:

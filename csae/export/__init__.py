@@ -58,12 +58,12 @@ def export(
     given, folder = given or {}, Path(folder)
     sae = load_sae(run, "cpu" if device is None else device)
     if to in LIBRARIES:
-        return [export_weights(sae, to, folder, lambda: _model(run, sae, given, device))]
+        return [export_weights(sae, to, folder, lambda: _model(run, sae, given, device, progress))]
     if n_windows < 1:
         raise UserError(f"--windows: given {n_windows}; needed at least 1")
     origin = _origin(run, sae, given)
     source, lm = open_source(origin, device, progress)
-    lm = lm or _model(run, sae, given, device)
+    lm = lm or _model(run, sae, given, device, progress)
     about = source.describe()
     here = TrainedOn.of(about)
     names = lm.hook_points.one_name
@@ -77,13 +77,13 @@ def export(
     return [to_load]
 
 
-def _model(run: Path | str, sae: SAE, given: dict[str, Any], device: str | None) -> LanguageModel:
+def _model(run: Path | str, sae: SAE, given: dict[str, Any], device: str | None, progress: Progress) -> LanguageModel:
     """The language model that the SAE is of: as given, or as the run says."""
     known = _known(run, sae)
     name = given.get("model") or known.get("model")
     if name is None:
         raise UserError(f"--model: not given, and {run} does not say what it was trained on")
-    return open_model(name, device, dtype=known.get("lm_dtype"))
+    return open_model(name, device, dtype=known.get("lm_dtype"), progress=progress)
 
 
 def _origin(run: Path | str, sae: SAE, given: dict[str, Any]) -> dict[str, Any]:

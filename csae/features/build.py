@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import sqlite3
 import zlib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from csae.trained_on import TrainedOn, check_place, data_name, model_name
 
 BLOCK_TOKENS = 65_536
 BATCH_TOKENS = 16_384  # encoded at once: the exact form takes a third less time a token than at a quarter of that
+IN_WORDS = {"weights": "the SAE has other weights", "text": "the text has other tokens"}  # of hashes
 ROWS = 32  # positions of a window whose shares of c are made at once
 
 
@@ -112,10 +114,13 @@ def build_index(
         try:
             at_once = max(1, block_tokens // source.n_ctx)
             blocks = [(b, start) for b, start in enumerate(range(0, len(windows), at_once)) if b >= done]
-            for block, start in progress(blocks, "features, blocks of text"):
-                _add_block(rows, block, start, sae, source, windows[start : start + at_once], lm.tokenizer)
+            # As one index may follow another, bars are named.
+            each = iter(progress(windows[done * at_once :], f"{shown(run)}: features, windows of text"))
+            for block, start in blocks:
+                _add_block(rows, block, start, sae, source, windows[start : start + at_once], lm.tokenizer, each)
+            next(each, None)  # the bar ends
             effects = (effects or effects_of(lm)) if writes_to_stream(sae, lm) else None
-            summarise(rows, sae, lm, effects, source.n_ctx, progress)
+            summarise(rows, sae, lm, effects, source.n_ctx, progress, run)
         finally:
             sae.train(was_training)
 
@@ -133,7 +138,10 @@ def _begin(rows: sqlite3.Connection, path: Path, about: dict[str, Any]) -> int |
         differing = [name for name in ABOUT if name != "run" and known.get(name) != wanted[name]]
         if differing:
             rows.execute("ROLLBACK")
-            changes = "; ".join(f"{name}: {_short(known.get(name))}, now {_short(wanted[name])}" for name in differing)
+            changes = "; ".join(
+                IN_WORDS.get(name, f"{name}: {_short(known.get(name))}, now {_short(wanted[name])}")
+                for name in differing
+            )
             raise UserError(f"{path}: it is an index of something else ({changes}): give another --out, or delete it")
     rows.execute("COMMIT")
     if known.get("finished"):
@@ -154,8 +162,12 @@ def _add_block(
     source: ActivationSource,
     windows: Sequence[int],
     tokenizer: Any,
+    each: Iterator[int],
 ) -> None:
-    """Reads the windows of a block and writes what is in them, in one transaction. first: its first, in the index."""
+    """Reads the windows of a block and writes what is in them, in one transaction.
+
+    first: its first, in the index. each: gives a window each time that one is done.
+    """
     found: dict[int, list[tuple[np.ndarray, ...]]] = {NEW: [], CARRIED_KIND: []}
     texts: list[tuple[int, bytes]] = []
     starts: list[np.ndarray] = []
@@ -166,7 +178,7 @@ def _add_block(
         if batch.tokens is None:
             raise UserError("the activations come without token ids, so there is no text to show: cache them anew")
         at = (first + start) * source.n_ctx
-        for kind, features, positions, amounts in _presence(sae, batch):
+        for kind, features, positions, amounts in _presence(sae, batch, each):
             tokens = batch.tokens.flatten().cpu().numpy()[positions]
             found[kind].append((features, at + positions, amounts, tokens))
         for row, tokens in enumerate(batch.tokens.tolist()):
@@ -207,10 +219,10 @@ def _packed(parts: list[tuple[np.ndarray, ...]], block: int, kind: int, first: i
     return rows
 
 
-def _presence(sae: SAE, batch: Batch) -> list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+def _presence(sae: SAE, batch: Batch, each: Iterator[int]) -> list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
     """Where features are new and carried in a batch: kind, features [m], positions [m] in the batch, amounts [m].
 
-    Of a kind the positions rise, from one entry to the next too.
+    Of a kind the positions rise, from one entry to the next too. each: see `_add_block`.
     """
     device = sae.W_dec.device
     acts, mask, documents = batch.acts.to(device), batch.mask.to(device), batch.documents.to(device)
@@ -221,6 +233,7 @@ def _presence(sae: SAE, batch: Batch) -> list[tuple[int, np.ndarray, np.ndarray,
     places, slot = (values > 0).flatten(0, 1).nonzero(as_tuple=True)
     found = [(NEW, *_arrays(indices.flatten(0, 1)[places, slot], places, values.flatten(0, 1)[places, slot], ACTIVITY))]
     if not isinstance(sae, ContextualSAE):
+        deque(islice(each, len(acts)), maxlen=0)
         return found
     T = acts.shape[1]
     for row in range(len(acts)):
@@ -231,6 +244,7 @@ def _presence(sae: SAE, batch: Batch) -> list[tuple[int, np.ndarray, np.ndarray,
             t, column = (share >= CARRIED).nonzero(as_tuple=True)
             positions = row * T + start + t
             found.append((CARRIED_KIND, *_arrays(attribution.features[column], positions, share[t, column], FRACTION)))
+        next(each)
     return found
 
 

@@ -13,6 +13,7 @@ import torch
 
 from csae.data.language_model import LanguageModel
 from csae.data.pieces import token_piece
+from csae.errors import shown
 from csae.features.effects import AT_ONCE, Best, Effects, scores, similar, tokens_of
 from csae.features.filler import is_filler
 from csae.features.index import read_places
@@ -28,11 +29,17 @@ RAISING = 8  # features for a token of the vocabulary
 
 
 def summarise(
-    rows: sqlite3.Connection, sae: SAE, lm: LanguageModel, effects: Effects | None, n_ctx: int, progress: Progress
+    rows: sqlite3.Connection,
+    sae: SAE,
+    lm: LanguageModel,
+    effects: Effects | None,
+    n_ctx: int,
+    progress: Progress,
+    run: str,
 ) -> None:
     """Fills the tables that are made of `places`, and marks the index finished: in one transaction.
 
-    effects: of the model; None where features do not write to its residual stream.
+    effects: of the model; None where features do not write to its residual stream. run: what the SAE is called.
     """
     fillers: dict[int, tuple[str, bool]] = {}
 
@@ -53,7 +60,7 @@ def summarise(
     try:
         for table in ("features", "words", "raised"):
             rows.execute(f"DELETE FROM {table}")
-        for start in progress(range(0, len(numbers), AT_ONCE), "features, one by one"):
+        for start in progress(range(0, len(numbers), AT_ONCE), f"{shown(run)}: features, one by one"):
             some = torch.tensor(numbers[start : start + AT_ONCE], device=directions.device)
             logits: list[dict[str, list[Any]]] = [{"up": [], "down": []}] * len(some)
             if effects is not None:

@@ -268,3 +268,18 @@ def test_features_stay_in_their_documents(tiny_lm: LanguageModel, tmp_path: Path
                 touching += (end - 1) % 8 in (2, 5, 7)
         assert touching
         json.dumps(index.about)
+
+
+@pytest.mark.parametrize("kind", ["contextual", "topk"])
+def test_each_window_is_shown_as_progress(kind: str, source: ModelActivations, tmp_path: Path) -> None:
+    shown: dict[str, int] = {}
+
+    def count(items: Any, description: str, total: int | None = None) -> Any:
+        assert len(items) if total is None else total
+        for item in items:
+            shown[description] = shown.get(description, 0) + 1
+            yield item
+
+    build(tmp_path / "a.db", make(kind, source), source, progress=count)
+    assert shown["a run: features, windows of text"] == source.n_windows
+    assert shown["a run: features, one by one"] >= 1
