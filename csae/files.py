@@ -126,7 +126,7 @@ def filled(folder: Path) -> Iterator[Path]:
     After an error none of them is there. What a kill leaves in it is removed by the next call. Raises UserError where
     the folder holds something else, another process fills it, or it can't be written.
     """
-    existed, working = folder.is_dir(), folder / UNFINISHED
+    new, working = [each for each in (folder, *folder.parents) if not each.is_dir()], folder / UNFINISHED
     if not (working.is_dir() and os.listdir(folder) == [UNFINISHED]):
         check_new(folder)
     with ExitStack() as stack:
@@ -146,9 +146,9 @@ def filled(folder: Path) -> Iterator[Path]:
                     os.rename(entry, folder / entry.name)
         finally:
             shutil.rmtree(working, ignore_errors=True)
-            if not existed:
-                with suppress(OSError):
-                    folder.rmdir()  # it is empty after an error
+            with suppress(OSError):
+                for each in new:
+                    each.rmdir()  # it is empty after an error
 
 
 def write_with_config(

@@ -80,11 +80,14 @@ def test_weights(kind: str, tmp_path: Path, tiny_model_path: Path) -> None:
         except UserError as error:
             found.append(REFUSED if "\n" not in str(error) and not out.exists() else f"badly refused: {error}")
             continue
-        loaded = interop.load(to, folder)
+        # A file of Gemma Scope does not say how many features a token has.
+        loaded = interop.load(to, folder, *((sae.k, sae.k_max) if to == "gemma_scope" else ()))
         with torch.no_grad():
             expected, came = sae(acts), loaded(acts)
         torch.testing.assert_close(came.x_hat, expected.x_hat, **CLOSE)
-        scale = sae.scale / loaded.scale  # the libraries know none, so it went into the weights
+        # The libraries know no scale, so it went into the weights; a transcoder's codes are in units of its target.
+        assert loaded.scale == 1
+        scale = sae.target_scale if sae.is_transcoder else sae.scale
         torch.testing.assert_close(*(of.sum(-1) for of in (came.code.values, expected.code.values * scale)), **CLOSE)
         found.append(BACK)
     assert tuple(found) == EXPECTED[kind]
