@@ -57,8 +57,8 @@ def _above(b_acts, features_ptr, o_n, m_n, BELOW: tl.constexpr):
 # these kernels spill on sm_100.
 #
 # Operations, bytes, floor: as there, with 36 bytes for each group that is hit, and all features. Counted from SASS
-# (sm_90) the epilogue with TMA has 1,540 instructions and 11 barriers for 128 x 128; that of `_pre_acts_tma` has 1,102
-# and 13 for 128 x 256. Where d_in is small, as at A, that takes back what the selection saves; a GPU has to tell.
+# (sm_90) the epilogue with TMA has 1,540 instructions and 11 barriers for 128 x 128; that of `_pre_acts_tma` has 468
+# and 3 for 128 x 256. Where d_in is small, as at A, that takes back what the selection saves; a GPU has to tell.
 @jit
 def _append_above(
     x_ptr,

@@ -28,7 +28,7 @@ exceeds it, a count as the proof, and a fallback. Both do the same operations. A
 | computed twice                           | nothing                     | rows that the sample misleads         |
 
 The bound from ranges is used: it can't fail, it does not depend on the order of features, and its epilogue is about
-half as long. A GPU has to confirm this.
+a third as long. A GPU has to confirm this.
 
 The times beside the kernels are predictions, not measurements: the larger of operations and bytes at the rates that an
 H100 was measured to reach, 798 TFLOP/s in bf16 and 3.0 TB/s. The shapes are those of the benchmark:
