@@ -81,6 +81,7 @@ class Adam(torch.optim.Optimizer):
         ]
         super().__init__([group for group in groups if group["params"]], {"betas": betas, "eps": eps})
         self.lazy, self.moments = lazy, moments
+        self._constants: dict[tuple[Any, ...], Tensor] = {}  # of `_hyper`
         self._apart: set[str] | None = set()  # parameters that have counted fewer steps than the rest of their group
         for weight, name in self.names.items():
             dtype = moments if name in TABLES else torch.float32
@@ -91,7 +92,7 @@ class Adam(torch.optim.Optimizer):
             }
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("sae", "names", "lazy", "moments", "_apart")  # torch copies only its own
+        own = ("sae", "names", "lazy", "moments", "_apart", "_constants")  # torch copies only its own
         return super().__getstate__() | {name: vars(self)[name] for name in own if name in vars(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -150,7 +151,7 @@ class Adam(torch.optim.Optimizer):
     ) -> None:
         """One step of tables that have counted the same steps."""
         step = states[names[0]]["step"]
-        hyper, lazy_hyper = _hyper(group, step)
+        hyper = self._hyper(group, step)
         seed = step.to(torch.int64).reshape(1)
         first_row = 0 if self.sae.shard is None else self.sae.shard.rows.start
         shared: dict[int, tuple[Pairs, list[Table]]] = {}  # tables with the same pairs, by the pairs' id
@@ -165,7 +166,24 @@ class Adam(torch.optim.Optimizer):
             table = Table(param, exp_avg, exp_avg_sq, own.weights, own.rows, unit_rows=name == "W_dec")
             shared.setdefault(id(own.pairs), (own.pairs, []))[1].append(table)
         for pairs, tables in shared.values():
-            adam_rows(pairs, tables, lazy_hyper if self.lazy else hyper, seed, self.lazy, first_row)
+            adam_rows(pairs, tables, hyper, seed, self.lazy, first_row)
+
+    def _hyper(self, group: dict[str, Any], step: Tensor) -> Tensor:
+        """The numbers that `adam_rows` takes, made on the device. SparseAdam, of a lazy step, doesn't correct eps.
+
+        Each is factor * (1 - base^t)^power, and the first also times lr. With base 0 nothing is left of t.
+        """
+        beta1, beta2, eps = *group["betas"], group["eps"]
+        key = beta1, beta2, eps, self.lazy, step.device
+        if key not in self._constants:
+            eps_base, eps_power = (beta2, -0.5) if self.lazy else (0, 1)
+            factors, rest = [1, 1, eps, 1 - beta1, beta2, 1 - beta2], [0, 0, 0]
+            constants = [factors, [beta1, beta2, eps_base, *rest], [-1, -0.5, eps_power, 1, 1, 1]]
+            self._constants[key] = torch.tensor(constants, dtype=torch.float64, device=step.device)
+        factors, bases, powers = self._constants[key]
+        hyper = (1 - torch.pow(bases, step)).pow_(powers).mul_(factors)
+        hyper[:1].mul_(group["lr"])
+        return hyper.float()
 
     def _check(self, gradients: dict[str, Tensor | Factors]) -> None:
         of = getattr(gradients, "of", None)
@@ -231,18 +249,6 @@ def _adam(given: list[tuple[Tensor, Any, dict[str, Tensor]]], group: dict[str, A
         eps=group["eps"],
         maximize=False,
     )
-
-
-def _hyper(group: dict[str, Any], step: Tensor) -> tuple[Tensor, Tensor]:
-    """The numbers that `adam_rows` takes: for Adam, and for SparseAdam, whose eps is not corrected by beta2."""
-    (beta1, beta2), eps, lr = group["betas"], group["eps"], group["lr"]
-    t = step.double()
-    size = lr / (1 - beta1**t)
-    correction = (1 - beta2**t).rsqrt()
-    rest = [torch.full_like(t, number) for number in (1 - beta1, beta2, 1 - beta2)]
-    exact = torch.stack([size, correction, torch.full_like(t, eps), *rest])
-    lazy = torch.stack([size, correction, eps * correction, *rest])
-    return exact.float(), lazy.float()
 
 
 def _whole(rows: Tensor, lazy: bool) -> Factors:

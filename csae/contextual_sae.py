@@ -23,8 +23,9 @@ QUERIES = {"current": 1.0, "past": 6.0}
 NARROW = 4
 # What `decode` takes for the mask and documents that it is not given.
 AS_ENCODED = "as encoded"
-# Bytes of pre-activations that are kept from one sweep to the next.
-KEPT_BYTES = 256 << 20
+# Bytes of pre-activations that are kept from one sweep to the next: at least so many, on CUDA a share of the device's
+# memory. Not of what is free: windows that are run together are one product, and a run should repeat to the bit.
+KEPT_BYTES, KEPT_SHARE = 256 << 20, 1 / 16
 
 
 class ContextualSAE(SAE):
@@ -303,7 +304,7 @@ class ContextualSAE(SAE):
         windows = self._windows_to_keep(x, sweeps)
         if windows == 0 or (ops.rule.shared and windows < x.shape[0]):  # a budget is that of all windows
             return self._sweep(ops, x, mask, documents, sweeps, None)
-        W_a = self.W_enc.detach() @ (self.W_O if self.W_I is None else self.W_I).detach()
+        W_a = ops.table("W_enc") @ (self.W_O if self.W_I is None else self.W_I).detach()
         parts = []
         for start in range(0, x.shape[0], windows):
             part = slice(start, start + windows)
@@ -327,7 +328,7 @@ class ContextualSAE(SAE):
         wide = NARROW * self.n_heads * self.d_value > self.d_in
         if sweeps.times == 0 or sweeps.from_exact or wide or x.numel() == 0 or self.shard is not None:
             return 0
-        return KEPT_BYTES // (4 * x.shape[1] * self.d_sae)
+        return kept_bytes(x.device) // (4 * x.shape[1] * self.d_sae)
 
     def _sweep(
         self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps, W_a: Tensor | None
@@ -350,7 +351,7 @@ class ContextualSAE(SAE):
             if W_a is None:
                 found = encode(x)
             else:
-                values, indices, kept = ops.rule.encode_and_keep(x, self.W_enc, self.b_enc, mask)
+                values, indices, kept = ops.encode_and_keep(x, mask)
                 found = values, indices
             code = self._encoded(ops, x, found, mask)
         for _ in range(sweeps.times):
@@ -389,6 +390,13 @@ class ContextualSAE(SAE):
         super()._check_acts(acts, mask, documents)
         if acts.dim() != 3:
             raise ValueError(f"acts: given shape {list(acts.shape)}; needed windows [B, T, d_in]: positions look back")
+
+
+def kept_bytes(device: torch.device) -> int:
+    """How many bytes of pre-activations are kept at a time."""
+    if device.type != "cuda":
+        return KEPT_BYTES
+    return max(KEPT_BYTES, int(KEPT_SHARE * torch.cuda.get_device_properties(device).total_memory))
 
 
 def _check_same(known: Bounds, given: Bounds) -> None:

@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from csae.losses import Total, here
 from csae.matryoshka import Prefixes, by_group, pairs_by_group
 from csae.ops import near_threshold, sparse_decode, topk_encode
-from csae.ops.adam_rows import Pairs, feature_sums, sort_pairs
+from csae.ops.adam_rows import Pairs, feature_sums, sort_codes
 from csae.ops.checks import autocast_to
 from csae.ops.straight_through import decode_steps, threshold_steps
 from csae.ops.threshold_encode import threshold_and_near
@@ -109,6 +110,8 @@ class Pass:
     """
 
     def __init__(self, sae: Any, training: bool, prefixes: Prefixes = ()) -> None:
+        self.total: Total = here
+        """the sum of a tensor over all processes that share the batch"""
         self.sae, self.rule, self.prefixes = sae, Rule.of(sae, training), prefixes
         self.trains_threshold = training and sae.selection == "jumprelu" and sae.threshold.requires_grad
         self.near: list[Near] = []
@@ -122,17 +125,25 @@ class Pass:
         """What is to be added to a query made of `centred`, [d_in]; None for nothing."""
         return None
 
-    def total(self, x: Tensor) -> Tensor:
-        """The sum of x over all processes that share the batch."""
-        return x
-
     def n_dead(self, dead: Tensor) -> int:
         """How many features `dead` are, with those of other processes."""
         return dead.numel()
 
+    def table(self, name: str) -> Tensor:
+        """A table (`csae.tables.TABLES`), held constant; it may be in autocast's dtype."""
+        parameter: Tensor = getattr(self.sae, name)
+        return parameter.detach()
+
     def encoder(self, mask: Tensor | None) -> Encode:
         """A function of x [..., d_in] that gives its code, without a gradient, for repeated use with one mask [...]."""
-        return self._encode_and_near if self._notes_near else self.rule.encoder(self.sae.W_enc, self.sae.b_enc, mask)
+        return self._encode_and_near if self._notes_near else self.rule.encoder(*self._encoder_tables(), mask)
+
+    def encode_and_keep(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """`encode` without a gradient, and the pre-activations that it chose from (`Rule.encode_and_keep`)."""
+        return self.rule.encode_and_keep(x, *self._encoder_tables(), mask)
+
+    def _encoder_tables(self) -> tuple[Tensor, Tensor]:
+        return self.table("W_enc"), self.table("b_enc")
 
     @property
     def _notes_near(self) -> bool:
@@ -142,7 +153,8 @@ class Pass:
     def _encode_and_near(self, x: Tensor) -> _Code:
         """The code of x [..., d_in], and what is near the thresholds, for `_near_threshold`."""
         sae, (like,) = self.sae, autocast_to(x)
-        values, indices, *near = threshold_and_near(x, sae.W_enc, sae.b_enc, sae.threshold, sae.bandwidth, sae.k_max)
+        tables = self._encoder_tables()
+        values, indices, *near = threshold_and_near(x, *tables, sae.threshold, sae.bandwidth, sae.k_max)
         if values.dtype != like.dtype:
             values = values.to(like.dtype)
             indices = indices.masked_fill(values == 0, 0)
@@ -180,7 +192,8 @@ class Pass:
         if self._searched and self._searched[0] is indices:
             _, values, features = self._searched
         else:
-            values, features = near_threshold(x, sae.W_enc, sae.b_enc, sae.threshold, sae.bandwidth, sae.k_max)
+            tables = self._encoder_tables()
+            values, features = near_threshold(x, *tables, sae.threshold, sae.bandwidth, sae.k_max)
         return values if mask is None else values.masked_fill(~mask.unsqueeze(-1), 0), features
 
     def active(self, code: _Code) -> Tensor:
@@ -251,6 +264,14 @@ class Trace(Pass):
         self.encodes_b_dec = "b_dec" in trained and sae.centre is sae.b_dec
         self.coded: list[Coded] = []
         self.decoded: list[Decoded] = []
+        self._tables: dict[tuple[str, bool], Tensor] = {}  # by name, and whether autocast was on
+
+    def table(self, name: str) -> Tensor:
+        # Cast once: by an op, a whole table would be cast in each sweep, and again for the backward pass.
+        key = name, torch.is_autocast_enabled(self.sae.W_enc.device.type)
+        if key not in self._tables:
+            (self._tables[key],) = autocast_to(super().table(name))
+        return self._tables[key]
 
     def centred(self, x: Tensor) -> Tensor:
         return super().centred(x).detach()  # `_of_b_dec` gives b_dec what it gets through the encoder
@@ -262,9 +283,7 @@ class Trace(Pass):
 
     def encode(self, x: Tensor, mask: Tensor | None, found: tuple[Tensor, Tensor] | None = None) -> _Code:
         (x,) = autocast_to(x)
-        W_enc, b_enc = self.sae.W_enc.detach(), self.sae.b_enc
-        # autograd reaches the values only if they depend on something: on b_enc, if on nothing else.
-        b_enc = b_enc.detach() if x.requires_grad else b_enc
+        W_enc, b_enc = self._encoder_tables()
         return self._note(x, self._encode(x, W_enc, b_enc, mask, found), mask, features=None)
 
     def encode_dead(self, x: Tensor, dead: Tensor, k: int, mask: Tensor | None) -> _Code:
@@ -285,7 +304,7 @@ class Trace(Pass):
         return next(number for number, coded in enumerate(self.coded) if coded.indices is code[1])
 
     def _rows(self, table: str, features: Tensor | None) -> Tensor:
-        rows = getattr(self.sae, table).detach()
+        rows = self.table(table)
         return rows if features is None else nn.functional.embedding(features, rows)
 
     def gradients(self, loss: Tensor) -> Gradients:
@@ -304,7 +323,7 @@ class Trace(Pass):
             terms: dict[str, list[_Term]] = {"W_enc": []} if coded else {}
             for number, (of, d) in enumerate(zip(coded, d_values, strict=True)):
                 assert d is not None
-                weights = torch.where(of.values <= 0, 0, d).reshape(of.features.shape)
+                weights = d.reshape(of.features.shape)  # where a value is zero, its pair is left out
                 terms["W_enc"].append(_Term(number, self._of_all(weights), self._of_all(of.x)))
             for one, d in zip(decoded, d_outs, strict=True):
                 assert d is not None
@@ -357,19 +376,21 @@ class Trace(Pass):
         return values, indices
 
     def _factors(self, terms: dict[str, list[_Term]]) -> dict[str, Factors]:
-        """The terms of each table, put together. Tables that met the same codes share one sort."""
-        pairs: dict[tuple[int, ...], Pairs] = {}
+        """The terms of each table, put together. Tables that met the same codes share their pairs."""
+        if not terms:
+            return {}
+        groups = list(dict.fromkeys(tuple(part.code for part in parts) for parts in terms.values()))
+        used = sorted({code for codes in groups for code in codes})
+        features = [self.coded[code].features for code in used]
+        places = [[used.index(code) for code in codes] for codes in groups]
+        pairs = dict(zip(groups, self._sorted(features, places), strict=True))
         factors = {}
         for name, parts in terms.items():
-            codes = tuple(part.code for part in parts)
-            if codes not in pairs:
-                pairs[codes] = self._sorted([self.coded[code].features for code in codes])
-            own = pairs[codes]
+            own = pairs[tuple(part.code for part in parts)]
             if any(part.by_group for part in parts):
                 own = pairs_by_group(own, [(len(part.weights), part.by_group) for part in parts], self._own_prefixes())
-            weights = torch.cat([_wide(part.weights.reshape(-1)) for part in parts])
-            rows = parts[0].rows if len(parts) == 1 else torch.cat([part.rows for part in parts])
-            factors[name] = Factors(own, weights, rows)
+            weights = _wide(_joined([part.weights.reshape(-1) for part in parts]))
+            factors[name] = Factors(own, weights, _joined([part.rows for part in parts]))
         return factors
 
     def _own_prefixes(self) -> Prefixes:
@@ -382,22 +403,19 @@ class Trace(Pass):
         if not had:
             return {}
         features = [near.of_rows(self.sae.W_enc.shape[0]) for near, _ in had]
-        pairs = self._sorted(features)
+        (pairs,) = self._sorted(features, [range(len(features))])
         weights = [self._of_all(d.reshape(of.shape)) for of, (_, d) in zip(features, had, strict=True)]
         ones = weights[0].new_ones(sum(map(len, weights)), 1)
-        flat = _wide(torch.cat([of.flatten() for of in weights]))
+        flat = _wide(_joined([of.flatten() for of in weights]))
         return {"threshold": Factors(pairs, flat / -self.sae.bandwidth, ones)}
 
-    def _sorted(self, features: Sequence[Tensor]) -> Pairs:
-        """The pairs of codes whose features are [n, k] each, d_sae where there is none; tokens are counted through."""
-        features = [self._of_all(of_code) for of_code in features]
-        tokens, first = [], 0
-        for of_code in features:
-            n, k = of_code.shape
-            here = torch.arange(first, first + n, device=of_code.device)
-            tokens.append(here.unsqueeze(1).expand(n, k).reshape(-1))
-            first += n
-        return sort_pairs(torch.cat([f.reshape(-1) for f in features]), torch.cat(tokens), self.sae.W_enc.shape[0])
+    def _sorted(self, features: Sequence[Tensor], groups: Sequence[Sequence[int]]) -> list[Pairs]:
+        """The sorted pairs of each group of codes, by the codes' numbers.
+
+        features: of each code, [n, k], d_sae where there is none. A group's tokens are counted through its codes.
+        """
+        everywhere = [self._of_all(of_code) for of_code in features]
+        return sort_codes(everywhere, [list(codes) for codes in groups], self.sae.W_enc.shape[0])
 
     def _of_b_dec(self, terms: list[_Term], encoder: Factors, ones: Tensor, so_far: Tensor | Factors) -> Tensor:
         """The gradient of b_dec, with what it gets through the encoder, which saw x - b_dec.
@@ -406,14 +424,21 @@ class Trace(Pass):
         the feature's row of W_enc: one product with a vector, where d x would take a gather for every token.
         """
         assert isinstance(so_far, Tensor)
-        own = [part.weights * (0 if self.coded[part.code].aux else 1) for part in terms]
-        weights = torch.cat([_wide(part.reshape(-1)) for part in own])
+        weights = encoder.weights
+        if any(self.coded[part.code].aux for part in terms):
+            own = [part.weights * (0 if self.coded[part.code].aux else 1) for part in terms]
+            weights = _wide(_joined([part.reshape(-1) for part in own]))
         totals = feature_sums(encoder.pairs, [weights], [ones])[0].squeeze(1)
         return so_far - self._over_rows(totals.to(self.sae.W_enc.dtype) @ self.sae.W_enc)
 
     def _over_rows(self, part: Tensor) -> Tensor:
         """The sum over all rows of a table, from the sum over the rows that are here."""
         return part
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The parts, one after another."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _wide(weights: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from csae.calibration import calibrate
 from csae.errors import UserError
 from csae.factors import Gradients, Pass, Trace
 from csae.given import check_acts, check_bounds, check_dead, check_target, check_trained
-from csae.losses import energy, fraction_unexplained
+from csae.losses import energy, unexplained
 from csae.matryoshka import checked_prefixes, prefix_fvus
 from csae.ops.checks import check_k
 from csae.ops.linear import linear
@@ -349,17 +349,18 @@ class SAE(Saved, ABC):
         x_hat, code, _, suppressed, groups = self._run(ops, x, mask, documents, sweeps)
         ones = torch.promote_types(x.dtype, torch.float32)  # half precision can't count tokens
         weight = x.new_ones(x.shape[:-1], dtype=ones) if mask is None else mask.to(ones)
-        residual = y - x_hat
         if groups is not None:
+            residual = y - x_hat
             fvus = prefix_fvus(y, residual, groups, weight, ops.total)
             fvu, loss = fvus[-1], fvus.mean()
         else:
-            fvu = loss = fraction_unexplained(y, residual, weight, ops.total)
+            fvu, residual = unexplained(y, x_hat, weight, ops.total)
+            loss = fvu
         aux = fvu.new_zeros(())
         if dead is not None and ops.n_dead(dead) > 0:
             seen = x - self.centre - suppressed  # by the encoder, in its order of rounding
             aux = self._aux(ops, seen.detach(), residual.detach(), mask, weight, dead)
-        loss = loss + self.aux_coef * aux
+            loss = loss + self.aux_coef * aux
         if self.selection == "jumprelu":
             active, tokens = ops.total(torch.stack([(ops.active(code) * weight).sum(), weight.sum()]))
             loss = loss + self.l0_coef * (active / tokens.clamp_min(1) / self.k - 1).square()

@@ -9,6 +9,7 @@ It is kept as factors, P pairs with a weight each and N rows, which take far les
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -42,3 +43,16 @@ class Table(NamedTuple):
     """[N, d] float32, bfloat16 or float16."""
     unit_rows: bool
     """Rows of param have norm 1. The gradient is projected to be orthogonal to its row; rows are normalised after."""
+
+
+def given_pairs(features: list[Tensor], groups: list[list[int]]) -> list[tuple[Tensor, Tensor]]:
+    """The features and tokens [P] of each group of codes, as `sort_pairs` takes them."""
+    found = []
+    for codes in groups:
+        own, tokens, first = [features[code] for code in codes], [], 0
+        for n, k in (of.shape for of in own):
+            here = torch.arange(first, first + n, device=own[0].device)
+            tokens.append(here.unsqueeze(1).expand(n, k).reshape(-1))
+            first += n
+        found.append((torch.cat([of.reshape(-1) for of in own]), torch.cat(tokens)))
+    return found

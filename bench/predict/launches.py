@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from csae import contextual_sae
 from csae.kernels.triton import topk_coarse, topk_product
 from csae.kernels.triton.variant import Variant
 from csae.ops import backend, sparse_decode, topk_encode
@@ -33,10 +34,10 @@ from . import machine
 # Operations of PyTorch that launch nothing, beside views and allocations.
 _NOTHING = {"lift_fresh", "alias", "detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided",
             "_unsafe_view", "device", "resize_", "set_", "promote_types", "unbind", "split", "sym_size", "is_pinned",
-            "_local_scalar_dense"}  # fmt: skip
+            "_local_scalar_dense", "squeeze_", "unsqueeze_"}  # fmt: skip
 # Those that launch several kernels: cub's radix sort of 32-bit keys takes 4 passes, two kernels before them, and a copy
-# of the keys and one of the numbers; nonzero counts, adds up and selects.
-_SEVERAL = {"sort": 8, "nonzero": 3, "topk": 4}
+# of the keys and one of the numbers; nonzero counts, adds up and selects; masked_fill copies first.
+_SEVERAL = {"sort": 8, "nonzero": 3, "topk": 4, "masked_fill": 2}
 
 
 class Torch(NamedTuple):
@@ -84,18 +85,20 @@ def pretending() -> Iterator[None]:
     ours = [module for name, module in list(sys.modules.items()) if name.startswith("csae.") and module is not None]
     found = [(module, name) for module in ours for name, value in vars(module).items() if value is place]
     before = topk_product._has_tma, topk_product._is_hopper, topk_product._programs
+    kept_bytes = contextual_sae.kept_bytes
     for module, name in found:
         setattr(module, name, on_triton)
     proven, topk_coarse._all_proven = topk_coarse._all_proven, lambda failed: True
     topk_product._has_tma = topk_product._is_hopper = lambda device: True
     topk_product._programs = lambda device: machine.MULTIPROCESSORS
+    contextual_sae.kept_bytes = lambda device: int(contextual_sae.KEPT_SHARE * machine.CAPACITY)
     try:
         yield
     finally:
         for module, name in found:
             setattr(module, name, place)
         topk_product._has_tma, topk_product._is_hopper, topk_product._programs = before
-        topk_coarse._all_proven = proven
+        topk_coarse._all_proven, contextual_sae.kept_bytes = proven, kept_bytes
 
 
 class _Recorder(TorchDispatchMode):
@@ -193,9 +196,14 @@ def _recording() -> Iterator[_Recorder]:
 
 
 def of_case(case: str, shape: Shape) -> Recorded:
-    """What our implementation of a case of `bench.cases` launches in a run, in bfloat16; no feature is dead."""
+    """What our implementation of a case of `bench.cases` launches in a run, in bfloat16; no feature is dead.
+
+    Of a step that is not the first: it finds what the one before left.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True):
-        run = CASES[case].implementations[OURS](_data(shape)).run
+        with _recording():
+            run = CASES[case].implementations[OURS](_data(shape)).run
+            run()
         with _recording() as recorder:
             run()
     return recorder.found

@@ -13,6 +13,7 @@ L2 = 5.5e12  # bytes a second from the second-level cache: assumed, nearly twice
 L2_BYTES = 50 * 2**20  # data sheet
 HALF_L2_BYTES = L2_BYTES // 2  # each half caches for its own multiprocessors: what is read by all lies in both
 
+CAPACITY = 139 * 2**30  # bytes of memory that a program sees of an H200
 MULTIPROCESSORS = 132  # data sheet (SXM)
 CLOCK = 1.75e9  # Hz: assumed; an H200 boosts to 1.98 GHz, and slows down where power runs out
 SCHEDULERS = 4  # of a multiprocessor; each issues one instruction of one warp a clock

@@ -40,18 +40,16 @@ class ShardedTrace(Trace):
     def __init__(self, sae: Any, trained: Collection[str], shard: Shard, training: bool = True) -> None:
         super().__init__(sae, trained, training)
         self.shard = shard
+        self.total = lambda x: _Total.apply(x, shard.ranks.world)
         self.owned: list[Own] = []  # of each code
         self._sent: tuple[Tensor, Tensor] | None = None  # the last x, and that of all tokens
-
-    def total(self, x: Tensor) -> Tensor:
-        return _Total.apply(x, self.shard.ranks.world)  # type: ignore[no-any-return]
 
     def n_dead(self, dead: Tensor) -> int:
         return sum(self.shard.owners_of_dead(dead).counts)
 
     def encoder(self, mask: Tensor | None) -> Encode:
         sae, k_max, owners = self.sae, self.rule.k_max, self.shard.owners
-        W_enc, b_enc = sae.W_enc, sae.b_enc
+        W_enc, b_enc = self.table("W_enc"), self.table("b_enc")
         # A rank's candidates for a shared budget: all that a token could have.
         above = None if self.rule.shared else self.rule.threshold
         (like,) = autocast_to(W_enc.detach()[:0])
@@ -95,7 +93,7 @@ class ShardedTrace(Trace):
     def encode(self, x: Tensor, mask: Tensor | None, found: tuple[Tensor, Tensor] | None = None) -> _Code:
         values, indices = self.encoder(mask)(x) if found is None else found
         everyone = self._everyone(x)
-        x, W_enc = autocast_to(x, self.sae.W_enc.detach())
+        x, W_enc = autocast_to(x, self.table("W_enc"))
         (values,) = autocast_to(values.detach())
         own = self.shard.owners.own(*_flat(values if mask is None else _masked(values, mask), indices))
         kept = own.values

@@ -95,7 +95,8 @@ def _in_eager_mode(function: Callable[..., Any]) -> Callable[..., Any]:
     @torch._disable_dynamo  # type: ignore[untyped-decorator]  # as custom_op has it; torch.compiler.disable loads the compiler
     @functools.wraps(function)
     def run(*given: Any) -> Any:
-        kind = next(tensor.device.type for tensor in given if isinstance(tensor, Tensor))
+        each = (one for of in given for one in (of if isinstance(of, list) else [of]))
+        kind = next(tensor.device.type for tensor in each if isinstance(tensor, Tensor))
         if not torch.is_autocast_enabled(kind):
             return function(*given)
         with torch.autocast(kind, enabled=False):

@@ -12,7 +12,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..pairs import Pairs, Table
+from ..pairs import Pairs, Table, given_pairs
 from .arguments import FLOATS, STORED, check_count, check_output, check_strided, with_rows
 from .library import BAD_INDEX, TYPES, AdamStep, AdamTable, DenseGradient, Gradient, SortedPairs, check_status, native
 from .memory import fresh
@@ -32,6 +32,11 @@ def sort_pairs(features: Tensor, tokens: Tensor, d_sae: int) -> Pairs:
     )
     check_status("sort_pairs", status)
     return pairs
+
+
+def sort_codes(features: list[Tensor], groups: list[list[int]], d_sae: int) -> list[Pairs]:
+    """The pairs of several groups of codes [n, k], each as by `sort_pairs`: see `kernels/pairs.py`."""
+    return [sort_pairs(*given, d_sae) for given in given_pairs(features, groups)]
 
 
 def feature_sums(pairs: Pairs, weights: list[Tensor], rows: list[Tensor]) -> list[Tensor]:

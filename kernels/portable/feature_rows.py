@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from ..pairs import Pairs, Table
+from ..pairs import Pairs, Table, given_pairs
 
 LOW_32 = 0xFFFFFFFF
 # The least norm that a row is divided by, so that a row of zeros stays as it is.
@@ -26,6 +26,11 @@ def sort_pairs(features: Tensor, tokens: Tensor, d_sae: int) -> Pairs:
     keys, order = keys.sort(stable=True)
     ends = torch.searchsorted(keys, torch.arange(d_sae + 1, device=keys.device))
     return Pairs(order, tokens[order], ends)
+
+
+def sort_codes(features: list[Tensor], groups: list[list[int]], d_sae: int) -> list[Pairs]:
+    """The pairs of several groups of codes [n, k], each as by `sort_pairs`: see `kernels/pairs.py`."""
+    return [sort_pairs(*given, d_sae) for given in given_pairs(features, groups)]
 
 
 def feature_sums(pairs: Pairs, weights: list[Tensor], rows: list[Tensor]) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """Gradients of the tables (W_enc, W_dec, W_mem), summed per feature, and Adam on them.
 
 sort_pairs     sorts (feature, token) pairs by feature: CSR with the transposed code, one run of pairs per feature
+sort_codes     the same of several codes and groups of codes, in one sort
 feature_sums   gradient[f] = sum over the pairs p of feature f of weights[p] * rows[tokens[p]], written out (an SpMM)
 adam_rows      Adam in place, fused with that sum: the gradient is never written
 
@@ -15,6 +16,6 @@ A n=8192 d=768 d_sae=32768 k=32, B 8192 2304 65536 64, C 8192 4096 131072 64.
 """
 
 from .adam_rows import adam_rows
-from .feature_sums import feature_sums, sort_pairs
+from .feature_sums import feature_sums, sort_codes, sort_pairs
 
-__all__ = ["adam_rows", "feature_sums", "sort_pairs"]
+__all__ = ["adam_rows", "feature_sums", "sort_codes", "sort_pairs"]

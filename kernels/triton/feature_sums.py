@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..pairs import Pairs
+from ..pairs import Pairs, given_pairs
 from . import tuning
 from .variant import FLOATS, Variant, aligned, jit, unit_of, vector_units
 
@@ -325,6 +325,37 @@ def sort_pairs(features: Tensor, tokens: Tensor, d_sae: int) -> Pairs:
     keys, order = keys.sort(stable=True)
     bounds = torch.arange(d_sae + 1, dtype=torch.int32, device=keys.device)
     return Pairs(order, tokens[order], torch.searchsorted(keys, bounds))
+
+
+def sort_codes(features: list[Tensor], groups: list[list[int]], d_sae: int) -> list[Pairs]:
+    """The pairs of several groups of codes, each sorted as by `sort_pairs`, in one sort of all.
+
+    features: of each code, [n, k] int64, from 0 to d_sae; d_sae for a pair that is inactive. groups: for each result,
+    the codes that it is of, by their numbers; tokens are counted through them.
+    """
+    widths = {of.shape[1] for of in features}
+    sizes = [sum(features[code].numel() for code in codes) for codes in groups]
+    if len(widths) != 1 or len(groups) * (d_sae + 1) >= 2**31 or not sum(sizes):
+        return [sort_pairs(*given, d_sae) for given in given_pairs(features, groups)]
+    (k,) = widths
+    # A group's keys lie above those of the group before.
+    parts = [
+        (features[code] + number * (d_sae + 1) if number else features[code]).reshape(-1)
+        for number, codes in enumerate(groups)
+        for code in codes
+    ]
+    keys = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(torch.int32)
+    keys, order = keys.sort(stable=True)
+    bounds = torch.arange(len(groups) * (d_sae + 1), dtype=torch.int32, device=keys.device)
+    ends = torch.searchsorted(keys, bounds).view(len(groups), d_sae + 1)
+    found, first = [], 0
+    for number, size in enumerate(sizes):
+        own, own_ends = order[first : first + size], ends[number]
+        if first:
+            own, own_ends = own - first, own_ends - first
+        found.append(Pairs(own, own // k, own_ends))
+        first += size
+    return found
 
 
 def feature_sums(pairs: Pairs, weights: list[Tensor], rows: list[Tensor]) -> list[Tensor]:

@@ -549,3 +549,33 @@ def step_of(**changes: object) -> Callable[[], None]:
 def test_native_refuses(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("kernels", ["native", "portable", "triton"])
+def test_codes_are_sorted_together_as_each_by_itself(kernels: str) -> None:
+    """On a GPU all of them in one sort."""
+    if kernels == "triton":
+        pytest.importorskip("triton")
+        from csae.kernels.triton import feature_sums as by
+    else:
+        by = {"native": native, "portable": portable}[kernels]  # type: ignore[assignment]
+        if kernels == "native" and not cpu.available():
+            pytest.skip(str(cpu.why_not()))
+    generator, d_sae = torch.Generator().manual_seed(0), 9
+    features = [torch.randint(0, d_sae + 1, (n, 3), generator=generator) for n in (5, 7, 1)]
+    groups = [[0, 1], [0], [2], [1, 2, 0]]
+    found = by.sort_codes(features, groups, d_sae)
+    for codes, pairs in zip(groups, found, strict=True):
+        flat = torch.cat([features[code].reshape(-1) for code in codes])
+        tokens = torch.arange(sum(len(features[code]) for code in codes)).repeat_interleave(3)
+        for got, want in zip(pairs, portable.sort_pairs(flat, tokens, d_sae), strict=True):
+            assert torch.equal(got, want)
+            assert got.is_contiguous()
+    wide = [features[0], torch.randint(0, d_sae + 1, (4, 2), generator=generator)]  # of different k
+    (both,) = by.sort_codes(wide, [[1, 0]], d_sae)
+    flat = torch.cat([wide[1].reshape(-1), wide[0].reshape(-1)])
+    tokens = torch.cat([torch.arange(4).repeat_interleave(2), torch.arange(4, 9).repeat_interleave(3)])
+    for got, want in zip(both, portable.sort_pairs(flat, tokens, d_sae), strict=True):
+        assert torch.equal(got, want)
+    empty = by.sort_codes([torch.empty(0, 3, dtype=torch.int64)], [[0], [0]], d_sae)
+    assert all(pairs.ends.tolist() == [0] * (d_sae + 1) for pairs in empty)
