@@ -173,7 +173,7 @@ class Adam(torch.optim.Optimizer):
 
         Each is factor * (1 - base^t)^power, and the first also times lr. With base 0 nothing is left of t.
         """
-        beta1, beta2, eps = *group["betas"], group["eps"]
+        (beta1, beta2), eps = group["betas"], group["eps"]
         key = beta1, beta2, eps, self.lazy, step.device
         if key not in self._constants:
             eps_base, eps_power = (beta2, -0.5) if self.lazy else (0, 1)
