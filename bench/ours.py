@@ -59,11 +59,10 @@ def step(make: MakeSAE, **how: Any) -> Callable[[Data], Built]:
     def build(data: Data) -> Built:
         sae, state, acts, mask, documents = _begin(make, data)
         optimizer = Adam(sae, LR, **{"eps": 1e-8} | how)  # as the other implementations, whose steps are compared
-        dead = sae.dead_features()  # training looks for them once for many steps
 
         def run() -> None:
             with data.autocast:
-                losses, gradients = sae.gradients(acts, mask, documents, dead)
+                losses, gradients = sae.gradients(acts, mask, documents, sae.dead_features())
             optimizer.update(gradients)
             sae.track(losses.code, mask)
 

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from csae.bench.baselines.batch_topk import BatchTopKSAE
 from csae.bench.baselines.dense import dense_gradients
 from csae.factors import Pass
+from csae.losses import fraction_unexplained
 from csae.ops import sparse_decode
-from csae.sae import Code, Losses, Sweeps, fraction_unexplained
+from csae.sae import Code, Losses, Sweeps
 
 
 class TemporalSAE(BatchTopKSAE):

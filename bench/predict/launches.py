@@ -196,14 +196,9 @@ def _recording() -> Iterator[_Recorder]:
 
 
 def of_case(case: str, shape: Shape) -> Recorded:
-    """What our implementation of a case of `bench.cases` launches in a run, in bfloat16; no feature is dead.
-
-    Of a step that is not the first: it finds what the one before left.
-    """
+    """What our implementation of a case of `bench.cases` launches in a run, in bfloat16; no feature is dead."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        with _recording():
-            run = CASES[case].implementations[OURS](_data(shape)).run
-            run()
+        run = CASES[case].implementations[OURS](_data(shape)).run
         with _recording() as recorder:
             run()
     return recorder.found

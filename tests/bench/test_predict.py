@@ -220,11 +220,6 @@ def test_launches_are_those_of_a_real_step() -> None:
     names = [of.variant.kernel.fn.__name__ for _, of in found.launches if isinstance(of, Triton)]
     assert names.count("_gather_sum") == names.count("_gather_dot") == 1
     assert names.count("_adam_rows") == 3
-    assert launches.kernels(found) <= 100
-    sweep = launches.of_case("contextual training step, one sweep", shape)
-    assert launches.kernels(sweep) <= 290
-    for of in (found, sweep):  # nothing waits for the device
-        assert not {one.name for _, one in of.launches if isinstance(one, Torch)} & {"nonzero", "_local_scalar_dense"}
     assert [call["operator"] for call in found.calls][:2] == ["topk_encode", "sparse_decode"]
     by_name = [of for _, of in found.launches if isinstance(of, Torch)]
     (sort,) = [of for of in by_name if of.name == "sort"]
