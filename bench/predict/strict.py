@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from csae.kernels.triton.topk_coarse import BESIDE, candidates
+from csae.kernels.triton.topk_coarse import BESIDE, n_kept
 
 from . import source, trips
 from .launches import Recorded, Triton
@@ -33,7 +33,7 @@ def in_half(call: Call) -> Call:
     wide = x[-1] + BESIDE
     shapes = {"x": [x[0], wide], "W_enc": [W_enc[0], wide], "b_enc": [W_enc[0]]}
     given = {name: {"shape": shape, "dtype": "float16"} for name, shape in shapes.items()}
-    return {"operator": "topk_encode", "given": given | {"k": candidates(call["given"]["k"])}}
+    return {"operator": "topk_encode", "given": given | {"k": n_kept(call["given"]["k"])}}
 
 
 def reached(d_in: int, d_sae: int, k: int) -> float:

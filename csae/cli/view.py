@@ -89,6 +89,8 @@ def view(
         if trained_on and trained_beside and bool(trained_beside.get(name)) != bool(trained_on.get(name)):
             with_it, without = (beside, run) if trained_beside.get(name) else (run, beside)
             raise UserError(f"--beside: {with_it} was trained with {what}, {without} without; needed two that agree")
+    if options["n_ctx"] is not None and options["n_ctx"] < 2:
+        raise UserError(f"--n-ctx: given {options['n_ctx']}; needed 2 or more")
     labels = read_labels(run, sae.d_sae)
     if index is None and (run / FEATURES).is_file():
         index = run / FEATURES

@@ -15,7 +15,7 @@ bias is raised by as much of itself.
 1. `_scale` finds a power of two each for x and W_enc, from a sample of rows, that brings numbers near one, so that few
    are below what float16 rounds well. Whatever it finds, the bounds hold; where numbers overflow, nothing is proven.
 2. `_round` writes both in float16, with the lengths beside them.
-3. The kernels of topk_encode.py find the `candidates(k)` largest bounds of each row.
+3. The kernels of topk_encode.py find the `n_kept(k)` largest bounds of each row.
 4. `_settle_exact` multiplies candidates in float32, the largest bounds first.
 5. Rows without a proof go through topk_encode.py with a product in float32, gated by a flag a row. The host waits to
    see whether there are any, because tiles that nobody wants take 0.5 ms at A; but not where a graph is captured.
@@ -45,7 +45,7 @@ BESIDE = 8  # columns beside the numbers: two lengths and zeros, so that rows st
 _LEAST_PAIR = tl.constexpr(-(2**63))
 
 
-def candidates(k: int) -> int:
+def n_kept(k: int) -> int:
     """Features of a row whose bounds are kept: what a program sorts at once."""
     return 64 if k <= 32 else 128
 
@@ -54,7 +54,7 @@ def worthwhile(x: Tensor, W_enc: Tensor, k: int) -> bool:
     """Whether this is a gain for x [n, d_in] and W_enc [d_sae, d_in] in float32."""
     n, (d_sae, d_in) = x.shape[0], W_enc.shape
     wide = LEAST_WIDTH <= d_in <= MOST_WIDTH
-    return n >= LEAST_ROWS and k <= MOST_K and wide and d_sae >= LEAST_COLUMNS_PER_CANDIDATE * candidates(k)
+    return n >= LEAST_ROWS and k <= MOST_K and wide and d_sae >= LEAST_COLUMNS_PER_CANDIDATE * n_kept(k)
 
 
 # scales[0] and scales[1] = powers of two that bring SAMPLED rows of x and of W_enc to a root mean square between 1 and
@@ -262,10 +262,10 @@ def search(x: Tensor, W_enc: Tensor, bias: Tensor, pairs: Tensor, by_ranges: Cal
     x [n, d_in], W_enc [d_sae, d_in], bias [d_sae] float32, `aligned` and `worthwhile`; by_ranges: topk_encode.py's
     `search`. -> [n] int32: 1 for rows that were multiplied in float32 as a whole.
 
-    Memory: 2 bytes for each number of x and W_enc, 16 candidates(k) bytes a row, and the workspace of topk_encode.py.
+    Memory: 2 bytes for each number of x and W_enc, 16 n_kept(k) bytes a row, and the workspace of topk_encode.py.
     """
     (n, d_in), d_sae, k = x.shape, W_enc.shape[0], pairs.shape[1]
-    kept, unit = candidates(k), unit_of(torch.float32, d_in)
+    kept, unit = n_kept(k), unit_of(torch.float32, d_in)
     scales, raised = x.new_empty(4), torch.empty_like(bias)
     _scale_variant().launch((2,), x, W_enc, scales, n, d_sae, d_in)
     halves = []

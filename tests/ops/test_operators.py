@@ -142,6 +142,9 @@ def calls(name: str, B: int, T: int, form: Callable[[Tensor], Tensor]) -> Iterat
         yield form(normal(n, 6)), form(normal(6, 9))
     elif name == "recur":
         yield from of_the_recurrence(B, T, form)
+    elif name == "sort_codes":
+        codes = indices.flatten(0, 1)
+        yield [form(codes), form(codes.flip(-1))], [0, 1, 0], [2, 1], 11
     elif name in ("sort_pairs", "feature_sums", "adam_rows"):
         tokens = torch.arange(n).repeat_interleave(K)
         if name == "sort_pairs":

@@ -51,7 +51,8 @@ def test_command(runs: tuple[Path, Path], tmp_path: Path, monkeypatch, capsys) -
     assert len(found["cuts"]) == math.ceil(len(found["tokens"]) / 64) - 1, "8 times the 8 that were trained on"
     assert view_command(runs[1], *args, "--max-tokens", 30, "--n-ctx", 10, **options)[0] == 0
     assert "30 tokens, where the text was cut" in (tmp_path / "view.html").read_text()
-    assert view_command(runs[1], *args, "--n-ctx", 0, **options) == (2, "csae: n_ctx: given 0; needed 2 or more\n")
+    code, printed = view_command(runs[1], *args, "--n-ctx", 0, **options)
+    assert (code, printed) == (2, "csae: --n-ctx: given 0; needed 2 or more\n")  # said before a model is loaded
     assert view_command(runs[1], *args[:2], "-o", tmp_path, "--max-tokens", 5, **options)[0] == 2
 
     (runs[1] / "run.json").write_text(json.dumps({"sae": {}, "train": {}, "data": {"layer": 1}, "origin": None}))
