@@ -437,8 +437,8 @@ class Trace(Pass):
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """The parts, one after another."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    """The parts, one after another, without a gradient: a single part may be a code's own values."""
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).detach()
 
 
 def _wide(weights: Tensor) -> Tensor:

@@ -71,6 +71,17 @@ def test_equal_to_autograd(arch: str, options: dict[str, object], masked: bool, 
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-5, atol=1e-6 * float(scale), msg=name)
 
 
+@pytest.mark.parametrize("query", ["current", "past"])
+def test_nothing_of_a_gradient_needs_one(query: str) -> None:
+    """The memory's weights are the code's own values, which do."""
+    torch.manual_seed(0)
+    sae = ContextualSAE(8, 24, 3, n_heads=2, d_head=4, d_value=4, d_memory=8, query=query)
+    _, gradients = sae.gradients(torch.randn(2, 6, 8))
+    for name, of in gradients.items():
+        tensors = (of.weights, of.rows) if isinstance(of, Factors) else (of,)
+        assert not any(tensor.requires_grad for tensor in tensors), name
+
+
 def test_tables_of_the_same_codes_share_one_sort() -> None:
     _, gradients = make("topk").gradients(*batch())
     W_enc, b_enc, W_dec = (gradients[name] for name in ("W_enc", "b_enc", "W_dec"))

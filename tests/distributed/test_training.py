@@ -33,7 +33,7 @@ def _train(ranks: Any, folder: Path, kind: str, stop_at: int | None = None, **ch
     return None
 
 
-@pytest.fixture(scope="module", params=["topk", "contextual", pytest.param("jumprelu", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["topk", "contextual"])
 def alone(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """The kind of SAE, and its run in one process."""
     folder = tmp_path_factory.mktemp("alone") / "run"

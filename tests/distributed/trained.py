@@ -33,6 +33,8 @@ class Case(NamedTuple):
     dead_after: int = 100
     d_sae: int = 70
     k: int = 4
+    eps: float = 1e-8
+    """of Adam"""
 
 
 class Trained(NamedTuple):
@@ -89,7 +91,7 @@ def train(case: Case, ranks: Ranks | None, started: Callable[[SAE], None] = lamb
     of_target = {} if case.d_out is None else {"target_mean": torch.ones(case.d_out), "target_scale": 2.0}
     sae.initialise(torch.full((D_IN,), 0.4), 1.7, **of_target)
     started(sae)
-    optimizer = Adam(sae, 3e-3, lazy=case.lazy, moments=case.moments)
+    optimizer = Adam(sae, 3e-3, eps=case.eps, lazy=case.lazy, moments=case.moments)
     losses, codes, dead = [], [], None
     for step in range(case.steps):
         given = batch(case, step)
