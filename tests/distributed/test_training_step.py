@@ -111,7 +111,7 @@ FAST |= {("thresholds", 2), ("thresholds, past, an empty shard", 4)}
     [
         pytest.param(name, size, marks=[] if (name, size) in FAST else pytest.mark.slow)
         for name in CASES
-        for size in (2, 3, 4)
+        for size in ((2, 3, 4) if not name.startswith("thresholds, ") else (3, 4) if "shard" in name else (3,))
     ],
 )
 def test_equal_to_one_process(name: str, size: int) -> None:
