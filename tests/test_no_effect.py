@@ -1,4 +1,4 @@
-"""Options that would be ignored beside others are refused; those of `csae train` are in test_cli_train.py."""
+"""Options that would be ignored beside others, or say nothing, are refused; more of `train` in test_cli_train.py."""
 
 from __future__ import annotations
 
@@ -61,3 +61,12 @@ def test_a_push_that_uploads_nothing(
     assert code == 2
     assert f"{option[0]}: given with --dry-run, which uploads nothing: it has no effect there" in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "cache", "eval", "view", "features", "export", "demo", "evidence"])
+def test_a_window_of_one_position(command: str, saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = [saved] if command in ("eval", "view", "features", "export") else []
+    code, _, err = csae(command, *where, "--n-ctx", "1", capsys=capsys)
+    assert code == 2
+    assert "Invalid value for '--n-ctx': 1 is not in the range x>=2" in err
+    assert "loading" not in err

@@ -21,7 +21,7 @@ from csae.data.dtypes import LM_DTYPES
 @click.option("--d-sae", type=int, help="Number of features.")
 @click.option("--tokens", type=click.IntRange(min=1), help="Tokens of text to train on.")
 @click.option("--epochs", type=int, help="How often each is seen.")
-@click.option("--n-ctx", type=int, help="Positions a window.")
+@click.option("--n-ctx", type=click.IntRange(2), help="Positions a window.")
 @click.option("--seed", type=int, help="Of initialisation and order.")
 @click.option("--lm-dtype", type=click.Choice(LM_DTYPES), help="Of the language model; auto if not given.")
 @DEVICE

@@ -39,7 +39,7 @@ AT_ONCE_BYTES = 4e9  # of SAEs that are in memory together
 @place_options()
 @TEXT
 @DATASET
-@click.option("--n-ctx", type=int, help="Positions a window; as trained if not given.")
+@click.option("--n-ctx", type=click.IntRange(2), help="Positions a window; as trained if not given.")
 @BOS
 @KEEP_FIRST
 @click.option("--windows", type=int, default=256, show_default=True, help="Windows to evaluate on, at most.")

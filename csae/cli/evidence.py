@@ -29,7 +29,7 @@ from csae.errors import UserError, shown
 @click.option("--seeds", type=int, help="How many. [3]")
 @click.option("--tokens", type=click.IntRange(min=1), help="Each SAE is trained on. [840000, in two passes]")
 @click.option("--d-sae", type=int, help="Number of features. [2304]")
-@click.option("--n-ctx", type=int, help="Positions a window. [256]")
+@click.option("--n-ctx", type=click.IntRange(2), help="Positions a window. [256]")
 @click.option("--texts", "languages", type=click.Path(path_type=Path), help="A folder of *.txt for each language.")
 @click.option("--limit", type=int, help="Train this many SAEs at most, the most telling first.")
 @DEVICE

@@ -22,7 +22,7 @@ TARGETS = ("sae_lens", "sparsify", "dictionary_learning", "gemma_scope", "neuron
 @TEXT
 @DATASET
 @ACTIVATIONS
-@click.option("--n-ctx", type=int, help="Positions a window; as trained if not given.")
+@click.option("--n-ctx", type=click.IntRange(2), help="Positions a window; as trained if not given.")
 @click.option("--windows", type=int, default=1024, show_default=True, help="Windows of text, at most.")
 @DEVICE
 def export(run: str, to: str, out: Path, windows: int, **options: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -12,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 from csae.cli.options import DEVICE, device_of
-from csae.errors import shown
 
 if TYPE_CHECKING:
     from csae.data.hook_points import HookPoint, HookPoints
@@ -27,10 +25,10 @@ def hooks(model: str, patterns: tuple[str, ...], device: str | None) -> None:
 
     Blocks are numbered from 0, as the model does: resid.out:11 is --layer 12.
     """
-    from csae.data.language_model import LanguageModel
+    from csae.data.sources import open_model
+    from csae.progress import track
 
-    click.echo(f"loading {shown(Path(model).name)}", err=True)
-    lm = LanguageModel.load(model, device=device_of(device))
+    lm = open_model(model, device_of(device), progress=track)
     found = [point for pattern in patterns for point in lm.hook_points.find(pattern)]
     points = list(dict.fromkeys(found)) or lm.hook_points.all()
     named = [point for point in points if point.name.partition(":")[2] or patterns]

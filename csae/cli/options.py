@@ -18,7 +18,9 @@ MODEL = click.option("--model", help="Language model: a Hugging Face id, a folde
 LAYER = click.option("--layer", type=int, help="Read the residual stream after this many blocks.")
 AT = "a hook point of the model: resid.out:11 (--layer 12), mlp.in:11, mlp.out:11, attn.out:11, or a module by its path"
 TEXT = click.option("--text", type=click.Path(), help="A text file, or a folder of *.txt, *.md, *.rst.")
-N_CTX = click.option("--n-ctx", type=int, help="Positions a window; 256 if not given, or those of --activations.")
+N_CTX = click.option(
+    "--n-ctx", type=click.IntRange(2), help="Positions a window; 256 if not given, or those of --activations."
+)
 BOS = click.option(
     "--bos/--no-bos",
     default=None,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.option("--beside", type=click.Path(path_type=Path), help="A run of a per-token SAE, to compare with.")
 @click.option("--model", help="As the run was trained on, if not given.")
 @place_options()
-@click.option("--n-ctx", type=int, help="Positions a window at most; 8 times as trained on if not given.")
+@click.option("--n-ctx", type=click.IntRange(2), help="Positions a window at most; 8 times as trained on if not given.")
 @BOS
 @KEEP_FIRST
 @click.option("--index", type=click.Path(path_type=Path), help="An index of features; RUN/features.db, if it is there.")
@@ -89,8 +89,6 @@ def view(
         if trained_on and trained_beside and bool(trained_beside.get(name)) != bool(trained_on.get(name)):
             with_it, without = (beside, run) if trained_beside.get(name) else (run, beside)
             raise UserError(f"--beside: {with_it} was trained with {what}, {without} without; needed two that agree")
-    if options["n_ctx"] is not None and options["n_ctx"] < 2:
-        raise UserError(f"--n-ctx: given {options['n_ctx']}; needed 2 or more")
     labels = read_labels(run, sae.d_sae)
     if index is None and (run / FEATURES).is_file():
         index = run / FEATURES

@@ -123,14 +123,14 @@ def _docstrings(file: Path) -> Iterator[str]:
 
 def _statements(tree: ast.AST) -> Iterator[ast.AST]:
     """A tree and the statements in it, as `ast.walk`, which also goes into expressions: they are most of it."""
-    todo = deque([tree])
-    while todo:
-        node = todo.popleft()
+    nodes = deque([tree])
+    while nodes:
+        node = nodes.popleft()
         yield node
         for name in ("body", "handlers", "orelse", "finalbody", "cases"):
             inside = getattr(node, name, None)
             if isinstance(inside, list):
-                todo.extend(inside)
+                nodes.extend(inside)
 
 
 def beginning(tokenizer: Any, bos: bool | None = None, n_vocab: int | None = None) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from csae import TopKSAE
 from csae.data.activations import Batch
 
 
@@ -29,3 +30,12 @@ class GivenWindows:
 
     def describe(self) -> dict[str, Any]:
         return {}
+
+
+def identity_sae(d: int, k: int) -> TopKSAE:
+    """Feature f is active where dimension f of the activations is positive."""
+    sae = TopKSAE(d, d, k)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(d))
+        sae.W_dec.copy_(torch.eye(d))
+    return sae

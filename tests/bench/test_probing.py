@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from given_windows import GivenWindows
+from given_windows import GivenWindows, identity_sae
 from torch import Tensor
 
-from csae import ContextualSAE, TopKSAE
+from csae import ContextualSAE
 from csae.attribution import attribute
 from csae.bench.evidence import labels, probing
 from csae.bench.evidence.texts import Switching, one_document_each
@@ -19,15 +19,6 @@ def source(acts: Tensor) -> GivenWindows:
     mask = torch.ones(acts.shape[:2], dtype=torch.bool)
     mask[:, 0] = False
     return GivenWindows(acts, mask, torch.zeros(acts.shape[:2], dtype=torch.int64))
-
-
-def identity_sae(k: int) -> TopKSAE:
-    """Feature f is active where dimension f of the activations is positive."""
-    sae = TopKSAE(D, D, k)
-    with torch.no_grad():
-        sae.W_enc.copy_(torch.eye(D))
-        sae.W_dec.copy_(torch.eye(D))
-    return sae
 
 
 def f1(said: Tensor, holds: Tensor, counts: Tensor) -> float:
@@ -42,7 +33,7 @@ def test_a_feature_that_is_the_label_and_five_that_share_it() -> None:
     for feature in range(5):  # five parts of another
         acts[..., 1 + feature] = (which == feature).float()
     given = {"from eight": (which >= 8).to(torch.int8), "below five": (which < 5).to(torch.int8)}
-    above, below = probing.measure(identity_sae(4), source(acts), range(N), given)
+    above, below = probing.measure(identity_sae(D, 4), source(acts), range(N), given)
     assert above["f1"] == {"1": 1.0, "5": 1.0}
     assert below["f1"]["5"] == 1.0
     assert below["f1"]["1"] == pytest.approx(2 * 2 / (2 + 9))  # two of nine in a window, position 0 out
@@ -58,7 +49,7 @@ def test_chosen_on_one_half_and_measured_on_the_other() -> None:
     label[:, ::3] = 1
     acts[: N // 2, ::3, 0] = 1.0  # a feature that has the label in the first half only
     acts[N // 2 :, 1::3, 0] = 1.0
-    (found,) = probing.measure(identity_sae(2), source(acts), range(N), {"third": label})
+    (found,) = probing.measure(identity_sae(D, 2), source(acts), range(N), {"third": label})
     assert found["f1"] == {"1": 0.0, "5": 0.0}
 
 
@@ -66,7 +57,7 @@ def test_a_level_below_which_a_feature_does_not_count() -> None:
     acts = torch.zeros(N, T, D)
     acts[..., 0] = torch.where(torch.arange(T) % 4 == 0, 8.0, 1.0)  # large where the label is, small elsewhere
     label = (torch.arange(T) % 4 == 0).to(torch.int8).expand(N, T)
-    (found,) = probing.measure(identity_sae(2), source(acts), range(N), {"fourth": label})
+    (found,) = probing.measure(identity_sae(D, 2), source(acts), range(N), {"fourth": label})
     assert found["f1"]["1"] == 1.0
 
 
@@ -74,7 +65,7 @@ def test_unknown_positions_and_masked_ones_do_not_count() -> None:
     generator = torch.Generator().manual_seed(0)
     acts = torch.randn(N, T, D, generator=generator)
     label = torch.randint(-1, 2, (N, T), generator=generator, dtype=torch.int8)
-    (found,) = probing.measure(identity_sae(3), source(acts), range(N), {"any": label})
+    (found,) = probing.measure(identity_sae(D, 3), source(acts), range(N), {"any": label})
     counts = torch.ones(N, T, dtype=torch.bool)
     counts[:, 0] = False
     counts &= label >= 0
@@ -127,9 +118,9 @@ def test_what_is_carried_is_what_attribution_says() -> None:
 def test_labels_of_another_shape_are_refused() -> None:
     acts = torch.randn(N, T, D)
     with pytest.raises(ValueError, match="labels: any has shape"):
-        probing.measure(identity_sae(2), source(acts), range(N), {"any": torch.zeros(N, T + 1, dtype=torch.int8)})
+        probing.measure(identity_sae(D, 2), source(acts), range(N), {"any": torch.zeros(N, T + 1, dtype=torch.int8)})
     with pytest.raises(ValueError, match="windows: given 1"):
-        probing.measure(identity_sae(2), source(acts), range(1), {})
+        probing.measure(identity_sae(D, 2), source(acts), range(1), {})
 
 
 class Characters:

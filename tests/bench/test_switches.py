@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from given_windows import identity_sae
 from torch import Tensor
 
-from csae import ContextualSAE, TopKSAE
+from csae import ContextualSAE
 from csae.attribution import attribute
 from csae.bench.evidence.switches import START, information, measure
 from csae.data.activations import Batch
@@ -42,15 +43,6 @@ def layout(n: int, n_languages: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     return regions, languages, (torch.arange(T) % R).expand(n, T)
 
 
-def identity_sae(k: int) -> TopKSAE:
-    """Feature f is active where dimension f of the activations is positive."""
-    sae = TopKSAE(D, D, k)
-    with torch.no_grad():
-        sae.W_enc.copy_(torch.eye(D))
-        sae.W_dec.copy_(torch.eye(D))
-    return sae
-
-
 def known_acts(languages: Tensor, offset: Tensor) -> Tensor:
     """Feature 0 is on all through language 0; 1 fires once in language 1, at offset 3; 2 at even offsets of 2.
 
@@ -69,7 +61,7 @@ def known_acts(languages: Tensor, offset: Tensor) -> Tensor:
 def known() -> dict[str, Any]:
     regions, languages, offset = layout(12)
     source = Given(known_acts(languages, offset))
-    sae = identity_sae(3)
+    sae = identity_sae(D, 3)
     result = measure(sae, source, range(12), regions, languages, ["x", "y", "z"], batch_windows=4)
     assert sae.training
     return json.loads(json.dumps(result))
@@ -119,7 +111,7 @@ def test_a_mark_that_comes_late_is_not_there_at_once() -> None:
     acts[..., 5] = ((languages == 1) & (offset >= START)).float()
     acts[..., 6] = ((languages == 2) & (offset % 9 == 0)).float()
     acts[::2, :, 6] += ((languages[::2] == 0) & (offset[::2] == 0)).float()
-    result = measure(identity_sae(2), Given(acts), range(12), regions, languages, list("xyz"))
+    result = measure(identity_sae(D, 2), Given(acts), range(12), regions, languages, list("xyz"))
     late, early = mark(result, "y", "region"), mark(result, "z", "region")
     assert (late["feature"], late["recall"], late["at_once"], late["again"]) == (5, 1, 0, None)
     assert (early["feature"], early["at_once"], early["again"]) == (6, 1, 1)
@@ -169,7 +161,7 @@ def test_chosen_on_one_half_and_measured_on_the_other() -> None:
     regions, languages, _ = layout(12)
     acts = torch.zeros(12, T, D)
     acts[:6, :, 5] = (languages[:6] == 1).float()
-    result = measure(identity_sae(2), Given(acts), range(12), regions, languages, list("xyz"))
+    result = measure(identity_sae(D, 2), Given(acts), range(12), regions, languages, list("xyz"))
     found = mark(result, "y", "position")
     assert found["feature"] == 5
     assert found["bits"] > 0.9
@@ -268,6 +260,6 @@ def test_bad_input() -> None:
     regions, languages, offset = layout(4)
     source = Given(known_acts(languages, offset))
     with pytest.raises(ValueError, match=r"regions: given shape \[3, 36\]; needed \[n, T\] = \[4, 36\]"):
-        measure(identity_sae(2), source, range(4), regions[:3], languages, ["x", "y", "z"])
+        measure(identity_sae(D, 2), source, range(4), regions[:3], languages, ["x", "y", "z"])
     with pytest.raises(ValueError, match="windows: given 2; needed 4 or more"):
-        measure(identity_sae(2), source, range(2), regions[:2], languages[:2], ["x", "y", "z"])
+        measure(identity_sae(D, 2), source, range(2), regions[:2], languages[:2], ["x", "y", "z"])
