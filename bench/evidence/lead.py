@@ -1,6 +1,7 @@
 """Does the lead of looking back last? FVU against training tokens, at equal parameters and equal mean L0.
 
     python -m csae.bench.evidence.lead OUT [--tokens 840000 --distinct 420000] [--selection batch] [--corpus NAME]
+    python -m csae.bench.evidence.lead OUT --d-memory 64 --d-value 32    # a smaller look-back, and a narrower opponent
 
 SmolLM2-135M on English manuals (`documentation`), or another corpus of `texts`. At each budget: a per-token SAE widened
 to equal parameters, with k, 1.5 k and 2 k features, and the contextual SAE with k, both queries. Each budget is a
@@ -44,6 +45,7 @@ from csae.topk_sae import TopKSAE
 from csae.train import train
 
 FOUND = "evidence.json"
+LOOK_BACK = {"n_heads": 8, "d_value": 64, "d_memory": 256}  # as `ContextualSAE` has them if not told otherwise
 NO_GAPS = 10**9  # training needs no comparison of the exact form with sweeps: the evaluation makes it
 KEPT = ("n_params", "fvu", "l0", "cosine", "dead", "silent", "fvu_sweeps", "l0_sweeps")
 BUDGETS = [Budget(tokens=840_000, distinct=420_000), Budget(tokens=2_520_000, distinct=1_260_000)]
@@ -65,19 +67,29 @@ class Cell:
     distinct: int
     seed: int
     lr: float = LR
+    n_heads: int = LOOK_BACK["n_heads"]
+    d_value: int = LOOK_BACK["d_value"]
+    d_memory: int = LOOK_BACK["d_memory"]
+
+    @property
+    def look_back(self) -> dict[str, int]:
+        """The sizes of the look-back: of the contextual SAE, or of that with which the per-token one is compared."""
+        return {name: getattr(self, name) for name in LOOK_BACK}
 
     @property
     def name(self) -> str:
         size = f"{self.tokens // 1000}k-of-{self.distinct // 1000}k"
         rate = "" if self.lr == LR else f"-lr{self.lr:g}"
+        other = "".join(f"-{name}{given}" for name, given in self.look_back.items() if given != LOOK_BACK[name])
         hook = self.hook.replace(":", "-")
-        return f"{hook}-{self.arch}-{self.selection}-k{self.k}-d{self.d_sae}-{size}{rate}-seed{self.seed}"
+        return f"{hook}-{self.arch}-{self.selection}-k{self.k}-d{self.d_sae}-{size}{rate}{other}-seed{self.seed}"
 
 
-def cells(of: Budget, hook: str, selection: str, k: int, seed: int, lr: float = LR) -> list[Cell]:
+def cells(of: Budget, hook: str, selection: str, k: int, seed: int, lr: float = LR, **look_back: int) -> list[Cell]:
     """The SAEs of a budget."""
     archs = [(PAST, k), (WIDE, k), (WIDE, k + k // 2), (CURRENT, k), (WIDE, 2 * k)]
-    return [Cell(arch, each, selection, hook, of.d_sae, of.tokens, of.distinct, seed, lr) for arch, each in archs]
+    same = selection, hook, of.d_sae, of.tokens, of.distinct, seed, lr
+    return [Cell(arch, each, *same, **look_back) for arch, each in archs]
 
 
 def make(cell: Cell, d_in: int) -> SAE:
@@ -85,9 +97,9 @@ def make(cell: Cell, d_in: int) -> SAE:
     sizes: dict[str, Any] = {"k": cell.k, "dead_after": DEAD_AFTER, "selection": cell.selection}
     torch.manual_seed(cell.seed)
     if cell.arch == WIDE:
-        n_params = ContextualSAE(d_in, cell.d_sae, cell.k).n_params
+        n_params = ContextualSAE(d_in, cell.d_sae, cell.k, **cell.look_back).n_params
         return TopKSAE(d_in, wide_as(n_params, d_in), **sizes)
-    return ContextualSAE(d_in, cell.d_sae, query="past" if cell.arch == PAST else "current", **sizes)
+    return ContextualSAE(d_in, cell.d_sae, query="past" if cell.arch == PAST else "current", **cell.look_back, **sizes)
 
 
 def measure(out: Path, cell: Cell, source: ActivationSource) -> dict[str, Any]:
@@ -116,7 +128,7 @@ def leads(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     per-token SAE at the same L0, over its own, less one.
     """
     entries = list(entries)
-    same = ("selection", "hook", "d_sae", "tokens", "distinct", "seed", "lr")
+    same = ("selection", "hook", "d_sae", "tokens", "distinct", "seed", "lr", *LOOK_BACK)
     found = []
     for entry in entries:
         if entry["arch"] == WIDE:
@@ -152,9 +164,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, action="append", help="trained on; default: 840k, 2,520k and 8,400k")
     parser.add_argument("--distinct", type=int, action="append", help="of these; default: 420k, 1,260k and 3,000k")
     parser.add_argument("--lr", type=float, default=LR)
+    for name, size in LOOK_BACK.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=size, help="of the look-back")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--corpus", default="documentation", help="a folder OUT is of one corpus")
     given = parser.parse_args()
+    look_back = {name: getattr(given, name) for name in LOOK_BACK}
     budgets = BUDGETS
     if given.tokens or given.distinct:
         if len(given.tokens or ()) != len(given.distinct or ()):
@@ -170,7 +185,7 @@ def main() -> None:
             for selection in given.selection or ["batch"]:
                 for hook in hooks:
                     source = ShardActivations(folder, places=[Place(hook)])
-                    for cell in cells(sized, hook, selection, given.k, seed, given.lr):
+                    for cell in cells(sized, hook, selection, given.k, seed, given.lr, **look_back):
                         entries.append(measure(given.out, cell, source))
                         print({name: entries[-1][name] for name in ("name", "fvu", "l0")}, flush=True)
                     write_json(given.out / "lead.json", {"runs": entries, "leads": leads(entries)})

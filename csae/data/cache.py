@@ -17,7 +17,7 @@ from csae.data.append import OF_THE_WINDOWS, Stored, check_weights, stored_in, u
 from csae.data.shard_writer import Part, begun, check_about, check_whole, claimed, missing_of, write_files
 from csae.distributed.hosts import Hosts
 from csae.distributed.ranks import Ranks
-from csae.errors import UserError
+from csae.errors import UserError, shown
 from csae.progress import Progress, quiet, say
 
 SHARD_BYTES = 256 * 2**20
@@ -216,8 +216,8 @@ def _check_same(of_first: Mapping[str, dict[str, Any]], about: Mapping[str, dict
         if differing:
             key = min(differing)
             raise UserError(
-                f"rank 0 has another source ({key}: {other.get(key)!r}, here {said.get(key)!r}): needed the same model "
-                "and text on all machines"
+                f"rank 0 has another source ({key}: {shown(other.get(key))}, here {shown(said.get(key))}): needed the "
+                "same model and text on all machines"
             )
 
 

@@ -1,3 +1,6 @@
+import torch
+from safetensors.torch import save_file
+
 from csae.bench import saved
 
 
@@ -10,3 +13,17 @@ def test_what_saved_activations_cost(tiny_model_path, tmp_path, capsys, monkeypa
     assert all("us a token" in line for line in lines[1:4])
     assert all(line.endswith(" GB/s") for line in lines[4:])
     assert not list(tmp_path.iterdir())
+
+
+def test_reading_of_a_folder_that_is_there(tmp_path, capsys):
+    acts = torch.randn(16, 4, 8)
+    save_file({"activations": acts}, tmp_path / "acts.safetensors")
+    saved.main(["--read", str(tmp_path), "--repeats", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        "from beginning to end, from the disk",
+        "from beginning to end, from memory",
+        "windows as in training, from the disk",
+        "windows as in training, from memory",
+    ]
+    assert [file.name for file in tmp_path.iterdir()] == ["acts.safetensors"]
