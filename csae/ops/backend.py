@@ -23,7 +23,7 @@ _STORED = (torch.float32, torch.bfloat16)
 _HALF = (torch.float32, torch.bfloat16, torch.float16)
 
 # The modules of `kernels/triton` and of `kernels/cpu`; and the dtypes that the latter know.
-ON_TRITON = ("topk_encode", "threshold_encode", "sparse_decode", "feature_rows", "lookback_attention")
+ON_TRITON = ("topk_encode", "threshold_encode", "sparse_decode", "feature_rows", "lookback_attention", "scaled_heads")
 ON_CPU = {
     "topk_encode": _HALF,
     "threshold_encode": _HALF,

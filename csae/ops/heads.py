@@ -42,13 +42,13 @@ def value_scale(values: Tensor) -> Tensor:
 
 def _scaled(heads: Tensor, gain: Tensor | None, least: float, weight: float) -> Tensor:
     refuse_tangents(heads, gain)
-    if heads.device.type == "cpu":  # not `place`, which a compiler can't trace
+    if heads.device.type == "cpu" or not torch.compiler.is_compiling():  # not `place`, which a compiler can't trace
         return _scale_heads(heads, gain, least, weight)[0]
     return _Scaled.apply(heads, gain, least, weight)
 
 
 class _Scaled(torch.autograd.Function):
-    """In plain PyTorch, which a compiler may fuse; with a shorter backward pass than autograd would find."""
+    """For a compiler on a GPU: plain PyTorch, which it may fuse, with a shorter backward pass than autograd finds."""
 
     @staticmethod
     def forward(ctx: Any, heads: Tensor, gain: Tensor | None, least: float, weight: float) -> Tensor:
@@ -99,6 +99,7 @@ def _setup_context(ctx, inputs, output):
     heads, gain, _, weight = inputs
     _, scale = output
     ctx.mark_non_differentiable(scale)
+    ctx.set_materialize_grads(False)  # of scale, which has none
     ctx.save_for_backward(heads, gain, scale)
     ctx.weight = weight
 
@@ -109,6 +110,8 @@ def _backward(ctx, grad, _grad_scale):
     d heads = grad * scale * gain - heads * <grad, heads> * gain * scale^3 * weight / d
     d gain  = sum over tokens of <grad, heads> * scale
     """
+    if grad is None:
+        return None, None, None, None
     heads, gain, scale = ctx.saved_tensors
     d_heads, d_gain = _scale_heads_backward(grad, heads, gain, scale, ctx.weight)
     return d_heads, None if gain is None else d_gain, None, None

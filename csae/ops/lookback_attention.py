@@ -122,6 +122,7 @@ no_gradient("lookback_attention_backward")
 def _setup_context(ctx, inputs, output):
     out, lse = output
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # of lse, which has none
     ctx.save_for_backward(*inputs, out, lse)
 
 
@@ -135,6 +136,8 @@ def _backward(ctx, grad, _grad_lse):
     d slope       = -sum over t, j of d score(t, j) * log(t - j)
     d null        = -sum_t A(t, null) * <grad_t, out_t>
     """
+    if grad is None:
+        return (None,) * 7
     return *_lookback_attention_backward(grad, *ctx.saved_tensors), None, None
 
 

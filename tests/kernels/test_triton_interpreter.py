@@ -11,7 +11,15 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-QUICK = ("feature_rows", "lookback_attention", "sparse_decode", "threshold_encode", "topk_coarse", "topk_encode")
+QUICK = (
+    "feature_rows",
+    "lookback_attention",
+    "scaled_heads",
+    "sparse_decode",
+    "threshold_encode",
+    "topk_coarse",
+    "topk_encode",
+)
 # Which tests of each are run, and slow: whole models take more than 20 CPU-seconds, and no op uses topk_threshold.
 SLOW = {
     "lookback_attention": "slow",
