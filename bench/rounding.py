@@ -1,4 +1,4 @@
-"""What rounding alone does to a training: the same one again, with W_enc changed in its last bit before it begins.
+"""What rounding alone does to a training: the same one again, with W_enc changed in its last bits before it begins.
 
     python -m csae.bench.rounding ACTIVATIONS [--times 4] [--tokens N] [--out rounding]
 
@@ -29,7 +29,7 @@ BATCH_WINDOWS = 8
 
 
 def fvus(source: ShardActivations, arch: str, times: int, tokens: int | None, out: Path) -> list[float]:
-    """The held-out FVU as the weights are drawn, and then with each of `times` changes of a last bit."""
+    """The held-out FVU as the weights are drawn, and then with each number of W_enc one up or down, `times` times."""
     train_windows, test_windows = held_out(source.n_windows, HELD_OUT)
     tokens = 2 * len(train_windows) * source.n_ctx if tokens is None else tokens
     config = TrainConfig(
@@ -44,8 +44,8 @@ def fvus(source: ShardActivations, arch: str, times: int, tokens: int | None, ou
         sae.initialise(*estimate_normalisation(source, train_windows)[:2])
         if number:
             with torch.no_grad():
-                one = sae.W_enc.view(-1)[number - 1]
-                one.copy_(torch.nextafter(one, torch.tensor(torch.inf)))
+                up = torch.rand(sae.W_enc.shape, generator=torch.Generator().manual_seed(number)) < 0.5
+                sae.W_enc.copy_(torch.nextafter(sae.W_enc, torch.where(up, torch.inf, -torch.inf)))
         train(sae, source, train_windows, out / f"{arch}-{number}", config)
         found.append(float(evaluate(sae, source, test_windows)["fvu"]))
         print(arch, number, f"{found[-1]:.5f}", flush=True)

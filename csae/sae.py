@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     from csae.data.activations import Batch
     from csae.distributed.shard import Shard
 
+# The length of the rows of W_enc of a new transcoder. What a feature reads and what it writes do not fit yet, so its
+# code is noise to the target; rows of length one make so much of it that training silences features for good. On
+# SmolLM2's MLP 11 (k = 16, 300 thousand tokens) TopK has an FVU of 0.475 with this, 0.499 with length one; with a skip
+# connection 0.331 and 0.358; contextual with a skip connection 0.312 and 0.443, with 3.5 of 16 features left.
+TRANSCODER_LENGTH = 0.1
+
 
 class SAE(Saved, ABC):
     """Base of `TopKSAE` and `ContextualSAE`: W_enc, b_enc, W_dec, b_dec, and what is done with them.
@@ -150,7 +156,8 @@ class SAE(Saved, ABC):
         rows = rows_here(d_sae).stop - rows_here(d_sae).start  # len() takes no number that is far too large
         directions = random_directions(d_sae, self.d_out)
         self.W_dec = nn.Parameter(directions)
-        self.W_enc = nn.Parameter(directions.clone() if d_out is None else random_directions(d_sae, d_in))
+        W_enc = directions.clone() if d_out is None else random_directions(d_sae, d_in).mul_(TRANSCODER_LENGTH)
+        self.W_enc = nn.Parameter(W_enc)
         self.b_enc = nn.Parameter(torch.zeros(rows))
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
         self.register_parameter("W_skip", nn.Parameter(torch.zeros(self.d_out, d_in)) if skip else None)

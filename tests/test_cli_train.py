@@ -113,6 +113,20 @@ def test_a_place_of_the_command_line_takes_the_place_of_that_in_a_file(from_mode
         assert [read_run(run)["origin"].get(name) for name in ("layer", "hook")] == [None, place[1]]
 
 
+def test_a_run_on_one_of_several_saved_hook_points_is_repeated_alone(from_model, tmp_path, capsys):  # noqa: F811
+    saved = ["cache", *from_model, "--hook", "mlp.out:1", "-o", tmp_path / "acts"]
+    assert csae(*saved, capsys=capsys)[0] == 0
+    settings = ["--activations", tmp_path / "acts", *PLAIN, "--arch", "topk", "--tokens", "640", "--device", "cpu"]
+    code, _, err = csae("train", *settings, "-o", tmp_path / "both", capsys=capsys)
+    assert code == 0, err
+    (run,) = (tmp_path / "both").glob("mlp.out-1-*")
+    code, _, err = csae("train", "--config", run / "config.yaml", "-o", tmp_path / "again", capsys=capsys)
+    assert code == 0, err
+    assert "training one SAE" in err
+    for name, tensor in weights(tmp_path / "again").items():
+        assert torch.equal(tensor, weights(run)[name]), name
+
+
 def test_prefixes_by_option_and_by_file(from_model, tmp_path, capsys):  # noqa: F811
     first = ["train", *from_model, *LITTLE_TOPK, "--prefixes", "2,8", "-o", tmp_path / "first"]
     assert csae(*first, capsys=capsys)[0] == 0

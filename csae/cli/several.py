@@ -135,7 +135,8 @@ def jobs_of(
             mean, scale, *of_target = measured[place]
             sae.initialise(mean, scale, *(of_target if place.to is not None else ()))
         kept = remembered(origin, of_places[place]) | {"held_out": options["held_out"]}
-        asked = config_of(context, kept, setting.varied, options)
+        of_all = "activations" in kept and len(places) > 1  # it was read by a command that named no hook point
+        asked = config_of(context, kept | {"hook": place.hook} if of_all else kept, setting.varied, options)
         jobs.append(Job(sae.to(device), run, config, kept, place, options["logs"], init, asked))
     return jobs
 
