@@ -61,7 +61,7 @@ def step(make: MakeSAE, **how: Any) -> Callable[[Data], Built]:
         optimizer = Adam(sae, LR, **{"eps": 1e-8} | how)  # as the other implementations, whose steps are compared
 
         def run() -> None:
-            with data.autocast:
+            with optimizer.copies.used(), data.autocast:
                 losses, gradients = sae.gradients(acts, mask, documents, sae.dead_features())
             optimizer.update(gradients)
             sae.track(losses.code, mask)

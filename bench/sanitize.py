@@ -92,7 +92,7 @@ def cases(
                     ones = torch.ones(x.shape[0], 1, device=device)
                     for lazy in (False, True):
                         tables = [
-                            Table(param, exp_avg, exp_avg_sq, weights, x, lazy),
+                            Table(param, exp_avg, exp_avg_sq, weights, x, lazy, rounded=param.bfloat16()),
                             Table(bias, bias_avg, bias_avg_sq, weights, ones, False),
                         ]
                         rows.adam_rows(pairs, tables, hyper, seed, lazy)

@@ -84,7 +84,8 @@ def _ours(make: Callable[[], SAE], sizes: Sizes, ranks: Ranks | None) -> Step:
     batch = Batch(acts, whole, whole.long(), None)
 
     def run() -> float:
-        losses, _ = train_step(sae, optimizer, batch, 50, config)  # neither warming up nor decaying
+        with optimizer.copies.used():
+            losses, _ = train_step(sae, optimizer, batch, 50, config)  # neither warming up nor decaying
         return float(losses.fvu)
 
     return Step(run, lambda: _held(sae, optimizer))

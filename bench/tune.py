@@ -66,11 +66,12 @@ def ops(data: Data) -> Iterator[tuple[str, Op]]:
     hyper = torch.tensor([1e-3, 1.0, 1e-8, 0.1, 0.999, 0.001], device=data.device)
     seed = torch.ones(1, dtype=torch.int64, device=data.device)
     param, exp_avg, exp_avg_sq = (torch.rand(d_sae, d_in, device=data.device) for _ in range(3))
+    rounded = param.bfloat16()  # as a step under autocast has it
     for unit_rows in (False, True):
-        table = Table(param, exp_avg, exp_avg_sq, weights, data.x, unit_rows)
+        table = Table(param, exp_avg, exp_avg_sq, weights, data.x, unit_rows, rounded)
         name = "adam_rows, unit rows" if unit_rows else "adam_rows"
         yield name, partial(rows.adam_rows, pairs, [table], hyper, seed, False)
-    del param, exp_avg, exp_avg_sq, table
+    del param, exp_avg, exp_avg_sq, rounded, table
 
     qkv = (*data.qkv, data.slope, data.null, None, None)
     yield "look-back", lambda: look_back.backward(data.grad_look_back, *qkv, *look_back.forward(*qkv))

@@ -12,6 +12,7 @@ from torch.optim.adam import adam
 from csae.config import LOOK_BACK_LR
 from csae.factors import Factors, Gradients
 from csae.ops.adam_rows import Pairs, Table, adam_rows, sort_pairs
+from csae.rounded import Copies
 from csae.sae import SAE
 from csae.tables import TABLES
 
@@ -41,6 +42,15 @@ class Adam(torch.optim.Optimizer):
         lazy: `torch.optim.SparseAdam` for the tables: a feature that did not fire stays as it is, with its moments,
             and costs nothing. This is not Adam: features that rarely fire move less.
         moments: dtype of the tables' moments: float32, or bfloat16 with stochastic rounding, for half the memory.
+
+    copies: the tables in bfloat16 (`csae.rounded`). On CUDA, under bfloat16 autocast, a step casts no table where it is
+
+        with optimizer.copies.used(), torch.autocast("cuda", torch.bfloat16):
+            losses, gradients = sae.gradients(acts)
+        optimizer.update(gradients)
+
+    with the same results: the copy of a table that was written by anyone else since is not taken. Not for a loop that
+    writes to tables through `.data` in place, which can't be seen.
 
     State of each parameter: step, exp_avg, exp_avg_sq. A parameter without a gradient stays as it is and counts no
     step, as in torch. So does one that is frozen (requires_grad=False), whatever its gradient.
@@ -81,6 +91,7 @@ class Adam(torch.optim.Optimizer):
         ]
         super().__init__([group for group in groups if group["params"]], {"betas": betas, "eps": eps})
         self.lazy, self.moments = lazy, moments
+        self.copies = Copies()
         self._constants: dict[tuple[Any, ...], Tensor] = {}  # of `_hyper`
         self._apart: set[str] | None = set()  # parameters that have counted fewer steps than the rest of their group
         for weight, name in self.names.items():
@@ -92,7 +103,7 @@ class Adam(torch.optim.Optimizer):
             }
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("sae", "names", "lazy", "moments", "_apart", "_constants")  # torch copies only its own
+        own = ("sae", "names", "lazy", "moments", "_apart", "_constants", "copies")  # torch copies only its own
         return super().__getstate__() | {name: vars(self)[name] for name in own if name in vars(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -154,6 +165,7 @@ class Adam(torch.optim.Optimizer):
         hyper = self._hyper(group, step)
         seed = step.to(torch.int64).reshape(1)
         first_row = 0 if self.sae.shard is None else self.sae.shard.rows.start
+        copied: list[str] = []
         shared: dict[int, tuple[Pairs, list[Table]]] = {}  # tables with the same pairs, by the pairs' id
         for name in names:
             given, state = gradients[name], states[name]
@@ -163,10 +175,16 @@ class Adam(torch.optim.Optimizer):
                 for tensor in (parameters[name], state["exp_avg"], state["exp_avg_sq"])
             )
             own = given if isinstance(given, Factors) else _whole(given.view(param.shape), self.lazy)
-            table = Table(param, exp_avg, exp_avg_sq, own.weights, own.rows, unit_rows=name == "W_dec")
+            copy = self.copies.to_write(name, parameters[name], whole=not self.lazy)
+            if copy is not None:
+                copied.append(name)
+                copy = copy.view(param.shape)
+            table = Table(param, exp_avg, exp_avg_sq, own.weights, own.rows, name == "W_dec", copy)
             shared.setdefault(id(own.pairs), (own.pairs, []))[1].append(table)
         for pairs, tables in shared.values():
             adam_rows(pairs, tables, hyper, seed, self.lazy, first_row)
+        for name in copied:
+            self.copies.written(name)
 
     def _hyper(self, group: dict[str, Any], step: Tensor) -> Tensor:
         """The numbers that `adam_rows` takes, made on the device. SparseAdam, of a lazy step, doesn't correct eps.

@@ -28,6 +28,7 @@ from csae.ops.checks import autocast_to
 from csae.ops.straight_through import decode_steps, threshold_steps
 from csae.ops.threshold_encode import threshold_and_near
 from csae.ops.topk_encode import Encode, with_encode_gradient
+from csae.rounded import copy_of
 from csae.selection import Rule
 
 _Code = tuple[Tensor, Tensor]  # values and indices, [..., k]
@@ -270,7 +271,8 @@ class Trace(Pass):
         # Cast once: by an op, a whole table would be cast in each sweep, and again for the backward pass.
         key = name, torch.is_autocast_enabled(self.sae.W_enc.device.type)
         if key not in self._tables:
-            (self._tables[key],) = autocast_to(super().table(name))
+            copy = copy_of(name, getattr(self.sae, name))
+            self._tables[key] = autocast_to(super().table(name))[0] if copy is None else copy
         return self._tables[key]
 
     def centred(self, x: Tensor) -> Tensor:

@@ -256,7 +256,8 @@ class Training:
             log(self.seen, *ready.hashes[self.place])
         began = time.perf_counter()
         if ready.positions[self.place] > 1:  # else there is no variance to explain
-            losses, _ = train_step(self.sae, self.optimizer, batch, step, self.config, self.dead)
+            with self.optimizer.copies.used():  # nothing else writes the tables between steps
+                losses, _ = train_step(self.sae, self.optimizer, batch, step, self.config, self.dead)
             self.figures.add(step, losses, batch.mask)
         self.busy += time.perf_counter() - began
         if (step + 1) % self.config.log_every == 0 or step + 1 == self.config.steps:

@@ -43,6 +43,8 @@ class Table(NamedTuple):
     """[N, d] float32, bfloat16 or float16."""
     unit_rows: bool
     """Rows of param have norm 1. The gradient is projected to be orthogonal to its row; rows are normalised after."""
+    rounded: Tensor | None = None
+    """[d_sae, d] bfloat16: where the rows of param that were updated are written too, rounded; None for nowhere."""
 
 
 def given_pairs(features: list[Tensor], groups: list[list[int]]) -> list[tuple[Tensor, Tensor]]:

@@ -55,8 +55,8 @@ def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, la
         first_row: the number of the tables' first row, where they are part of larger ones. The rounding goes by it.
     """
     columns = zip(*tables, strict=True)
-    params, exp_avgs, exp_avg_sqs, weights, rows, unit_rows = (list(column) for column in columns)
-    _adam_rows(*pairs, params, exp_avgs, exp_avg_sqs, weights, rows, unit_rows, hyper, seed, lazy, first_row)
+    params, exp_avgs, exp_avg_sqs, weights, rows, unit_rows, rounded = (list(column) for column in columns)
+    _adam_rows(*pairs, params, exp_avgs, exp_avg_sqs, weights, rows, unit_rows, hyper, seed, lazy, first_row, rounded)
 
 
 @operator("sort_pairs")
@@ -90,7 +90,7 @@ def _groups(codes: list[int], sizes: list[int]) -> list[list[int]]:
     return [list(islice(rest, size)) for size in sizes]
 
 
-@operator("adam_rows", ("params", "exp_avgs", "exp_avg_sqs"))
+@operator("adam_rows", ("params", "exp_avgs", "exp_avg_sqs", "rounded"))
 def _adam_rows(
     order: Tensor,
     tokens: Tensor,
@@ -104,17 +104,20 @@ def _adam_rows(
     hyper: Tensor,
     seed: Tensor,
     lazy: bool,
-    first_row: int = 0,
+    first_row: int,
+    rounded: list[Tensor | None],
 ) -> None:
-    increment_version([*params, *exp_avgs, *exp_avg_sqs])
-    tables = list(map(Table, params, exp_avgs, exp_avg_sqs, weights, rows, unit_rows))
+    increment_version([*params, *exp_avgs, *exp_avg_sqs, *(copy for copy in rounded if copy is not None)])
+    tables = list(map(Table, params, exp_avgs, exp_avg_sqs, weights, rows, unit_rows, rounded))
     dtype = params[0].dtype if params else torch.float32
     pairs = Pairs(order, tokens, ends)
     kernels("feature_rows", hyper.device, dtype).adam_rows(pairs, tables, hyper, seed, lazy, first_row)
 
 
 @fake("adam_rows")
-def _(order, tokens, ends, params, exp_avgs, exp_avg_sqs, weights, rows, unit_rows, hyper, seed, lazy, first_row=0):
+def _(
+    order, tokens, ends, params, exp_avgs, exp_avg_sqs, weights, rows, unit_rows, hyper, seed, lazy, first_row, rounded
+):
     return None
 
 

@@ -77,6 +77,9 @@ def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, la
         torch.get_num_threads(),
     )
     _check("adam_rows", status)
+    for table in tables:
+        if table.rounded is not None:  # a pass of its own: a cast that the next step would make
+            table.rounded.copy_(table.param)
 
 
 def _sorted(pairs: Pairs) -> SortedPairs:

@@ -56,6 +56,8 @@ def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, la
         updated = (table.param, table.exp_avg, table.exp_avg_sq)
         for old, new in zip(updated, _adam(table, gradient, hyper, seed, first_row), strict=True):
             old.copy_(new if touched is None else torch.where(touched, new, old))
+        if table.rounded is not None:
+            table.rounded.copy_(table.param)
 
 
 def _adam(table: Table, gradient: Tensor, hyper: Tensor, seed: Tensor, first_row: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -55,6 +55,14 @@ def _store_moment(p_moment, b_moment, b_elements, seed, mask):
 
 
 @triton.jit
+def _store_rounded(p_rounded, b_param, mask):
+    """Store as bfloat16, to the nearest, ties to even. By the bits, because Triton's interpreter cuts them off."""
+    b_bits = b_param.to(tl.uint32, bitcast=True)
+    b_bits = tl.where(b_param == b_param, b_bits + 0x7FFF + ((b_bits >> 16) & 1), 0x7FC00000)
+    tl.store(p_rounded, (b_bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+
+
+@triton.jit
 def _adam(p_avg, p_avg_sq, b_param, b_grad, hyper_ptr, seed_ptr, o_e, m_e):
     """Store the new moments of elements o_e of the whole table; return their new parameters."""
     step_size, correction, eps = tl.load(hyper_ptr), tl.load(hyper_ptr + 1), tl.load(hyper_ptr + 2)
@@ -76,6 +84,7 @@ def _adam(p_avg, p_avg_sq, b_param, b_grad, hyper_ptr, seed_ptr, o_e, m_e):
 #     g = sum over the pairs p of f of weights[p] rows[tokens[p]];   unit rows: g -= <g, param> param
 #     exp_avg += (g - exp_avg) (1 - beta1);   exp_avg_sq = beta2 exp_avg_sq + (1 - beta2) g^2
 #     param -= step_size exp_avg / (sqrt(exp_avg_sq) correction + eps);   unit rows: param /= |param|
+#     rounded = bfloat16(param)
 #
 # A program: COLUMNS columns of FEATURES neighbouring features; FEATURES > 1 for narrow rows only. Unit rows need two
 # sums over all d columns, so one program holds the whole row: COLUMNS >= d. Other rows are split into slabs of columns.
@@ -83,8 +92,8 @@ def _adam(p_avg, p_avg_sq, b_param, b_grad, hyper_ptr, seed_ptr, o_e, m_e):
 # A launch updates one table, so that L2 holds more of its rows. A launch for two tables would read each run once
 # instead of twice, and save 20 bytes of the thousands that a pair costs.
 # Bytes (P pairs, n tokens, e bytes an element of `rows`): param, exp_avg and exp_avg_sq each read and written once, 24
-# a parameter, or 16 with bfloat16 moments, all marked to leave L2 first; `rows` n d e from memory, and P d e gathered
-# from L2. Lazy: a row without pairs costs only its two ends.
+# a parameter, or 16 with bfloat16 moments, all marked to leave L2 first; 2 more for a rounded copy, where a cast would
+# take 6; `rows` n d e from memory, and P d e gathered from L2. Lazy: a row without pairs costs only its two ends.
 # Operations: 2 P d, and about 20 a parameter. Floor: the bytes from memory, (24 or 16) d_sae d + n d e.
 # Predicted for W_enc and W_dec together, rows in bf16, float32 moments: A 0.36 ms (floor 0.29), B 2.2 (1.7). What
 # passes through L2 decides, and the instructions are close behind.
@@ -101,12 +110,14 @@ def _adam_rows(
     exp_avg_sq_ptr,
     hyper_ptr,
     seed_ptr,
+    rounded_ptr,
     d_sae: tl.int32,
     units: tl.int32,
     piece: tl.int32,
     unit_rows: tl.int32,
     lazy: tl.int32,
     first_row: tl.int32,
+    copy: tl.int32,
     UNIT: tl.constexpr,
     FEATURES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -133,6 +144,8 @@ def _adam_rows(
         if unit_rows != 0:
             b_param /= tl.maximum(tl.sqrt_rn(tl.sum(b_param * b_param, axis=1)), LEAST_NORM)[:, None]
         tl.store(param_ptr + o_e, b_param, mask=m_e, eviction_policy="evict_first")
+        if copy != 0:
+            _store_rounded(rounded_ptr + o_e, b_param, m_e)
 
 
 # The same for unit rows of more than 8192 columns, which do not fit the registers of one program.
@@ -154,10 +167,12 @@ def _adam_long_rows(
     exp_avg_sq_ptr,
     hyper_ptr,
     seed_ptr,
+    rounded_ptr,
     units: tl.int32,
     piece: tl.int32,
     lazy: tl.int32,
     first_row: tl.int32,
+    copy: tl.int32,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -202,7 +217,10 @@ def _adam_long_rows(
             p_param = param_ptr + o_f[:, None] * d + o_c[None, :]
             # [1, COLUMNS]
             b_param = tl.load(p_param, mask=(o_c < d)[None, :], other=0.0)
-            tl.store(p_param, b_param / norm, mask=(o_c < d)[None, :])
+            b_param /= norm
+            tl.store(p_param, b_param, mask=(o_c < d)[None, :])
+            if copy != 0:
+                _store_rounded(rounded_ptr + o_f[:, None] * d + o_c[None, :], b_param, (o_c < d)[None, :])
 
 
 # Unit rows are held whole in registers: at most 16 columns a thread.
@@ -220,7 +238,8 @@ _SCALAR_LONG_ROW_TILE = Tile(1, 2, 512, 8)
 
 def _adam_variant(rows: torch.dtype, moments: torch.dtype, unit: int, tile: Tile, long: bool = False) -> Variant:
     state = {"param_ptr": torch.float32, "exp_avg_ptr": moments, "exp_avg_sq_ptr": moments}
-    tensors = {**PAIRS, **gradient_types(rows), **state, "hyper_ptr": torch.float32, "seed_ptr": torch.int64}
+    others = {"hyper_ptr": torch.float32, "seed_ptr": torch.int64, "rounded_ptr": torch.bfloat16}
+    tensors = {**PAIRS, **gradient_types(rows), **state, **others}
     constants = {"UNIT": unit, "ROWS": tile.rows, "COLUMNS": tile.columns}
     if long:
         return Variant(_adam_long_rows, tensors, constants, num_warps=tile.warps, num_stages=1)
@@ -262,8 +281,10 @@ def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, la
     """
     pairs, hyper, seed = Pairs(*map(aligned, pairs)), aligned(hyper), aligned(seed)
     for table in tables:
-        for name in ("param", "exp_avg", "exp_avg_sq"):
+        for name in ("param", "exp_avg", "exp_avg_sq", "rounded"):
             tensor = getattr(table, name)
+            if tensor is None:
+                continue
             if not tensor.is_contiguous() or tensor.data_ptr() % 16:
                 given = f"an address that is {tensor.data_ptr() % 16} bytes past a multiple of 16"
                 given = given if tensor.is_contiguous() else f"strides {tensor.stride()}"
@@ -278,15 +299,17 @@ def _adam_table(pairs: Pairs, table: Table, hyper: Tensor, seed: Tensor, lazy: b
     d_sae, d = table.param.shape
     rows = table.rows.float() if table.rows.dtype == torch.float16 else table.rows
     gradient, piece, unit = gradient_tensors(pairs, [(table.weights, rows)])
-    state = (table.param, table.exp_avg, table.exp_avg_sq, hyper, seed)
+    copy = table.rounded is not None
+    rounded = table.rounded if copy else torch.empty(0, dtype=torch.bfloat16, device=rows.device)
+    state = (table.param, table.exp_avg, table.exp_avg_sq, hyper, seed, rounded)
     types = (gradient[1].dtype, table.exp_avg.dtype)
     tiles = SCALAR_SUM_TILES if unit == 1 else _UNIT_ROW_TILES if table.unit_rows else SUM_TILES
     if table.unit_rows and d > tiles[-1].columns:
         variant = _adam_variant(*types, unit, _SCALAR_LONG_ROW_TILE if unit == 1 else _LONG_ROW_TILE, long=True)
         variant = tuning.best(variant, rows.device)
-        variant.launch((d_sae,), *pairs, *gradient, *state, d // unit, piece, int(lazy), first_row)
+        variant.launch((d_sae,), *pairs, *gradient, *state, d // unit, piece, int(lazy), first_row, int(copy))
     else:
         variant = tuning.best(_adam_variant(*types, unit, fitting(tiles, d)), rows.device)
         grid = (triton.cdiv(d_sae, variant.constants["FEATURES"]), triton.cdiv(d, variant.constants["COLUMNS"]))
-        numbers = (d_sae, d // unit, piece, int(table.unit_rows), int(lazy), first_row)
+        numbers = (d_sae, d // unit, piece, int(table.unit_rows), int(lazy), first_row, int(copy))
         variant.launch(grid, *pairs, *gradient, *state, *numbers)

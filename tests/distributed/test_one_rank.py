@@ -17,6 +17,7 @@ from csae.bench.scale_count import Collectives, purpose
 from csae.distributed import Ranks, collectives, sharded
 from csae.distributed.ranks import ranks_of_world
 from csae.distributed.replicas import check_replicas
+from csae.rounded import copy_of
 
 D_IN, D_SAE, K, B, T = 48, 520, 8, 3, 16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.bool)
@@ -85,3 +86,26 @@ def test_a_step_has_the_bits_of_one_device(ranks: Ranks, arch: str, autocast: bo
     assert found == losses
     assert whole.keys() == own.keys()
     assert [name for name in whole if not torch.equal(whole[name], own[name])] == []
+
+
+@pytest.mark.parametrize("arch", ["topk", "past"])
+def test_copies_of_own_rows_train_the_same(ranks: Ranks, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16: `Adam.copies` of a sharded SAE's own rows, as where the kernel writes them."""
+    found = []
+    for kept in (True, False):
+        monkeypatch.setattr("csae.rounded.kept", lambda table, kept=kept: kept)
+        sae = sharded(lambda: make(arch), ranks).to(ranks.device)
+        optimizer = Adam(sae, lr=1e-2)
+        for step in range(3):
+            acts = torch.randn(B, T, D_IN, generator=torch.Generator().manual_seed(step)).to(ranks.device)
+            with optimizer.copies.used(), torch.autocast(ranks.device.type, torch.bfloat16):
+                gradients = sae.gradients(acts)[1]
+            optimizer.update(gradients)
+        with optimizer.copies.used(), torch.autocast(ranks.device.type, torch.bfloat16):
+            for name in ("W_enc", "b_enc", "W_dec"):
+                copy = copy_of(name, getattr(sae, name))
+                assert (copy is not None) == kept
+                assert copy is None or torch.equal(copy, getattr(sae, name).detach().bfloat16())
+        found.append(list(sae.parameters()))
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)

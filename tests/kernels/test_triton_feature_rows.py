@@ -278,6 +278,32 @@ def test_a_step_at_every_width(d: int, unit_rows: bool, lazy: bool) -> None:
     assert all(torch.equal(one, two) for one, two in zip(again[:3], table[:3], strict=True))
 
 
+@pytest.mark.parametrize(
+    ("d", "unit_rows", "lazy"), [(1, False, False), (24, True, True), (130, True, False), (8200, True, False)]
+)
+def test_the_rounded_copy_is_written_with_the_rows(d: int, unit_rows: bool, lazy: bool) -> None:
+    """To the nearest, ties to even, as torch rounds; rows that a lazy step leaves stay as they are in the copy too."""
+    from csae.kernels.triton.feature_rows import adam_rows
+
+    features, _, pairs = pairs_of([2, 0, 66], n=4, inactive=3)
+    weights, rows = random_normal(len(features), seed=1), random_normal(4, d, seed=2)
+    table = table_of(3, d, weights, rows, unit_rows)
+    table.param[1] = torch.tensor([1 + 2**-8, math.inf, -math.nan, 1 + 3 * 2**-8, 1e-40, 3.4e38]).repeat(d)[:d]
+    copy = torch.full_like(table.param, 7, dtype=torch.bfloat16)
+    table = table._replace(rounded=copy, exp_avg=torch.zeros_like(table.param))
+    if not unit_rows:
+        table.exp_avg_sq.fill_(1)  # so that the row without a gradient stays as it is
+    alone = clones(table)._replace(rounded=None)
+    adam_rows(pairs, [table], hyper_of(3, lazy), seed_of(3), lazy)
+    adam_rows(pairs, [alone], hyper_of(3, lazy), seed_of(3), lazy)
+    for one, two in zip(table[:3], alone[:3], strict=True):
+        assert torch.equal(one.nan_to_num(5), two.nan_to_num(5))
+    want = table.param.bfloat16()
+    want[1] = 7 if lazy else want[1]
+    assert torch.equal(copy.isnan(), want.isnan())
+    assert torch.equal(copy.nan_to_num(5), want.nan_to_num(5))
+
+
 def test_tables_of_different_widths_and_kinds_in_one_call() -> None:
     from csae.kernels.triton.feature_rows import adam_rows
 
