@@ -32,6 +32,7 @@ Call = dict[str, Any]
 ROWS = 4  # of a product and the selection from it
 LEAST_BLOCK = 16  # rows of a product's tile, at least
 PROGRAMS = 48  # of any other kernel
+ADAM_TABLES = ("params", "exp_avgs", "exp_avg_sqs", "rounded")
 DEPTH_WORDS = ("steps", "depth")  # in the header of a loop over the depth of a product
 
 
@@ -252,6 +253,8 @@ def _arguments(call: Call) -> tuple[list[Any], float]:
                     depth = math.ceil(deep / block)
                     given[name]["shape"][-1] = block
 
+    tables: dict[tuple[Any, ...], Tensor] = {}
+
     def made(name: str, of: Any) -> Any:
         if name == "threshold":  # half of k_max exceed it: pre-activations are normal, as x and W_enc are
             d_in, d_sae = given["W_enc"]["shape"][-1], given["W_enc"]["shape"][0]
@@ -264,6 +267,12 @@ def _arguments(call: Call) -> tuple[list[Any], float]:
         if name == "indices":
             table = next(given[n] for n in ("W_dec", "W_enc", "table") if isinstance(given.get(n), dict))
             of["below"] = table["shape"][0]
+        if operator == "adam_rows" and name in ADAM_TABLES:
+            # Its loops don't depend on these numbers. At C there is no room for all of them.
+            kind = of["dtype"], *of["shape"]
+            if kind not in tables:
+                tables[kind] = _tensor(operator, name, of)
+            return tables[kind]
         return _tensor(operator, name, of)
 
     arguments = {name: made(name, of) for name, of in given.items()}
