@@ -20,11 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from csae.dead_rows import DeadRows, are_few, dead_acts
 from csae.losses import Total, here
 from csae.matryoshka import Prefixes, by_group, pairs_by_group
 from csae.ops import near_threshold, sparse_decode, topk_encode
 from csae.ops.adam_rows import Pairs, feature_sums, sort_codes
 from csae.ops.checks import autocast_to
+from csae.ops.linear import linear
 from csae.ops.straight_through import decode_steps, threshold_steps
 from csae.ops.threshold_encode import threshold_and_near
 from csae.ops.topk_encode import Encode, with_encode_gradient
@@ -210,6 +212,17 @@ class Pass:
         """The k most active of the features `dead` [n_dead]; indices are places in `dead`. x needs no gradient."""
         return topk_encode(x, self._rows("W_enc", dead), self.sae.b_enc[dead], k)
 
+    def rebuild(self, x: Tensor, dead: Tensor, k: int, mask: Tensor | None) -> Tensor:
+        """What the k most active of the features `dead` make of x [..., d_in] by W_dec: [..., d_out]."""
+        if not self._are_few(dead, k):
+            return self.decode("W_dec", self.encode_dead(x, dead, k, mask), features=dead)
+        acts = dead_acts(x, self._rows("W_enc", dead), self.sae.b_enc[dead], k)
+        acts, W_dec = autocast_to(acts, self._rows("W_dec", dead))
+        return linear(acts, W_dec.T)
+
+    def _are_few(self, dead: Tensor, k: int) -> bool:
+        return are_few(dead.numel(), k, dead.device)
+
     def decode(self, table: str, code: _Code, most_active: int | None = None, features: Tensor | None = None) -> Tensor:
         """`sparse_decode` of a code that was encoded here, by the table of that name, or by its rows `features`.
 
@@ -265,6 +278,7 @@ class Trace(Pass):
         self.encodes_b_dec = "b_dec" in trained and sae.centre is sae.b_dec
         self.coded: list[Coded] = []
         self.decoded: list[Decoded] = []
+        self.dead: list[DeadRows] = []
         self._tables: dict[tuple[str, bool], Tensor] = {}  # by name, and whether autocast was on
 
     def table(self, name: str) -> Tensor:
@@ -292,6 +306,15 @@ class Trace(Pass):
         (x,) = autocast_to(x)
         return self._note(x, super().encode_dead(x, dead, k, mask), mask, dead)
 
+    def rebuild(self, x: Tensor, dead: Tensor, k: int, mask: Tensor | None) -> Tensor:
+        if not self._are_few(dead, k):
+            return super().rebuild(x, dead, k, mask)
+        (x,) = autocast_to(x)
+        W_enc, W_dec = autocast_to(self._rows("W_enc", dead), self._rows("W_dec", dead))
+        acts = dead_acts(x, W_enc, self.table("b_enc")[dead], k).requires_grad_()
+        self.dead.append(DeadRows(dead, x.reshape(-1, x.shape[-1]), acts, linear(acts, W_dec.T)))
+        return self.dead[-1].out
+
     def decode(self, table: str, code: _Code, most_active: int | None = None, features: Tensor | None = None) -> Tensor:
         out = super().decode(table, code, most_active, features)
         self.decoded.append(Decoded(table, self._number(code), most_active, out, []))
@@ -313,13 +336,15 @@ class Trace(Pass):
         """The gradient of every parameter that had a part in the loss, and is trained."""
         sae, trained = self.sae, set(self.trained)
         tables = {"W_enc", "b_enc", *(decoded.table for decoded in self.decoded)}
+        tables |= {"W_dec"} if self.dead else set()
         tables |= {"threshold"} if self.near else set()
         dense = {name: parameter for name, parameter in sae.named_parameters() if name in trained - tables}
         coded = self.coded if trained & {"W_enc", "b_enc"} or self.encodes_b_dec else []
         decoded = [of for of in self.decoded if of.table in trained]
-        asked = [of.values for of in coded], [of.out for of in decoded], [of.steps for of in self.near]
+        of_dead = [of.acts for of in self.dead if coded], [of.out for of in self.dead if "W_dec" in trained]
+        asked = [of.values for of in coded], [of.out for of in decoded], [of.steps for of in self.near], *of_dead
         found = iter(torch.autograd.grad(loss, [*chain(*asked), *dense.values()], allow_unused=True))
-        d_values, d_outs, d_steps = ([next(found) for _ in of] for of in asked)
+        d_values, d_outs, d_steps, d_acts, d_rebuilt = ([next(found) for _ in of] for of in asked)
         d_dense = dict(zip(dense, found, strict=True))
         with torch.no_grad():
             terms: dict[str, list[_Term]] = {"W_enc": []} if coded else {}
@@ -332,6 +357,7 @@ class Trace(Pass):
                 weights = self._of_all(self._active(one.code, one.most_active))
                 rows = self._of_all(self._rows_of(one, d))
                 terms.setdefault(one.table, []).append(_Term(one.code, weights, rows, one.by_group))
+            of_biases = self._add_dead(terms, d_acts, d_rebuilt)
             factors = self._factors(terms)
             gradients: dict[str, Tensor | Factors] = dict(factors)
             gradients |= self._summed({name: d for name, d in d_dense.items() if d is not None})
@@ -339,12 +365,31 @@ class Trace(Pass):
             if coded:
                 encoder = factors["W_enc"]
                 ones = encoder.weights.new_ones(encoder.rows.shape[0], 1)
+                for of_bias in of_biases:  # the last rows
+                    ones[-len(of_bias) :, 0] = of_bias
                 gradients["b_enc"] = encoder._replace(rows=ones)
                 if self.encodes_b_dec:
                     gradients["b_dec"] = self._of_b_dec(terms["W_enc"], encoder, ones, gradients["b_dec"])
         wanted = Gradients({name: gradient for name, gradient in gradients.items() if name in trained})
         wanted.of = sae
         return wanted
+
+    def _add_dead(self, terms: dict[str, list[_Term]], d_acts: list[Any], d_rebuilt: list[Any]) -> list[Tensor]:
+        """Add the dense gradients of dead features to the terms: a pair for each, of weight one. Gives that of b_enc."""
+        of_biases = []
+        for number, of in enumerate(self.dead):
+            by = of.gradients(d_acts[number] if d_acts else None, d_rebuilt[number] if d_rebuilt else None)
+            shape = len(of.features), self.coded[0].features.shape[1]  # as wide as a code: all are sorted at once
+            features = of.features.new_full(shape, self.sae.W_enc.shape[0])
+            weights = of.acts.new_zeros(shape, dtype=torch.float32)
+            features[:, 0], weights[:, 0] = of.features, 1
+            self.coded.append(Coded(of.x, weights, features, features, aux=True))
+            for name, rows in (("W_enc", by.W_enc), ("W_dec", by.W_dec)):
+                if rows is not None:
+                    terms.setdefault(name, []).append(_Term(len(self.coded) - 1, weights, rows))
+            if by.b_enc is not None:
+                of_biases.append(by.b_enc)
+        return of_biases
 
     def _active(self, code: int, most_active: int | None) -> Tensor:
         """[n, k]: the values of a code, zero but for so many of its most active features."""

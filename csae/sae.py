@@ -380,7 +380,7 @@ class SAE(Saved, ABC):
         not with d_sae. Only they get a gradient: its graph shares nothing with that of the fvu.
         """
         k = min(self.k_aux, ops.n_dead(dead))
-        rebuilt = ops.decode("W_dec", ops.encode_dead(x, dead, k, mask), features=dead)
+        rebuilt = ops.rebuild(x, dead, k, mask)
         share = k / self.k_aux  # a few dead features can't be asked for as much as many
         left, before = ops.total(torch.stack([energy(residual - rebuilt, weight), energy(residual, weight)]))
         return share * left / before.clamp_min(1e-12)

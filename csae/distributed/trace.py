@@ -122,6 +122,9 @@ class ShardedTrace(Trace):
         counts = (code[0] > 0).sum(dim=-1)
         return counts if near is None else counts + _Counted.apply(near.steps, counts, self.shard.owners)
 
+    def _are_few(self, dead: Tensor, k: int) -> bool:
+        return False  # the ranks' dead features together are chosen from
+
     def encode_dead(self, x: Tensor, dead: Tensor, k: int, mask: Tensor | None) -> _Code:
         owners = self.shard.owners_of_dead(dead)
         rows, bias = self._rows("W_enc", dead), self.sae.b_enc.detach()[dead]
