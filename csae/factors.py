@@ -375,7 +375,7 @@ class Trace(Pass):
         return wanted
 
     def _add_dead(self, terms: dict[str, list[_Term]], d_acts: list[Any], d_rebuilt: list[Any]) -> list[Tensor]:
-        """Add the dense gradients of dead features to the terms: a pair for each, of weight one. Gives that of b_enc."""
+        """Add the dense gradients of dead features to the terms, a pair of weight one each; give those of b_enc."""
         of_biases = []
         for number, of in enumerate(self.dead):
             by = of.gradients(d_acts[number] if d_acts else None, d_rebuilt[number] if d_rebuilt else None)
