@@ -55,7 +55,8 @@ def command(activations: Path, out: Path, ranks: int, tokens: int, options: Sequ
         start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
     settings = [part for name, value in SETTINGS.items() for part in (f"--{name}", str(value))]
     archs = [part for arch in ARCHS for part in ("--arch", arch)]
-    how = ["--tokens", str(tokens), "--held-out", str(HELD_OUT), "--device", "cpu", "--out", str(out)]
+    how = ["--selection", "topk", "--tokens", str(tokens), "--held-out", str(HELD_OUT)]
+    how += ["--device", "cpu", "--out", str(out)]
     return [*start, "csae", "train", "--activations", str(activations), *archs, *settings, *how, *options]
 
 

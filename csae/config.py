@@ -30,7 +30,7 @@ class SAEConfig:
     arch: str = option("contextual", choices=("contextual", "topk"))
     d_sae: int | None = option(None, "Number of features; 8 times the width if not given.")
     k: int = option(32, "Active features a token; on average, but for --selection topk.")
-    selection: str = option("topk", choices=SELECTIONS)
+    selection: str = option("batch", choices=SELECTIONS)
     """which features are active: k for each token, as many of a batch together, or those above thresholds"""
     k_max: int | None = option(None, "The most a token can have; 4 k if not given.")
     heads: int = option(8, "Heads of the look-back.")

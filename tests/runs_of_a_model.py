@@ -15,7 +15,7 @@ def make_runs(folder: Path, model: Path) -> dict[str, Path]:
     """A run of each architecture that is done and evaluated, on `text.txt` in the folder."""
     text = folder / "text.txt"
     text.write_text(TEXT)
-    small = ["--d-sae", D_SAE, "--k", K]
+    small = ["--d-sae", D_SAE, "--k", K, "--selection", "topk"]  # of which each export knows what to make
     of_look_back = ["--heads", 2, "--d-head", 4, "--d-value", 4, "--d-memory", 8]
     source = ["--model", model, "--layer", LAYER, "--text", text, "--n-ctx", N_CTX, "--device", "cpu"]
     for arch in ARCHS:

@@ -159,9 +159,11 @@ def test_the_options_of_train_are_the_fields_of_what_they_fill():
             default = option.get_default(click.Context(cli.commands["train"]))
             assert field.default is None or default in (field.default, (field.default,), [field.default])
             assert option.help == field.metadata["help"]
-    # The SAE's own arguments have the same defaults.
+    # The SAE's own arguments have the same defaults, but for the selection: a TopKSAE selects k unless it is told.
     own = inspect.signature(ContextualSAE).parameters
     for field in dataclasses.fields(SAEConfig):
+        if field.name == "selection":
+            continue
         name = {"heads": "n_heads"}.get(field.name, field.name)
         if name in own and own[name].default is not inspect.Parameter.empty:
             assert own[name].default == field.default

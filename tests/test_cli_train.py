@@ -267,6 +267,13 @@ def test_selections_train_side_by_side_and_by_a_config_file(from_model, tmp_path
     assert "--selection: given topk; the SAE of --init has batch" in err
 
 
+def test_the_default_is_a_budget_that_the_batch_shares(from_model, tmp_path, capsys):  # noqa: F811
+    assert csae("train", *from_model, *LITTLE_TOPK, "-o", tmp_path / "run", capsys=capsys)[0] == 0
+    sae = load_sae(tmp_path / "run")
+    assert (sae.selection, sae.k, sae.k_max) == ("batch", 4, 16)
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["selection"] == "batch"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -279,7 +286,7 @@ def test_selections_train_side_by_side_and_by_a_config_file(from_model, tmp_path
         (["--shuffle-buffer", "2"], "--shuffle-buffer: given without a data set that is streamed"),
         (["--k", "5000"], "k: given 5000; needed 1 <= k <= d_sae = 40"),
         (["--prefixes", "8,99"], "prefixes: given"),
-        (["--k-max", "9"], "k_max: given 9; needed None"),
+        (["--selection", "topk", "--k-max", "9"], "k_max: given 9; needed None"),
         (["--skip"], "skip: given for an SAE that rebuilds what it reads"),
         (["--lr", "-1"], "lr: given -1.0"),
         (["--text", "no/such.txt"], "no/such.txt': no such file or folder"),

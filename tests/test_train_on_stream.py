@@ -76,7 +76,8 @@ def test_the_command_line(dataset: Path, tiny_model_path: Path, tmp_path: Path, 
 def test_a_stopped_run_goes_on_with_the_same_bits(
     dataset: Path, tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unbroken = train_on(dataset, tiny_model_path, tmp_path / "unbroken", "--workers", 1)
+    each = "--selection", "topk"  # nothing is read again at the end, to find a threshold
+    unbroken = train_on(dataset, tiny_model_path, tmp_path / "unbroken", "--workers", 1, *each)
     from csae.data.activations import ModelActivations
 
     batches, count = ModelActivations.batches, 0
@@ -90,8 +91,8 @@ def test_a_stopped_run_goes_on_with_the_same_bits(
 
     monkeypatch.setattr(ModelActivations, "batches", interrupted)
     with pytest.raises(Stopped):
-        train_on(dataset, tiny_model_path, tmp_path / "run")
-    run = train_on(dataset, tiny_model_path, tmp_path / "run")
+        train_on(dataset, tiny_model_path, tmp_path / "run", *each)
+    run = train_on(dataset, tiny_model_path, tmp_path / "run", *each)
     assert count == STEPS
     assert all(torch.equal(tensor, weights(unbroken)[name]) for name, tensor in weights(run).items())
     assert (run / "windows.bin").read_bytes() == (unbroken / "windows.bin").read_bytes()
