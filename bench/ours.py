@@ -54,15 +54,19 @@ MakeSAE = Callable[[Data], tuple[SAE, dict[str, Tensor]]]
 
 
 def step(make: MakeSAE, **how: Any) -> Callable[[Data], Built]:
-    """The step of `csae train`: gradients in factors, and `csae.Adam`, which is made with `how`."""
+    """The step of `csae train`: gradients in factors, and `csae.Adam`, which is made with `how`.
+
+    As there, dead features are looked for before, not in each step.
+    """
 
     def build(data: Data) -> Built:
         sae, state, acts, mask, documents = _begin(make, data)
         optimizer = Adam(sae, LR, **{"eps": 1e-8} | how)  # as the other implementations, whose steps are compared
+        dead = sae.dead_features()
 
         def run() -> None:
             with optimizer.copies.used(), data.autocast:
-                losses, gradients = sae.gradients(acts, mask, documents, sae.dead_features())
+                losses, gradients = sae.gradients(acts, mask, documents, dead)
             optimizer.update(gradients)
             sae.track(losses.code, mask)
 

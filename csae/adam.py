@@ -11,7 +11,7 @@ from torch.optim.adam import adam
 
 from csae.config import LOOK_BACK_LR
 from csae.factors import Factors, Gradients
-from csae.ops.adam_rows import Pairs, Table, adam_rows, sort_pairs
+from csae.ops.adam_rows import Pairs, Table, adam_numbers, adam_rows, sort_pairs
 from csae.rounded import Copies
 from csae.sae import SAE
 from csae.tables import TABLES
@@ -92,7 +92,7 @@ class Adam(torch.optim.Optimizer):
         super().__init__([group for group in groups if group["params"]], {"betas": betas, "eps": eps})
         self.lazy, self.moments = lazy, moments
         self.copies = Copies()
-        self._constants: dict[tuple[Any, ...], Tensor] = {}  # of `_hyper`
+        self._constants: dict[tuple[Any, ...], Tensor] = {}  # of `_numbers`
         self._apart: set[str] | None = set()  # parameters that have counted fewer steps than the rest of their group
         for weight, name in self.names.items():
             dtype = moments if name in TABLES else torch.float32
@@ -161,9 +161,7 @@ class Adam(torch.optim.Optimizer):
         group: dict[str, Any],
     ) -> None:
         """One step of tables that have counted the same steps."""
-        step = states[names[0]]["step"]
-        hyper = self._hyper(group, step)
-        seed = step.to(torch.int64).reshape(1)
+        hyper, seed = self._numbers(group, states[names[0]]["step"])
         first_row = 0 if self.sae.shard is None else self.sae.shard.rows.start
         copied: list[str] = []
         shared: dict[int, tuple[Pairs, list[Table]]] = {}  # tables with the same pairs, by the pairs' id
@@ -186,8 +184,8 @@ class Adam(torch.optim.Optimizer):
         for name in copied:
             self.copies.written(name)
 
-    def _hyper(self, group: dict[str, Any], step: Tensor) -> Tensor:
-        """The numbers that `adam_rows` takes, made on the device. SparseAdam, of a lazy step, doesn't correct eps.
+    def _numbers(self, group: dict[str, Any], step: Tensor) -> tuple[Tensor, Tensor]:
+        """The numbers that `adam_rows` takes, and its seed. SparseAdam, of a lazy step, doesn't correct eps.
 
         Each is factor * (1 - base^t)^power, and the first also times lr. With base 0 nothing is left of t.
         """
@@ -198,10 +196,7 @@ class Adam(torch.optim.Optimizer):
             factors, rest = [1, 1, eps, 1 - beta1, beta2, 1 - beta2], [0, 0, 0]
             constants = [factors, [beta1, beta2, eps_base, *rest], [-1, -0.5, eps_power, 1, 1, 1]]
             self._constants[key] = torch.tensor(constants, dtype=torch.float64, device=step.device)
-        factors, bases, powers = self._constants[key]
-        hyper = (1 - torch.pow(bases, step)).pow_(powers).mul_(factors)
-        hyper[:1].mul_(group["lr"])
-        return hyper.float()
+        return adam_numbers(self._constants[key], step, group["lr"])
 
     def _check(self, gradients: dict[str, Tensor | Factors]) -> None:
         of = getattr(gradients, "of", None)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from csae.factors import Pass
 from csae.look_back import LookBack
 from csae.ops import sparse_decode
-from csae.ops.checks import check_tensor
+from csae.ops.checks import autocast_to, check_tensor
 from csae.ops.lookback_attention import document_starts
 from csae.outputs import Bounds, Code, Output, Ran, Sweeps
 from csae.recurrence import Recurrence, State
@@ -305,17 +305,20 @@ class ContextualSAE(SAE):
         if windows == 0 or (ops.rule.shared and windows < x.shape[0]):  # a budget is that of all windows
             return self._sweep(ops, x, mask, documents, sweeps, None)
         W_a = ops.table("W_enc") @ (self.W_O if self.W_I is None else self.W_I).detach()
-        parts = []
+        found = []
         for start in range(0, x.shape[0], windows):
             part = slice(start, start + windows)
             here, of = (None if tensor is None else tensor[part] for tensor in (mask, documents))
-            parts.append(self._sweep(ops, x[part], here, of, sweeps, W_a))
-        x_hats, codes, cs, suppressed, groups = zip(*parts, strict=True)
+            found.append(self._sweep(ops, x[part], here, of, sweeps, W_a))
+        if len(found) == 1:
+            return found[0]
+        parts, codes, cs, suppressed, groups = zip(*found, strict=True)
         values, indices = zip(*codes, strict=True)
         c = torch.cat(cs)
         code = Code(torch.cat(values), torch.cat(indices))
         of_groups = torch.cat(groups) if ops.prefixes else None
-        return Ran(torch.cat(x_hats), code, c, c if self.W_I is None else torch.cat(suppressed), of_groups)
+        together = tuple(of[0] if of[0] is self.b_dec else torch.cat(of) for of in zip(*parts, strict=True))
+        return Ran(together, code, c, c if self.W_I is None else torch.cat(suppressed), of_groups)
 
     def _windows_to_keep(self, x: Tensor, sweeps: Sweeps) -> int:
         """How many windows at a time keep the pre-activations of sweep 0; none where that is no gain.
@@ -338,33 +341,36 @@ class ContextualSAE(SAE):
         start = self._recur(x, mask, documents) if sweeps.from_exact else None
         x = ops.centred(x)
         encode = ops.encoder(mask)
+        # What is left of x is made from x itself; all else takes it in autocast's dtype, cast once.
+        seen = x if x.requires_grad else autocast_to(x)[0]
         queries = kept = a = x.new_zeros(())
         found: tuple[Tensor, Tensor]
         if self.query == "current":
-            queries = look_back.queries(x, ops.shift())
+            queries = look_back.queries(seen, ops.shift())
         if start is not None:
-            _, found, c, suppressed, _ = start
+            found, c, suppressed = start.code, start.c, start.suppressed
             code = self._encoded(ops, x - suppressed, found, mask)
         else:
             suppressed = a.expand_as(x)
             c = a.expand(*x.shape[:-1], self.d_out)
             if W_a is None:
-                found = encode(x)
+                found = encode(seen)
             else:
-                values, indices, kept = ops.encode_and_keep(x, mask)
+                values, indices, kept = ops.encode_and_keep(seen, mask)
                 found = values, indices
-            code = self._encoded(ops, x, found, mask)
+            code = self._encoded(ops, seen, found, mask)
         for _ in range(sweeps.times):
             if self.query == "past":
                 queries = look_back.queries(self._shifted(ops.decode("W_dec", code) + c))
             memory = ops.decode("W_mem", code, most_active=self.k_mem if self.k_mem < self.k_max else None)
             before, a = a, look_back.read(queries, memory, mask, documents)
+            further = a if before.dim() == 0 else a - before
             c, suppressed = look_back.written(a)
             left = x - suppressed
-            found = encode(left) if W_a is None else ops.rule.encode_again(kept, a - before, W_a, mask)
+            found = encode(left) if W_a is None else ops.rule.encode_again(kept, further, W_a, mask)
             code = self._encoded(ops, left, found, mask)
         decoded, groups = ops.reconstruct(code)
-        return Ran(self._with_skip(decoded + c + self.b_dec, x), code, c, suppressed, groups)
+        return Ran((decoded, c, self.b_dec, *self._skipped(x)), code, c, suppressed, groups)
 
     def _encoded(self, ops: Pass, x: Tensor, found: tuple[Tensor, Tensor], mask: Tensor | None) -> Code:
         """The code of x [..., d_in], `found` without a gradient, with its gradient; empty where the mask is False."""
@@ -384,7 +390,7 @@ class ContextualSAE(SAE):
         In the precision of the parameters, and without a gradient. Of a code, without a skip connection.
         """
         x_hat, code, c, suppressed = self._recurrence().whole(given, mask, documents)
-        return Ran(x_hat, Code(*code), c, suppressed)
+        return Ran((x_hat,), Code(*code), c, suppressed)
 
     def _check_acts(self, acts: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> None:
         super()._check_acts(acts, mask, documents)

@@ -24,8 +24,9 @@ from csae.dead_rows import DeadRows, are_few, dead_acts
 from csae.losses import Total, here
 from csae.matryoshka import Prefixes, by_group, pairs_by_group
 from csae.ops import near_threshold, sparse_decode, topk_encode
+from csae.ops.activity import active_features
 from csae.ops.adam_rows import Pairs, feature_sums, sort_codes
-from csae.ops.checks import autocast_to
+from csae.ops.checks import autocast_dtype, autocast_to
 from csae.ops.linear import linear
 from csae.ops.straight_through import decode_steps, threshold_steps
 from csae.ops.threshold_encode import threshold_and_near
@@ -120,8 +121,11 @@ class Pass:
         self.near: list[Near] = []
         self._searched: tuple[Any, ...] = ()  # the indices of the last code, and what was found near thresholds
 
-    def centred(self, x: Tensor) -> Tensor:
-        """x - b_dec, or a transcoder's x - mean: what `encode` takes, before what the look-back subtracts."""
+    def centred(self, x: Tensor, cast: bool = False) -> Tensor:
+        """x - b_dec, or a transcoder's x - mean: what `encode` takes, before what the look-back subtracts.
+
+        cast: it may be in autocast's dtype.
+        """
         return x - self.sae.centre
 
     def shift(self) -> Tensor | None:
@@ -289,8 +293,12 @@ class Trace(Pass):
             self._tables[key] = autocast_to(super().table(name))[0] if copy is None else copy
         return self._tables[key]
 
-    def centred(self, x: Tensor) -> Tensor:
-        return super().centred(x).detach()  # `_of_b_dec` gives b_dec what it gets through the encoder
+    def centred(self, x: Tensor, cast: bool = False) -> Tensor:
+        # No gradient: `_of_b_dec` gives b_dec what it gets through the encoder.
+        dtype = autocast_dtype(x) if cast else x.dtype
+        if dtype == x.dtype or torch.compiler.is_compiling():
+            return super().centred(x).detach()
+        return torch.sub(x.detach(), self.sae.centre.detach(), out=torch.empty_like(x, dtype=dtype))
 
     def shift(self) -> Tensor | None:
         # Numerically zero; carries b_dec's gradient without computing x's.
@@ -414,10 +422,8 @@ class Trace(Pass):
         values, indices = code
         if not values.requires_grad:  # everything behind it is frozen, or held constant
             values.requires_grad_()
-        with torch.no_grad():
-            # A NaN counts as active, so that it is seen.
-            off = values <= 0 if mask is None else (values <= 0) | ~mask.unsqueeze(-1)
-            active = torch.where(off, self.sae.W_enc.shape[0], indices if features is None else features[indices])
+        named = indices if features is None else features[indices]
+        active = active_features(values, named, mask, self.sae.W_enc.shape[0])
         flat = x.detach().reshape(-1, x.shape[-1])
         self.coded.append(Coded(flat, values, indices, active.reshape(-1, values.shape[-1]), features is not None))
         return values, indices
@@ -432,12 +438,12 @@ class Trace(Pass):
         places = [[used.index(code) for code in codes] for codes in groups]
         pairs = dict(zip(groups, self._sorted(features, places), strict=True))
         factors = {}
-        for name, parts in terms.items():
+        weights = _weights([[part.weights for part in parts] for parts in terms.values()])
+        for (name, parts), own_weights in zip(terms.items(), weights, strict=True):
             own = pairs[tuple(part.code for part in parts)]
             if any(part.by_group for part in parts):
                 own = pairs_by_group(own, [(len(part.weights), part.by_group) for part in parts], self._own_prefixes())
-            weights = _wide(_joined([part.weights.reshape(-1) for part in parts]))
-            factors[name] = Factors(own, weights, _joined([part.rows for part in parts]))
+            factors[name] = Factors(own, own_weights, _joined([part.rows for part in parts]))
         return factors
 
     def _own_prefixes(self) -> Prefixes:
@@ -486,6 +492,23 @@ class Trace(Pass):
 def _joined(parts: list[Tensor]) -> Tensor:
     """The parts, one after another, without a gradient: a single part may be a code's own values."""
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).detach()
+
+
+def _weights(tables: list[list[Tensor]]) -> list[Tensor]:
+    """The weights of each table, [P], from those of its terms, [n, k]: in float32 (or float64), all in one launch."""
+    found, wide, narrow = [], [], []
+    for parts in tables:
+        dtype = torch.float64 if parts[0].dtype == torch.float64 else torch.float32
+        if len(parts) == 1 and parts[0].dtype == dtype:
+            found.append(parts[0].detach().reshape(-1))
+            continue
+        found.append(parts[0].new_empty(sum(part.numel() for part in parts), dtype=dtype))
+        places = found[-1].split([part.numel() for part in parts])
+        wide += [place.view(part.shape) for place, part in zip(places, parts, strict=True)]
+        narrow += [part.detach() for part in parts]
+    if wide:
+        torch._foreach_copy_(wide, narrow)
+    return found
 
 
 def _wide(weights: Tensor) -> Tensor:

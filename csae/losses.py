@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+from csae.ops.fvu import fused, fvu
 
 Total = Callable[[Tensor], Tensor]
 """the sum of a tensor over all processes that share the batch"""
@@ -24,13 +27,24 @@ def fraction_unexplained(x: Tensor, residual: Tensor, weight: Tensor, total: Tot
     return _share(energy(residual, weight), x, weight, total)
 
 
-def unexplained(x: Tensor, x_hat: Tensor, weight: Tensor, total: Total = here) -> tuple[Tensor, Tensor]:
-    """FVU, a scalar, of x and its reconstruction [..., d_in]; and what is missed of it, without a gradient."""
+def unexplained(x: Tensor, parts: tuple[Tensor, ...], weight: Tensor, total: Total = here) -> tuple[Tensor, Tensor]:
+    """FVU, a scalar, of x [..., d] and its reconstruction; and what is missed of it, without a gradient.
+
+    parts: what adds up to the reconstruction (`Ran.parts`).
+    """
+    if total is here and fused(x, parts, weight):
+        return fvu(x, parts, weight)
+    x_hat = added(parts)
     if torch.compiler.is_compiling():  # it derives the backward pass by itself, and fuses it
         residual = x - x_hat
         return fraction_unexplained(x, residual, weight, total), residual.detach()
     missed, residual = _Missed.apply(x, x_hat, weight)  # type: ignore[no-untyped-call]
     return _share(missed, x, weight, total), residual
+
+
+def added(parts: tuple[Tensor, ...]) -> Tensor:
+    """The sum of the parts, in their order."""
+    return reduce(torch.add, parts)
 
 
 def spread(x: Tensor, weight: Tensor, total: Total = here) -> Tensor:

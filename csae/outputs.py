@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -80,8 +81,8 @@ class Output(NamedTuple):
 class Ran(NamedTuple):
     """What an SAE makes of normalised activations, in normalised units."""
 
-    x_hat: Tensor
-    """[..., d_out]"""
+    parts: tuple[Tensor, ...]
+    """what adds up to x_hat: tensors of its shape, and b_dec [d_out]"""
     code: Code
     c: Tensor
     """[..., d_out]"""
@@ -91,8 +92,10 @@ class Ran(NamedTuple):
     """[..., G, d_out]: the parts of x_hat by the groups of features between prefixes, for the loss of an SAE that has
     prefixes"""
 
-    def __repr__(self) -> str:
-        return _shortly(self)
+    @property
+    def x_hat(self) -> Tensor:
+        """[..., d_out]"""
+        return functools.reduce(torch.add, self.parts)
 
 
 class Sweeps(NamedTuple):

@@ -14,10 +14,12 @@ from csae.calibration import calibrate
 from csae.errors import UserError
 from csae.factors import Gradients, Pass, Trace
 from csae.given import check_acts, check_bounds, check_dead, check_target, check_trained
-from csae.losses import energy, unexplained
+from csae.losses import added, energy, unexplained
 from csae.matryoshka import checked_prefixes, prefix_fvus
+from csae.ops.activity import fired
 from csae.ops.checks import check_k
 from csae.ops.linear import linear
+from csae.ops.scaling import over_scale
 from csae.outputs import Code, Losses, Output, Ran, Sweeps
 from csae.saving import Saved, shapes, without_tensors
 from csae.selection import least, slots
@@ -195,8 +197,8 @@ class SAE(Saved, ABC):
         """
         self._check_whole("forward")
         self._check_acts(acts, mask, documents)
-        x_hat, code, c, *_ = self._run(Pass(self, self.training), self._normalised(acts), mask, documents, None)
-        return self._output(x_hat, code, c, acts.dtype)
+        found = self._run(Pass(self, self.training), self._normalised(acts), mask, documents, None)
+        return self._output(found.x_hat, found.code, found.c, acts.dtype)
 
     @abstractmethod
     def _run(self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None) -> Ran:
@@ -348,20 +350,18 @@ class SAE(Saved, ABC):
         sweeps: Sweeps | None,
         target: Tensor | None,
     ) -> Losses:
-        x = self._normalised(acts)
-        y = x if target is None else self._over(target, self.out_scale)
-        if mask is not None:  # what is left out may be NaN, or too large for its dtype
-            x = x.masked_fill(~mask.unsqueeze(-1), 0)
-            y = x if target is None else y.masked_fill(~mask.unsqueeze(-1), 0)
-        x_hat, code, _, suppressed, groups = self._run(ops, x, mask, documents, sweeps)
+        dtype = self.W_enc.dtype
+        x = over_scale(acts, self.scale, mask, dtype)
+        y = x if target is None else over_scale(target, self.out_scale, mask, dtype)
+        parts, code, _, suppressed, groups = self._run(ops, x, mask, documents, sweeps)
         ones = torch.promote_types(x.dtype, torch.float32)  # half precision can't count tokens
         weight = x.new_ones(x.shape[:-1], dtype=ones) if mask is None else mask.to(ones)
         if groups is not None:
-            residual = y - x_hat
+            residual = y - added(parts)
             fvus = prefix_fvus(y, residual, groups, weight, ops.total)
             fvu, loss = fvus[-1], fvus.mean()
         else:
-            fvu, residual = unexplained(y, x_hat, weight, ops.total)
+            fvu, residual = unexplained(y, parts, weight, ops.total)
             loss = fvu
         aux = fvu.new_zeros(())
         if dead is not None and ops.n_dead(dead) > 0:
@@ -398,12 +398,12 @@ class SAE(Saved, ABC):
                 "a whole SAE: save it (save_pretrained on all ranks), and load it in one process (from_pretrained)"
             )
 
-    def _with_skip(self, x_hat: Tensor, x: Tensor) -> Tensor:
-        """x_hat [..., d_out] with what the skip connection makes of normalised x [..., d_in] less `centre`."""
-        return x_hat if self.W_skip is None else x_hat + linear(x, self.W_skip)
+    def _skipped(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What the skip connection, if there is one, adds [..., d_out] for normalised x [..., d_in] less `centre`."""
+        return () if self.W_skip is None else (linear(x, self.W_skip),)
 
     def _skip_of(self, x_hat: Tensor, acts: Tensor | None) -> Tensor:
-        """`_with_skip` for `decode`, which may be given the activations [..., d_in]."""
+        """x_hat with `_skipped`, for `decode`, which may be given the activations [..., d_in]."""
         if self.W_skip is None:
             return x_hat
         if acts is None:
@@ -413,16 +413,11 @@ class SAE(Saved, ABC):
         self._check_acts(acts)
         if acts.shape[:-1] != x_hat.shape[:-1]:
             raise ValueError(f"acts: given shape {list(acts.shape)}; needed {[*x_hat.shape[:-1], self.d_in]}")
-        return self._with_skip(x_hat, self._normalised(acts) - self.centre)
+        return added((x_hat, *self._skipped(self._normalised(acts) - self.centre)))
 
     def _normalised(self, acts: Tensor) -> Tensor:
         """Activations in normalised units: over the scale, in the dtype of the weights."""
-        return self._over(acts, self.scale)
-
-    def _over(self, acts: Tensor, scale: Tensor) -> Tensor:
-        weights = self.W_enc.dtype
-        wide = torch.promote_types(torch.promote_types(acts.dtype, weights), torch.float32)
-        return (acts.to(wide) / scale.to(wide)).to(weights)
+        return over_scale(acts, self.scale, None, self.W_enc.dtype)
 
     def _in_units_of(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Normalised x [..., d_out] -> the same in the units of what is reconstructed, in this dtype."""
@@ -451,16 +446,13 @@ class SAE(Saved, ABC):
         Where others own rows too, all processes call this, each with the code of its own windows.
         """
         check_bounds(code.values.shape[:-1], mask, None)
-        active = code.values > 0
-        if mask is not None:
-            active = active & mask.unsqueeze(-1)
         tokens: int | Tensor = code.values.shape[:-1].numel() if mask is None else mask.sum()
         if self.shard is None:
-            fired = torch.zeros(self.d_sae, dtype=torch.int32, device=active.device)
-            fired.scatter_reduce_(0, code.indices.flatten(), active.flatten().to(torch.int32), "amax")
+            fired(self.tokens_since_fired.add_(tokens), *code, mask)
         else:
-            fired, tokens = self.shard.fired(code.indices, active, tokens)
-        self.tokens_since_fired.add_(tokens).mul_(1 - fired)
+            active = code.values > 0 if mask is None else (code.values > 0) & mask.unsqueeze(-1)
+            of_rows, tokens = self.shard.fired(code.indices, active, tokens)
+            self.tokens_since_fired.add_(tokens).mul_(1 - of_rows)
         if self.selection == "batch" and self.threshold is not None:
             value = least(code, mask)
             value = value if self.shard is None else self.shard.least(value)

@@ -41,8 +41,8 @@ class TopKSAE(SAE):
         return self._in_units_of(self._skip_of(x_hat, acts), self.W_dec.dtype)
 
     def _run(self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps | None) -> Ran:
-        zero, x = x.new_zeros(()), ops.centred(x)
+        zero, x = x.new_zeros(()), ops.centred(x, cast=True)
         code = Code(*ops.encode(x, mask))
         decoded, groups = ops.reconstruct(code)
-        x_hat = self._with_skip(decoded + self.b_dec, x)
-        return Ran(x_hat, code, zero.expand_as(x_hat), zero.expand_as(x), groups)
+        parts = (decoded, self.b_dec, *self._skipped(x))
+        return Ran(parts, code, zero.expand_as(decoded), zero.expand_as(x), groups)

@@ -19,7 +19,7 @@ def test_unexplained_is_the_fraction_and_its_gradient(dtype: torch.dtype) -> Non
     given = torch.randn(3, 7, 5, dtype=torch.float64).to(dtype)
     weight = (torch.rand(3, 7) > 0.3).double()
     x_hat, other = given.clone().requires_grad_(), given.double().requires_grad_()
-    fvu, residual = unexplained(x.to(dtype), x_hat, weight.to(torch.promote_types(dtype, torch.float32)))
+    fvu, residual = unexplained(x.to(dtype), (x_hat,), weight.to(torch.promote_types(dtype, torch.float32)))
     expected = fraction_unexplained(x.to(dtype).double(), x.to(dtype).double() - other, weight)
     exact = dtype == torch.float64
     tolerance = {} if exact else {"rtol": 2e-2 if dtype == torch.bfloat16 else 1e-5, "atol": 1e-3}
@@ -38,7 +38,7 @@ def test_unexplained_reaches_what_is_reconstructed() -> None:
     x = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
     x_hat = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.rand(6, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda *given: unexplained(*given, weight)[0], (x, x_hat))
+    assert torch.autograd.gradcheck(lambda x, x_hat: unexplained(x, (x_hat,), weight)[0], (x, x_hat))
 
 
 def sae_of(arch: str) -> TopKSAE | ContextualSAE:

@@ -75,7 +75,7 @@ class BatchTopKSAE(SAE):
         centred = ops.centred(x)
         code = Code(*ops.encode(centred, mask, self._select(centred.detach(), mask)))
         zero = x.new_zeros(()).expand_as(x)
-        return Ran(ops.decode("W_dec", code) + self.b_dec, code, zero, zero)
+        return Ran((ops.decode("W_dec", code), self.b_dec), code, zero, zero)
 
     @torch.no_grad()
     def _select(self, centred: Tensor, mask: Tensor | None) -> Code:

@@ -101,7 +101,7 @@ class TemporalFeatureSAE(SAE):
         values, indices = topk_encode(centred - c, self.W_enc, self.b_enc, self.k)
         if mask is not None:
             c, values = (tensor.masked_fill(~mask.unsqueeze(-1), 0) for tensor in (c, values))
-        return Ran(sparse_decode(values, indices, self.W_dec) + c + self.b_dec, Code(values, indices), c, c)
+        return Ran((sparse_decode(values, indices, self.W_dec), c, self.b_dec), Code(values, indices), c, c)
 
     def _predict(self, centred: Tensor, mask: Tensor | None, documents: Tensor | None) -> Tensor:
         """x - b_dec [B, T, d_in] -> the predicted part of it [B, T, d_in]."""

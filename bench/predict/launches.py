@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten
 
 from csae import contextual_sae
 from csae.kernels.triton import topk_coarse, topk_product
+from csae.kernels.triton import topk_encode as by_ranges
 from csae.kernels.triton.variant import Variant
 from csae.ops import backend, sparse_decode, topk_encode
 from csae.ops.adam_rows import Table, adam_rows, feature_sums, sort_pairs
@@ -85,13 +86,14 @@ def pretending() -> Iterator[None]:
     ours = [module for name, module in list(sys.modules.items()) if name.startswith("csae.") and module is not None]
     found = [(module, name) for module in ours for name, value in vars(module).items() if value is place]
     before = topk_product._has_tma, topk_product._is_hopper, topk_product._programs
-    kept_bytes = contextual_sae.kept_bytes
+    kept_bytes, workspace_bytes = contextual_sae.kept_bytes, by_ranges.workspace_bytes
     for module, name in found:
         setattr(module, name, on_triton)
     proven, topk_coarse._all_proven = topk_coarse._all_proven, lambda failed: True
     topk_product._has_tma = topk_product._is_hopper = lambda device: True
     topk_product._programs = lambda device: machine.MULTIPROCESSORS
     contextual_sae.kept_bytes = lambda device: int(contextual_sae.KEPT_SHARE * machine.CAPACITY)
+    by_ranges.workspace_bytes = lambda device: by_ranges.MOST_WORKSPACE_BYTES
     try:
         yield
     finally:
@@ -99,6 +101,7 @@ def pretending() -> Iterator[None]:
             setattr(module, name, place)
         topk_product._has_tma, topk_product._is_hopper, topk_product._programs = before
         topk_coarse._all_proven, contextual_sae.kept_bytes = proven, kept_bytes
+        by_ranges.workspace_bytes = workspace_bytes
 
 
 class _Recorder(TorchDispatchMode):
@@ -164,6 +167,8 @@ def _where() -> str:
 def _described(of: Any) -> Any:
     if isinstance(of, Tensor):
         return {"shape": list(of.shape), "dtype": str(of.dtype).removeprefix("torch.")}
+    if isinstance(of, torch.dtype):
+        return {"dtype": str(of).removeprefix("torch.")}
     return [_described(one) for one in of] if isinstance(of, list | tuple) else of
 
 
@@ -201,8 +206,8 @@ def of_case(case: str, shape: Shape) -> Recorded:
     Of a run that is not the first: it finds the copies of tables that the one before wrote.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
-        run = CASES[case].implementations[OURS](_data(shape)).run
-        with _recording():
+        with _recording():  # before a step, dead features are looked for
+            run = CASES[case].implementations[OURS](_data(shape)).run
             run()
         with _recording() as recorder:
             run()

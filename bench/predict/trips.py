@@ -27,7 +27,7 @@ from torch import Tensor
 from . import source
 
 Call = dict[str, Any]
-"""operator: its name; given: its arguments by name: a number, None, or {"shape", "dtype"}, or lists of these"""
+"""operator: its name; given: its arguments by name: a number, None, a dtype, {"shape", "dtype"}, or lists of these"""
 
 ROWS = 4  # of a product and the selection from it
 LEAST_BLOCK = 16  # rows of a product's tile, at least
@@ -264,6 +264,8 @@ def _arguments(call: Call) -> tuple[list[Any], float]:
         if not isinstance(of, dict):
             return of
         of = of | {"dtype": of["dtype"].replace("bfloat16", half)}
+        if "shape" not in of:
+            return getattr(torch, of["dtype"])
         if name == "indices":
             table = next(given[n] for n in ("W_dec", "W_enc", "table") if isinstance(given.get(n), dict))
             of["below"] = table["shape"][0]

@@ -21,7 +21,7 @@ from csae.kernels.pairs import Pairs, Table
 
 from .backend import fake, kernels, no_gradient, operator
 
-__all__ = ["Pairs", "Table", "adam_rows", "feature_sums", "sort_codes", "sort_pairs"]
+__all__ = ["Pairs", "Table", "adam_numbers", "adam_rows", "feature_sums", "sort_codes", "sort_pairs"]
 
 
 def sort_pairs(features: Tensor, tokens: Tensor, d_sae: int) -> Pairs:
@@ -57,6 +57,26 @@ def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, la
     columns = zip(*tables, strict=True)
     params, exp_avgs, exp_avg_sqs, weights, rows, unit_rows, rounded = (list(column) for column in columns)
     _adam_rows(*pairs, params, exp_avgs, exp_avg_sqs, weights, rows, unit_rows, hyper, seed, lazy, first_row, rounded)
+
+
+def adam_numbers(constants: Tensor, step: Tensor, lr: float | Tensor) -> tuple[Tensor, Tensor]:
+    """`adam_rows`' hyper and seed, made on the device of `step`, a scalar.
+
+    constants: [3, 6] float64, factors, bases and powers: each number is factor * (1 - base^step)^power, the first also
+    times lr, a number or a scalar there.
+    """
+    given = (lr, 0.0) if isinstance(lr, Tensor) else (None, lr)
+    return _adam_numbers(constants, step, *given)
+
+
+@operator("adam_numbers")
+def _adam_numbers(constants: Tensor, step: Tensor, lr: Tensor | None, lr_number: float) -> tuple[Tensor, Tensor]:
+    return kernels("adam_numbers", step.device, step.dtype).adam_numbers(constants, step, lr, lr_number)
+
+
+@fake("adam_numbers")
+def _(constants, step, lr, lr_number):
+    return step.new_empty(constants.shape[1], dtype=torch.float32), step.new_empty(1, dtype=torch.int64)
 
 
 @operator("sort_pairs")
@@ -139,6 +159,7 @@ def _(order, tokens, ends, weights, rows):
     return [of.new_empty(ends.shape[0] - 1, of.shape[1]) for of in rows]
 
 
+no_gradient("adam_numbers")
 no_gradient("sort_pairs")
 no_gradient("sort_codes")
 no_gradient("feature_sums")

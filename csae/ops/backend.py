@@ -23,7 +23,18 @@ _STORED = (torch.float32, torch.bfloat16)
 _HALF = (torch.float32, torch.bfloat16, torch.float16)
 
 # The modules of `kernels/triton` and of `kernels/cpu`; and the dtypes that the latter know.
-ON_TRITON = ("topk_encode", "threshold_encode", "sparse_decode", "feature_rows", "lookback_attention", "scaled_heads")
+ON_TRITON = (
+    "topk_encode",
+    "threshold_encode",
+    "sparse_decode",
+    "feature_rows",
+    "lookback_attention",
+    "scaled_heads",
+    "fvu",
+    "activity",
+    "scaling",
+    "adam_numbers",
+)
 ON_CPU = {
     "topk_encode": _HALF,
     "threshold_encode": _HALF,
@@ -45,7 +56,7 @@ def place(op: str, device: torch.device, dtype: torch.dtype) -> Literal["triton"
     """The folder of that module."""
     if device.type == "cuda" and op in ON_TRITON and triton.available():
         return "triton"
-    if device.type == "cpu" and dtype in ON_CPU[op]:
+    if device.type == "cpu" and dtype in ON_CPU.get(op, ()):
         if cpu.available():
             return "cpu"
         cpu.warn_once()

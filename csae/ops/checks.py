@@ -72,9 +72,16 @@ def check_k(k: object, d_sae: int, name: str = "k", most: str = "d_sae") -> None
 
 
 def autocast_to(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype, where it is on for their device; float64 stays."""
+    """The tensors in autocast's dtype, where it is on for the first one's device; float64 stays."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that `autocast_to` gives the tensor."""
+    kind = tensor.device.type
+    cast = torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if cast else tensor.dtype

@@ -6,6 +6,10 @@ topk_encode          the encoder: a matrix product (topk_product) and an exact t
 threshold_encode     what is above a threshold: the product of topk_threshold, the choice of topk_select
 sparse_decode        the decoder: an embedding bag, and its gradients
 feature_rows         gradients summed per feature (feature_sums), and Adam fused with that sum (adam_rows)
+activity             which features of a code are active, and since when they were not
+scaling              activations in normalised units
+adam_numbers         the bias corrections of a step of Adam
+fvu                  the fraction of variance unexplained, and its gradient
 scaled_heads         RMSNorm of the look-back's heads, and its gradients
 lookback_attention   causal attention with a log-distance bias and a null score, computed as FlashAttention does
 topk_threshold       a second algorithm for topk_encode; no op uses it until a GPU has measured both

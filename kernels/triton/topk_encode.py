@@ -47,21 +47,27 @@ from .topk_product import GROUP, best_product, launch_product, product_variant, 
 from .topk_select import ordered, select_ranges
 from .variant import Variant, aligned, dot_precision, unit_of
 
-WORKSPACE_BYTES = 384 * 2**20
+# At least so many bytes; on a GPU a share of its memory, but no more than the last: fewer ranges are fewer launches.
+WORKSPACE_BYTES, WORKSPACE_SHARE, MOST_WORKSPACE_BYTES = 384 * 2**20, 1 / 128, 2**30
 LEAST_WIDTH = 4096  # columns of a range, at least: in a narrower one the selection would outweigh the product
 RANGE_UNIT = 256  # a range's width is a multiple of this: the widest tile, so that no tile crosses two ranges
 
 
 @functools.lru_cache(1024)
-def _workspace(n: int, d_sae: int, k: int, tile: tuple[int, int] = (128, 256), programs: int = 132) -> tuple[int, int]:
-    """Rows of a chunk and columns of a range that fit WORKSPACE_BYTES. All rows are one chunk if ranges stay wide.
+def _workspace(
+    n: int, d_sae: int, k: int, tile: tuple[int, int] = (128, 256), programs: int = 132, most_bytes: int = 0
+) -> tuple[int, int]:
+    """Rows of a chunk and columns of a range that fit so many bytes. All rows are one chunk if ranges stay wide.
+
+    most_bytes: WORKSPACE_BYTES if not given.
 
     Of the widths that fit, the one whose tiles fill the waves of `programs` best; a range more counts as a wave.
     """
+    space = most_bytes or WORKSPACE_BYTES
     whole = triton.cdiv(d_sae, GROUP) * GROUP
     # A range has at least 2 k groups; k groups of fewer would be most of its columns.
     least = triton.cdiv(max(LEAST_WIDTH, 2 * k * GROUP), RANGE_UNIT) * RANGE_UNIT
-    fitting = (WORKSPACE_BYTES // n - bytes_a_row(0, k)) * 8 // 33 // RANGE_UNIT * RANGE_UNIT
+    fitting = (space // n - bytes_a_row(0, k)) * 8 // 33 // RANGE_UNIT * RANGE_UNIT
     if max(least, fitting) >= d_sae:
         width = min(triton.cdiv(d_sae, RANGE_UNIT) * RANGE_UNIT, whole)
     else:
@@ -73,9 +79,17 @@ def _workspace(n: int, d_sae: int, k: int, tile: tuple[int, int] = (128, 256), p
             return len(widths) + sum(triton.cdiv(of, programs) for of in tiles)
 
         width = min(range(most, max(least, most // 2) - 1, -RANGE_UNIT), key=waves)
-    rows = WORKSPACE_BYTES // bytes_a_row(width, k)
+    rows = space // bytes_a_row(width, k)
     # Where possible a chunk is whole blocks of 128 rows, so that the next one starts at a 16-byte boundary.
     return min(n, rows - rows % 128 if rows >= 128 else max(rows, 1)), width
+
+
+def workspace_bytes(device: torch.device) -> int:
+    """How many bytes the workspace of an encode may take on a device."""
+    if device.type != "cuda":
+        return WORKSPACE_BYTES
+    share = int(WORKSPACE_SHARE * torch.cuda.get_device_properties(device).total_memory)
+    return max(WORKSPACE_BYTES, min(share, MOST_WORKSPACE_BYTES))
 
 
 def bytes_a_row(width: int, k: int) -> int:
@@ -99,7 +113,7 @@ def topk_encode(
     Selection is on the float32 accumulator. Products of float32 are float32 if torch.get_float32_matmul_precision() is
     "highest" (of candidates only where topk_coarse.py is a gain; it needs memory of its own), and TF32 otherwise. A row
     with a NaN among its pre-activations gives k NaN at indices 0..k-1. Memory beside the result: 8 n k bytes, and
-    WORKSPACE_BYTES at most, or what one row needs if that is more.
+    `workspace_bytes` at most, or what one row needs if that is more.
 
     product: the form of the product kernel, one of topk_product.py's `variants` or `candidates`; by default the best
     for the device.
@@ -131,7 +145,8 @@ def search(
     """
     n, d_sae = x.shape[0], W_enc.shape[0]
     tile = product.constants["BLOCK_M"], product.constants["BLOCK_N"]
-    rows, width = _workspace(n, d_sae, pairs.shape[1], tile, programs_of(product, x.device))
+    programs, space = programs_of(product, x.device), workspace_bytes(x.device)
+    rows, width = _workspace(n, d_sae, pairs.shape[1], tile, programs, space)
     acts = torch.empty(rows, width, dtype=torch.float32, device=x.device)
 
     def multiply(first: int, chunk: int, start: int, here: int, bound: Tensor, maxima: Tensor) -> tuple[Tensor, int]:

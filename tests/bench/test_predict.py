@@ -61,6 +61,16 @@ def test_no_step_launches_more(written: dict[str, Any]) -> None:
             assert found <= SLOWER * number, "if that is meant: run `python -m csae.bench.predict --write`"
 
 
+@pytest.mark.parametrize("shape", ["A", "B", "C"])
+@pytest.mark.parametrize(("step", "most"), [("TopK training step", 60), ("contextual training step, one sweep", 200)])
+def test_a_step_launches_few_kernels(step: str, most: int, shape: str) -> None:
+    """At 6 us each, the host would otherwise be slower than the device at A."""
+    from csae.bench.data import SHAPES
+    from csae.bench.predict import launches
+
+    assert launches.kernels(launches.of_case(step, SHAPES[shape])) <= most
+
+
 @pytest.mark.slow
 def test_all_of_a_shape_counted_again(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, written: dict[str, Any]) -> None:
     from csae.bench.predict import written as kept
@@ -220,7 +230,8 @@ def test_launches_are_those_of_a_real_step() -> None:
     names = [of.variant.kernel.fn.__name__ for _, of in found.launches if isinstance(of, Triton)]
     assert names.count("_gather_sum") == names.count("_gather_dot") == 1
     assert names.count("_adam_rows") == 3
-    assert [call["operator"] for call in found.calls][:2] == ["topk_encode", "sparse_decode"]
+    operators = [call["operator"] for call in found.calls]
+    assert operators[:5] == ["over_scale", "topk_encode", "active_features", "sparse_decode", "fvu"]
     by_name = [of for _, of in found.launches if isinstance(of, Torch)]
     (sort,) = [of for of in by_name if of.name == "sort"]
     assert sort.kernels > 1

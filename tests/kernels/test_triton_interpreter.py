@@ -13,9 +13,11 @@ import torch
 HERE = Path(__file__).parent
 QUICK = (
     "feature_rows",
+    "fvu",
     "lookback_attention",
     "scaled_heads",
     "sparse_decode",
+    "step",
     "threshold_encode",
     "topk_coarse",
     "topk_encode",

@@ -138,6 +138,21 @@ def calls(name: str, B: int, T: int, form: Callable[[Tensor], Tensor]) -> Iterat
             else:
                 scale = torch.ops.csae.scale_heads(heads, gain, 1e-6, 1.0)[1]
                 yield form(normal(B, T, 2, 4, seed=1)), heads, gain, scale, 1.0
+    elif name == "fvu":
+        for c in (None, form(normal(B, T, 6, seed=2))):
+            yield form(x), form(normal(B, T, 6, seed=1)), c, by.b_dec, torch.ones(B, T)
+    elif name == "fvu_backward":
+        yield torch.tensor(0.3), torch.tensor(7.0), form(x), torch.ones(B, T), torch.float32
+    elif name in ("active_features", "fired"):
+        for mask in (None, normal(B, T) > -1):
+            code = form(normal(B, T, K)), form(indices), mask
+            yield (*code, 11) if name == "active_features" else (torch.arange(11), *code)
+    elif name == "over_scale":
+        for mask in (None, normal(B, T) > -1):
+            yield x, torch.tensor(3.0), mask
+    elif name == "adam_numbers":
+        for lr in (None, torch.tensor(0.1)):
+            yield torch.rand(3, 6, dtype=torch.float64), torch.tensor(3.0), lr, 0.2
     elif name == "multiply":
         yield form(normal(n, 6)), form(normal(6, 9))
     elif name == "recur":
