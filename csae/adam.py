@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim.adam import adam
 
 from csae.config import LOOK_BACK_LR
@@ -117,6 +118,25 @@ class Adam(torch.optim.Optimizer):
     def forget_steps(self) -> None:
         """Read again from `state` how many steps each parameter has counted: call this after writing to `state`."""
         self._apart = None
+
+    def marks(self) -> tuple[Hashable, ...]:
+        """What a captured `update` depends on beside gradients and learning rates: a replay needs the same again."""
+        tensors = [*self.names, *(of for state in self.state.values() for of in state.values())]
+        copies = self.copies.current()
+        return (
+            tuple((of.data_ptr(), of.requires_grad) for of in tensors),
+            tuple((name, of.data_ptr()) for name, of in copies.items()),
+            tuple((group["betas"], group["eps"]) for group in self.param_groups),
+            None if self._apart is None else frozenset(self._apart),
+        )
+
+    def replayed(self) -> None:
+        """Say that a captured `update` ran again: each tensor counts a write, as if it had run by itself."""
+        copies = self.copies.current()  # a replay writes those that it takes
+        written = [*self.names, *copies.values(), *(of for state in self.state.values() for of in state.values())]
+        increment_version(written)
+        for name in copies:
+            self.copies.written(name)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -245,6 +265,8 @@ def _adam(given: list[tuple[Tensor, Any, dict[str, Tensor]]], group: dict[str, A
     exp_avgs, exp_avg_sqs, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
     beta1, beta2 = group["betas"]
     compiling = torch.compiler.is_compiling()  # a compiler can't trace the fused kernel, and fuses by itself
+    if not compiling:
+        increment_version([*parameters, *exp_avgs, *exp_avg_sqs])  # the fused kernel counts no writes
     adam(
         list(parameters),
         [gradient.contiguous() for gradient in gradients],  # the fused kernel takes the parameters' strides for theirs

@@ -390,7 +390,8 @@ class Trace(Pass):
             shape = len(of.features), self.coded[0].features.shape[1]  # as wide as a code: all are sorted at once
             features = of.features.new_full(shape, self.sae.W_enc.shape[0])
             weights = of.acts.new_zeros(shape, dtype=torch.float32)
-            features[:, 0], weights[:, 0] = of.features, 1
+            features[:, 0].copy_(of.features)
+            weights[:, 0].fill_(1)
             self.coded.append(Coded(of.x, weights, features, features, aux=True))
             for name, rows in (("W_enc", by.W_enc), ("W_dec", by.W_dec)):
                 if rows is not None:

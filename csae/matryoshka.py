@@ -99,7 +99,7 @@ class _Missed(Function):
         of_first, groups, weight = ctx.saved_tensors
         missed, d_missed = of_first.clone(), torch.zeros_like(of_first)
         d_groups = torch.empty_like(groups)
-        d_groups[..., 0, :] = 0
+        d_groups[..., 0, :].zero_()
         for g, d_energy in enumerate(d_energies.unbind()):
             if g > 0:
                 d_groups[..., g, :] = d_missed

@@ -62,6 +62,16 @@ class Copies:
         finally:
             _in_use.reset(before)
 
+    def current(self) -> dict[str, Tensor]:
+        """The copies that a step takes now, by name: none outside of `used`."""
+        if _in_use.get() is not self:
+            return {}
+        return {name: copy.rounded for name, copy in self._kept.items() if _is_current(copy.table, copy)}
+
+    def forget(self) -> None:
+        """Drop all copies: those of the next step are casts."""
+        self._kept.clear()
+
     def of(self, name: str, table: Tensor) -> Tensor | None:
         """The copy [d_sae, d] of a table, or None where there is none, or it is not current."""
         self._asked.add(name)

@@ -7,36 +7,82 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from csae.adam import Adam
 from csae.config import TrainConfig
 from csae.contextual_sae import ContextualSAE
 from csae.data.activations import Batch
+from csae.graphs import Graphs, Inputs
 from csae.losses import fraction_unexplained, here
 from csae.sae import SAE, Losses, Sweeps
 
 
 def train_step(
-    sae: SAE, optimizer: Adam, batch: Batch, step: int, config: TrainConfig, dead: Tensor | None = None
+    sae: SAE,
+    optimizer: Adam,
+    batch: Batch,
+    step: int,
+    config: TrainConfig,
+    dead: Tensor | None = None,
+    graphs: Graphs | None = None,
 ) -> tuple[Losses, Tensor]:
     """Step number `step` of training, on a batch; gives the losses before it, and the dead features [n_dead].
 
     dead: those that were found before; by default they are looked for now, which waits for the device.
+    graphs: captures the step and replays it (`step_graphs`); the losses are then valid until the next step.
     """
-    device = sae.W_dec.device
-    acts, mask, documents = (
-        tensor.to(device, non_blocking=True) for tensor in (batch.acts, batch.mask, batch.documents)
-    )
-    of_transcoder = {} if batch.target is None else {"target": batch.target.to(device, non_blocking=True)}
     if dead is None:
         dead = sae.dead_features()
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16"):
-        losses, gradients = sae.gradients(acts, mask, documents, dead, sweeps_at(step, config, sae), **of_transcoder)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, config) * group["share"]
+    inputs = {"acts": batch.acts, "mask": batch.mask, "documents": batch.documents, "dead": dead}
+    if batch.target is not None:
+        inputs["target"] = batch.target
+    sweeps, groups = sweeps_at(step, config, sae), optimizer.param_groups
+    rates = [learning_rate(step, config) * group["share"] for group in groups]
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+    half = config.precision == "bfloat16"
+    if graphs is None or (sweeps is not None and sweeps.from_exact):  # the recurrence has graphs of its own
+        here = {name: of.to(sae.W_dec.device, non_blocking=True) for name, of in inputs.items()}
+        return _step(sae, optimizer, here, sweeps, half), dead
+    inputs["rates"] = torch.tensor(rates, dtype=torch.float32)
+
+    def captured(given: Inputs) -> Losses:
+        given = dict(given)
+        for group, rate in zip(groups, given.pop("rates").unbind(), strict=True):
+            group["lr"] = rate
+        return _step(sae, optimizer, given, sweeps, half)
+
+    def replayed() -> None:
+        optimizer.replayed()
+        increment_version(list(sae.buffers()))
+
+    buffers = tuple(of.data_ptr() for of in sae.buffers())
+    key = sweeps, half, sae.training, repr(sae.config), buffers, optimizer.marks()
+    try:
+        return graphs.run(key, captured, inputs, replayed, optimizer.copies.forget), dead
+    finally:
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+
+
+def _step(sae: SAE, optimizer: Adam, inputs: Inputs, sweeps: Sweeps | None, half: bool) -> Losses:
+    """A step with the learning rates of the optimizer's groups."""
+    with torch.autocast(sae.W_dec.device.type, dtype=torch.bfloat16, enabled=half):
+        losses, gradients = sae.gradients(**inputs, sweeps=sweeps)
     optimizer.update(gradients)
-    sae.track(losses.code, mask)
-    return losses, dead
+    sae.track(losses.code, inputs["mask"])
+    return losses
+
+
+def step_graphs(sae: SAE, config: TrainConfig) -> Graphs | None:
+    """What captures the steps of this SAE, on CUDA; None where they are launched kernel by kernel.
+
+    They are where the host waits for a proof in the step: of products in float32, and of a budget that a batch shares.
+    And where other processes own rows: their exchange is not captured.
+    """
+    device, waits = sae.W_dec.device, config.precision != "bfloat16" or sae.selection == "batch"
+    return None if device.type != "cuda" or waits or sae.shard is not None else Graphs(device)
 
 
 def adam(sae: SAE, config: TrainConfig) -> Adam:

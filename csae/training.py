@@ -56,7 +56,7 @@ from csae.run import (
 )
 from csae.sae import SAE
 from csae.saving import CONFIG, check_config
-from csae.step import adam, exact_gap, learning_rate, sweeps_at, train_step
+from csae.step import adam, exact_gap, learning_rate, step_graphs, sweeps_at, train_step
 from csae.trained_on import TrainedOn
 
 CALIBRATION_TOKENS = 1 << 15
@@ -203,6 +203,7 @@ class Training:
                 by = "no checkpoint" if checkpoint is None else checkpoint.name
                 drop_later_metrics(run, self.metrics, logged, by)
         self.device = sae.W_dec.device
+        self.graphs = step_graphs(sae, config)
         self.figures = Figures(config.log_every, self.device, self.hosts.ranks)
         self._take_dead(sae.dead_features())
         if "dead" in beside:
@@ -257,7 +258,8 @@ class Training:
         began = time.perf_counter()
         if ready.positions[self.place] > 1:  # else there is no variance to explain
             with self.optimizer.copies.used():  # nothing else writes the tables between steps
-                losses, _ = train_step(self.sae, self.optimizer, batch, step, self.config, self.dead)
+                how = step, self.config, self.dead, self.graphs
+                losses, _ = train_step(self.sae, self.optimizer, batch, *how)
             self.figures.add(step, losses, batch.mask)
         self.busy += time.perf_counter() - began
         if (step + 1) % self.config.log_every == 0 or step + 1 == self.config.steps:

@@ -260,3 +260,12 @@ def test_a_gradient_of_another_shape_or_dtype_is_refused(name, gradient, error):
     sae = TopKSAE(6, 15, 3)
     with pytest.raises(error, match=f"gradients: given {name} "):
         Adam(sae).update({name: gradient})
+
+
+def test_every_parameter_counts_its_steps_as_writes() -> None:
+    """The state of a stream sees by them that weights changed. torch's own fused kernel counts none."""
+    sae = contextual()
+    optimizer = Adam(sae)
+    versions = {name: parameter._version for name, parameter in sae.named_parameters()}
+    optimizer.update(sae.gradients(batches(1)[0])[1])
+    assert all(parameter._version > versions[name] for name, parameter in sae.named_parameters())

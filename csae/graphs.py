@@ -1,0 +1,105 @@
+"""A function of tensors as a CUDA graph: captured once, then launched whole, with no Python between its kernels.
+
+A captured function must not read a number from the device, copy one to it, or take a Python number that changes. What
+changes comes in tensors: `Graphs.run` copies them to where the graph reads.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from csae.progress import say
+
+Inputs = dict[str, Tensor]
+# Graphs that are kept: steps with one sweep more and one less take turns, and a graph holds memory.
+MOST = 2
+
+
+class _Graph(NamedTuple):
+    inputs: Inputs
+    replay: Callable[[], None]
+    results: Any
+
+
+class Graphs:
+    """Captured functions on a device, by what they depend on beside their inputs."""
+
+    def __init__(self, device: torch.device, capture: Callable[..., tuple[Callable[[], None], Any]] | None = None):
+        """capture: takes a function, and gives what runs it again and where its results will be. For tests."""
+        self.device, self._capture = device, capture or _Capture(device)
+        self._known: OrderedDict[Hashable, _Graph | None] = OrderedDict()
+        self._refused = False
+
+    def run(
+        self,
+        key: Hashable,
+        function: Callable[[Inputs], Any],
+        inputs: Inputs,
+        replayed: Callable[[], None],
+        failed: Callable[[], None],
+    ) -> Any:
+        """What function(inputs on the device) gives; valid until the next call.
+
+        The first time with a key it is called, which compiles and loads kernels. The second time it is captured, from
+        then on replayed. If it can't be captured, one line says so, and it is always called.
+
+        Args:
+            key: equal only where the function launches the same kernels on the same addresses, but for its inputs.
+            replayed: called after each replay, in which the function's Python did not run.
+            failed: called after a capture that broke off: Python ran, and no kernel.
+        """
+        key = key, tuple((name, of.shape, of.dtype) for name, of in inputs.items())
+        graph = self._known.get(key)
+        if graph is not None:
+            self._known.move_to_end(key)
+            for name, read in graph.inputs.items():
+                read.copy_(inputs[name], non_blocking=True)
+            graph.replay()
+            replayed()
+            return graph.results
+        here = {name: of.to(self.device, non_blocking=True) for name, of in inputs.items()}
+        if key in self._known and not self._refused:
+            static = {name: of.clone() for name, of in here.items()}
+            try:
+                replay, results = self._capture(lambda: function(static))
+            except RuntimeError as error:
+                failed()
+                self._refused = True
+                reason = str(error).strip().partition("\n")[0]
+                say(f"a step can't be captured as a CUDA graph ({reason}): its kernels are launched one by one")
+            else:
+                replay()
+                self._known[key] = _Graph(static, replay, results)
+                self._known.move_to_end(key)
+                return results
+        elif not self._refused:
+            self._known[key] = None
+            while len(self._known) > MOST:
+                self._known.popitem(last=False)
+        return function(here)
+
+
+class _Capture:
+    """Captures on a device. Graphs share their memory: they never run at the same time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pool: Any = None
+
+    def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """Capture a function without running it: what runs it, and where its results will be."""
+        graph = torch.cuda.CUDAGraph()
+        # torch captures on the current device, and leaves its own stream current where a capture breaks off.
+        with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.current_stream(self.device)):
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            stream = torch.cuda.Stream(self.device)
+            # Other threads read data meanwhile: what they do on the device is none of this capture's.
+            how = {"pool": self._pool, "stream": stream, "capture_error_mode": "thread_local"}
+            with torch.cuda.graph(graph, **how):
+                results = function()
+        return graph.replay, results
