@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from csae import ContextualSAE
+from csae import ContextualSAE, TopKSAE
 
 pytestmark = [
     pytest.mark.gpu,
@@ -150,3 +150,41 @@ def test_the_recurrence(query: str, device: str) -> None:
     expected = sae(acts, None, documents)
     found = sae.to(device)(acts.to(device), None, documents.to(device))
     torch.testing.assert_close(found.x_hat.cpu(), expected.x_hat, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+@pytest.mark.parametrize("arch", ["topk", "current", "past"])
+def test_a_training_step(arch: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole step as csae train captures it, also if another GPU is current, with features that die meanwhile."""
+    from csae.config import TrainConfig
+    from csae.data.activations import Batch
+    from csae.step import adam, step_graphs, train_step
+
+    if torch.device(device).index >= torch.cuda.device_count():
+        pytest.skip("a single GPU")
+    # Learning rates that float32 has, as a graph takes them.
+    monkeypatch.setattr("csae.step.learning_rate", lambda step, config: 2.0 ** round(-8 - step / 3))
+    config = TrainConfig(steps=12, lr=1e-2, batch_windows=2, precision="bfloat16", decay=0.4)
+    after = []
+    for captured in (True, False):
+        torch.manual_seed(0)
+        sizes = {"d_in": 64, "d_sae": 512, "k": 8, "k_aux": 16}
+        heads = {"n_heads": 2, "d_head": 16, "d_value": 16, "d_memory": 32, "sweeps": 2}
+        sae = TopKSAE(**sizes) if arch == "topk" else ContextualSAE(**sizes, **heads, query=arch)
+        optimizer = adam(sae.to(device).train(), config)
+        graphs = step_graphs(sae, config) if captured else None
+        losses = []
+        for step in range(config.steps):
+            acts = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(step))
+            mask = torch.rand(2, 64, generator=torch.Generator().manual_seed(step)) > 0.1
+            batch = Batch(acts, mask, torch.zeros(2, 64, dtype=torch.int64), None)
+            dead = torch.arange(0 if step < 4 else 5, device=device)
+            with optimizer.copies.used():
+                found, _ = train_step(sae, optimizer, batch, step, config, dead, graphs)
+            losses.append(found.loss.item())
+        if graphs is not None:
+            assert any(graph is not None for graph in graphs._known.values()), "nothing was captured"
+        states = [of for state in optimizer.state.values() for of in state.values()]
+        after.append((losses, [of.cpu() for of in (*sae.state_dict().values(), *states)]))
+    assert after[0][0] == after[1][0]
+    assert all(torch.equal(one, two) for one, two in zip(after[0][1], after[1][1], strict=True))
