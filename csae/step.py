@@ -68,8 +68,10 @@ def train_step(
 
 def _step(sae: SAE, optimizer: Adam, inputs: Inputs, sweeps: Sweeps | None, half: bool) -> Losses:
     """A step with the learning rates of the optimizer's groups."""
+    of_transcoder = {"target": inputs["target"]} if "target" in inputs else {}
     with torch.autocast(sae.W_dec.device.type, dtype=torch.bfloat16, enabled=half):
-        losses, gradients = sae.gradients(**inputs, sweeps=sweeps)
+        given = (inputs[name] for name in ("acts", "mask", "documents", "dead"))
+        losses, gradients = sae.gradients(*given, sweeps, **of_transcoder)
     optimizer.update(gradients)
     sae.track(losses.code, inputs["mask"])
     return losses
