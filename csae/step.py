@@ -70,10 +70,10 @@ def _step(sae: SAE, optimizer: Adam, inputs: Inputs, sweeps: Sweeps | None, half
     """A step with the learning rates of the optimizer's groups."""
     of_transcoder = {"target": inputs["target"]} if "target" in inputs else {}
     with torch.autocast(sae.W_dec.device.type, dtype=torch.bfloat16, enabled=half):
-        given = (inputs[name] for name in ("acts", "mask", "documents", "dead"))
-        losses, gradients = sae.gradients(*given, sweeps, **of_transcoder)
+        acts, mask, documents, dead = (inputs[name] for name in ("acts", "mask", "documents", "dead"))
+        losses, gradients = sae.gradients(acts, mask, documents, dead, sweeps, **of_transcoder)
     optimizer.update(gradients)
-    sae.track(losses.code, inputs["mask"])
+    sae.track(losses.code, mask)
     return losses
 
 
