@@ -298,7 +298,8 @@ def threshold_encode(
     """x [n, d_in], W_enc [d_sae, d_in], b_enc [d_sae], threshold [] or [d_sae] float32 -> values [n, k_max] in `dtype`
     or x's, indices [n, k_max] int64.
 
-    Products of float32 are as in `topk_encode`. Memory beside the result: 8 n k_max bytes, and twice WORKSPACE_BYTES.
+    Products of float32 are as in `topk_encode`. Memory beside the result: 8 n k_max bytes, WORKSPACE_BYTES, and a
+    workspace of `topk_encode`.
     """
     return in_dtype(*_encode(x, W_enc, b_enc, threshold, None, k_max), dtype or x.dtype)
 
