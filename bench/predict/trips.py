@@ -267,8 +267,8 @@ def _arguments(call: Call) -> tuple[list[Any], float]:
         if "shape" not in of:
             return getattr(torch, of["dtype"])
         if name == "indices":
-            tables = ("W_dec", "W_enc", "table", "since")
-            table = next((given[n] for n in tables if isinstance(given.get(n), dict)), None)
+            named = ("W_dec", "W_enc", "table", "since")
+            table = next((given[n] for n in named if isinstance(given.get(n), dict)), None)
             of["below"] = given["d_sae"] if table is None else table["shape"][0]
         if operator == "adam_rows" and name in ADAM_TABLES:
             # Its loops don't depend on these numbers. At C there is no room for all of them.
