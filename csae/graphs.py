@@ -18,6 +18,9 @@ from csae.progress import say
 Inputs = dict[str, Tensor]
 # Graphs that are kept: steps with one sweep more and one less take turns, and a graph holds memory.
 MOST = 2
+# Calls before a capture, which waits for the device and empties the allocator's cache. Where the number of dead
+# features changes with each line of metrics, every 10 steps by default, none is made.
+CALLS = 16
 
 
 class _Graph(NamedTuple):
@@ -32,7 +35,7 @@ class Graphs:
     def __init__(self, device: torch.device, capture: Callable[..., tuple[Callable[[], None], Any]] | None = None):
         """capture: takes a function, and gives what runs it again and where its results will be. For tests."""
         self.device, self._capture = device, capture or _Capture(device)
-        self._known: OrderedDict[Hashable, _Graph | None] = OrderedDict()
+        self._known: OrderedDict[Hashable, _Graph | int] = OrderedDict()
         self._refused = False
 
     def run(
@@ -45,8 +48,8 @@ class Graphs:
     ) -> Any:
         """What function(inputs on the device) gives; valid until the next call.
 
-        The first time with a key it is called, which compiles and loads kernels. The second time it is captured, from
-        then on replayed. If it can't be captured, one line says so, and it is always called.
+        The first CALLS times with a key it is called, which compiles and loads kernels. The next time it is captured,
+        from then on replayed. If it can't be captured, one line says so, and it is always called.
 
         Args:
             key: equal only where the function launches the same kernels on the same addresses, but for its inputs.
@@ -54,34 +57,34 @@ class Graphs:
             failed: called after a capture that broke off: Python ran, and no kernel.
         """
         key = key, tuple((name, of.shape, of.dtype) for name, of in inputs.items())
-        graph = self._known.get(key)
-        if graph is not None:
-            self._known.move_to_end(key)
-            for name, read in graph.inputs.items():
-                read.copy_(inputs[name], non_blocking=True)
-            graph.replay()
-            replayed()
-            return graph.results
-        here = {name: of.to(self.device, non_blocking=True) for name, of in inputs.items()}
-        if key in self._known and not self._refused:
-            static = {name: of.clone() for name, of in here.items()}
-            try:
-                replay, results = self._capture(lambda: function(static))
-            except RuntimeError as error:
-                failed()
-                self._refused = True
-                reason = str(error).strip().partition("\n")[0]
-                say(f"a step can't be captured as a CUDA graph ({reason}): its kernels are launched one by one")
-            else:
-                replay()
-                self._known[key] = _Graph(static, replay, results)
-                self._known.move_to_end(key)
-                return results
-        elif not self._refused:
-            self._known[key] = None
-            while len(self._known) > MOST:
+        known = self._known.pop(key, 0)
+        if not self._refused:
+            self._known[key] = known + 1 if isinstance(known, int) else known
+            if len(self._known) > MOST:
                 self._known.popitem(last=False)
-        return function(here)
+        if isinstance(known, _Graph):
+            for name, read in known.inputs.items():
+                read.copy_(inputs[name], non_blocking=True)
+            known.replay()
+            replayed()
+            return known.results
+        here = {name: of.to(self.device, non_blocking=True) for name, of in inputs.items()}
+        if known < CALLS or self._refused:
+            return function(here)
+        static = {name: of.clone() for name, of in here.items()}
+        try:
+            replay, results = self._capture(lambda: function(static))
+        except BaseException as error:
+            failed()
+            if not isinstance(error, RuntimeError):
+                raise
+            self._refused = True
+            reason = str(error).strip().partition("\n")[0]
+            say(f"a step can't be captured as a CUDA graph ({reason}): its kernels are launched one by one")
+            return function(here)
+        self._known[key] = _Graph(static, replay, results)
+        replay()
+        return results
 
 
 class _Capture:

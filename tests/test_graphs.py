@@ -99,8 +99,9 @@ def _copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture(autouse=True)
-def _exact_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Learning rates that float32 has, as a graph takes them."""
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learning rates that float32 has, as a graph takes them; and a capture at the second step of a kind."""
+    monkeypatch.setattr("csae.graphs.CALLS", 1)
     monkeypatch.setattr("csae.step.learning_rate", lambda step, config: 2.0 ** round(-8 - step / 3))
 
 
@@ -189,6 +190,37 @@ def test_few_graphs_are_kept() -> None:
         run.step(n_dead, torch.arange(n_dead))
     assert run.graphs is not None
     assert len(run.graphs._known) == 2
+
+
+def test_a_capture_comes_after_some_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dead features may change with every line of metrics: then a capture would not pay."""
+    monkeypatch.setattr("csae.graphs.CALLS", 3)
+    run = Run(make())
+    for step in range(8):
+        run.step(step, torch.arange(step // 2))
+    assert run.captures == 0
+    counts = []
+    for step in range(5):
+        run.step(step, torch.arange(9))
+        counts.append(run.captures)
+    assert counts == [0, 0, 0, 1, 1]
+
+
+def test_a_stop_within_a_capture_leaves_no_copy_that_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("csae.rounded.kept", lambda table: True)
+    run = Run(make())
+
+    def capture(function: Any) -> Any:
+        tape(lambda: written(run.sae, run.optimizer))(function)
+        raise KeyboardInterrupt
+
+    assert run.graphs is not None
+    run.graphs._capture = capture
+    run.step(0, none())
+    run.step(1, none())
+    with pytest.raises(KeyboardInterrupt):
+        run.step(2, none())
+    assert not run.optimizer.copies._kept
 
 
 def test_steps_from_exact_codes_are_not_captured() -> None:
