@@ -72,7 +72,7 @@ class Cell:
     d_memory: int = LOOK_BACK["d_memory"]
 
     @property
-    def look_back(self) -> dict[str, int]:
+    def look_back(self) -> dict[str, Any]:
         """The sizes of the look-back: of the contextual SAE, or of that with which the per-token one is compared."""
         return {name: getattr(self, name) for name in LOOK_BACK}
 
@@ -85,7 +85,7 @@ class Cell:
         return f"{hook}-{self.arch}-{self.selection}-k{self.k}-d{self.d_sae}-{size}{rate}{other}-seed{self.seed}"
 
 
-def cells(of: Budget, hook: str, selection: str, k: int, seed: int, lr: float = LR, **look_back: int) -> list[Cell]:
+def cells(of: Budget, hook: str, selection: str, k: int, seed: int, lr: float = LR, **look_back: Any) -> list[Cell]:
     """The SAEs of a budget."""
     archs = [(PAST, k), (WIDE, k), (WIDE, k + k // 2), (CURRENT, k), (WIDE, 2 * k)]
     same = selection, hook, of.d_sae, of.tokens, of.distinct, seed, lr
