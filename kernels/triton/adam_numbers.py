@@ -24,10 +24,10 @@ def _numbers(
 ):
     o_i = tl.arange(0, BLOCK)
     m_i = o_i < COUNT
-    # [BLOCK] each
-    b_factors = tl.load(constants_ptr + o_i, mask=m_i, other=1.0)
-    b_bases = tl.load(constants_ptr + COUNT + o_i, mask=m_i, other=0.0)
-    b_powers = tl.load(constants_ptr + 2 * COUNT + o_i, mask=m_i, other=0.0)
+    # [BLOCK] each: the bits of float64, which no other kernel takes
+    b_factors = tl.load(constants_ptr + o_i, mask=m_i, other=0).to(tl.float64, bitcast=True)
+    b_bases = tl.load(constants_ptr + COUNT + o_i, mask=m_i, other=0).to(tl.float64, bitcast=True)
+    b_powers = tl.load(constants_ptr + 2 * COUNT + o_i, mask=m_i, other=0).to(tl.float64, bitcast=True)
     step = tl.load(step_ptr)
     # Where a base is zero, nothing is left of it.
     b_kept = tl.where(b_bases > 0, tl.exp(step.to(tl.float64) * tl.log(tl.where(b_bases > 0, b_bases, 1.0))), 0.0)
@@ -42,7 +42,7 @@ _COUNT = 6
 _VARIANT = Variant(
     _numbers,
     {
-        "constants_ptr": torch.float64,
+        "constants_ptr": torch.int64,
         "step_ptr": torch.float32,
         "lr_ptr": torch.float32,
         "hyper_ptr": torch.float32,
@@ -66,6 +66,6 @@ def adam_numbers(constants: Tensor, step: Tensor, lr: Tensor | None, lr_number: 
     """
     hyper, seed = step.new_empty(_COUNT, dtype=torch.float32), step.new_empty(1, dtype=torch.int64)
     step = aligned(step.float())
-    given = aligned(constants), step, step if lr is None else aligned(lr.float()), hyper, seed
+    given = aligned(constants).view(torch.int64), step, step if lr is None else aligned(lr.float()), hyper, seed
     _VARIANT.launch((1,), *given, float(lr_number), int(lr is not None))
     return hyper, seed

@@ -25,7 +25,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 _POINTERS = {
-    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
