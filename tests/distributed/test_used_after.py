@@ -24,7 +24,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> 
     folder = tmp_path_factory.mktemp("trained")
     text = folder / "text.txt"
     text.write_text("\n\n".join(SENTENCE.format(i=i, square=i * i, day=i % 7) for i in range(400)))
-    more = ("--text", text, "--arch", "topk", "--arch", "contextual")
+    more = ("--text", text, "--arch", "topk", "--arch", "contextual", "--selection", "topk")
     with Ranks(2, folder / "said", arguments(tiny_model_path, folder / "runs", *more)) as ranks:
         assert [of.code for of in ranks.wait(300)] == [0, 0]
     found = {}
