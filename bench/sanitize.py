@@ -36,8 +36,11 @@ def cases(
     """Each case with its name. large: those of WIDE and LONG too."""
     names = (
         "topk_encode", "topk_threshold", "threshold_encode", "sparse_decode", "feature_rows", "lookback_attention",
+        "activity", "scaling", "fvu", "scaled_heads", "adam_numbers",
     )  # fmt: skip
-    topk, threshold, above, sums, rows, look_back = (import_module(f"csae.kernels.triton.{name}") for name in names)
+    topk, threshold, above, sums, rows, look_back, activity, scaling, fvu, heads, numbers = (
+        import_module(f"csae.kernels.triton.{name}") for name in names
+    )
 
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*shape, device=device).to(dtype)
@@ -71,6 +74,19 @@ def cases(
             indices[0, 0], indices[-1, -1] = d_sae, LOWEST
             yield f"gather_sum {named}", partial(sums.gather_sum, values, indices, W_enc)
             yield f"gather_dot {named}", partial(sums.gather_dot, x, values, indices, W_enc)
+            mask = torch.rand(n, device=device) > 0.2
+            yield f"active_features {named}", partial(activity.active_features, values, indices, mask, d_sae)
+            since = torch.ones(d_sae, dtype=torch.int64, device=device)
+            yield f"fired {named}", partial(activity.fired, since, values, indices.clone(), mask)
+            yield f"over_scale {named}", partial(scaling.over_scale, x, torch.ones((), device=device), mask)
+
+            def missed(x=x, mask=mask, d_in=d_in) -> object:
+                weight, bias = mask.float(), normal(d_in)
+                share, of_x, residual = fvu.fvu(x.float(), x, x, bias, weight)
+                return fvu.fvu_backward(share, of_x, residual, weight, x.dtype)
+
+            if dtype != torch.float16:
+                yield f"fvu {named}", missed
             indices[1:, 0] = 1  # a long run
             features, tokens = indices.flatten(), torch.arange(n, device=device).repeat_interleave(k)
             weights = values.float().flatten()
@@ -80,6 +96,8 @@ def cases(
                 return rows.feature_sums(pairs, [weights, weights], [x, 2 * x])
 
             yield f"feature_sums {named}", gradients
+            of_codes = [of.clamp(0, d_sae) for of in (indices, indices.flip(0))]
+            yield f"sort_codes {named}", partial(rows.sort_codes, of_codes, [[0, 1], [0]], d_sae)
 
             def adam(features=features, tokens=tokens, weights=weights, x=x, d_sae=d_sae) -> None:
                 pairs = rows.sort_pairs(features, tokens, d_sae)
@@ -99,6 +117,9 @@ def cases(
 
             if dtype != torch.float16:
                 yield f"adam_rows {named}", adam
+        constants = torch.tensor([[1, 1, 1e-8, 0.1, 1, 1], [0.9, 0.999, 0, 0, 0, 0], [-1, -0.5, 1, 1, 1, 1]])
+        given_numbers = constants.double().to(device), torch.ones((), device=device), None, 1e-3
+        yield f"adam_numbers {str(dtype).removeprefix('torch.')}", partial(numbers.adam_numbers, *given_numbers)
         for B, T, H, d_head, d_value in WINDOWS:
             q, k_, v = (normal(B, T, H, d, dtype=dtype) for d in (d_head, d_head, d_value))
             slope, null = normal(H, dtype=dtype).abs(), normal(H, dtype=dtype)
@@ -109,6 +130,11 @@ def cases(
                 out, lse = look_back.forward(*arguments)
                 return look_back.backward(torch.ones_like(out), *arguments, out, lse)
 
+            def scaled(q=q, gain=slope) -> object:
+                out, scale = heads.scale_heads(q, gain, 0.0, 1.0)
+                return heads.scale_heads_backward(out, q, gain, scale, 1.0)
+
+            yield f"heads {str(dtype).removeprefix('torch.')} B={B} T={T} H={H} d={d_head}", scaled
             yield f"look-back {str(dtype).removeprefix('torch.')} B={B} T={T} H={H} d={d_head}, {d_value}", look
 
 
