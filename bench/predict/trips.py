@@ -32,7 +32,7 @@ Call = dict[str, Any]
 ROWS = 4  # of a product and the selection from it
 LEAST_BLOCK = 16  # rows of a product's tile, at least
 PROGRAMS = 48  # of any other kernel
-ADAM_TABLES = ("params", "exp_avgs", "exp_avg_sqs", "rounded")
+ADAM_TABLES = ("params", "exp_avgs", "exp_avg_sqs", "copies")
 DEPTH_WORDS = ("steps", "depth")  # in the header of a loop over the depth of a product
 
 

@@ -56,7 +56,10 @@ def adam_rows(pairs: Pairs, tables: list[Table], hyper: Tensor, seed: Tensor, la
     """
     columns = zip(*tables, strict=True)
     params, exp_avgs, exp_avg_sqs, weights, rows, unit_rows, rounded = (list(column) for column in columns)
-    _adam_rows(*pairs, params, exp_avgs, exp_avg_sqs, weights, rows, unit_rows, hyper, seed, lazy, first_row, rounded)
+    copied = [copy is not None for copy in rounded]
+    copies = [copy for copy in rounded if copy is not None]
+    how = hyper, seed, lazy, first_row, copied, copies
+    _adam_rows(*pairs, params, exp_avgs, exp_avg_sqs, weights, rows, unit_rows, *how)
 
 
 def adam_numbers(constants: Tensor, step: Tensor, lr: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -110,7 +113,8 @@ def _groups(codes: list[int], sizes: list[int]) -> list[list[int]]:
     return [list(islice(rest, size)) for size in sizes]
 
 
-@operator("adam_rows", ("params", "exp_avgs", "exp_avg_sqs", "rounded"))
+# torch compiles no list that is written to and holds None: so `copies` has those alone that are there.
+@operator("adam_rows", ("params", "exp_avgs", "exp_avg_sqs", "copies"))
 def _adam_rows(
     order: Tensor,
     tokens: Tensor,
@@ -125,9 +129,12 @@ def _adam_rows(
     seed: Tensor,
     lazy: bool,
     first_row: int,
-    rounded: list[Tensor | None],
+    copied: list[bool],
+    copies: list[Tensor],
 ) -> None:
-    increment_version([*params, *exp_avgs, *exp_avg_sqs, *(copy for copy in rounded if copy is not None)])
+    increment_version([*params, *exp_avgs, *exp_avg_sqs, *copies])
+    rest = iter(copies)
+    rounded = [next(rest) if is_there else None for is_there in copied]
     tables = list(map(Table, params, exp_avgs, exp_avg_sqs, weights, rows, unit_rows, rounded))
     dtype = params[0].dtype if params else torch.float32
     pairs = Pairs(order, tokens, ends)
@@ -136,8 +143,9 @@ def _adam_rows(
 
 @fake("adam_rows")
 def _(
-    order, tokens, ends, params, exp_avgs, exp_avg_sqs, weights, rows, unit_rows, hyper, seed, lazy, first_row, rounded
-):
+    order, tokens, ends, params, exp_avgs, exp_avg_sqs, weights, rows, unit_rows, hyper, seed, lazy, first_row, copied,
+    copies,
+):  # fmt: skip
     return None
 
 

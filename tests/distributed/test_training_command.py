@@ -68,7 +68,7 @@ def test_several_saes(tmp_path: Path, tiny_model_path: Path, text: Path) -> None
 
 @pytest.mark.slow
 def test_begun_with_another_sae_or_options_in_a_file(tmp_path: Path, tiny_model_path: Path, text: Path) -> None:
-    of_text = ("--text", text, "--arch", "topk")
+    of_text = ("--text", text, "--arch", "topk", "--selection", "topk")
     cli(arguments(tiny_model_path, tmp_path / "first", *of_text), standalone_mode=False)
     check_same_run(*both(2, tmp_path, tiny_model_path, "--text", text, "--init", tmp_path / "first"))
     asked, again = tmp_path / "first" / "config.yaml", tmp_path / "again"

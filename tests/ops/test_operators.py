@@ -174,8 +174,8 @@ def calls(name: str, B: int, T: int, form: Callable[[Tensor], Tensor]) -> Iterat
         for lazy, moments in ((False, torch.float32), (True, torch.bfloat16)):
             tables = [normal(11, 6), normal(11, 1)]
             averages = [[torch.zeros_like(table, dtype=moments) for table in tables] for _ in range(2)]
-            rounded = [None, tables[1].bfloat16()]
-            yield *pairs, tables, *averages, *factors, [True, False], hyper, seed, lazy, 0, rounded
+            copies = [False, True], [tables[1].bfloat16()]
+            yield *pairs, tables, *averages, *factors, [True, False], hyper, seed, lazy, 0, *copies
     else:
         raise AssertionError(f"{name}: an operator without a check; give its arguments here")
 
