@@ -42,7 +42,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     extras = [line for of in PROJECT["optional-dependencies"].values() for line in of]
     install(tmp_path / "site", versions.DISTRIBUTION, "0.1.0", *PROJECT["dependencies"], *extras)
     monkeypatch.syspath_prepend(tmp_path / "site")
-    cached = (versions.check, versions.check_name, versions._tested)
+    cached = (versions.check, versions.check_name, versions._tested, backend._module)
     for function in cached:
         function.cache_clear()
     yield tmp_path / "site"
