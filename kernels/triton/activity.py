@@ -15,7 +15,7 @@ def _is_off(values_ptr, mask_ptr, o_p, m_p, k, has_mask):
     """Which pairs are not active: their value is not positive, or the mask is False. NaN is active, so it is seen."""
     b_off = tl.load(values_ptr + o_p, mask=m_p, other=0.0) <= 0
     # [BLOCK]
-    b_mask = tl.load(mask_ptr + o_p // k, mask=m_p & (has_mask != 0), other=1)
+    b_mask = tl.load(mask_ptr + o_p // k, mask=tl.where(m_p, has_mask, 0) != 0, other=1)
     return b_off | (b_mask == 0)
 
 

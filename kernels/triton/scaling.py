@@ -32,7 +32,7 @@ def _over_scale(
     o_c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     m_e = (o_t < n)[:, None] & (o_c < d)[None, :]
     # [ROWS]
-    m_part = tl.load(mask_ptr + o_t, mask=(o_t < n) & (has_mask != 0), other=1) != 0
+    m_part = tl.load(mask_ptr + o_t, mask=tl.where(o_t < n, has_mask, 0) != 0, other=1) != 0
     o_e = o_t.to(tl.int64)[:, None] * d + o_c[None, :]
     # [ROWS, COLUMNS]
     b_acts = widen(tl.load(acts_ptr + o_e, mask=m_e & m_part[:, None], other=0.0))
