@@ -68,11 +68,14 @@ def test_several_saes(tmp_path: Path, tiny_model_path: Path, text: Path) -> None
 
 @pytest.mark.slow
 def test_begun_with_another_sae_or_options_in_a_file(tmp_path: Path, tiny_model_path: Path, text: Path) -> None:
-    of_text = ("--text", text, "--arch", "topk", "--selection", "topk")
+    of_text = ("--text", text, "--arch", "topk")
     cli(arguments(tiny_model_path, tmp_path / "first", *of_text), standalone_mode=False)
     check_same_run(*both(2, tmp_path, tiny_model_path, "--text", text, "--init", tmp_path / "first"))
     asked, again = tmp_path / "first" / "config.yaml", tmp_path / "again"
     with Ranks(2, tmp_path / "said", ["train", "-o", again, "--config", asked, "--device", "cpu"]) as ranks:
         found = ranks.wait(300)
     assert [of.code for of in found] == [0, 0], found[0].said
-    check_same_run(again, tmp_path / "first")
+    # Not beside one process: there a last bit of W_enc changes two features by 1e-3, whose gradients nearly vanish.
+    (tmp_path / "same").mkdir()
+    over_ranks(2, tmp_path / "same", tiny_model_path, *of_text)
+    check_same_run(again, tmp_path / "same" / "run", bits=True)
