@@ -373,8 +373,9 @@ class Trace(Pass):
             if coded:
                 encoder = factors["W_enc"]
                 ones = encoder.weights.new_ones(encoder.rows.shape[0], 1)
-                for of_bias in of_biases:  # the last rows
-                    ones[-len(of_bias) :, 0] = of_bias
+                if of_biases:  # the last rows
+                    of_dead_rows = torch.cat(of_biases)
+                    ones[-len(of_dead_rows) :, 0] = of_dead_rows
                 gradients["b_enc"] = encoder._replace(rows=ones)
                 if self.encodes_b_dec:
                     gradients["b_dec"] = self._of_b_dec(terms["W_enc"], encoder, ones, gradients["b_dec"])

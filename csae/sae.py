@@ -450,7 +450,8 @@ class SAE(Saved, ABC):
         if self.shard is None:
             fired(self.tokens_since_fired.add_(tokens), *code, mask)
         else:
-            active = code.values > 0 if mask is None else (code.values > 0) & mask.unsqueeze(-1)
+            active = ~(code.values <= 0)  # NaN is active, as in `fired`
+            active = active if mask is None else active & mask.unsqueeze(-1)
             of_rows, tokens = self.shard.fired(code.indices, active, tokens)
             self.tokens_since_fired.add_(tokens).mul_(1 - of_rows)
         if self.selection == "batch" and self.threshold is not None:

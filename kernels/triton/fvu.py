@@ -21,9 +21,14 @@ MERGED = 64  # blocks of rows whose means are merged together
 
 
 @triton.jit
-def _merged(weight, other):
-    """other / (weight + other), and zero where there is nothing."""
-    return tl.where(other > 0, other / tl.maximum(weight + other, 1e-30), 0.0)
+def _merged(b_mean, b_spread, weight, b_x, b_weights):
+    """Mean, spread [COLUMNS] and weight of rows, with those of b_x [ROWS, COLUMNS] by b_weights [ROWS] among them."""
+    here = tl.sum(b_weights, axis=0)
+    b_here = tl.sum(b_x * b_weights[:, None], axis=0) / tl.maximum(here, 1e-30)
+    b_off, b_delta = b_x - b_here[None, :], b_here - b_mean
+    share = tl.where(here > 0, here / tl.maximum(weight + here, 1e-30), 0.0)
+    b_spread += tl.sum(b_off * b_off * b_weights[:, None], axis=0) + b_delta * b_delta * (weight * share)
+    return b_mean + b_delta * share, b_spread, weight + here
 
 
 # residual, and of this program's rows and columns: the sum of weight residual^2, the sum of weight (x - their mean)^2,
@@ -74,13 +79,7 @@ def _missed(
         b_residual = b_x - (b_x_hat + b_bias[None, :])
         tl.store(residual_ptr + o_e, b_residual, mask=m_e)
         b_missed += tl.sum(tl.where(m_e, b_residual * b_residual * b_weight[:, None], 0.0), axis=0)
-        here = tl.sum(b_weight, axis=0)
-        b_here = tl.sum(b_x * b_weight[:, None], axis=0) / tl.maximum(here, 1e-30)
-        b_off = b_x - b_here[None, :]
-        b_delta, share = b_here - b_mean, _merged(weight, here)
-        b_spread += tl.sum(b_off * b_off * b_weight[:, None], axis=0) + b_delta * b_delta * (weight * share)
-        b_mean += b_delta * share
-        weight += here
+        b_mean, b_spread, weight = _merged(b_mean, b_spread, weight, b_x, b_weight)
     place = block * tl.num_programs(1) + slab
     tl.store(missed_ptr + place, tl.sum(b_missed, axis=0))
     tl.store(spread_ptr + place, tl.sum(tl.where(m_c, b_spread, 0.0), axis=0))
@@ -111,13 +110,7 @@ def _between(
         b_weights = tl.load(weights_ptr + o_b, mask=o_b < blocks, other=0.0)
         # [MERGED, COLUMNS]
         b_means = tl.load(means_ptr + o_b.to(tl.int64)[:, None] * d + o_c[None, :], mask=m_e, other=0.0)
-        here = tl.sum(b_weights, axis=0)
-        b_here = tl.sum(b_means * b_weights[:, None], axis=0) / tl.maximum(here, 1e-30)
-        b_off = b_means - b_here[None, :]
-        b_delta, share = b_here - b_mean, _merged(weight, here)
-        b_spread += tl.sum(b_off * b_off * b_weights[:, None], axis=0) + b_delta * b_delta * (weight * share)
-        b_mean += b_delta * share
-        weight += here
+        b_mean, b_spread, weight = _merged(b_mean, b_spread, weight, b_means, b_weights)
     tl.store(spread_ptr + tl.program_id(0), tl.sum(b_spread, axis=0))
 
 

@@ -17,6 +17,7 @@ from csae.bench.scale_count import Collectives, purpose
 from csae.distributed import Ranks, collectives, sharded
 from csae.distributed.ranks import ranks_of_world
 from csae.distributed.replicas import check_replicas
+from csae.outputs import Code
 from csae.rounded import copy_of
 
 D_IN, D_SAE, K, B, T = 48, 520, 8, 3, 16
@@ -109,3 +110,14 @@ def test_copies_of_own_rows_train_the_same(ranks: Ranks, arch: str, monkeypatch:
         found.append(list(sae.parameters()))
     for one, two in zip(*found, strict=True):
         assert torch.equal(one, two)
+
+
+def test_nan_fires_as_on_one_device(ranks: Ranks) -> None:
+    """So that a feature that broke is not taken for a dead one."""
+    values, indices = torch.tensor([[[torch.nan, 1.0, 0.0]]]), torch.tensor([[[3, 5, 7]]])
+    since = []
+    for sae in (make("topk"), sharded(lambda: make("topk"), ranks)):
+        sae.to(ranks.device).track(Code(values.to(ranks.device), indices.to(ranks.device)))
+        since.append(sae.tokens_since_fired.cpu())
+    assert torch.equal(*since)
+    assert since[0][[3, 5, 7]].tolist() == [0, 0, 1]
