@@ -70,13 +70,17 @@ def magnitudes(grad: Tensor, wide: dict[str, Tensor], mask: Tensor | None, docum
     dscores = weights * (dweights + delta)
     position = torch.arange(T, device=q.device)
     log_distance = (position[:, None] - position[None]).clamp(min=1).double().log()
+    # The weight of the null score, from the largest one: 1 - their sum would be rounding where the null score is low.
+    scores = torch.einsum("bthd,bjhd->bthj", q, k) / math.sqrt(d_head) - wide["slope"][:, None] * log_distance[:, None]
+    largest, at = weights.max(-1, keepdim=True)
+    nothing = torch.where(largest > 0, largest * (wide["null"][:, None] - scores.gather(-1, at)).exp(), 1.0)
     return [
         torch.einsum("bthj,bjhd->bthd", weights, v.abs()),
         torch.einsum("bthj,bjhd->bthd", dscores, k.abs()) / math.sqrt(d_head),
         torch.einsum("bthj,bthd->bjhd", dscores, q.abs()) / math.sqrt(d_head),
         torch.einsum("bthj,bthd->bjhd", weights, grad.abs()),
         (dscores * log_distance[None, :, None]).sum((0, 1, 3)),
-        ((1 - weights.sum(-1)) * delta[..., 0]).sum((0, 1)),
+        (nothing * delta)[..., 0].sum((0, 1)),
     ]
 
 
