@@ -77,14 +77,13 @@ def _step(sae: SAE, optimizer: Adam, inputs: Inputs, sweeps: Sweeps | None, half
     return losses
 
 
-def step_graphs(sae: SAE, config: TrainConfig) -> Graphs | None:
+def step_graphs(sae: SAE) -> Graphs | None:
     """What captures the steps of this SAE, on CUDA; None where they are launched kernel by kernel.
 
-    They are where the host waits for a proof in the step: of products in float32, and of a budget that a batch shares.
-    And where other processes own rows: their exchange is not captured.
+    They are where other processes own rows too: their exchange is not captured.
     """
-    device, waits = sae.W_dec.device, config.precision != "bfloat16" or sae.selection == "batch"
-    return None if device.type != "cuda" or waits or sae.shard is not None else Graphs(device)
+    device = sae.W_dec.device
+    return None if device.type != "cuda" or sae.shard is not None else Graphs(device)
 
 
 def adam(sae: SAE, config: TrainConfig) -> Adam:

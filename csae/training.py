@@ -203,7 +203,7 @@ class Training:
                 by = "no checkpoint" if checkpoint is None else checkpoint.name
                 drop_later_metrics(run, self.metrics, logged, by)
         self.device = sae.W_dec.device
-        self.graphs = step_graphs(sae, config)
+        self.graphs = step_graphs(sae)
         self.figures = Figures(config.log_every, self.device, self.hosts.ranks)
         self._take_dead(sae.dead_features())
         if "dead" in beside:

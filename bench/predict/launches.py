@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from csae import contextual_sae
-from csae.kernels.triton import topk_coarse, topk_product
 from csae.kernels.triton import topk_encode as by_ranges
+from csae.kernels.triton import topk_product
 from csae.kernels.triton.variant import Variant
 from csae.ops import backend, sparse_decode, topk_encode
 from csae.ops.adam_rows import Table, adam_rows, feature_sums, sort_pairs
@@ -89,7 +89,6 @@ def pretending() -> Iterator[None]:
     kept_bytes, workspace_bytes = contextual_sae.kept_bytes, by_ranges.workspace_bytes
     for module, name in found:
         setattr(module, name, on_triton)
-    proven, topk_coarse._all_proven = topk_coarse._all_proven, lambda failed: True
     topk_product._has_tma = topk_product._is_hopper = lambda device: True
     topk_product._programs = lambda device: machine.MULTIPROCESSORS
     contextual_sae.kept_bytes = lambda device: int(contextual_sae.KEPT_SHARE * machine.CAPACITY)
@@ -100,7 +99,7 @@ def pretending() -> Iterator[None]:
         for module, name in found:
             setattr(module, name, place)
         topk_product._has_tma, topk_product._is_hopper, topk_product._programs = before
-        topk_coarse._all_proven, contextual_sae.kept_bytes = proven, kept_bytes
+        contextual_sae.kept_bytes = kept_bytes
         by_ranges.workspace_bytes = workspace_bytes
 
 

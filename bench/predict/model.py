@@ -45,9 +45,10 @@ def of_triton(launch: Triton, counted: Counted) -> Time:
     variant, code = launch.variant, code_of(launch.variant)
     programs = math.prod(launch.grid)
     reached = _whole_tiles(variant, counted.trips)
-    places = sass.placed(code, variant.kernel, reached)
+    places = sass.placed(code, variant.kernel, variant.constants, reached)
     times = [of.executed for of in places]
-    busy = sass.busy(code, variant.num_warps, times, _operations(launch) / programs)
+    multiplies = reached.get("multiply_tile:1", [1.0]) != [0.0]  # not where no row of a gated product is wanted
+    busy = sass.busy(code, variant.num_warps, times, multiplies * _operations(launch) / programs)
     resident = sass.resident(code, variant.num_warps)
     waves = programs / machine.MULTIPROCESSORS / resident
     each = math.ceil(programs / machine.MULTIPROCESSORS) / machine.CLOCK * 1e3  # programs of one multiprocessor, in ms
@@ -70,7 +71,7 @@ def _whole_tiles(variant: Variant, reached: dict[str, list[float]]) -> dict[str,
     for name, node in source.nodes(variant.kernel).items():
         # The loop over tiles; or, where it is one with that over the depth, what is done at a tile's end.
         a_tile = node.loop and "programs" in node.text and "steps" not in node.text
-        if (a_tile or node.test == "step == steps - 1") and reached.get(name):
+        if (a_tile or node.test == "step == steps - 1") and reached.get(name, [0])[0]:
             more = math.ceil(reached[name][0]) / reached[name][0]
             return {of: [count * more for count in counts] for of, counts in reached.items()}
     return reached

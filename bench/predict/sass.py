@@ -175,13 +175,13 @@ class Placed(NamedTuple):
     """fewer than `trips` in a branch"""
 
 
-def placed(code: Code, kernel: Any, trips: dict[str, list[float]]) -> list[Placed]:
+def placed(code: Code, kernel: Any, constants: dict[str, Any], trips: dict[str, list[float]]) -> list[Placed]:
     """The place of each block.
 
-    trips: for each node of the kernel's source, how often its body is executed in a program, for each place that its
-    function is called from. Raises ValueError where loops of code and source don't match.
+    constants: of the kernel. trips: for each node of the kernel's source, how often its body is executed in a program,
+    for each place that its function is called from. Raises ValueError where loops of code and source don't match.
     """
-    votes = [_votes(kernel, block) for block in code.blocks]
+    votes = [_votes(kernel, constants, block) for block in code.blocks]
     nodes = _nodes_of_loops(code, votes)
     of_loop = _trips_of_loops(code, nodes, trips)
     with_code = {node.name for node in nodes.values()}
@@ -271,12 +271,12 @@ def _mean(numbers: Sequence[float]) -> float:
     return sum(numbers) / len(numbers) if numbers else 0.0
 
 
-def _votes(kernel: Any, block: Block) -> Counter[tuple[source.Node, ...]]:
+def _votes(kernel: Any, constants: dict[str, Any], block: Block) -> Counter[tuple[source.Node, ...]]:
     """The nodes around the lines of a block, and how many instructions have them. Lines outside of all don't vote."""
     lines = Counter((of.file, of.line) for of in block.instructions)
     votes: Counter[tuple[source.Node, ...]] = Counter()
     for (file, line), number in lines.items():
-        around = source.path(kernel, file, line)
+        around = source.path(kernel, constants, file, line)
         if around:
             votes[around] += number
     return votes

@@ -104,13 +104,18 @@ def calls(kernel: Any, constants: dict[str, Any]) -> dict[str, list[tuple[int, .
     def visit(name: str, way: tuple[int, ...]) -> None:
         found.setdefault(name, []).append(way)
         for called, line in sorted(known[name].calls, key=lambda call: call[1]):
-            around = [node.test for node in known[name].nodes if node.test and node.first <= line <= node.last]
             # Within other functions a constant's name may stand for another number.
-            if way or not any(_is_false(test, constants) for test in around):
+            if way or not _ruled_out(known[name], line, constants):
                 visit(called, (*way, line))
 
     visit(kernel.fn.__name__, ())
     return found
+
+
+def _ruled_out(function: Function, line: int, constants: dict[str, Any]) -> bool:
+    """Whether a line is in a branch that is never taken with these constants."""
+    around = [node.test for node in function.nodes if node.test and node.first <= line <= node.last]
+    return any(_is_false(test, constants) for test in around)
 
 
 def _is_false(test: str, constants: dict[str, Any]) -> bool:
@@ -134,21 +139,27 @@ def digest(kernel: Any) -> str:
     return hashlib.sha256("\n".join(trees).encode()).hexdigest()[:12]
 
 
-def path(kernel: Any, file: str, line: int) -> tuple[Node, ...]:
+def path(kernel: Any, constants: dict[str, Any], file: str, line: int) -> tuple[Node, ...]:
     """The nodes around a line, from the outside in, those of callers included where all calls are in the same nodes.
 
-    Nothing for a line that no function of the kernel holds.
+    Of the kernel's own calls, those that its constants rule out don't count. Nothing for a line that no function of the
+    kernel holds.
     """
-    known = functions(kernel)
+    known, own = functions(kernel), functions(kernel)[kernel.fn.__name__]
+    callers = [
+        (called, function, at)
+        for function in known.values()
+        for called, at in function.calls
+        if function is not own or not _ruled_out(own, at, constants)
+    ]
+
+    def around(function: Function, line: int) -> tuple[Node, ...]:
+        inside = tuple(node for node in function.nodes if node.first <= line <= node.last)
+        paths = {around(caller, at) for called, caller, at in callers if called == function.name}
+        return (*(paths.pop() if len(paths) == 1 else ()), *inside)
+
     holding = [of for of in known.values() if of.file == file and of.first <= line <= of.last]
-    return _path(known, holding[0], line) if holding else ()
-
-
-def _path(known: dict[str, Function], function: Function, line: int) -> tuple[Node, ...]:
-    inside = tuple(node for node in function.nodes if node.first <= line <= node.last)
-    callers = [(of, at) for of in known.values() for name, at in of.calls if name == function.name]
-    paths = {_path(known, of, at) for of, at in callers}
-    return (*(paths.pop() if len(paths) == 1 else ()), *inside)
+    return around(holding[0], line) if holding else ()
 
 
 def nodes(kernel: Any) -> dict[str, Node]:

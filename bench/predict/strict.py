@@ -2,7 +2,8 @@
 
 `trips` runs products a block deep, where rounded numbers bound pre-activations more closely. So what finds the bounds
 is counted in half precision, with as many candidates; and what is done for each candidate follows from how many there
-are for normal numbers, which is measured on a few rows.
+are for normal numbers, which is measured on a few rows. All rows are taken to be proven, so that the fallback reads its
+flags and does nothing.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ def count(call: Call, recorded: Recorded, half: Sequence[Counted] | None = None)
             read, written = (4.0, 2.0) if name == "_round" else (0.0, 0.0)
             size = launch.grid[0] * d_in
             found.append(_given(launch, float(loops), {"given_ptr": read * size}, {"rounded_ptr": written * size}))
+        elif constants.get("GATED"):
+            found.append(_nothing_wanted(launch))
         else:
             found.append(next(bounds))
             if found[-1].kernel != name:
@@ -78,6 +81,21 @@ def _given(launch: Triton, loops: float, loaded: dict[str, float], stored: dict[
         for name, node in source.nodes(kernel).items()
     }
     return Counted(kernel.fn.__name__, source.digest(kernel), constants, times, loaded, stored)
+
+
+def _nothing_wanted(launch: Triton) -> Counted:
+    """A gated launch of which no row is wanted: a program reads the flag of its row, or of the rows of its tiles."""
+    kernel, constants, numbers = launch.variant.kernel, launch.variant.constants, launch.numbers
+    counted = _given(launch, 0.0, {"only_ptr": 4.0 * launch.grid[0]}, {})
+    if "BLOCK_M" not in constants:
+        return counted
+    blocks = math.ceil(numbers["rows"] / constants["BLOCK_M"]) * math.ceil(numbers["columns"] / constants["BLOCK_N"])
+    tiles = blocks / launch.grid[0]
+    for name, node in source.nodes(kernel).items():
+        of_tile = not name.startswith(f"{kernel.fn.__name__}:")
+        if of_tile or node.loop:
+            counted.trips[name] = [tiles if node.test == "GATED" or not of_tile else 0.0]
+    return counted._replace(loaded={"only_ptr": 4.0 * blocks * constants["BLOCK_M"]})
 
 
 def _settle(launch: Triton, reach: float) -> Counted:

@@ -173,7 +173,7 @@ def _run(variant: Any, grid: tuple[int, ...], given: tuple[Any, ...], encoder: b
                 arguments[name] = TensorDescriptor(argument.base, *sizes)
         more = blocks = math.ceil(rows / block)
         scale_bytes = rows / arguments["rows"]
-        if "programs" in arguments:
+        if "programs" in arguments and constants.get("GATED", True):  # persistent
             sample = [(x, 0, 0) for x in range(full[0])]
         else:
             sample = [(x, 0, 0) for x in range(math.ceil(full[0] / more))]

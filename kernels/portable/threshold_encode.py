@@ -162,12 +162,27 @@ def within_budget(
     """`batch_topk_encode`, by codes in the dtype of selection that `search` gives for a threshold []."""
     for threshold in thresholds:
         values, indices = search(threshold)
-        budget = len(values) * k if mask is None else mask.sum() * k
-        if mask is not None:
-            values = values.masked_fill(~mask[:, None], 0)
-        # All that are above the threshold were found, but for those that k_max excludes from any selection.
-        if threshold <= 0 or (values > 0).sum() >= budget:
+        if threshold <= 0 or enough(values, k, mask):
             break
+    return in_budget(values, indices, k, mask, cut)
+
+
+def enough(values: Tensor, k: int, mask: Tensor | None) -> Tensor:
+    """[] bool: whether codes [n, k_max] of what is above a threshold hold the budget, and so all that it can be of.
+
+    What is above and not in them is what k_max excludes from any selection.
+    """
+    counts = values > 0
+    return counts.sum() >= len(values) * k if mask is None else (counts & mask[:, None]).sum() >= mask.sum() * k
+
+
+def in_budget(
+    values: Tensor, indices: Tensor, k: int, mask: Tensor | None, cut: Cut | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of codes [n, k_max] what the n k largest of the rows in the mask leave; and the smallest of them, []."""
+    budget: int | Tensor = len(values) * k
+    if mask is not None:
+        budget, values = mask.sum() * k, values.masked_fill(~mask[:, None], 0)
     return (cut or _cut)(values, indices, budget)
 
 

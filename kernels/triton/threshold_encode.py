@@ -6,14 +6,15 @@
 2. `_order` takes what is in the buffer, or the k_max largest of it, by value and column, so the order of groups does
    not matter; `_finish` (topk_select.py) sorts. That is all there is if the buffer did not overflow.
 3. Fallback: rows of which more than CAPACITY groups are hit go through `topk_encode.search`, with a product that sets
-   to zero as above (`_pre_acts_above`), gated by a flag a row. The host does not read the flags.
+   to zero as above (`_pre_acts_above`), gated by a flag a row. The host does not read the flags. All rows do where a
+   batch has too few above the guess of its threshold, and then for all that are positive.
 
 Nothing is merged, because nothing is estimated. The appending product is that of topk_threshold.py, the choice that of
 topk_select.py. topk_encode.py defines A, B and C and the rates behind the predicted times.
 """
 
 import math
-from functools import partial
+from collections.abc import Callable
 
 import torch
 import triton
@@ -21,16 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..portable import threshold_encode as portable
-from ..portable.threshold_encode import Code, guesses, in_dtype, within_budget
+from ..portable.threshold_encode import Code, in_dtype
 from . import topk_encode as by_ranges
 from . import topk_threshold, tuning
-from .topk_product import best_product, blocks_of, multiply_tile, product_grid, product_variant, write_hits
+from .topk_product import best_product, blocks_of, multiply_tile, product_grid, product_variant, wanted_rows, write_hits
 from .topk_select import choose, ordered
 from .topk_threshold import CAPACITY, SLOT, append_hits, append_variant
 from .variant import FLOATS, Variant, aligned, dot_precision, dtypes_and_precisions, jit, vector_units
 
-batch_encode_and_keep = portable.batch_encode_and_keep
-batch_encode_again = portable.batch_encode_again
 threshold_encode_again = portable.threshold_encode_again
 threshold_encode_and_keep = portable.threshold_encode_and_keep
 threshold_table = portable.threshold_table
@@ -153,6 +152,7 @@ def _pre_acts_above(
     rows: tl.int32,
     columns: tl.int32,
     units: tl.int32,
+    programs: tl.int32,
     stride: tl.int32,
     groups: tl.int32,
     UNIT: tl.constexpr,
@@ -167,19 +167,21 @@ def _pre_acts_above(
     d_in = units * UNIT
     if WHOLE:
         stride = stride * GROUP
-    block_m, block_n = blocks_of(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
-    o_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_n = o_n < columns
-    m_m = o_m < rows
-    m_m = m_m & (tl.load(only_ptr + first + o_m, mask=m_m, other=0) != 0)
-    depth = tl.where(tl.max(m_m.to(tl.int32), 0) > 0, d_in, 0)
-    b_acts = multiply_tile(x_ptr, W_ptr, first + o_m, o_n, m_m, m_n, d_in, depth, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-    b_acts = _above(b_acts, features_ptr, o_n, m_n, True)
-    write_hits(
-        b_acts, o_m, m_m, block_n, bound_ptr, acts_ptr, maxima_ptr, columns, stride, groups,
-        BLOCK_M, BLOCK_N, GROUP, WHOLE, False,
-    )  # fmt: skip
+    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M) * tl.cdiv(columns, BLOCK_N), programs):
+        block_m, block_n = blocks_of(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+        o_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        o_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        m_n = o_n < columns
+        m_m, wanted = wanted_rows(only_ptr + first, o_m, o_m < rows)
+        if wanted:
+            b_acts = multiply_tile(
+                x_ptr, W_ptr, first + o_m, o_n, m_m, m_n, d_in, d_in, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+            )
+            b_acts = _above(b_acts, features_ptr, o_n, m_n, True)
+            write_hits(
+                b_acts, o_m, m_m, block_n, bound_ptr, acts_ptr, maxima_ptr, columns, stride, groups,
+                BLOCK_M, BLOCK_N, GROUP, WHOLE, False,
+            )  # fmt: skip
 
 
 # slots[r] = 0 where it is not below its feature's upper bound. A program: one row, in one warp. Bytes: 36 a group, and
@@ -326,14 +328,47 @@ def batch_topk_encode(
     guess: Tensor | None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The portable `batch_topk_encode`, by these searches. The host waits for the count that proves a search."""
-    search = partial(_encode, x, W_enc, b_enc, high=None, k_max=k_max)
-    values, indices, threshold = within_budget(search, guesses(guess, x), k, mask)
+    """The portable `batch_topk_encode`. The proof of a search is read by kernels, not by the host."""
+    if guess is None:
+        code = by_ranges.topk_encode(x, W_enc, b_enc, k_max, dtype=torch.float32)
+    else:
+        low = portable.LOWERED * guess.float().nan_to_num(nan=0.0)
+        code = _encode(x, W_enc, b_enc, low, None, k_max, lambda values: portable.enough(values, k, mask))
+    values, indices, threshold = portable.in_budget(*code, k, mask)
     return *in_dtype(values, indices, dtype or x.dtype), threshold
 
 
-def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, low: Tensor, high: Tensor | None, k_max: int) -> Code:
-    """Values [n, k_max] float32 and indices of the positive pre-activations above `low` and, if given, below `high`."""
+def batch_encode_and_keep(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, k_max: int, mask: Tensor | None, guess: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The portable `batch_encode_and_keep`, from the k_max largest of each row: there is no guess to prove."""
+    values, indices, kept = by_ranges.encode_and_keep(x, W_enc, b_enc, k_max, torch.float32)
+    values, indices, threshold = portable.in_budget(values, indices, k, mask)
+    return *in_dtype(values, indices, x.dtype), threshold, kept
+
+
+def batch_encode_again(
+    kept: Tensor, a: Tensor, W_a: Tensor, k: int, k_max: int, mask: Tensor | None, guess: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The portable `batch_encode_again`, likewise."""
+    code = by_ranges.encode_again(kept, a, W_a, k_max, torch.float32)
+    values, indices, threshold = portable.in_budget(*code, k, mask)
+    return *in_dtype(values, indices, a.dtype), threshold
+
+
+def _encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    low: Tensor,
+    high: Tensor | None,
+    k_max: int,
+    enough: Callable[[Tensor], Tensor] | None = None,
+) -> Code:
+    """Values [n, k_max] float32 and indices of the positive pre-activations above `low` and, if given, below `high`.
+
+    enough: whether the values [n, k_max] of what fits the buffer, [] bool. Where not, all rows are of what is positive.
+    """
     x, W_enc = aligned(x), aligned(W_enc)
     n, d_sae = x.shape[0], W_enc.shape[0]
     pairs = torch.empty(n, k_max, dtype=torch.int64, device=x.device)
@@ -350,6 +385,10 @@ def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, low: Tensor, high: Tensor |
     failed = torch.empty(n, dtype=torch.int32, device=x.device)
     product = best_product(x, d_sae)
     _append_and_order(x, W_enc, features, pairs, failed, product, upper)
+    if enough is not None:
+        few = ~enough(ordered(pairs, torch.float32)[0])
+        failed |= few
+        features[:, 1].masked_fill_(few, 0)
     unit = product.constants.get("UNIT", 16 // x.element_size())
     fallback = tuning.best(_fallback_variant(x.dtype, dot_precision(x.dtype), unit), x.device)
     by_ranges.search(x, W_enc, features, pairs, fallback, only=failed)

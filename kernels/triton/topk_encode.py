@@ -160,17 +160,19 @@ def search(
 # --- a second encode of the same tokens ------------------------------------------------------------------
 
 
-def encode_and_keep(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def encode_and_keep(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """topk_encode that also returns the pre-activations, for `encode_again`.
 
-    -> values [n, k], indices [n, k] int64, kept [n, d_sae] float32. The caller bounds n * d_sae.
+    -> values [n, k] in `dtype` or x's, indices [n, k] int64, kept [n, d_sae] float32. The caller bounds n * d_sae.
     """
     x, W_enc, bias = aligned(x), aligned(W_enc), aligned(b_enc.float())
     n, d_sae = x.shape[0], W_enc.shape[0]
     kept = torch.empty(n, d_sae, dtype=torch.float32, device=x.device)
     pairs = torch.empty(n, k, dtype=torch.int64, device=x.device)
     if n == 0:
-        return x.new_empty(0, k), pairs, kept
+        return x.new_empty(0, k, dtype=dtype), pairs, kept
     product = best_product(x, d_sae)
 
     def multiply(first: int, chunk: int, start: int, here: int, bound: Tensor, maxima: Tensor) -> tuple[Tensor, int]:
@@ -179,14 +181,16 @@ def encode_and_keep(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Te
 
     # With a single range the bound stays NaN, so all pre-activations are written.
     select_ranges(multiply, _rows_of_kept(n, d_sae, k), triton.cdiv(d_sae, GROUP) * GROUP, d_sae, pairs, stay=True)
-    return *ordered(pairs, x.dtype), kept
+    return *ordered(pairs, dtype or x.dtype), kept
 
 
-def encode_again(kept: Tensor, a: Tensor, W_a: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def encode_again(
+    kept: Tensor, a: Tensor, W_a: Tensor, k: int, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """relu(topk(kept - a W_a^T, k)): encodes x - c from the pre-activations of x, where W_enc c = W_a a.
 
     kept [n, d_sae] float32, as encode_and_keep returns it, overwritten; a [n, r], W_a [d_sae, r] in a's dtype
-    -> values [n, k] in a's dtype, indices [n, k] int64, with topk_encode's order, ties and NaN.
+    -> values [n, k] in `dtype` or a's, indices [n, k] int64, with topk_encode's order, ties and NaN.
 
     Costs 2 n r d_sae operations and 4 to 8 n d_sae bytes; encoding x - c costs 2 n d_in d_sae operations. Largest error
     of a pre-activation against float64, measured in the interpreter with d_in = 768, r = 256 and pre-activations of rms
@@ -197,7 +201,7 @@ def encode_again(kept: Tensor, a: Tensor, W_a: Tensor, k: int) -> tuple[Tensor, 
     n, d_sae = kept.shape
     pairs = torch.empty(n, k, dtype=torch.int64, device=a.device)
     if n == 0:
-        return a.new_empty(0, k), pairs
+        return a.new_empty(0, k, dtype=dtype), pairs
     unit = unit_of(a.dtype, a.shape[1]) if d_sae % GROUP == 0 and a.shape[1] else 1
     product = tuning.best(product_variant(a.dtype, dot_precision(a.dtype), unit, subtract=True), a.device)
 
@@ -207,7 +211,7 @@ def encode_again(kept: Tensor, a: Tensor, W_a: Tensor, k: int) -> tuple[Tensor, 
         return acts, d_sae
 
     select_ranges(multiply, _rows_of_kept(n, d_sae, k), _width_of_kept(d_sae, k), d_sae, pairs, stay=True)
-    return ordered(pairs, a.dtype)
+    return ordered(pairs, dtype or a.dtype)
 
 
 def _rows_of_kept(n: int, d_sae: int, k: int) -> int:

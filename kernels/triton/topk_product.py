@@ -14,6 +14,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import tuning
 from .variant import FLOATS, Variant, dot_precision, dtypes_and_precisions, jit, max_or_nan, unit_of, vector_units
 
+# Programs of a gated product for each multiprocessor: they mostly wait for a flag.
+GATED_PROGRAMS = 4
 # Columns of a group. A larger one makes fewer maxima, 1/GROUP of the pre-activations, and more candidates, k*GROUP.
 GROUP = 32
 
@@ -108,12 +110,48 @@ def multiply_tile(
     return b_acts
 
 
+@triton.jit
+def wanted_rows(only_ptr, o_m, m_m):
+    """m_m [BLOCK_M] without rows that are zero in `only`, and whether any is left."""
+    # [BLOCK_M]
+    m_m = m_m & (tl.load(only_ptr + o_m, mask=m_m, other=0) != 0)
+    return m_m, tl.max(m_m.to(tl.int32), 0) > 0
+
+
+@triton.jit
+def _pre_acts_tile(
+    tile, x_ptr, W_ptr, bias_ptr, bound_ptr, acts_ptr, maxima_ptr, only_ptr, first, rows, columns, d_in, stride, groups,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, WHOLE: tl.constexpr, SUBTRACT: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """A tile of `_pre_acts`."""
+    block_m, block_n = blocks_of(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+    o_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_m = o_m < rows
+    m_n = o_n < columns
+    wanted = True
+    if GATED:
+        m_m, wanted = wanted_rows(only_ptr + first, o_m, m_m)
+    if wanted:
+        b_acts = multiply_tile(
+            x_ptr, W_ptr, first + o_m, o_n, m_m, m_n, d_in, d_in, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+        )
+        if not SUBTRACT:
+            # [BLOCK_N]
+            b_acts += tl.load(bias_ptr + o_n, mask=m_n, other=0.0)[None, :]
+        write_hits(
+            b_acts, o_m, m_m, block_n, bound_ptr, acts_ptr, maxima_ptr, columns, stride, groups,
+            BLOCK_M, BLOCK_N, GROUP, WHOLE, SUBTRACT,
+        )  # fmt: skip
+
+
 # acts[r, f] = <x[first + r], W_enc[f]> + b_enc[f], in groups of columns whose maximum is above bound[r]; other groups
 # are not written. maxima[r, g] = the largest of columns g GROUP to (g + 1) GROUP - 1, NaN if one is NaN.
-# SUBTRACT: acts[r, f] -= <x[first + r], W_enc[f]>, without bias. GATED: only rows that are set in `only`; a tile with
-# none of them costs one load.
+# SUBTRACT: acts[r, f] -= <x[first + r], W_enc[f]>, without bias. GATED: only rows that are set in `only`.
 #
-# A program: a tile [BLOCK_M, BLOCK_N]. Any width and stride will do; with UNIT > 1 (d_in a multiple of UNIT, columns of
+# A program: a tile [BLOCK_M, BLOCK_N]; GATED: every `programs`-th tile, because one that has no row costs a load, which
+# is less than a program of its own. Any width and stride will do; with UNIT > 1 (d_in a multiple of UNIT, columns of
 # GROUP) it loads and stores 16 bytes at a time.
 # Operations: 2 rows d_in columns. Bytes: x once; W_enc once for GROUP_M row blocks, from L2 if a range of it fits
 # (A 10, B 34, C 61 MB); written 4 for each column of a group above the bound, and 4 a group.
@@ -135,6 +173,7 @@ def _pre_acts(
     rows: tl.int32,
     columns: tl.int32,
     units: tl.int32,
+    programs: tl.int32,
     stride: tl.int32,
     groups: tl.int32,
     UNIT: tl.constexpr,
@@ -151,26 +190,16 @@ def _pre_acts(
     d_in = units * UNIT
     if WHOLE:
         stride = stride * GROUP
-    block_m, block_n = blocks_of(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
-    o_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_m = o_m < rows
-    m_n = o_n < columns
-    wanted = True
     if GATED:
-        # [BLOCK_M]
-        m_m = m_m & (tl.load(only_ptr + first + o_m, mask=m_m, other=0) != 0)
-        wanted = tl.max(m_m.to(tl.int32), 0) > 0
-    if wanted:
-        b_acts = multiply_tile(
-            x_ptr, W_ptr, first + o_m, o_n, m_m, m_n, d_in, d_in, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
-        )
-        if not SUBTRACT:
-            # [BLOCK_N]
-            b_acts += tl.load(bias_ptr + o_n, mask=m_n, other=0.0)[None, :]
-        write_hits(
-            b_acts, o_m, m_m, block_n, bound_ptr, acts_ptr, maxima_ptr, columns, stride, groups,
-            BLOCK_M, BLOCK_N, GROUP, WHOLE, SUBTRACT,
+        for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M) * tl.cdiv(columns, BLOCK_N), programs):
+            _pre_acts_tile(
+                tile, x_ptr, W_ptr, bias_ptr, bound_ptr, acts_ptr, maxima_ptr, only_ptr, first, rows, columns, d_in,
+                stride, groups, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, GROUP, PRECISION, WHOLE, SUBTRACT, GATED,
+            )  # fmt: skip
+    if not GATED:
+        _pre_acts_tile(
+            tl.program_id(0), x_ptr, W_ptr, bias_ptr, bound_ptr, acts_ptr, maxima_ptr, only_ptr, first, rows, columns,
+            d_in, stride, groups, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, GROUP, PRECISION, WHOLE, SUBTRACT, GATED,
         )  # fmt: skip
 
 
@@ -436,9 +465,11 @@ def launch_product(
         *sizes, programs = sizes
         product.launch(grid, *tensors, *sizes, stride // GROUP, groups, programs)
     else:
-        gate = maxima.view(torch.int32) if only is None else only
+        gate, (programs,) = maxima.view(torch.int32), grid
+        if only is not None:
+            gate, programs = only, min(programs, GATED_PROGRAMS * _programs(x.device))
         stride = stride // GROUP if product.constants["UNIT"] > 1 else stride
-        product.launch(grid, *tensors, gate, *sizes, stride, groups)
+        product.launch((programs,), *tensors, gate, *sizes, programs, stride, groups)
 
 
 def product_grid(product: Variant, x: Tensor, W_enc: Tensor, first: int, chunk: int) -> tuple[tuple[int], list[Any]]:

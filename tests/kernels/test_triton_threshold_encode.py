@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -133,9 +134,9 @@ def test_what_is_not_finite() -> None:
 
 
 @pytest.mark.parametrize("capacity", [1024, 2], ids=["it fits", "it overflows"])
-def test_near_and_batch(capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_near(capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from csae.kernels.triton import threshold_encode, topk_threshold
-    from csae.kernels.triton.threshold_encode import batch_topk_encode, near_threshold
+    from csae.kernels.triton.threshold_encode import near_threshold
 
     for module in (threshold_encode, topk_threshold):
         monkeypatch.setattr(module, "CAPACITY", capacity)
@@ -146,10 +147,67 @@ def test_near_and_batch(capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
     want = reference.near_threshold(x, W_enc, b_enc, threshold, 5.0, 20)
     torch.testing.assert_close(found[0].double().cpu(), want[0], rtol=0, atol=0)
     torch.testing.assert_close(found[1].cpu(), want[1], rtol=0, atol=0)
-    mask = torch.tensor([True, True, False, True, True])
-    for guess in (None, torch.tensor(3.0), torch.tensor(100.0)):
-        at = None if guess is None else guess.to(DEVICE)
-        got = batch_topk_encode(*given, 4, 12, mask.to(DEVICE), at)
-        wanted = reference.batch_topk_encode(x, W_enc, b_enc, 4, 12, mask)
-        for one, other in zip(got, wanted, strict=True):
-            torch.testing.assert_close(one.double().cpu(), other.double(), rtol=0, atol=0)
+
+
+def assert_equal(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.double().cpu(), other.double(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("guess", "special", "masked", "k", "k_max", "capacity"),
+    [
+        pytest.param(None, 0.0, [], 4, 12, 1024, id="no guess"),
+        pytest.param(3.0, math.nan, [2], 4, 12, 1024, id="a good guess, a row of NaN, a mask"),
+        pytest.param(3.0, math.nan, [1], 4, 12, 2, id="a row of NaN out of the mask, more than fits"),
+        pytest.param(100.0, math.inf, [], 4, 4, 1024, id="a guess that is too high, infinities"),
+        pytest.param(math.nan, 0.0, [0, 1, 2], 4, 12, 1024, id="a guess of NaN, and no row counts"),
+    ],
+)
+def test_batch(
+    guess: float | None,
+    special: float,
+    masked: list[int],
+    k: int,
+    k_max: int,
+    capacity: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from csae.kernels.triton import threshold_encode, topk_threshold
+
+    for module in (threshold_encode, topk_threshold):
+        monkeypatch.setattr(module, "CAPACITY", capacity)
+    x, W_enc, b_enc = integers(3, 6), integers(90, 6, seed=1), integers(90, seed=2)
+    W_enc[:, 0] = W_enc[:, 0].sign() + (W_enc[:, 0] == 0)  # no zeros, which would make a NaN of an infinity
+    x[1, 0] = special
+    mask = torch.ones(3, dtype=torch.bool)
+    mask[masked] = False
+    given = [tensor.to(DEVICE, torch.float32) for tensor in (x, W_enc, b_enc)]
+    how = k, k_max, mask.to(DEVICE) if masked else None, None if guess is None else torch.tensor(guess, device=DEVICE)
+    wanted = reference.batch_topk_encode(x, W_enc, b_enc, k, k_max, mask)
+    assert_equal(threshold_encode.batch_topk_encode(*given, *how), wanted)
+    *found, kept = threshold_encode.batch_encode_and_keep(*given, *how)
+    assert_equal(found, wanted)
+    a, W_a = integers(3, 2, seed=3), integers(90, 2, seed=4)
+    wanted = reference.batch_topk_encode(torch.cat([x, a], 1), torch.cat([W_enc, -W_a], 1), b_enc, k, k_max, mask)
+    found = threshold_encode.batch_encode_again(kept, *(of.to(DEVICE, torch.float32) for of in (a, W_a)), *how)
+    assert_equal(found, wanted)
+
+
+def test_rows_are_searched_again_only_where_the_batch_has_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    from csae.kernels.triton import threshold_encode
+
+    searched = []
+    search = threshold_encode.by_ranges.search
+
+    def spy(*given: Any, only: Tensor | None = None) -> None:
+        searched.append(None if only is None else only.tolist())
+        search(*given, only=only)
+
+    monkeypatch.setattr(threshold_encode.by_ranges, "search", spy)
+    x, W_enc, b_enc = integers(3, 6), integers(90, 6, seed=1), integers(90, seed=2)
+    given = [tensor.to(DEVICE, torch.float32) for tensor in (x, W_enc, b_enc)]
+    *_, threshold = threshold_encode.batch_topk_encode(*given, 4, 12, None, None)
+    for guess in (threshold, threshold / threshold_encode.portable.LOWERED + 1):
+        threshold_encode.batch_topk_encode(*given, 4, 12, None, guess)
+    assert searched == [None, [0, 0, 0], [1, 1, 1]]
