@@ -261,6 +261,7 @@ TOPK_STEP = Case(
     _topk_step_reference,
     {
         OURS: ours.step(ours.topk_sae),
+        "csae, captured": ours.captured_step(ours.topk_sae),
         # SparseAdam adds eps before the correction by beta2, not after. With this eps its first step is Adam's.
         "csae, lazy Adam": ours.step(ours.topk_sae, lazy=True, eps=1e-8 * (1 - 0.999) ** 0.5),
         "csae, bfloat16 moments": ours.step(ours.topk_sae, moments=torch.bfloat16),
@@ -284,6 +285,7 @@ CONTEXTUAL_STEP = Case(
     _contextual_step_reference,
     {
         OURS: ours.step(ours.contextual_sae),
+        "csae, captured": ours.captured_step(ours.contextual_sae),
         "csae, plain autograd + torch Adam": ours.autograd_step(ours.contextual_sae),
         "csae TopK step": ours.uncompared(ours.step(ours.topk_sae)),
         "mm": plain.product,

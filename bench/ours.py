@@ -11,6 +11,7 @@ from torch import Tensor
 
 from csae import SAE, ContextualSAE, TopKSAE
 from csae.adam import Adam
+from csae.graphs import CALLS, Graphs, Inputs
 from csae.ops import sparse_decode, topk_encode
 
 from .data import Built, Data, Skip
@@ -73,6 +74,40 @@ def step(make: MakeSAE, **how: Any) -> Callable[[Data], Built]:
         return state.built(run)
 
     return build
+
+
+def captured_step(make: MakeSAE) -> Callable[[Data], Built]:
+    """The same step as one CUDA graph, as `csae train` runs it on CUDA; captured before it is timed."""
+
+    def build(data: Data) -> Built:
+        graphs = _graphs(data.device)
+        sae, _, acts, mask, documents = _begin(make, data)
+        optimizer = Adam(sae, LR, eps=1e-8)
+        inputs = {"acts": acts, "mask": mask, "documents": documents, "dead": sae.dead_features()}
+
+        def once(given: Inputs) -> None:
+            with data.autocast:
+                losses, gradients = sae.gradients(given["acts"], given["mask"], given["documents"], given["dead"])
+            optimizer.update(gradients)
+            sae.track(losses.code, given["mask"])
+
+        def run() -> None:
+            with optimizer.copies.used():
+                graphs.run("step", once, inputs, optimizer.replayed, optimizer.copies.forget)
+
+        for _ in range(CALLS + 1):
+            run()
+        if graphs.refused:
+            raise Skip("a step can't be captured as a CUDA graph")
+        return Built(run, dict)
+
+    return build
+
+
+def _graphs(device: torch.device) -> Graphs:
+    if device.type != "cuda":
+        raise Skip("a CUDA graph: needs CUDA")
+    return Graphs(device)
 
 
 def factors(make: MakeSAE) -> Callable[[Data], Built]:

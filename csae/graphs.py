@@ -36,7 +36,7 @@ class Graphs:
         """capture: takes a function, and gives what runs it again and where its results will be. For tests."""
         self.device, self._capture = device, capture or _Capture(device)
         self._known: OrderedDict[Hashable, _Graph | int] = OrderedDict()
-        self._refused = False
+        self.refused = False
 
     def run(
         self,
@@ -58,7 +58,7 @@ class Graphs:
         """
         key = key, tuple((name, of.shape, of.dtype) for name, of in inputs.items())
         known = self._known.pop(key, 0)
-        if not self._refused:
+        if not self.refused:
             self._known[key] = known + 1 if isinstance(known, int) else known
             if len(self._known) > MOST:
                 self._known.popitem(last=False)
@@ -69,7 +69,7 @@ class Graphs:
             replayed()
             return known.results
         here = {name: of.to(self.device, non_blocking=True) for name, of in inputs.items()}
-        if known < CALLS or self._refused:
+        if known < CALLS or self.refused:
             return function(here)
         static = {name: of.clone() for name, of in here.items()}
         try:
@@ -78,7 +78,7 @@ class Graphs:
             failed()
             if not isinstance(error, RuntimeError):
                 raise
-            self._refused = True
+            self.refused = True
             reason = str(error).strip().partition("\n")[0]
             say(f"a step can't be captured as a CUDA graph ({reason}): its kernels are launched one by one")
             return function(here)

@@ -3,15 +3,18 @@
 import dataclasses
 import json
 import time
+from typing import Any
 
 import pytest
 import torch
 
+from csae import SAE
 from csae.bench import harness, ours, plain
 from csae.bench.cases import BACKWARD, CASES, ENCODE, FORWARD_BACKWARD, LOOK_BACK, TOPK_STEP
 from csae.bench.data import CHECK, DTYPES, SHAPES, Built, Data, Shape, Skip
 from csae.bench.measure import Ceilings, Clock
 from csae.errors import UserError
+from csae.graphs import CALLS, Graphs
 
 CPU = torch.device("cpu")
 TINY = Shape("tiny", 32, 16, 64, 4, T=16, heads=2, d_head=16, d_value=16)
@@ -297,3 +300,27 @@ def test_compiled_implementations_pass_the_gate():
         names = [name for name in case.implementations if name not in ("csae", COMPILED)]
         passed, skipped = harness.check(without(case, *names), Data(TINY, torch.float32, CPU))
         assert list(passed) == ["csae", COMPILED], skipped
+
+
+@pytest.mark.parametrize("make", [ours.topk_sae, ours.contextual_sae])
+def test_a_captured_step_is_the_step(make: ours.MakeSAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After as many steps, where a graph is the function that it was captured from."""
+    kept: list[SAE] = []
+    begin = ours._begin
+
+    def noted(*given: Any) -> Any:
+        found = begin(*given)
+        kept.append(found[0])
+        return found
+
+    monkeypatch.setattr(ours, "_begin", noted)
+    data = Data(TINY, torch.float32, CPU)
+    with pytest.raises(Skip, match="needs CUDA"):
+        ours.captured_step(make)(data)
+    monkeypatch.setattr(ours, "_graphs", lambda device: Graphs(device, lambda once: (once, None)))
+    captured, plain = ours.captured_step(make)(data), ours.step(make)(data)
+    captured.run()
+    for _ in range(CALLS + 2):
+        plain.run()
+    for one, other in zip(kept[0].parameters(), kept[1].parameters(), strict=True):
+        assert torch.equal(one, other)
