@@ -84,18 +84,16 @@ def _given(launch: Triton, loops: float, loaded: dict[str, float], stored: dict[
 
 
 def _nothing_wanted(launch: Triton) -> Counted:
-    """A gated launch of which no row is wanted: a program reads the flag of its row, or of the rows of its tiles."""
-    kernel, constants, numbers = launch.variant.kernel, launch.variant.constants, launch.numbers
-    counted = _given(launch, 0.0, {"only_ptr": 4.0 * launch.grid[0]}, {})
-    if "BLOCK_M" not in constants:
-        return counted
-    blocks = math.ceil(numbers["rows"] / constants["BLOCK_M"]) * math.ceil(numbers["columns"] / constants["BLOCK_N"])
-    tiles = blocks / launch.grid[0]
+    """A gated launch of which no row is wanted: a program reads the flag of its row, and one of a product all flags."""
+    kernel, flags = launch.variant.kernel, 4.0 * launch.grid[0]
+    of_product = "BLOCK_M" in launch.variant.constants
+    counted = _given(launch, 0.0, {"only_ptr": flags * (launch.numbers["rows"] if of_product else 1.0)}, {})
     for name, node in source.nodes(kernel).items():
-        of_tile = not name.startswith(f"{kernel.fn.__name__}:")
-        if of_tile or node.loop:
-            counted.trips[name] = [tiles if node.test == "GATED" or not of_tile else 0.0]
-    return counted._replace(loaded={"only_ptr": 4.0 * blocks * constants["BLOCK_M"]})
+        if node.loop and "range(0, rows, 1024)" in node.text:
+            counted.trips[name] = [math.ceil(launch.numbers["rows"] / 1024)]
+        elif of_product and not name.startswith(f"{kernel.fn.__name__}:"):
+            counted.trips[name] = [0.0]
+    return counted
 
 
 def _settle(launch: Triton, reach: float) -> Counted:

@@ -25,7 +25,16 @@ from ..portable import threshold_encode as portable
 from ..portable.threshold_encode import Code, in_dtype
 from . import topk_encode as by_ranges
 from . import topk_threshold, tuning
-from .topk_product import best_product, blocks_of, multiply_tile, product_grid, product_variant, wanted_rows, write_hits
+from .topk_product import (
+    best_product,
+    blocks_of,
+    multiply_tile,
+    product_grid,
+    product_variant,
+    tiles_wanted,
+    wanted_rows,
+    write_hits,
+)
 from .topk_select import choose, ordered
 from .topk_threshold import CAPACITY, SLOT, append_hits, append_variant
 from .variant import FLOATS, Variant, aligned, dot_precision, dtypes_and_precisions, jit, vector_units
@@ -167,7 +176,8 @@ def _pre_acts_above(
     d_in = units * UNIT
     if WHOLE:
         stride = stride * GROUP
-    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M) * tl.cdiv(columns, BLOCK_N), programs):
+    tiles = tiles_wanted(only_ptr + first, rows, columns, BLOCK_M, BLOCK_N)
+    for tile in range(tl.program_id(0), tiles, programs):
         block_m, block_n = blocks_of(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
         o_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
         o_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)

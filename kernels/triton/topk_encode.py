@@ -74,9 +74,11 @@ def _workspace(
         most = max(least, fitting)
 
         def waves(width: int) -> int:
-            widths = d_sae // width * [width] + ([d_sae % width] if d_sae % width else [])
-            tiles = (triton.cdiv(n, tile[0]) * triton.cdiv(here, tile[1]) for here in widths)
-            return len(widths) + sum(triton.cdiv(of, programs) for of in tiles)
+            full, last = divmod(d_sae, width)
+            # Of many widths: triton.cdiv, which takes constants of kernels too, is slower than all the rest here.
+            blocks = -(-n // tile[0])
+            waves_of_full, waves_of_last = (-(-blocks * -(-here // tile[1]) // programs) for here in (width, last))
+            return full + (last > 0) + full * waves_of_full + waves_of_last
 
         width = min(range(most, max(least, most // 2) - 1, -RANGE_UNIT), key=waves)
     rows = space // bytes_a_row(width, k)

@@ -119,6 +119,18 @@ def wanted_rows(only_ptr, o_m, m_m):
 
 
 @triton.jit
+def tiles_wanted(only_ptr, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """How many tiles a gated product goes through: none where no row is wanted, which is known at once."""
+    b_only = tl.zeros([1024], tl.int32)
+    for start in range(0, rows, 1024):
+        o_m = start + tl.arange(0, 1024)
+        # [1024]
+        b_only |= tl.load(only_ptr + o_m, mask=o_m < rows, other=0)
+    tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(columns, BLOCK_N)
+    return tl.where(tl.max((b_only != 0).to(tl.int32), 0) > 0, tiles, 0)
+
+
+@triton.jit
 def _pre_acts_tile(
     tile, x_ptr, W_ptr, bias_ptr, bound_ptr, acts_ptr, maxima_ptr, only_ptr, first, rows, columns, d_in, stride, groups,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, GROUP: tl.constexpr,
@@ -150,9 +162,8 @@ def _pre_acts_tile(
 # are not written. maxima[r, g] = the largest of columns g GROUP to (g + 1) GROUP - 1, NaN if one is NaN.
 # SUBTRACT: acts[r, f] -= <x[first + r], W_enc[f]>, without bias. GATED: only rows that are set in `only`.
 #
-# A program: a tile [BLOCK_M, BLOCK_N]; GATED: every `programs`-th tile, because one that has no row costs a load, which
-# is less than a program of its own. Any width and stride will do; with UNIT > 1 (d_in a multiple of UNIT, columns of
-# GROUP) it loads and stores 16 bytes at a time.
+# A program: a tile [BLOCK_M, BLOCK_N]; GATED: every `programs`-th tile, or none where no row is set. Any width and
+# stride will do; with UNIT > 1 (d_in a multiple of UNIT, columns of GROUP) it loads and stores 16 bytes at a time.
 # Operations: 2 rows d_in columns. Bytes: x once; W_enc once for GROUP_M row blocks, from L2 if a range of it fits
 # (A 10, B 34, C 61 MB); written 4 for each column of a group above the bound, and 4 a group.
 # Floor: the operations, by tensor cores. Predicted (bench/predict): A 0.57, B 3.23, C 11.4 ms; the bytes
@@ -191,7 +202,8 @@ def _pre_acts(
     if WHOLE:
         stride = stride * GROUP
     if GATED:
-        for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M) * tl.cdiv(columns, BLOCK_N), programs):
+        tiles = tiles_wanted(only_ptr + first, rows, columns, BLOCK_M, BLOCK_N)
+        for tile in range(tl.program_id(0), tiles, programs):
             _pre_acts_tile(
                 tile, x_ptr, W_ptr, bias_ptr, bound_ptr, acts_ptr, maxima_ptr, only_ptr, first, rows, columns, d_in,
                 stride, groups, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, GROUP, PRECISION, WHOLE, SUBTRACT, GATED,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -41,6 +42,22 @@ if INTERPRETED:
             _replace(package, builder, scope)
 
     interpreter._patch_builtin = _replace_once
+
+    # Whether integers overflow it computes anew for each of their sums, and tells only where it debugs.
+    _builder = interpreter.interpreter_builder
+    _builder.options = replace(_builder.options, sanitize_overflow=_builder.options.debug)
+
+    # At every load and cast it makes a table of dtypes.
+    _find_dtype, _dtypes = interpreter._get_np_dtype, {}
+
+    def _find_dtype_once(of: Any) -> Any:
+        if of.scalar.is_ptr():
+            return _find_dtype(of)
+        if of.scalar.name not in _dtypes:
+            _dtypes[of.scalar.name] = _find_dtype(of)
+        return _dtypes[of.scalar.name]
+
+    interpreter._get_np_dtype = _find_dtype_once
 
 
 def random_normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
