@@ -85,7 +85,11 @@ def batch_topk_encode(
     values, indices = threshold_encode(x, W_enc, b_enc, x.new_zeros(()), k_max)
     mask = torch.ones_like(values[..., 0], dtype=torch.bool) if mask is None else mask
     values = torch.where(mask.unsqueeze(-1), values, 0)
-    budget = int(mask.sum()) * k
+    return _within_budget(values, indices, int(mask.sum()) * k)
+
+
+def _within_budget(values: Tensor, indices: Tensor, budget: int) -> tuple[Tensor, Tensor, Tensor]:
+    """values, indices [..., k_max] -> the same with the `budget` largest positive ones; the threshold []."""
     flat = torch.where(values.isnan(), 0, values).flatten()
     order = flat.sort(descending=True, stable=True).indices[:budget]
     selected = torch.zeros_like(flat, dtype=torch.bool)
@@ -188,6 +192,78 @@ def bounded_heads(values: Tensor) -> Tensor:
     return values / (1 + (values / VALUE_BOUND).square().mean(dim=-1, keepdim=True)).sqrt()
 
 
+def active(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Which slots of a code are active: values [..., k], mask [...] bool -> [..., k] bool. NaN is, so that it is seen."""
+    on = ~(values <= 0)
+    return on if mask is None else on & mask.unsqueeze(-1)
+
+
+def active_features(values: Tensor, indices: Tensor, mask: Tensor | None, d_sae: int) -> Tensor:
+    """indices [..., k] of a code, and d_sae in the slots that are not active."""
+    return torch.where(active(values, mask), indices, d_sae)
+
+
+def fired(since: Tensor, values: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor:
+    """since [d_sae], zero for the features that are active in the code."""
+    here = indices[active(values, mask)]
+    return torch.where(torch.isin(torch.arange(since.shape[0], device=since.device), here), 0, since)
+
+
+def over_scale(acts: Tensor, scale: Tensor, mask: Tensor | None = None) -> Tensor:
+    """acts [..., d] / scale, a scalar; zero where the mask [...] is False, whatever stands there."""
+    units = acts / scale
+    return units if mask is None else torch.where(mask.unsqueeze(-1), units, 0)
+
+
+def fvu(x: Tensor, x_hat: Tensor, weight: Tensor) -> Tensor:
+    """The fraction of x's variance that x_hat leaves unexplained: x, x_hat [..., d], weight [...] -> [].
+
+    The mean is by weight too. Without any weight it is NaN.
+    """
+    mean = (x * weight.unsqueeze(-1)).flatten(0, -2).sum(dim=0) / weight.sum()
+    missed, spread = ((of.square().sum(dim=-1) * weight).sum() for of in (x - x_hat, x - mean))
+    return missed / spread
+
+
+def feature_sums(features: Tensor, tokens: Tensor, weights: Tensor, rows: Tensor, d_sae: int) -> Tensor:
+    """The gradient of a table from its factors: out[f] = sum over the pairs p of feature f of weights_p rows[tokens_p].
+
+    features, tokens [P] int64, weights [P], rows [N, d] -> [d_sae, d]. A pair with a feature out of [0, d_sae) takes no
+    part.
+    """
+    out = rows.new_zeros(d_sae + 1, rows.shape[1])
+    places = torch.where((features >= 0) & (features < d_sae), features, d_sae)
+    return out.index_add(0, places, weights.unsqueeze(-1) * rows[tokens])[:d_sae]
+
+
+def adam_numbers(t: int, lr: float, beta1: float, beta2: float, eps: float, lazy: bool) -> list[float]:
+    """The six numbers of Adam's step t = 1, 2, ..., of which SparseAdam, which is lazy, adds eps to the root as it is.
+
+    lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), eps or eps / sqrt(1 - beta2^t), 1 - beta1, beta2, 1 - beta2
+    """
+    correction = 1 / math.sqrt(1 - beta2**t)
+    return [lr / (1 - beta1**t), correction, eps * correction if lazy else eps, 1 - beta1, beta2, 1 - beta2]
+
+
+def adam_rows(
+    param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, numbers: list[float], unit_rows: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A step of Adam (Kingma and Ba 2015, arXiv 1412.6980) on a table and its moments, [d_sae, d] each.
+
+    numbers: those of `adam_numbers`. unit_rows: the gradient is made orthogonal to each row, and each row is of norm
+    one after; a row of zeros stays as it is.
+    """
+    step_size, correction, eps, one_minus_beta1, beta2, one_minus_beta2 = numbers
+    if unit_rows:
+        gradient = gradient - (gradient * param).sum(dim=1, keepdim=True) * param
+    exp_avg = (1 - one_minus_beta1) * exp_avg + one_minus_beta1 * gradient
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * gradient.square()
+    param = param - step_size * exp_avg / (exp_avg_sq.sqrt() * correction + eps)
+    if unit_rows:
+        param = param / param.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    return param, exp_avg, exp_avg_sq
+
+
 # --- the models ------------------------------------------------------------------------------------------
 
 
@@ -270,12 +346,11 @@ def matryoshka_fvus(
     2503.17547). mask [...] bool: which positions count.
     """
     counts = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if mask is None else mask
-    spread = (x[counts] - x[counts].mean(dim=0)).square().sum()
+    weight = torch.ones_like(x[counts][:, 0])
     fvus = []
     for prefix in (*prefixes, W_dec.shape[0]):
         left_out = sparse_decode(torch.where(out.indices >= prefix, out.values, 0), out.indices, W_dec)
-        missed = x - (out.x_hat - left_out)
-        fvus.append(missed[counts].square().sum() / spread)
+        fvus.append(fvu(x[counts], (out.x_hat - left_out)[counts], weight))
     return torch.stack(fvus)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from csae import SAE, Adam, ContextualSAE, TopKSAE, dead_rows
+from csae import SAE, Adam, ContextualSAE, TopKSAE, dead_rows, reference
 from csae.factors import Factors
 
 DEAD = torch.tensor([0, 3, 7, 20, 41, 48, 49])
@@ -41,19 +41,18 @@ def dense(gradient: Tensor | Factors, like: Tensor) -> Tensor:
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 @pytest.mark.parametrize("k_aux", [9, 7, 3], ids="k_aux={}".format)
 def test_gradients_of_the_definition(k_aux: int, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss as `SAE._aux` defines it, in float64, differentiated by autograd."""
+    """The loss as `SAE._aux` defines it, by the ops of the reference in float64, differentiated by autograd."""
     few(monkeypatch, True)
     sae = make(k_aux=k_aux).double()
     acts, mask = batch()
     x = acts if not masked else acts.masked_fill(~mask.unsqueeze(-1), 0)
     weight = mask.double() if masked else torch.ones(3, 17, dtype=torch.float64)
     seen = (x - sae.b_dec).detach()
-    values, indices = torch.topk(seen @ sae.W_enc.T + sae.b_enc, 4)
-    rebuilt = (values.relu().unsqueeze(-1) * sae.W_dec[indices]).sum(-2) + sae.b_dec
+    rebuilt = reference.topk_sae(x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, 4).x_hat
     residual = (x - rebuilt).detach()
     k = min(k_aux, len(DEAD))
-    best = (seen @ sae.W_enc[DEAD].T + sae.b_enc[DEAD]).topk(k)
-    by_dead = (best.values.relu().unsqueeze(-1) * sae.W_dec[DEAD][best.indices]).sum(-2)
+    best = reference.topk_encode(seen, sae.W_enc[DEAD], sae.b_enc[DEAD], k)
+    by_dead = reference.sparse_decode(*best, sae.W_dec[DEAD])
     left, before = (((of.square().sum(-1)) * weight).sum() for of in (residual - by_dead, residual))
     aux = k / k_aux * left / before
     wanted = torch.autograd.grad(sae.aux_coef * aux, [sae.W_enc, sae.b_enc, sae.W_dec])

@@ -1,4 +1,4 @@
-"""The native read of the memory, against the plain PyTorch one in float64."""
+"""The read of the memory, against the look-back attention of the reference in float64."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from csae import reference
 from csae.kernels import cpu
 from csae.kernels.cpu.read_memory import read_memory
 from csae.kernels.portable import read_memory as portable
@@ -45,18 +46,47 @@ SHAPES = [
 ]
 
 
+def widened(given: list[Tensor | int]) -> list[Tensor | int]:
+    return [of.double() if isinstance(of, Tensor) and of.is_floating_point() else of for of in given]
+
+
+def wanted(
+    q: Tensor, memory: Tensor, takes_part: Tensor, slope: Tensor, null: Tensor, start: Tensor, looks: Tensor, t: int
+) -> Tensor:
+    """The last position of the reference's attention over what the ring buffer holds, in order, and position t."""
+    B, H, d_head = q.shape
+    at = torch.arange(max(0, t - memory.shape[1]), t)
+    rows = memory[:, at % memory.shape[1]]
+    keys, values = rows[..., : H * d_head].unflatten(-1, (H, d_head)), rows[..., H * d_head :].unflatten(-1, (H, -1))
+    here = takes_part[:, at % memory.shape[1]] & (at >= start[:, None])
+    # Position t has no key and no value of its own: it looks at earlier ones only.
+    queries, keys, values = (
+        torch.cat([of.expand(B, len(at), *of.shape[2:]), last.expand(B, 1, *of.shape[2:])], dim=1)
+        for of, last in ((q[:, None] * 0, q[:, None]), (keys, q[:, None]), (values, values.new_zeros(1, 1, 1, 1)))
+    )
+    mask = torch.cat([here, looks[:, None]], dim=1)
+    return reference.lookback_attention(queries, keys, values, slope, null, mask)[:, -1].flatten(1)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equal_to_the_plain_one(shape: tuple[int, ...]) -> None:
+def test_matches_reference(shape: tuple[int, ...]) -> None:
     given = inputs(*shape)
-    wide = [of.double() if isinstance(of, Tensor) and of.is_floating_point() else of for of in given]
-    expected = portable.read_memory(*wide)  # type: ignore[arg-type]
+    expected = wanted(*widened(given))  # type: ignore[arg-type]
     torch.testing.assert_close(read_memory(*given).double(), expected, rtol=1e-5, atol=1e-5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_plain_one_matches_it_too(shape: tuple[int, ...]) -> None:
+    """With a number and with a tensor for t."""
+    *given, t = widened(inputs(*shape))
+    expected = wanted(*given, t)  # type: ignore[arg-type]
+    for at in (t, torch.tensor([t])):
+        torch.testing.assert_close(portable.read_memory(*given, at), expected, rtol=1e-12, atol=1e-12)  # type: ignore[arg-type]
 
 
 def test_large_scores_do_not_overflow() -> None:
     given = inputs(2, 30, 2, 8, 4, 30, scale=40)
-    wide = [of.double() if isinstance(of, Tensor) and of.is_floating_point() else of for of in given]
-    expected = portable.read_memory(*wide)  # type: ignore[arg-type]
+    expected = wanted(*widened(given))  # type: ignore[arg-type]
     torch.testing.assert_close(read_memory(*given).double(), expected, rtol=1e-4, atol=1e-3)  # type: ignore[arg-type]
 
 

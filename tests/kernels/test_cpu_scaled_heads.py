@@ -1,14 +1,17 @@
-"""Native RMSNorm of heads, against its definition in float64."""
+"""Native RMSNorm of heads in each instruction set, against the reference in float64."""
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
+from csae import reference
 from csae.kernels import cpu
 from csae.kernels.cpu.scaled_heads import scale_heads, scale_heads_backward
-from csae.ops.heads import bounded_heads, unit_heads
+from csae.ops import heads as ops
 
 if not cpu.available():
     pytest.skip(f"native library: {cpu.why_not()}", allow_module_level=True)
@@ -17,22 +20,22 @@ if not cpu.available():
 SHAPES = [(1, 1, 1), (3, 2, 7), (2, 5, 8, 32), (4, 3, 64), (301, 2, 33), (1, 1, 1, 1, 300), (0, 4, 5)]
 
 
-def outcomes(heads: Tensor, gain: Tensor | None, grad: Tensor) -> list[Tensor]:
+def outcomes(heads: Tensor, gain: Tensor | None, grad: Tensor, by: ModuleType = ops) -> list[Tensor]:
     """What comes out with bounded_heads where there is no gain, with unit_heads where there is; and the gradients."""
     inputs = [tensor.clone().requires_grad_() for tensor in (heads, gain) if tensor is not None]
-    out = bounded_heads(*inputs) if gain is None else unit_heads(*inputs)
+    out = by.bounded_heads(*inputs) if gain is None else by.unit_heads(*inputs)
     return [out, *torch.autograd.grad(out, inputs, grad)]
 
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("with_gain", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equal_to_the_plain_one(shape: tuple[int, ...], with_gain: bool) -> None:
+def test_matches_reference_forward_and_every_gradient(shape: tuple[int, ...], with_gain: bool) -> None:
     generator = torch.Generator().manual_seed(sum(shape))
     heads, grad = (torch.randn(shape, generator=generator) for _ in range(2))
     heads *= 10 ** torch.linspace(-4, 3, shape[-2])[:, None]
     gain = torch.randn(shape[-2], generator=generator) if with_gain else None
-    wanted = outcomes(heads.double(), None if gain is None else gain.double(), grad.double())
+    wanted = outcomes(heads.double(), None if gain is None else gain.double(), grad.double(), reference)
     for found, right in zip(outcomes(heads, gain, grad), wanted, strict=True):
         assert found.dtype == torch.float32
         largest = float(right.detach().abs().max()) if right.numel() else 0.0
@@ -63,7 +66,7 @@ def test_any_strides_and_any_number_of_threads() -> None:
 
 def test_a_second_derivative_is_refused() -> None:
     heads = torch.randn(2, 3, 4, requires_grad=True)
-    (grad,) = torch.autograd.grad(bounded_heads(heads).square().sum(), heads, create_graph=True)
+    (grad,) = torch.autograd.grad(ops.bounded_heads(heads).square().sum(), heads, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         grad.sum().backward()
 

@@ -14,7 +14,6 @@ from csae.kernels import cpu
 from csae.kernels.cpu import library, threshold_encode, topk_coarse
 from csae.kernels.cpu.above_rows import Between, above_add, above_finish, above_settle, cut
 from csae.kernels.cpu.topk_rows import topk_add_products, topk_start
-from csae.kernels.portable import threshold_encode as portable
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the native library was not built")
 
@@ -170,8 +169,9 @@ def test_tables_that_lie_otherwise(settled: list[Tensor]) -> None:
 def test_near_the_threshold(per_feature: bool, settled: list[Tensor]) -> None:
     x, W_enc, b_enc = given(12)
     values, indices = threshold_encode.near_threshold(x, W_enc, b_enc, thresholds(per_feature), 0.4, K_MAX)
-    wanted = portable.near_threshold(x, W_enc, b_enc, thresholds(per_feature), 0.4, K_MAX)
-    torch.testing.assert_close(values, wanted[0])
+    wide = (tensor.double() for tensor in (x, W_enc, b_enc, thresholds(per_feature)))
+    wanted = reference.near_threshold(*wide, 0.4, K_MAX)
+    torch.testing.assert_close(values, wanted[0].float())
     assert torch.equal(indices, wanted[1])
     assert torch.cat(settled).float().mean() > 0.9
 
@@ -180,11 +180,12 @@ def test_near_the_threshold(per_feature: bool, settled: list[Tensor]) -> None:
 def test_a_budget_is_met_by_the_coarse_search(guess: float | None, settled: list[Tensor]) -> None:
     x, W_enc, b_enc = given(13, 700)
     mask = torch.arange(700) % 5 != 0
-    expected = portable.batch_topk_encode(x, W_enc, b_enc, 8, K_MAX, mask, None)
-    given_guess = None if guess is None else guess * expected[2]
+    wide = (tensor.double() for tensor in (x, W_enc, b_enc))
+    expected = reference.batch_topk_encode(*wide, 8, K_MAX, mask)
+    given_guess = None if guess is None else guess * expected[2].float()
     found = threshold_encode.batch_topk_encode(x, W_enc, b_enc, 8, K_MAX, mask, given_guess)
     for got, want in zip(found, expected, strict=True):
-        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(got, want.to(got.dtype))
     # The first guess is far too low, nearly right or too high.
     assert len(settled) == {None: 1, 0.5: 1, 1.0: 1, 3.0: 2}[guess]
 
@@ -209,13 +210,13 @@ def test_what_is_added_is_found_again(n: int, d_sae: int, k: int, isa: str) -> N
 
 
 @pytest.mark.parametrize("budget", [0, 1, 7, 20, 43, 1000])
-def test_cut_is_the_portable_one(budget: int) -> None:
+def test_cut_is_that_of_the_reference(budget: int) -> None:
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(0, 6, (17, 9), generator=generator).float().sort(dim=1, descending=True).values
     values[3], values[5] = math.nan, 0
     values[6, 0] = math.inf
     indices = torch.randint(0, 99, (17, 9), generator=generator)
-    wanted = portable._cut(values, indices, budget)
+    wanted = reference._within_budget(values, indices, budget)
     threshold = cut(values, indices, budget)
     for got, want in zip((values, indices, torch.tensor(threshold)), wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
