@@ -69,7 +69,7 @@ def _share(missed: Tensor, x: Tensor, weight: Tensor, total: Total) -> Tensor:
 
 def _mean(x: Tensor, weight: Tensor, total: Total) -> Tensor:
     """Mean [d_in] of x [..., d_in] over its positions, by weight [...]."""
-    sums, positions = (x * weight.unsqueeze(-1)).flatten(0, -2).sum(dim=0), weight.sum()
+    sums, positions = (x * weight.unsqueeze(-1)).reshape(weight.numel(), x.shape[-1]).sum(dim=0), weight.sum()
     if total is not here:
         everywhere = total(torch.cat([sums, positions.to(sums.dtype).view(1)]))
         sums, positions = everywhere[:-1], everywhere[-1]

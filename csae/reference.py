@@ -193,7 +193,10 @@ def bounded_heads(values: Tensor) -> Tensor:
 
 
 def active(values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Which slots of a code are active: values [..., k], mask [...] bool -> [..., k] bool. NaN is, so that it is seen."""
+    """Which slots of a code are active: values [..., k], mask [...] bool -> [..., k] bool.
+
+    Those whose value is positive, and NaN, so that it is seen.
+    """
     on = ~(values <= 0)
     return on if mask is None else on & mask.unsqueeze(-1)
 
@@ -220,7 +223,7 @@ def fvu(x: Tensor, x_hat: Tensor, weight: Tensor) -> Tensor:
 
     The mean is by weight too. Without any weight it is NaN.
     """
-    mean = (x * weight.unsqueeze(-1)).flatten(0, -2).sum(dim=0) / weight.sum()
+    mean = (x * weight.unsqueeze(-1)).reshape(-1, x.shape[-1]).sum(dim=0) / weight.sum()
     missed, spread = ((of.square().sum(dim=-1) * weight).sum() for of in (x - x_hat, x - mean))
     return missed / spread
 

@@ -41,6 +41,16 @@ def test_unexplained_reaches_what_is_reconstructed() -> None:
     assert torch.autograd.gradcheck(lambda x, x_hat: unexplained(x, (x_hat,), weight)[0], (x, x_hat))
 
 
+def test_one_position_without_others_has_no_variance() -> None:
+    """With a dimension for positions or without one."""
+    x, x_hat = torch.ones(5), torch.zeros(5, requires_grad=True)
+    for shape in ((5,), (1, 5), (1, 1, 5)):
+        weight = torch.ones(shape[:-1])
+        fvu, residual = unexplained(x.view(shape), (x_hat.view(shape),), weight)
+        assert fvu == reference.fvu(x.view(shape), x_hat.view(shape), weight) == torch.inf
+        assert torch.equal(residual, x.view(shape))
+
+
 def sae_of(arch: str) -> TopKSAE | ContextualSAE:
     torch.manual_seed(0)
     if arch == "topk":

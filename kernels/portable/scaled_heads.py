@@ -23,7 +23,7 @@ def scale_heads_backward(
     factor = scale if gain is None else scale * gain.unsqueeze(-1)
     along = d_gains * (factor * scale * (-weight / heads.shape[-1]))
     d_heads = torch.addcmul(grad * factor, heads, along).to(heads.dtype)
-    d_gain = d_gains.squeeze(-1).flatten(0, -2).sum(dim=0)
+    d_gain = d_gains.reshape(heads.shape[:-2].numel(), heads.shape[-2]).sum(dim=0)
     return d_heads, d_gain if gain is None else d_gain.to(gain.dtype)
 
 

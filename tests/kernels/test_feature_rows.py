@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from csae import reference
 from csae.kernels import cpu
 from csae.kernels.cpu import feature_rows as native
 from csae.kernels.pairs import Pairs, Table
@@ -81,17 +82,14 @@ def copy(table: Table, dtype: torch.dtype | None = None) -> Table:
 
 
 def dense_gradient(features: Tensor, tokens: Tensor, table: Table, absolute: bool = False) -> Tensor:
-    """[d_sae, d] in float64, by a sum over pairs; of the terms' sizes with `absolute`."""
-    d_sae, d = table.param.shape
-    keys = torch.where((features < 0) | (features >= d_sae), d_sae, features)
-    terms = table.weights.double()[:, None] * table.rows.double()[tokens] if len(tokens) else torch.zeros(0, d).double()
-    return torch.zeros(d_sae + 1, d).double().index_add(0, keys, terms.abs() if absolute else terms)[:d_sae]
+    """[d_sae, d] in float64, that of the reference; the sum of the terms' sizes with `absolute`."""
+    factors = table.weights.double(), table.rows.double()
+    weights, rows = (factor.abs() for factor in factors) if absolute else factors
+    return reference.feature_sums(features, tokens, weights, rows, table.param.shape[0])
 
 
 def hyper_of(t: int, lr: float = 0.01, eps: float = 1e-8, beta1: float = 0.9, beta2: float = 0.999) -> Tensor:
-    return torch.tensor(
-        [lr / (1 - beta1**t), 1 / math.sqrt(1 - beta2**t), eps, 1 - beta1, beta2, 1 - beta2], dtype=torch.float32
-    )
+    return torch.tensor(reference.adam_numbers(t, lr, beta1, beta2, eps, lazy=False), dtype=torch.float32)
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -176,21 +174,12 @@ def test_no_tables(feature_rows: ModuleType) -> None:
 
 
 def plain_step(features: Tensor, tokens: Tensor, table: Table, hyper: Tensor, lazy: bool) -> tuple[Tensor, ...]:
-    """What becomes of param, exp_avg and exp_avg_sq, in float64, row by row."""
-    step_size, correction, eps, one_minus_beta1, beta2, one_minus_beta2 = hyper.tolist()
+    """What becomes of param, exp_avg and exp_avg_sq, in float64; a lazy step leaves rows without a pair as they are."""
+    before = [tensor.double() for tensor in table[:3]]
     gradient = dense_gradient(features, tokens, table)
-    updated = tuple(tensor.double() for tensor in table[:3])
-    for f in range(gradient.shape[0]):
-        w, m, v = (tensor[f] for tensor in updated)
-        if lazy and not (features == f).any():
-            continue
-        g = gradient[f] - (gradient[f] @ w * w if table.unit_rows else 0)
-        m += (g - m) * one_minus_beta1
-        v.copy_(v * beta2 + g * g * one_minus_beta2)
-        w -= step_size * m / (v.sqrt() * correction + eps)
-        if table.unit_rows:
-            w /= max(w.norm().item(), 1e-12)
-    return updated
+    after = reference.adam_rows(*before, gradient, hyper.tolist(), table.unit_rows)
+    stays = lazy & ~torch.isin(torch.arange(len(gradient)), features).unsqueeze(1)
+    return tuple(torch.where(stays, old, new) for old, new in zip(before, after, strict=True))
 
 
 @pytest.mark.parametrize("lazy", [False, True], ids=["exact", "lazy"])

@@ -1,4 +1,4 @@
-"""The Triton sort_pairs, feature_sums and adam_rows against plain PyTorch in float64, and against torch.optim."""
+"""The Triton sort_pairs, feature_sums and adam_rows against the reference in float64, and against torch.optim."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 from triton_setup import DEVICE, eps, needs_triton, only_listed_variants, random_normal
+
+from csae import reference
 
 pytestmark = needs_triton
 
@@ -55,9 +57,9 @@ def pairs_of(lengths: list[int], n: int, inactive: int = 0, seed: int = 0):
 
 def sums(features: Tensor, tokens: Tensor, weights: Tensor, rows: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
     """The gradient in float64, and the sum of the magnitudes of its terms."""
-    terms = weights.double()[:, None] * rows[tokens].double()
-    zeros = terms.new_zeros(d_sae + 1, rows.shape[1])
-    return zeros.index_add(0, features, terms)[:d_sae], zeros.index_add(0, features, terms.abs())[:d_sae]
+    factors = weights.double(), rows.double()
+    sizes = [factor.abs() for factor in factors]
+    return tuple(reference.feature_sums(features, tokens, *of, d_sae) for of in (factors, sizes))  # type: ignore[return-value]
 
 
 def assert_sums(got: Tensor, want: Tensor, magnitude: Tensor, terms: int) -> None:
@@ -178,9 +180,7 @@ def test_infinite_and_nan_rows_stay_with_their_features() -> None:
 
 def hyper_of(step: int, lazy: bool) -> Tensor:
     """What adam_rows takes, for step 1, 2, ...: the eps of SparseAdam is outside of the correction."""
-    correction = 1 / math.sqrt(1 - BETA2**step)
-    eps_inside = EPS * correction if lazy else EPS
-    numbers = [LR / (1 - BETA1**step), correction, eps_inside, 1 - BETA1, BETA2, 1 - BETA2]
+    numbers = reference.adam_numbers(step, LR, BETA1, BETA2, EPS, lazy)
     return torch.tensor(numbers, dtype=torch.float32, device=DEVICE)
 
 
@@ -239,18 +239,9 @@ def test_fifty_steps_equal_those_of_torch(lazy: bool) -> None:
     assert not torch.equal(param[:6], random_normal(d_sae, d)[:6])
 
 
-def adam_in_float64(table, gradient: Tensor, hyper: Tensor) -> list[Tensor]:
-    """The step as it is written in the textbook."""
-    step_size, correction, eps_inside, one_minus_beta1, beta2, one_minus_beta2 = hyper.double()
-    param, avg, avg_sq = (tensor.double() for tensor in table[:3])
-    if table.unit_rows:
-        gradient = gradient - (gradient * param).sum(1, keepdim=True) * param
-    avg = avg + (gradient - avg) * one_minus_beta1
-    avg_sq = avg_sq * beta2 + gradient**2 * one_minus_beta2
-    param = param - step_size * avg / (avg_sq.sqrt() * correction + eps_inside)
-    if table.unit_rows:
-        param = param / param.norm(dim=1, keepdim=True)
-    return [param, avg, avg_sq]
+def adam_in_float64(table, gradient: Tensor, hyper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The step of the reference."""
+    return reference.adam_rows(*(tensor.double() for tensor in table[:3]), gradient, hyper.tolist(), table.unit_rows)
 
 
 # The last two of unit norm are more than the registers of a program hold.

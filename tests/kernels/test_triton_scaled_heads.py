@@ -1,4 +1,4 @@
-"""RMSNorm of heads in Triton, against its definition in float64."""
+"""RMSNorm of heads in Triton, against the reference in float64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from triton_setup import DEVICE, DTYPES, eps, needs_triton, only_listed_variants, random_normal
 
-from csae.kernels.portable import scaled_heads as portable
+from csae import reference
 
 pytestmark = needs_triton
 
@@ -31,14 +31,18 @@ def given(shape: tuple[int, ...], dtype: torch.dtype, with_gain: bool) -> tuple[
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_gain", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equal_to_the_plain_one_in_float64(shape: tuple[int, ...], with_gain: bool, dtype: torch.dtype) -> None:
+def test_matches_reference_forward_and_every_gradient(
+    shape: tuple[int, ...], with_gain: bool, dtype: torch.dtype
+) -> None:
     from csae.kernels.triton.scaled_heads import SIZES, scale_heads, scale_heads_backward
 
     heads, grad, gain = given(shape, dtype, with_gain)
-    wide = heads.double(), None if gain is None else gain.double()
+    wide = [of.double().requires_grad_() for of in (heads, gain) if of is not None]
     how = (1e-6, 1.0) if with_gain else (1.0, 1 / 16)
-    want, want_scale = portable.scale_heads(*wide, *how)
-    wanted = portable.scale_heads_backward(grad.double(), *wide, want_scale, how[1])
+    want = reference.unit_heads(*wide) if with_gain else reference.bounded_heads(*wide)
+    wanted = torch.autograd.grad(want, wide, grad.double())
+    want = want.detach()
+    want_scale = (how[0] + how[1] * heads.double().square().mean(dim=-1, keepdim=True)).rsqrt()
     out, scale = scale_heads(heads, gain, *how)
     found = scale_heads_backward(grad, heads, gain, scale, how[1])
     assert out.dtype == found[0].dtype == dtype
