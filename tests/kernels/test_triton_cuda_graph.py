@@ -45,7 +45,7 @@ def assert_replays(step: Callable[..., list[Tensor]], inputs: list[Tensor], othe
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "d_in", "d_sae", "k"), [(70, 40, 200, 5), (33, 64, 96, 96)])
+@pytest.mark.parametrize(("n", "d_in", "d_sae", "k"), [(70, 40, 200, 5), (33, 64, 96, 96), (300, 128, 2048, 8)])
 def test_topk_encode(n: int, d_in: int, d_sae: int, k: int, dtype: torch.dtype) -> None:
     from csae.ops import topk_encode
 
@@ -59,6 +59,23 @@ def test_topk_encode(n: int, d_in: int, d_sae: int, k: int, dtype: torch.dtype) 
         return [normal(*shape, dtype=dtype, seed=seed + i) for i, shape in enumerate(shapes)]
 
     assert_replays(step, tensors(0), tensors(10))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("guesses", [(1.0, 2.0), (1.0, 1000.0), (1000.0, 1.0)], ids="{0[0]} then {0[1]}".format)
+def test_batch_topk_encode(guesses: tuple[float, float], dtype: torch.dtype) -> None:
+    """Each replay proves its own guess: one that is too high is searched again, whatever was captured."""
+    from csae.ops import batch_topk_encode
+
+    def step(x: Tensor, W_enc: Tensor, b_enc: Tensor, guess: Tensor) -> list[Tensor]:
+        return list(batch_topk_encode(x, W_enc, b_enc, 4, 12, None, guess))
+
+    def tensors(seed: int, guess: float) -> list[Tensor]:
+        shapes = ((70, 40), (200, 40), (200,))
+        given = [normal(*shape, dtype=dtype, seed=seed + i) for i, shape in enumerate(shapes)]
+        return [*given, torch.tensor(guess, device="cuda")]
+
+    assert_replays(step, tensors(0, guesses[0]), tensors(10, guesses[1]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
