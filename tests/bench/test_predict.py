@@ -180,7 +180,7 @@ def test_loops_of_code_are_those_of_the_source() -> None:
     assert [len(way) for way in ways["_total"]] == [1, 1]
     code = sass.compiled(VARIANT)
     trips = {"halved:1": [3.0], "halved:2": [30.0], "_total:1": [10.0, 31.0]}
-    places = sass.placed(code, halved, trips)
+    places = sass.placed(code, halved, VARIANT.constants, trips)
     loops = sass.by_loop(code, places)
     assert {name: number for name, (number, _) in loops.items() if "unrolled" not in name} == {
         "": 1.0, "halved:1": 3.0, "halved:2": 30.0, "_total:1, 1": 10.0, "_total:1, 2": 31.0,
@@ -189,7 +189,7 @@ def test_loops_of_code_are_those_of_the_source() -> None:
         assert loops[name][1]["load/store"] == loops[name][1]["float"] > 0
     assert loops["halved:2"][1]["load/store"] == 2 * loops["halved:2"][1]["float"]
     with pytest.raises(ValueError, match="2 loops in the code, 3 in the run"):
-        sass.placed(code, halved, trips | {"_total:1": [1.0, 2.0, 3.0]})
+        sass.placed(code, halved, VARIANT.constants, trips | {"_total:1": [1.0, 2.0, 3.0]})
 
 
 def test_counts_in_the_interpreter_are_those_of_the_kernel() -> None:
