@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from csae.ops import topk_encode
+from csae.ops.threshold_encode import rows_of
 
 from .lazy import Code
 
@@ -57,5 +58,5 @@ def above_threshold(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, 
 
 def _narrowed(values: Tensor, indices: Tensor, d_sae: int) -> Code:
     """A code as wide as the token with most features, at least one."""
-    width = 1 + max((values > 0).flatten(0, -2).any(dim=0).nonzero().flatten().tolist(), default=0)
+    width = 1 + max(rows_of(values > 0).any(dim=0).nonzero().flatten().tolist(), default=0)
     return Code(values[..., :width].contiguous(), indices[..., :width].contiguous(), d_sae)

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from csae.ops import topk_encode
 from csae.ops.checks import autocast_to
+from csae.ops.threshold_encode import rows_of
 
 from .lazy import ANSWERS, Code, Content, Lazy, dense, versions_of
 from .topk_graph import Decode, Scatter
@@ -68,7 +69,7 @@ class _PreActs(Function):
         need_x, need_W, need_b, _ = ctx.needs_input_grad
         # Computed again: the lazy tensor may have been written to since.
         made = Content(ctx.source, x.device.type).dense()
-        d_pre = torch.where(made <= 0, 0, dense(grad)).flatten(0, -2)  # [n, d_sae]
+        d_pre = rows_of(torch.where(made <= 0, 0, dense(grad)))
         of = x.to(d_pre.dtype).reshape(-1, x.shape[-1])
         return (
             (d_pre @ W_enc.to(d_pre.dtype)).view(x.shape).to(x.dtype) if need_x else None,

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from csae.ops import sparse_decode
 from csae.ops.checks import autocast_to
+from csae.ops.threshold_encode import rows_of
 
 from .lazy import Code, Columns, Lazy, Sum, dense, versions_of
 
@@ -167,7 +168,7 @@ def _add_columns_gradients(part: _Selected, of: _Inputs, total: _Gradients) -> N
     """Add the gradients through some columns to those that there are."""
     grad, features, _ = part.grad
     norms = None if of.norms is None else of.norms[features]
-    d_pre = (grad if norms is None else grad * norms).flatten(0, -2)  # [n, m]
+    d_pre = rows_of(grad if norms is None else grad * norms)
     needed = total.acts is not None, total.W_enc is not None
     d_acts, d_W = _product_gradients(d_pre, of.acts, of.W_enc[:, features], *needed)
     if total.acts is not None and d_acts is not None:
@@ -177,14 +178,14 @@ def _add_columns_gradients(part: _Selected, of: _Inputs, total: _Gradients) -> N
     if total.b_enc is not None:
         total.b_enc[features] += d_pre.sum(0)
     if total.norms is not None and norms is not None:
-        products = (grad * part.values).flatten(0, -2).sum(0)
+        products = rows_of(grad * part.values).sum(0)
         total.norms[features] += torch.where(norms > 0, products / norms, 0)
 
 
 def _dense_gradients(d_pre: Tensor, of: _Inputs, needed: tuple[bool, ...]) -> _Gradients:
     need_acts, need_W, need_b, need_norms = needed
-    d_norms = (d_pre * _pre_acts(*of._replace(norms=None))).flatten(0, -2).sum(0) if need_norms else None
-    d_pre = (d_pre if of.norms is None else d_pre * of.norms).flatten(0, -2)
+    d_norms = rows_of(d_pre * _pre_acts(*of._replace(norms=None))).sum(0) if need_norms else None
+    d_pre = rows_of(d_pre if of.norms is None else d_pre * of.norms)
     d_acts, d_W = _product_gradients(d_pre, of.acts, of.W_enc, need_acts, need_W)
     return _Gradients(d_acts, d_W, d_pre.sum(0) if need_b else None, d_norms)
 

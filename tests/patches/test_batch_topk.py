@@ -8,7 +8,7 @@ import torch
 from csae.patches.batch_topk import ROOM, above_threshold, batch_topk
 
 
-@pytest.mark.parametrize("batch", [(9,), (2, 5), (1,)])
+@pytest.mark.parametrize("batch", [(9,), (2, 5), (1,), ()])
 @pytest.mark.parametrize("k", [0.6, 1, 2.5, 8, 23])
 def test_it_is_the_batchs_largest(batch, k):
     torch.manual_seed(0)
@@ -54,7 +54,7 @@ def test_of_equal_values_as_many_are_kept_as_there_is_room_for():
             assert code.values.sum() == count + n
 
 
-@pytest.mark.parametrize("batch", [(9,), (2, 5), (0,)])
+@pytest.mark.parametrize("batch", [(9,), (2, 5), (0,), ()])
 @pytest.mark.parametrize("k", [1, 2.5, 23])
 @pytest.mark.parametrize("threshold", [0.0, 0.8, 100.0])
 def test_all_that_is_above_a_threshold(batch, k, threshold):

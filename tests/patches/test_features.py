@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
+from csae.patches import topk_graph
 from csae.patches.features import pre_acts, scattered
 
 N, D_IN, D_SAE, K = 5, 7, 19, 3
@@ -229,3 +230,29 @@ def test_inference_mode(weights):
         lazy_acts = pre_acts(weights[0] - 1, *weights[1:])
         wanted = linear(weights[0] - 1, *weights[1:]).relu()
     torch.testing.assert_close(lazy_acts + 0, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("only_code", [False, True])
+@pytest.mark.parametrize("make", ["features", "hidden_pre"])
+def test_one_token_that_is_in_no_batch(make, only_code):
+    """All gradients, through what is dense and through the k largest."""
+    torch.manual_seed(0)
+    given = [torch.randn(of, dtype=torch.float64).requires_grad_() for of in ((D_IN,), (D_SAE, D_IN), (D_SAE,))]
+    norms = (torch.rand(D_SAE, dtype=torch.float64) + 0.5).requires_grad_()
+
+    def ours():
+        x, W_enc, b_enc = given
+        return pre_acts(*given) if make == "features" else topk_graph.PreActs.apply(x, None, W_enc.T, b_enc, norms)
+
+    def theirs():
+        return dense_pre_acts(given) if make == "features" else linear(*given) * norms
+
+    leaves = given if make == "features" else [*given, norms]
+    found, wanted = (torch.autograd.grad(taken(of(), only_code), leaves) for of in (ours, theirs))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def taken(acts, only_code):
+    weight = torch.arange(1.0, D_SAE + 1, dtype=torch.float64)
+    return acts.topk(K).values.mul(weight[:K]).sum() if only_code else (acts * weight).sum()
