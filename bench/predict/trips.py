@@ -34,6 +34,7 @@ LEAST_BLOCK = 16  # rows of a product's tile, at least
 PROGRAMS = 48  # of any other kernel
 ADAM_TABLES = ("params", "exp_avgs", "exp_avg_sqs", "copies")
 DEPTH_WORDS = ("steps", "depth")  # in the header of a loop over the depth of a product
+FLAGS = "range(0, rows, 1024)"  # in the header of a loop over the flags of all rows
 
 
 class Counted(NamedTuple):
@@ -174,7 +175,8 @@ def _run(variant: Any, grid: tuple[int, ...], given: tuple[Any, ...], encoder: b
         more = blocks = math.ceil(rows / block)
         scale_bytes = rows / arguments["rows"]
         if "programs" in arguments and constants.get("GATED", True):  # persistent
-            sample = [(x, 0, 0) for x in range(full[0])]
+            # Of a gated one all programs read flags, and do no more.
+            sample = [(x, 0, 0) for x in range(0, full[0], 1 if variant.descriptors else PROGRAMS)]
         else:
             sample = [(x, 0, 0) for x in range(math.ceil(full[0] / more))]
             more = 1.0
@@ -210,6 +212,8 @@ def _run(variant: Any, grid: tuple[int, ...], given: tuple[Any, ...], encoder: b
         deep = depth if any(word in node.text for word in DEPTH_WORDS) and node.loop else 1.0
         reached = [_counter.reached.get((name, way), 0) for way in ways.get(name.partition(":")[0], [])]
         trips[name] = [round(number * more * deep / len(sample), 3) for number in reached]
+        if node.loop and FLAGS in node.text:
+            trips[name] = [math.ceil(rows / 1024)]
     for kind, of in _counter.bytes.items():
         # A product's tile reads whole columns, and the rows that are there; both as often as it is deep.
         factors = {n: (blocks if n.startswith("W") and blocks > 1 else scale_bytes) for n in of}
