@@ -4,6 +4,7 @@ Links lead to files that are there, functions are where a page says they are.
 """
 
 import ast
+import json
 import re
 import shlex
 import shutil
@@ -114,25 +115,34 @@ def test_commands_run_in_their_order(tiny_model_path, tmp_path):
     (tmp_path / "books" / "one.txt").write_text("It was the best of times, it was the worst of times. " * 300)
     (tmp_path / "letter.txt").write_text("It was the age of wisdom, it was the age of foolishness. " * 5)
     (tmp_path / "corpus.jsonl").write_text('{"text": "It was the season of Light, the season of Darkness."}\n' * 60)
+    program = []
     for command in dict.fromkeys(commands("csae ")):
         args = shlex.split(small(command, tiny_model_path))[1:]
         if "--layer" in args:
             args[args.index("--layer") + 1] = "2"
         if args[0] in ("train", "cache") and "--model" in args:
             args += ["--n-ctx", "32"]
-        if "--dataset" in args:
-            args[args.index("--tokens") + 1] = "2048"
+        if args[0] == "train":
+            args = [*without(args, "--tokens"), "--tokens", "2048"]
         if args[0] == "train" and "topk" not in args:
             args += ["--heads", "2", "--d-head", "4", "--d-value", "4"]
-        if args[0] == "bench":
-            args += ["--shape", "small", "--rounds", "1", "--case", "sparse_decode forward"]
-            args = [arg for at, arg in enumerate(args) if "cpu" not in args[at : at + 2]]  # the shape of the figures
+        if args[0] == "bench":  # the shape of the figures would take minutes
+            args = [*without(args, "--shape", "--rounds", "--case"), "--shape", "small", "--rounds", "1"]
+            args += ["--case", "sparse_decode forward"]
         start = "from csae.cli import main; main()"
         if args[0] == "evidence":  # all that it does, in small
             args += ["--model", str(tiny_model_path), "--layer", "2", "--corpus", "english", "--k", "2", "--seeds", "1"]
             args += ["--tokens", "640", "--d-sae", "40", "--n-ctx", "32", "--limit", "4"]
             few = "synthetic.cases = partial(synthetic.cases, (16,)); synthetic.run = partial(synthetic.run, steps=3)"
             start = f"from functools import partial; from csae.bench.evidence import synthetic; {few}; {start}"
-        program = [sys.executable, "-c", start, *args]
-        done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, f"{command}: {done.stderr}"
+        if args not in [given for *_, given in program]:  # two may differ in what is replaced alone
+            program.append((command, start, args))
+    run_in_order = [sys.executable, Path(__file__).with_name("run_in_order.py")]
+    done = subprocess.run(run_in_order, cwd=tmp_path, input=json.dumps(program), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def without(args, *options):
+    """The arguments without these options and what follows each."""
+    places = [place for place, arg in enumerate(args) if arg in options]
+    return [arg for place, arg in enumerate(args) if place not in places and place - 1 not in places]

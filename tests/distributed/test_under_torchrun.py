@@ -92,20 +92,18 @@ def told(said: str) -> list[str]:
 
 def test_torchrun_goes_on_from_the_last_checkpoint_by_itself(alone: Path, activations: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with torchrun(2, arguments(activations, run), "--max-restarts=2") as process:
-        for step in (10, 30):
-            wait_for_step(process, run, step)
-            os.kill(workers(process)[1], signal.SIGKILL)
-            time.sleep(1)
+    with torchrun(2, arguments(activations, run), "--max-restarts=1") as process:
+        wait_for_step(process, run, 30)
+        os.kill(workers(process)[1], signal.SIGKILL)
         _, said = process.communicate(timeout=240)
     assert process.returncode == 0, said
-    assert len(told(said)) <= 2
+    assert len(told(said)) <= 1
     check_same_run(run, alone)
 
 
 def test_a_killed_rank_ends_all_and_the_run_goes_on_with_others(alone: Path, activations: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    for size, step, victim in ((4, 9, 2), (2, 20, 0), (3, 35, 1)):
+    for size, step, victim in ((3, 9, 2), (2, 30, 0)):
         with torchrun(size, arguments(activations, run)) as process:
             wait_for_step(process, run, step)
             os.kill(workers(process)[victim], signal.SIGKILL)
@@ -113,9 +111,7 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on_with_others(alone: Path, act
         assert process.returncode == 1
         (line,) = told(said)
         assert f"rank {victim} ended without a word" in line
-    with torchrun(2, arguments(activations, run)) as process:
-        _, said = process.communicate(timeout=240)
-    assert process.returncode == 0, said
+    cli(arguments(activations, run), standalone_mode=False)
     check_same_run(run, alone)
 
 
@@ -154,7 +150,5 @@ def test_stopped_by_torchrun(alone: Path, activations: Path, tmp_path: Path, num
     assert "stopped after step" in line
     (checkpoint,) = run.glob("checkpoint-*")
     assert checkpoint.name.removeprefix("checkpoint-") in line
-    with torchrun(3, arguments(activations, run)) as process:
-        _, said = process.communicate(timeout=240)
-    assert process.returncode == 0, said
+    cli(arguments(activations, run), standalone_mode=False)
     check_same_run(run, alone)
