@@ -168,14 +168,15 @@ def test_compiled_in_training(kind: str, backend: str, dynamic: bool | None) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), METHODS)
 def test_compiled_by_inductor(kind: str, name: str) -> None:
-    check(kind, name, "inductor", None, [1, 2, 3], training=name in ("forward", "backward"))
+    check(kind, name, "inductor", False, [2], training=name in ("forward", "backward"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["exact", "sweeps", "step", "loss"])
 @pytest.mark.parametrize("kind", ["current", "past"])
 def test_compiled_by_inductor_for_any_shape(kind: str, name: str) -> None:
-    check(kind, name, "inductor", True, [3, 1, 2], training=False)
+    batches = [3, 1, 2] if name == "loss" else [3, 2]  # one is a compilation of its own
+    check(kind, name, "inductor", True, batches, training=False)
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])

@@ -28,7 +28,7 @@ def test_a_rank_is_killed_and_fewer_go_on(tmp_path: Path, monkeypatch: pytest.Mo
         tmp_path / "activations",
         ranks=(2, 1),
         kills=1,
-        tokens=20_000,
+        tokens=8_000,
         out=tmp_path / "killed",
         options=["--checkpoint-every", "20", "--log-every", "1"],
     )
