@@ -9,11 +9,12 @@ import json
 import os
 import sys
 
-IMPORTED = ("csae.cli", "csae.train", "csae.evaluate", "csae.export", "csae.bench.evidence", "torch._dynamo", "transformers")
+OURS = ("csae.cli", "csae.train", "csae.evaluate", "csae.export", "csae.bench.evidence")
+OTHERS = ("torch._dynamo", "transformers")
 
 
 def main() -> None:
-    for name in IMPORTED:
+    for name in OURS + OTHERS:
         importlib.import_module(name)
     for name, code, arguments in json.load(sys.stdin):
         if os.fork() == 0:
