@@ -7,7 +7,7 @@ The gradient is dense too: one row for each dead feature, which joins the factor
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +20,57 @@ from csae.ops.linear import linear
 # 18 ms to a step of 96 ms by products, 47 ms by sparse ops; 576 add 46 and 77, 1,152 both 88. On CUDA rates alone allow
 # 140 k, but [n, n_dead] is to stay small.
 FEW = {"cpu": 2, "cuda": 8}
+# A captured step takes dead features padded to a multiple of this, and of a quarter of the power of two at or below
+# their number. A number that moves by a few percent from line to line of metrics mostly stays within one graph, and
+# from 256 on a quarter more is multiplied at most. From none to 4,096 there are 21 capacities; powers of two would be 8
+# of them, for up to twice the work.
+LEAST = 64
+
+
+class Dead(NamedTuple):
+    """Dead features that AuxK chooses from, as its ops take them; in a captured step any number up to a capacity.
+
+    A padded place has no part: its pre-activation is -inf, so it is chosen after all dead features, and its value is
+    zero. Where it names a row, that is of a dead feature, so that no other row can bring a NaN in.
+    """
+
+    features: Tensor
+    """[n_dead], or [capacity] where some are padded: numbers of rows"""
+    real: Tensor | None = None
+    """[capacity] bool: which are dead features; None: all"""
+
+    @classmethod
+    def unpadded(cls, padded: Tensor) -> Self:
+        """What `pad` made, on the device that it is on, without waiting for it."""
+        real = padded >= 0
+        return cls(torch.where(real, padded, padded[:1].clamp_min(0)), real)
+
+    def biases(self, b_enc: Tensor) -> Tensor:
+        """[capacity]: those of the rows that `features` name, of b_enc [d_sae]."""
+        rows = b_enc[self.features]
+        return rows if self.real is None else torch.where(self.real, rows, -torch.inf)
+
+    def named(self, d_sae: int) -> Tensor:
+        """[capacity]: `features`, and d_sae, which is none, in a padded place."""
+        return self.features if self.real is None else torch.where(self.real, self.features, d_sae)
+
+    def share(self, k_aux: int, n_dead: int, dtype: torch.dtype) -> float | Tensor:
+        """How much of AuxK is asked for: a few dead features can't be asked for as much as many.
+
+        n_dead: how many there are, with those of other processes, where none are padded.
+        """
+        if self.real is None:
+            return min(k_aux, n_dead) / k_aux
+        return self.real.sum(dtype=dtype).clamp_max(k_aux) / k_aux
+
+
+def pad(dead: Tensor, rows: int) -> Tensor:
+    """dead [n_dead] of so many rows -> [capacity]: with -1 behind. Of none it has no places, and AuxK is off."""
+    n_dead = len(dead)
+    step = max(LEAST, 1 << n_dead.bit_length() >> 3)
+    padded = dead.new_full((min(-(-n_dead // step) * step, rows),), -1)
+    padded[:n_dead].copy_(dead)
+    return padded
 
 
 class OfRows(NamedTuple):
@@ -33,7 +84,7 @@ class OfRows(NamedTuple):
 class DeadRows(NamedTuple):
     """A residual that dead features rebuilt."""
 
-    features: Tensor  # [n_dead]
+    features: Tensor  # [n_dead]; the number of rows where there is none
     x: Tensor  # [n, d_in]
     acts: Tensor  # [..., n_dead]
     out: Tensor  # [..., d_out]

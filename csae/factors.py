@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from csae.dead_rows import DeadRows, are_few, dead_acts
+from csae.dead_rows import Dead, DeadRows, are_few, dead_acts
 from csae.losses import Total, here
 from csae.matryoshka import Prefixes, by_group, pairs_by_group
 from csae.ops import near_threshold, sparse_decode, topk_encode
@@ -132,9 +132,9 @@ class Pass:
         """What is to be added to a query made of `centred`, [d_in]; None for nothing."""
         return None
 
-    def n_dead(self, dead: Tensor) -> int:
-        """How many features `dead` are, with those of other processes."""
-        return dead.numel()
+    def n_dead(self, dead: Dead) -> int:
+        """How many features `dead` are, with those of other processes, and with padded places."""
+        return dead.features.numel()
 
     def table(self, name: str) -> Tensor:
         """A table (`csae.tables.TABLES`), held constant; it may be in autocast's dtype."""
@@ -212,20 +212,20 @@ class Pass:
     def _near(self, code: _Code) -> Near | None:
         return next((near for near in self.near if near.indices is code[1]), None)
 
-    def encode_dead(self, x: Tensor, dead: Tensor, k: int, mask: Tensor | None) -> _Code:
-        """The k most active of the features `dead` [n_dead]; indices are places in `dead`. x needs no gradient."""
-        return topk_encode(x, self._rows("W_enc", dead), self.sae.b_enc[dead], k)
+    def encode_dead(self, x: Tensor, dead: Dead, k: int, mask: Tensor | None) -> _Code:
+        """The k most active of the features `dead`; indices are places in it. x needs no gradient."""
+        return topk_encode(x, self._rows("W_enc", dead.features), dead.biases(self.sae.b_enc), k)
 
-    def rebuild(self, x: Tensor, dead: Tensor, k: int, mask: Tensor | None) -> Tensor:
+    def rebuild(self, x: Tensor, dead: Dead, k: int, mask: Tensor | None) -> Tensor:
         """What the k most active of the features `dead` make of x [..., d_in] by W_dec: [..., d_out]."""
         if not self._are_few(dead, k):
-            return self.decode("W_dec", self.encode_dead(x, dead, k, mask), features=dead)
-        acts = dead_acts(x, self._rows("W_enc", dead), self.sae.b_enc[dead], k)
-        acts, W_dec = autocast_to(acts, self._rows("W_dec", dead))
+            return self.decode("W_dec", self.encode_dead(x, dead, k, mask), features=dead.features)
+        acts = dead_acts(x, self._rows("W_enc", dead.features), dead.biases(self.sae.b_enc), k)
+        acts, W_dec = autocast_to(acts, self._rows("W_dec", dead.features))
         return linear(acts, W_dec.T)
 
-    def _are_few(self, dead: Tensor, k: int) -> bool:
-        return are_few(dead.numel(), k, dead.device)
+    def _are_few(self, dead: Dead, k: int) -> bool:
+        return are_few(dead.features.numel(), k, dead.features.device)
 
     def decode(self, table: str, code: _Code, most_active: int | None = None, features: Tensor | None = None) -> Tensor:
         """`sparse_decode` of a code that was encoded here, by the table of that name, or by its rows `features`.
@@ -310,17 +310,18 @@ class Trace(Pass):
         W_enc, b_enc = self._encoder_tables()
         return self._note(x, self._encode(x, W_enc, b_enc, mask, found), mask, features=None)
 
-    def encode_dead(self, x: Tensor, dead: Tensor, k: int, mask: Tensor | None) -> _Code:
+    def encode_dead(self, x: Tensor, dead: Dead, k: int, mask: Tensor | None) -> _Code:
         (x,) = autocast_to(x)
-        return self._note(x, super().encode_dead(x, dead, k, mask), mask, dead)
+        return self._note(x, super().encode_dead(x, dead, k, mask), mask, dead.named(self.sae.W_enc.shape[0]))
 
-    def rebuild(self, x: Tensor, dead: Tensor, k: int, mask: Tensor | None) -> Tensor:
+    def rebuild(self, x: Tensor, dead: Dead, k: int, mask: Tensor | None) -> Tensor:
         if not self._are_few(dead, k):
             return super().rebuild(x, dead, k, mask)
         (x,) = autocast_to(x)
-        W_enc, W_dec = autocast_to(self._rows("W_enc", dead), self._rows("W_dec", dead))
-        acts = dead_acts(x, W_enc, self.table("b_enc")[dead], k).requires_grad_()
-        self.dead.append(DeadRows(dead, x.reshape(-1, x.shape[-1]), acts, linear(acts, W_dec.T)))
+        W_enc, W_dec = autocast_to(self._rows("W_enc", dead.features), self._rows("W_dec", dead.features))
+        acts = dead_acts(x, W_enc, dead.biases(self.table("b_enc")), k).requires_grad_()
+        named = dead.named(self.sae.W_enc.shape[0])
+        self.dead.append(DeadRows(named, x.reshape(-1, x.shape[-1]), acts, linear(acts, W_dec.T)))
         return self.dead[-1].out
 
     def decode(self, table: str, code: _Code, most_active: int | None = None, features: Tensor | None = None) -> Tensor:

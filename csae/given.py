@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from csae.dead_rows import Dead
 from csae.ops.checks import FLOATS, INTEGERS, check_device, check_tensor
 
 if TYPE_CHECKING:
@@ -47,8 +48,20 @@ def check_target(sae: SAE, acts: Tensor, target: Tensor | None) -> None:
     check_device("target", target, "acts", acts)
 
 
-def check_dead(sae: SAE, dead: Tensor | None) -> None:
-    """Numbers of rows that are here, [n_dead] int64, or None."""
+def check_dead(sae: SAE, dead: Tensor | Dead | None) -> None:
+    """Numbers of rows that are here, [n_dead] int64, or None; padded ones, [capacity], where all rows are."""
+    if isinstance(dead, Dead):
+        if sae.shard is not None:
+            raise ValueError("dead: given padded, where other processes own rows too; needed [n_dead] int64")
+        dead, real = dead
+        check_tensor("dead", dead)
+        if real is not None:
+            check_tensor("dead.real", real)
+            if real.dtype != torch.bool or real.shape != dead.shape or real.device != dead.device:
+                raise TypeError(
+                    f"dead.real: given {real.dtype}, {list(real.shape)} on {real.device}; needed torch.bool, "
+                    f"{list(dead.shape)} on {dead.device}, as dead.features"
+                )
     if dead is None:
         return
     check_tensor("dead", dead)

@@ -16,9 +16,10 @@ from torch import Tensor
 from csae.progress import say
 
 Inputs = dict[str, Tensor]
-# Graphs that are kept: steps with one sweep more and one less take turns, and a graph holds memory.
-MOST = 2
-# Calls before a capture, which waits for the device and empties the allocator's cache. Where the number of dead
+# Graphs that are kept, for a graph holds memory: steps with one sweep more and one less take turns, and so may two
+# capacities for dead features (`csae.dead_rows.pad`), from line to line of metrics.
+MOST = 4
+# Calls before a capture, which waits for the device and empties the allocator's cache. Where the capacity for dead
 # features changes with each line of metrics, every 10 steps by default, none is made.
 CALLS = 16
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from csae.calibration import calibrate
+from csae.dead_rows import Dead
 from csae.errors import UserError
 from csae.factors import Gradients, Pass, Trace
 from csae.given import check_acts, check_bounds, check_dead, check_target, check_trained
@@ -284,7 +285,7 @@ class SAE(Saved, ABC):
         acts: Tensor,
         mask: Tensor | None = None,
         documents: Tensor | None = None,
-        dead: Tensor | None = None,
+        dead: Tensor | Dead | None = None,
         sweeps: Sweeps | None = None,
         target: Tensor | None = None,
     ) -> Losses:
@@ -297,7 +298,8 @@ class SAE(Saved, ABC):
             acts: [..., d_in] activations ([B, T, d_in] for a contextual SAE).
             mask: acts.shape[:-1] bool, True where a position counts.
             documents: [B, T] integer, a document is a run of equal ids; used by a contextual SAE.
-            dead: [n_dead] int64, the dead features (`dead_features()`), or None for no AuxK.
+            dead: [n_dead] int64, the dead features (`dead_features()`), or None for no AuxK. A captured step gives them
+                padded, as `csae.dead_rows.Dead`.
             sweeps: how a contextual SAE runs; by its own `sweeps` if not given.
             target: [..., d_out], what a transcoder is to predict, and its loss is of; None for an autoencoder.
         """
@@ -313,7 +315,7 @@ class SAE(Saved, ABC):
         acts: Tensor,
         mask: Tensor | None = None,
         documents: Tensor | None = None,
-        dead: Tensor | None = None,
+        dead: Tensor | Dead | None = None,
         sweeps: Sweeps | None = None,
         target: Tensor | None = None,
     ) -> tuple[Losses, Gradients]:
@@ -346,7 +348,7 @@ class SAE(Saved, ABC):
         acts: Tensor,
         mask: Tensor | None,
         documents: Tensor | None,
-        dead: Tensor | None,
+        dead: Tensor | Dead | None,
         sweeps: Sweeps | None,
         target: Tensor | None,
     ) -> Losses:
@@ -364,26 +366,26 @@ class SAE(Saved, ABC):
             fvu, residual = unexplained(y, parts, weight, ops.total)
             loss = fvu
         aux = fvu.new_zeros(())
-        if dead is not None and ops.n_dead(dead) > 0:
+        among = Dead(dead) if isinstance(dead, Tensor) else dead
+        if among is not None and ops.n_dead(among) > 0:
             seen = x - self.centre - suppressed  # by the encoder, in its order of rounding
-            aux = self._aux(ops, seen.detach(), residual.detach(), mask, weight, dead)
+            aux = self._aux(ops, seen.detach(), residual.detach(), mask, weight, among)
             loss = loss + self.aux_coef * aux
         if self.selection == "jumprelu":
             active, tokens = ops.total(torch.stack([(ops.active(code) * weight).sum(), weight.sum()]))
             loss = loss + self.l0_coef * (active / tokens.clamp_min(1) / self.k - 1).square()
         return Losses(loss, fvu, aux, code)
 
-    def _aux(self, ops: Pass, x: Tensor, residual: Tensor, mask: Tensor | None, weight: Tensor, dead: Tensor) -> Tensor:
+    def _aux(self, ops: Pass, x: Tensor, residual: Tensor, mask: Tensor | None, weight: Tensor, dead: Dead) -> Tensor:
         """AuxK (Gao et al. 2024, section A.2): the residual rebuilt by the most active dead features.
 
         x [..., d_in] is what the encoder saw. Only the dead rows are multiplied: the cost grows with their number,
         not with d_sae. Only they get a gradient: its graph shares nothing with that of the fvu.
         """
-        k = min(self.k_aux, ops.n_dead(dead))
-        rebuilt = ops.rebuild(x, dead, k, mask)
-        share = k / self.k_aux  # a few dead features can't be asked for as much as many
+        n_dead = ops.n_dead(dead)
+        rebuilt = ops.rebuild(x, dead, min(self.k_aux, n_dead), mask)
         left, before = ops.total(torch.stack([energy(residual - rebuilt, weight), energy(residual, weight)]))
-        return share * left / before.clamp_min(1e-12)
+        return dead.share(self.k_aux, n_dead, left.dtype) * left / before.clamp_min(1e-12)
 
     def _trace(self, trained: Collection[str], training: bool = True) -> Trace:
         """The pass that gives gradients in factors."""

@@ -13,6 +13,7 @@ from csae.adam import Adam
 from csae.config import TrainConfig
 from csae.contextual_sae import ContextualSAE
 from csae.data.activations import Batch
+from csae.dead_rows import Dead, pad
 from csae.graphs import Graphs, Inputs
 from csae.losses import fraction_unexplained, here
 from csae.sae import SAE, Losses, Sweeps
@@ -30,7 +31,8 @@ def train_step(
     """Step number `step` of training, on a batch; gives the losses before it, and the dead features [n_dead].
 
     dead: those that were found before; by default they are looked for now, which waits for the device.
-    graphs: captures the step and replays it (`step_graphs`); the losses are then valid until the next step.
+    graphs: captures the step and replays it (`step_graphs`); the losses are then valid until the next step. AuxK then
+        chooses from padded features (`csae.dead_rows.pad`), so a few graphs do for any number of them.
     """
     if dead is None:
         dead = sae.dead_features()
@@ -45,13 +47,14 @@ def train_step(
     if graphs is None or (sweeps is not None and sweeps.from_exact):  # the recurrence has graphs of its own
         here = {name: of.to(sae.W_dec.device, non_blocking=True) for name, of in inputs.items()}
         return _step(sae, optimizer, here, sweeps, half), dead
+    inputs["dead"] = pad(dead, sae.W_dec.shape[0])
     inputs["rates"] = torch.tensor(rates, dtype=torch.float32)
 
     def captured(given: Inputs) -> Losses:
         given = dict(given)
         for group, rate in zip(groups, given.pop("rates").unbind(), strict=True):
             group["lr"] = rate
-        return _step(sae, optimizer, given, sweeps, half)
+        return _step(sae, optimizer, given, sweeps, half, padded=True)
 
     def replayed() -> None:
         optimizer.replayed()
@@ -66,12 +69,13 @@ def train_step(
             group["lr"] = rate
 
 
-def _step(sae: SAE, optimizer: Adam, inputs: Inputs, sweeps: Sweeps | None, half: bool) -> Losses:
-    """A step with the learning rates of the optimizer's groups."""
+def _step(sae: SAE, optimizer: Adam, inputs: Inputs, sweeps: Sweeps | None, half: bool, padded: bool = False) -> Losses:
+    """A step with the learning rates of the optimizer's groups. padded: whether the dead features are."""
     of_transcoder = {"target": inputs["target"]} if "target" in inputs else {}
     with torch.autocast(sae.W_dec.device.type, dtype=torch.bfloat16, enabled=half):
         acts, mask, documents, dead = (inputs[name] for name in ("acts", "mask", "documents", "dead"))
-        losses, gradients = sae.gradients(acts, mask, documents, dead, sweeps, **of_transcoder)
+        among = Dead.unpadded(dead) if padded else dead
+        losses, gradients = sae.gradients(acts, mask, documents, among, sweeps, **of_transcoder)
     optimizer.update(gradients)
     sae.track(losses.code, mask)
     return losses

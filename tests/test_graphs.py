@@ -24,6 +24,7 @@ from csae import SAE, Adam, ContextualSAE, TopKSAE
 from csae.bench.predict import launches
 from csae.config import TrainConfig
 from csae.data.activations import Batch
+from csae.dead_rows import pad
 from csae.graphs import Graphs
 from csae.step import _step, adam, step_graphs, sweeps_at, train_step
 from csae.train import train
@@ -100,8 +101,12 @@ def _copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Learning rates that float32 has, as a graph takes them; and a capture at the second step of a kind."""
+    """Learning rates that float32 has, as a graph takes them; and a capture at the second step of a kind.
+
+    Fewer than 16 dead features are not padded: what is launched one by one takes them without padding.
+    """
     monkeypatch.setattr("csae.graphs.CALLS", 1)
+    monkeypatch.setattr("csae.dead_rows.LEAST", 1)
     monkeypatch.setattr("csae.step.learning_rate", lambda step, config: 2.0 ** round(-8 - step / 3))
 
 
@@ -119,6 +124,38 @@ def test_the_bits_of_steps_without(options: dict[str, Any], how: dict[str, Any])
     assert ours.captures >= 2
     assert ours.graphs is not None
     assert not ours.graphs.refused
+
+
+@pytest.mark.usefixtures("_copies")
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("how", [{}, {"lazy": True, "moments": "bfloat16"}], ids=["adam", "lazy"])
+def test_one_graph_for_any_number_of_dead_features(
+    options: dict[str, Any], how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one capacity, to the bits of steps without padding: both are dense products of all dead features."""
+    monkeypatch.setattr("csae.dead_rows.LEAST", 4)
+    run = Run(make(**options), decay=0.0, **how), Run(make(**options), on=False, decay=0.0, **how)
+    for step in range(STEPS):
+        dead = torch.tensor([1, 40, 5, 59])[: 1 + (step * 3) % 4]
+        found, wanted = (one.step(step, dead) for one in run)
+        assert [torch.equal(*pair) for pair in zip(found, wanted, strict=True)] == [True] * len(wanted), step
+        assert_alike(*run)
+    assert run[0].captures == 1
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
+def test_few_graphs_where_the_number_of_dead_features_changes_with_each_step(options: dict[str, Any]) -> None:
+    """Those that one padding takes have the bits of its steps without a graph, whatever AuxK chooses from how many."""
+    ours, theirs = Run(make(**options), decay=0.0), Run(make(**options), decay=0.0)
+    assert theirs.graphs is not None
+    theirs.graphs.refused = True
+    for step in range(40):
+        dead = torch.arange(60).roll(step)[: 21 + (step * 7) % 12]  # 24, 28 or 32 places
+        found, wanted = ours.step(step % 9, dead), theirs.step(step % 9, dead)
+        assert [torch.equal(*pair) for pair in zip(found, wanted, strict=True)] == [True] * len(wanted), step
+        assert_alike(ours, theirs)
+    assert theirs.captures == 0
+    assert ours.captures == 3
 
 
 def none() -> Tensor:
@@ -189,11 +226,11 @@ def test_few_graphs_are_kept() -> None:
         run.step(n_dead, torch.arange(n_dead))
         run.step(n_dead, torch.arange(n_dead))
     assert run.graphs is not None
-    assert len(run.graphs._known) == 2
+    assert len(run.graphs._known) == 4
 
 
 def test_a_capture_comes_after_some_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dead features may change with every line of metrics: then a capture would not pay."""
+    """The capacity for dead features may change with every line of metrics: then a capture would not pay."""
     monkeypatch.setattr("csae.graphs.CALLS", 3)
     run = Run(make())
     for step in range(8):
@@ -201,7 +238,7 @@ def test_a_capture_comes_after_some_calls(monkeypatch: pytest.MonkeyPatch) -> No
     assert run.captures == 0
     counts = []
     for step in range(5):
-        run.step(step, torch.arange(9))
+        run.step(step, torch.arange(17 + step % 3))  # 20 places
         counts.append(run.captures)
     assert counts == [0, 0, 0, 1, 1]
 
@@ -261,8 +298,13 @@ def test_learning_rates_are_numbers_again_after_a_step() -> None:
 
 
 def test_training_takes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the bits of training without, also after a stop."""
-    captures = []
+    """To the bits of training without, by padded dead features too, also after a stop."""
+    captures: list[Any] = []
+
+    def refused(sae: SAE) -> Graphs:
+        graphs = Graphs(torch.device("cpu"), captures.append)
+        graphs.refused = True
+        return graphs
 
     def on_tape(sae: SAE) -> Graphs:
         def capture(function: Any) -> Any:
@@ -283,9 +325,9 @@ def test_training_takes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("csae.training.adam", noted)
     trained = []
-    for number, on in enumerate((False, True)):
-        if on:
-            monkeypatch.setattr("csae.training.step_graphs", on_tape)
+    for number, graphs in enumerate((refused, on_tape)):
+        assert not captures
+        monkeypatch.setattr("csae.training.step_graphs", graphs)
         sae = tiny_runs.new_sae("topk")
         how = tiny_runs.config(precision="bfloat16", steps=14)
         train(sae, tiny_runs.Windows(), range(12), tmp_path / str(number), how)
@@ -367,7 +409,9 @@ class _Strict(launches._Recorder):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def run_without_numbers(options: dict[str, Any], n_dead: int, half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def run_without_numbers(
+    options: dict[str, Any], n_dead: int, half: bool, monkeypatch: pytest.MonkeyPatch, padded: bool = False
+) -> None:
     """Two steps by Triton's launchers, on tensors without numbers, the second in a mode that refuses what CUDA does."""
     monkeypatch.setattr("test_graphs.SIZES", {"d_in": 64, "d_sae": 4096, "k": 8, "k_aux": 8})
     monkeypatch.setattr("test_graphs.HEADS", {"n_heads": 2, "d_head": 16, "d_value": 16, "d_memory": 32})
@@ -384,8 +428,10 @@ def run_without_numbers(options: dict[str, Any], n_dead: int, half: bool, monkey
             group["lr"] = torch.empty(())
         for recorder in (launches._Recorder, _Strict):  # the first step keeps numbers that all take
             monkeypatch.setattr(launches, "_Recorder", recorder)
+            if padded:  # by other numbers in each step
+                inputs["dead"] = pad(torch.arange(n_dead - (recorder is _Strict)), 4096)
             with launches._recording() as found, optimizer.copies.used():
-                _step(sae, optimizer, inputs, sweeps_at(5, TrainConfig(**CONFIG), sae), half)
+                _step(sae, optimizer, inputs, sweeps_at(5, TrainConfig(**CONFIG), sae), half, padded)
         assert any(isinstance(one, launches.Triton) for _, one in found.found.launches)
 
 
@@ -409,6 +455,17 @@ def test_the_host_waits_for_nothing(
     options: dict[str, Any], n_dead: int, half: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_without_numbers(options, n_dead, half, monkeypatch)
+
+
+@WITH_KERNELS
+@pytest.mark.parametrize(
+    ("n_dead", "half"), [(3, True), (400, True), (3, False)], ids=["dead=3", "dead=400", "float32"]
+)
+@pytest.mark.parametrize("options", ON_CUDA.values(), ids=ON_CUDA.keys())
+def test_the_host_waits_for_nothing_with_padded_dead_features(
+    options: dict[str, Any], n_dead: int, half: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_without_numbers(options, n_dead, half, monkeypatch, padded=True)
 
 
 @WITH_KERNELS

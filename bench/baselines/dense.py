@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from csae.dead_rows import Dead
 from csae.factors import Gradients
 from csae.sae import SAE, Code, Losses, Sweeps
 
@@ -14,7 +15,7 @@ def dense_gradients(
     acts: Tensor,
     mask: Tensor | None = None,
     documents: Tensor | None = None,
-    dead: Tensor | None = None,
+    dead: Tensor | Dead | None = None,
     sweeps: Sweeps | None = None,
     target: Tensor | None = None,
 ) -> tuple[Losses, Gradients]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from csae.bench.baselines.batch_topk import BatchTopKSAE
 from csae.bench.baselines.dense import dense_gradients
+from csae.dead_rows import Dead
 from csae.factors import Pass
 from csae.losses import fraction_unexplained
 from csae.ops import sparse_decode
@@ -74,7 +75,7 @@ class TemporalSAE(BatchTopKSAE):
         acts: Tensor,
         mask: Tensor | None,
         documents: Tensor | None,
-        dead: Tensor | None,
+        dead: Tensor | Dead | None,
         sweeps: Sweeps | None,
         target: Tensor | None,
     ) -> Losses:

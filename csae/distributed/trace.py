@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from csae.dead_rows import Dead
 from csae.distributed.budget import within_budget
 from csae.distributed.codes import Own, Owners
 from csae.distributed.collectives import gather, total
@@ -44,8 +45,8 @@ class ShardedTrace(Trace):
         self.owned: list[Own] = []  # of each code
         self._sent: tuple[Tensor, Tensor] | None = None  # the last x, and that of all tokens
 
-    def n_dead(self, dead: Tensor) -> int:
-        return sum(self.shard.owners_of_dead(dead).counts)
+    def n_dead(self, dead: Dead) -> int:
+        return sum(self.shard.owners_of_dead(dead.features).counts)
 
     def encoder(self, mask: Tensor | None) -> Encode:
         sae, k_max, owners = self.sae, self.rule.k_max, self.shard.owners
@@ -122,18 +123,18 @@ class ShardedTrace(Trace):
         counts = (code[0] > 0).sum(dim=-1)
         return counts if near is None else counts + _Counted.apply(near.steps, counts, self.shard.owners)
 
-    def _are_few(self, dead: Tensor, k: int) -> bool:
+    def _are_few(self, dead: Dead, k: int) -> bool:
         return False  # the ranks' dead features together are chosen from
 
-    def encode_dead(self, x: Tensor, dead: Tensor, k: int, mask: Tensor | None) -> _Code:
-        owners = self.shard.owners_of_dead(dead)
-        rows, bias = self._rows("W_enc", dead), self.sae.b_enc.detach()[dead]
+    def encode_dead(self, x: Tensor, dead: Dead, k: int, mask: Tensor | None) -> _Code:
+        owners = self.shard.owners_of_dead(dead.features)
+        rows, bias = self._rows("W_enc", dead.features), self.sae.b_enc.detach()[dead.features]
         everyone = self.coded[-1].x  # it is what the encoder saw last: x need not travel again
         values, indices = owners.again(lambda x, m: encode_wide(x, rows, bias, m), everyone, k)
         values, indices = values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
         own = owners.own(*_flat(values if mask is None else _masked(values, mask), indices))
         # Where none is dead here, no slot is active.
-        features = dead[own.rows] if owners.owned else own.rows
+        features = dead.features[own.rows] if owners.owned else own.rows
         self._note_own(everyone, own.values, indices, own, features, aux=True)
         return values, indices
 

@@ -13,6 +13,7 @@ from trained import Case, Trained, batch, make, share, train, trained
 
 from csae import SAE, Adam, ContextualSAE
 from csae.data.activations import Batch
+from csae.dead_rows import Dead
 from csae.distributed import Ranks, codes, sharded
 from csae.errors import UserError
 from csae.factors import Factors
@@ -354,6 +355,8 @@ def _refusals(ranks: Ranks) -> None:
         sae.d_sae = 71
     with pytest.raises(ValueError, match="dead: given 40 to 40; needed 0 <= feature < 35, the rows of this process"):
         sae.gradients(acts, dead=torch.tensor([40]))
+    with pytest.raises(ValueError, match="dead: given padded, where other processes own rows too"):
+        sae.gradients(acts, dead=Dead.unpadded(torch.tensor([4, -1])))
 
 
 def test_what_needs_a_whole_sae_is_refused() -> None:
