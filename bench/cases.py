@@ -205,7 +205,8 @@ ENCODE = Case(
     _encode_reference,
     {
         OURS: plain.encode(topk_encode),
-        "csae threshold": plain.encode(ours.threshold_encode),
+        "csae threshold": plain.encode(ours.topk_by_threshold),
+        "csae, above a threshold": ours.above_threshold,
         "mm": plain.product,
         "PyTorch dense": plain.encode(plain.dense_encode),
         "PyTorch dense, compiled": plain.compiled_encode,
@@ -262,6 +263,7 @@ TOPK_STEP = Case(
     {
         OURS: ours.step(ours.topk_sae),
         "csae, captured": ours.captured_step(ours.topk_sae),
+        "csae, shared budget": ours.uncompared(ours.step(ours.shared_budget_sae)),
         # SparseAdam adds eps before the correction by beta2, not after. With this eps its first step is Adam's.
         "csae, lazy Adam": ours.step(ours.topk_sae, lazy=True, eps=1e-8 * (1 - 0.999) ** 0.5),
         "csae, bfloat16 moments": ours.step(ours.topk_sae, moments=torch.bfloat16),

@@ -47,9 +47,9 @@ BESIDE = {
     CONTEXTUAL_STEP.name: (OURS, "PyTorch sparse + SDPA"),
 }
 FIRST = {
-    TOPK_STEP.name: (OURS, "mm", "PyTorch dense"),
-    ENCODE.name: (OURS, "csae threshold", "mm", "PyTorch dense", *TOPK),
-    CONTEXTUAL_STEP.name: (OURS, "csae TopK step", "mm"),
+    TOPK_STEP.name: (OURS, "csae, captured", "csae, shared budget", "mm", "PyTorch dense"),
+    ENCODE.name: (OURS, "csae threshold", "csae, above a threshold", "mm", "PyTorch dense", *TOPK),
+    CONTEXTUAL_STEP.name: (OURS, "csae, captured", "csae TopK step", "mm"),
     BACKWARD.name: (OURS, "PyTorch sparse"),
     DECODE.name: (OURS, "PyTorch sparse"),
     LOOK_BACK.name: (OURS, "SDPA"),

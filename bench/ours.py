@@ -12,7 +12,8 @@ from torch import Tensor
 from csae import SAE, ContextualSAE, TopKSAE
 from csae.adam import Adam
 from csae.graphs import CALLS, Graphs, Inputs
-from csae.ops import sparse_decode, topk_encode
+from csae.ops import batch_topk_encode, sparse_decode, threshold_encode, topk_encode
+from csae.selection import slots
 
 from .data import Built, Data, Skip
 from .step import LR, SLOWER, Step
@@ -22,7 +23,7 @@ def autoencode(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, k: int) -
     return sparse_decode(*topk_encode(x, W_enc, b_enc, k), W_dec)
 
 
-def threshold_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def topk_by_threshold(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Another exact selection, on CUDA: a threshold from a sample of columns, and a count that proves it low enough."""
     if x.device.type != "cuda":
         raise Skip("a Triton kernel: needs CUDA")
@@ -33,10 +34,24 @@ def threshold_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[T
     return module.topk_encode(x, W_enc, b_enc, k)
 
 
+def above_threshold(data: Data) -> Built:
+    """`threshold_encode` with the threshold that leaves k features a token on average, as a BatchTopK SAE is used."""
+    given, shape = (data.x, data.W_enc, data.b_enc), data.shape
+    k_max = slots("batch", shape.k, None, shape.d_sae)
+    threshold = batch_topk_encode(*given, shape.k, k_max)[2]
+    return Built(lambda: threshold_encode(*given, threshold, k_max), dict)
+
+
 def topk_sae(data: Data) -> tuple[SAE, dict[str, Tensor]]:
     shape = data.shape
     with data.device:
         return TopKSAE(shape.d_in, shape.d_sae, shape.k), data.weights
+
+
+def shared_budget_sae(data: Data) -> tuple[SAE, dict[str, Tensor]]:
+    shape = data.shape
+    with data.device:
+        return TopKSAE(shape.d_in, shape.d_sae, shape.k, selection="batch"), data.weights
 
 
 def contextual_sae(data: Data) -> tuple[SAE, dict[str, Tensor]]:
