@@ -11,7 +11,7 @@ from .variant import FLOATS, Variant, aligned, jit, unit_of, vector_units
 ROWS, COLUMNS = 8, 512
 
 
-# out = acts / scale in rows of the mask, and zero elsewhere, whatever the activations there are
+# out = acts / scale in rows of the mask, and zero elsewhere, whatever the activations and the scale are
 #
 # A program: ROWS rows of COLUMNS columns. Bytes: n d (e + 4). Floor: the bytes; of float32: A 0.01, B 0.04, C 0.06 ms.
 @jit
@@ -36,7 +36,8 @@ def _over_scale(
     o_e = o_t.to(tl.int64)[:, None] * d + o_c[None, :]
     # [ROWS, COLUMNS]
     b_acts = widen(tl.load(acts_ptr + o_e, mask=m_e & m_part[:, None], other=0.0))
-    tl.store(out_ptr + o_e, tl.div_rn(b_acts, tl.load(scale_ptr) + tl.zeros_like(b_acts)), mask=m_e)
+    b_units = tl.div_rn(b_acts, tl.broadcast_to(tl.load(scale_ptr), [ROWS, COLUMNS]))
+    tl.store(out_ptr + o_e, tl.where(m_part[:, None], b_units, 0.0), mask=m_e)
 
 
 def _variant(dtype: torch.dtype, unit: int) -> Variant:

@@ -42,6 +42,23 @@ def test_over_scale_to_the_bit(n: int, d: int, masked: bool, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [0.0, -0.0, torch.nan, torch.inf, -3.7])
+def test_over_scale_is_zero_under_the_mask_whatever_the_scale(scale: float, dtype: torch.dtype) -> None:
+    """Signs of zeros too. Elsewhere it is the quotient: of a scale of zero it is infinite, or NaN."""
+    from csae.kernels.portable import scaling as portable
+    from csae.kernels.triton.scaling import over_scale
+
+    acts, mask = random_normal(13, 40, dtype=dtype), some_mask(13)
+    acts[:, :4] = torch.tensor([0.0, torch.inf, -torch.inf, torch.nan])
+    by = torch.tensor(scale, device=DEVICE)
+    wanted = reference.over_scale(acts.double(), by.double(), mask).float()
+    assert (wanted[~mask] == 0).all()
+    for found in (over_scale(acts, by, mask), portable.over_scale(acts, by, mask)):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(found.signbit()[~found.isnan()], wanted.signbit()[~wanted.isnan()])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (400, 5), (3, 32), (0, 4)])
 def test_which_are_active(n: int, k: int, masked: bool, dtype: torch.dtype) -> None:
