@@ -8,7 +8,8 @@ import pytest
 import torch
 from triton_setup import DEVICE, needs_triton, random_normal
 
-from csae import SAE, Adam, ContextualSAE, TopKSAE, contextual_sae
+from csae import SAE, Adam, ContextualSAE, TopKSAE, contextual_sae, reference
+from csae.look_back import LookBack
 from csae.ops import backend
 
 pytestmark = needs_triton
@@ -57,3 +58,40 @@ def test_a_step_and_an_exact_run(arch: str, monkeypatch: pytest.MonkeyPatch) -> 
         torch.testing.assert_close(twice[name], twice_of[name], rtol=1e-3, atol=1e-4, msg=name)
     assert torch.equal(out.code.indices, out_of.code.indices)
     torch.testing.assert_close(out.x_hat, out_of.x_hat, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("selection", ["topk", "batch", "jumprelu"])
+@pytest.mark.parametrize("query", ["current", "past"])
+def test_the_recurrence_is_the_reference_s(query: str, selection: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against float64: codes, what is carried, and the reconstruction; cut in two, after a masked position."""
+    on_triton(monkeypatch)
+    torch.manual_seed(1)
+    sae = ContextualSAE(
+        24, 70, 4, n_heads=2, d_head=4, d_value=8, query=query, selection=selection, k_mem=3
+    ).to(DEVICE).eval()  # fmt: skip
+    for of, factor in ((sae.W_O, 5.0), (sae.W_mem, 3.0), (sae.gain, 2.0)):  # a look-back that matters
+        of.mul_(factor)
+    if sae.threshold is not None:
+        sae.threshold.copy_(0.5 + 0.3 * torch.rand_like(sae.threshold))
+    acts, mask = random_normal(2, 9, 24), torch.ones(2, 9, dtype=torch.bool, device=DEVICE)
+    mask[0, 3] = mask[1, 0] = False
+    documents = torch.tensor([[0] * 9, [0] * 4 + [1] * 5], device=DEVICE)
+    state, parts = sae.initial_state(2), []
+    for part in zip(*(of.split([4, 5], 1) for of in (acts, mask, documents)), strict=True):
+        out, state = sae.stream(part[0], state, *part[1:])
+        parts.append(out)
+    values, indices, x_hat, c = (
+        torch.cat([of(out) for out in parts], 1)
+        for of in (lambda o: o.code.values, lambda o: o.code.indices, lambda o: o.x_hat, lambda o: o.c)
+    )
+    wide = copy.deepcopy(sae).double()
+    weights = reference.ContextualWeights(wide.W_enc, wide.b_enc, wide.W_dec, wide.b_dec, *LookBack.of(wide))
+    k = sae.k if selection == "topk" else reference.Selection(sae.k, sae.k_max, wide.threshold)
+    wanted = reference.contextual_exact(acts.double() / wide.scale, weights, k, query, mask, documents, 3)
+    assert wanted.c.norm() > 0.1 * wanted.x_hat.norm()
+    on = wanted.values > 0
+    assert torch.equal(values > 0, on)
+    assert torch.equal(indices[on], wanted.indices[on])
+    for found, want in ((values, wanted.values), (c / sae.scale, wanted.c), (x_hat / sae.scale, wanted.x_hat)):
+        torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-5)

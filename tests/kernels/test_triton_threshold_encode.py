@@ -211,3 +211,31 @@ def test_rows_are_searched_again_only_where_the_batch_has_too_few(monkeypatch: p
     for guess in (threshold, threshold / threshold_encode.portable.LOWERED + 1):
         threshold_encode.batch_topk_encode(*given, 4, 12, None, guess)
     assert searched == [None, [0, 0, 0], [1, 1, 1]]
+
+
+@pytest.mark.parametrize("per_feature", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_operators_without_a_gradient(dtype: torch.dtype, per_feature: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`threshold_encode_wide` has the reference's values, not rounded; there is no table, and none is needed."""
+    from csae.ops import backend
+    from csae.ops.threshold_encode import threshold_encode_wide, threshold_encoder, threshold_table
+
+    monkeypatch.setattr(backend, "place", lambda op, *_: "triton" if op in backend.ON_TRITON else "portable")
+    x, W_enc, b_enc = integers(2, 3, 6), integers(90, 6, seed=1), integers(90, seed=2)
+    x[1, 2, 0] = math.nan
+    x[0] += 1 / 8
+    threshold = integers(90, low=0, high=12, seed=3) if per_feature else torch.tensor(4.0).double()
+    x, W_enc, b_enc, above = (of.to(DEVICE) for of in (x, W_enc, b_enc, threshold))
+    wanted = reference.threshold_encode(x, W_enc, b_enc, above, 7)
+    given = *(of.to(dtype).requires_grad_() for of in (x, W_enc, b_enc)), above.float(), 7
+    found = threshold_encode_wide(*given)
+    assert found[0].dtype == torch.float32
+    assert not found[0].requires_grad
+    torch.testing.assert_close(found[0].double(), wanted[0], rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found[1], wanted[1])
+    assert threshold_table(*given[1:]) == []
+    encode = threshold_encoder(*given[1:])
+    for _ in range(3):  # where a table is a gain, the third has it
+        values, indices = encode(given[0])
+        torch.testing.assert_close(values.double(), wanted[0].to(dtype).double(), rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(indices, wanted[1])
