@@ -556,7 +556,8 @@ def _positions(q: Tensor, mask: Tensor | None, starts: Tensor | None) -> tuple[T
     """mask and starts in the form that the kernels take. Defaults replace None, so that one form of a kernel does.
 
     Returns hidden [B, T rounded up to a multiple of _PAD] float32, to be added to scores: 0 for positions in the mask,
-    -inf for others and beyond T; starts [B, T] int32.
+    -inf for others and beyond T; starts [B, T] int32. A NaN in a key or value out of the mask is seen all the same:
+    loads that leave it out would wait for `hidden`, and `_forward` take 44 us instead of 31 (by bench/predict).
     """
     B, T = q.shape[:2]
     hidden = torch.full((B, triton.cdiv(T, _PAD) * _PAD), -math.inf, dtype=torch.float32, device=q.device)
