@@ -185,6 +185,7 @@ def placed(code: Code, kernel: Any, constants: dict[str, Any], trips: dict[str, 
     nodes = _nodes_of_loops(code, votes)
     of_loop = _trips_of_loops(code, nodes, trips)
     with_code = {node.name for node in nodes.values()}
+    outside = {header: source.outside(kernel, constants, node) for header, node in nodes.items()}
     found = []
     for block, of_block in enumerate(votes):
         around = [(len(members), header) for header, members in code.loops if block in members and header in nodes]
@@ -198,7 +199,9 @@ def placed(code: Code, kernel: Any, constants: dict[str, Any], trips: dict[str, 
             if outer or fused:
                 loop, count = own_loop.name, _mean(trips.get(own_loop.name, []))
         executed = count
-        if own and not own[-1].loop and len(trips.get(own[-1].name, [])) <= 1:  # of several it isn't known which
+        # A branch counts that is within the loop, or in no loop.
+        within = own and not own[-1].loop and not (around and own[-1] in outside[min(around)[1]])
+        if within and len(trips.get(own[-1].name, [])) <= 1:  # of several it isn't known which
             executed = min(count, _mean(trips.get(own[-1].name, [])))
         found.append(Placed(loop, count, executed))
     return _after_others(code, found)
@@ -272,14 +275,17 @@ def _mean(numbers: Sequence[float]) -> float:
 
 
 def _votes(kernel: Any, constants: dict[str, Any], block: Block) -> Counter[tuple[source.Node, ...]]:
-    """The nodes around the lines of a block, and how many instructions have them. Lines outside of all don't vote."""
+    """The nodes around the lines of a block, and how many instructions have them.
+
+    Lines outside of all don't vote; those of which not all nodes are known only where no others do.
+    """
     lines = Counter((of.file, of.line) for of in block.instructions)
-    votes: Counter[tuple[source.Node, ...]] = Counter()
+    votes: dict[bool, Counter[tuple[source.Node, ...]]] = {True: Counter(), False: Counter()}
     for (file, line), number in lines.items():
         around = source.path(kernel, constants, file, line)
-        if around:
-            votes[around] += number
-    return votes
+        if around.nodes:
+            votes[around.sure][around.nodes] += number
+    return votes[True] or votes[False]
 
 
 def _innermost_loop(votes: Counter[tuple[source.Node, ...]]) -> source.Node | None:

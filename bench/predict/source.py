@@ -139,8 +139,16 @@ def digest(kernel: Any) -> str:
     return hashlib.sha256("\n".join(trees).encode()).hexdigest()[:12]
 
 
-def path(kernel: Any, constants: dict[str, Any], file: str, line: int) -> tuple[Node, ...]:
-    """The nodes around a line, from the outside in, those of callers included where all calls are in the same nodes.
+class Around(NamedTuple):
+    """The nodes around a line, from the outside in."""
+
+    nodes: tuple[Node, ...]
+    sure: bool
+    """whether these are all: not where functions are called from several nodes, of which only the common ones count"""
+
+
+def path(kernel: Any, constants: dict[str, Any], file: str, line: int) -> Around:
+    """The nodes around a line, those of callers included as far as all calls are in the same nodes.
 
     Of the kernel's own calls, those that its constants rule out don't count. Nothing for a line that no function of the
     kernel holds.
@@ -153,13 +161,19 @@ def path(kernel: Any, constants: dict[str, Any], file: str, line: int) -> tuple[
         if function is not own or not _ruled_out(own, at, constants)
     ]
 
-    def around(function: Function, line: int) -> tuple[Node, ...]:
+    def around(function: Function, line: int) -> Around:
         inside = tuple(node for node in function.nodes if node.first <= line <= node.last)
         paths = {around(caller, at) for called, caller, at in callers if called == function.name}
-        return (*(paths.pop() if len(paths) == 1 else ()), *inside)
+        outside = tuple(of[0] for of in zip(*(of.nodes for of in paths), strict=False) if len(set(of)) == 1)
+        return Around((*outside, *inside), len(paths) <= 1 and all(of.sure for of in paths))
 
     holding = [of for of in known.values() if of.file == file and of.first <= line <= of.last]
-    return around(holding[0], line) if holding else ()
+    return around(holding[0], line) if holding else Around((), True)
+
+
+def outside(kernel: Any, constants: dict[str, Any], node: Node) -> tuple[Node, ...]:
+    """The nodes around a node, as far as they are known."""
+    return path(kernel, constants, functions(kernel)[node.name.partition(":")[0]].file, node.header).nodes
 
 
 def nodes(kernel: Any) -> dict[str, Node]:

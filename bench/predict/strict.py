@@ -90,7 +90,7 @@ def _nothing_wanted(launch: Triton) -> Counted:
     counted = _given(launch, 0.0, {"only_ptr": flags * (launch.numbers["rows"] if of_product else 1.0)}, {})
     for name, node in source.nodes(kernel).items():
         if node.loop and trips.FLAGS in node.text:
-            counted.trips[name] = [math.ceil(launch.numbers["rows"] / 1024)]
+            counted.trips[name] = [math.ceil(launch.numbers["rows"] / trips.FLAGS_AT_ONCE)]
         elif of_product and not name.startswith(f"{kernel.fn.__name__}:"):
             counted.trips[name] = [0.0]
     return counted

@@ -34,7 +34,8 @@ LEAST_BLOCK = 16  # rows of a product's tile, at least
 PROGRAMS = 48  # of any other kernel
 ADAM_TABLES = ("params", "exp_avgs", "exp_avg_sqs", "copies")
 DEPTH_WORDS = ("steps", "depth")  # in the header of a loop over the depth of a product
-FLAGS = "range(0, rows, 1024)"  # in the header of a loop over the flags of all rows
+FLAGS_AT_ONCE = 4096
+FLAGS = f"range(0, rows, {FLAGS_AT_ONCE})"  # in the header of a loop over the flags of all rows
 
 
 class Counted(NamedTuple):
@@ -213,7 +214,7 @@ def _run(variant: Any, grid: tuple[int, ...], given: tuple[Any, ...], encoder: b
         reached = [_counter.reached.get((name, way), 0) for way in ways.get(name.partition(":")[0], [])]
         trips[name] = [round(number * more * deep / len(sample), 3) for number in reached]
         if node.loop and FLAGS in node.text:
-            trips[name] = [math.ceil(rows / 1024)]
+            trips[name] = [math.ceil(rows / FLAGS_AT_ONCE)]
     for kind, of in _counter.bytes.items():
         # A product's tile reads whole columns, and the rows that are there; both as often as it is deep.
         factors = {n: (blocks if n.startswith("W") and blocks > 1 else scale_bytes) for n in of}

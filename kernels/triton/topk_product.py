@@ -14,8 +14,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import tuning
 from .variant import FLOATS, Variant, dot_precision, dtypes_and_precisions, jit, max_or_nan, unit_of, vector_units
 
-# Programs of a gated product for each multiprocessor: they mostly wait for a flag.
-GATED_PROGRAMS = 4
+# Programs of a gated product for each multiprocessor, which holds one or two: mostly they find no flag set.
+GATED_PROGRAMS = 2
 # Columns of a group. A larger one makes fewer maxima, 1/GROUP of the pre-activations, and more candidates, k*GROUP.
 GROUP = 32
 
@@ -121,10 +121,10 @@ def wanted_rows(only_ptr, o_m, m_m):
 @triton.jit
 def tiles_wanted(only_ptr, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """How many tiles a gated product goes through: none where no row is wanted, which is known at once."""
-    b_only = tl.zeros([1024], tl.int32)
-    for start in range(0, rows, 1024):
-        o_m = start + tl.arange(0, 1024)
-        # [1024]
+    b_only = tl.zeros([4096], tl.int32)  # so many at once, because each turn waits for its flags
+    for start in range(0, rows, 4096):
+        o_m = start + tl.arange(0, 4096)
+        # [4096]
         b_only |= tl.load(only_ptr + o_m, mask=o_m < rows, other=0)
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(columns, BLOCK_N)
     return tl.where(tl.max((b_only != 0).to(tl.int32), 0) > 0, tiles, 0)
@@ -170,7 +170,7 @@ def _pre_acts_tile(
 # alone take A 0.14, B 0.7, C 2.1 ms with GROUP_M = 16. Written are A 0.43, B 0.54, C 0.66 GB of 1.1, 2.1, 4.3 GB of
 # pre-activations: all of the first range, k/q groups a row in the range after q others, and the maxima.
 # Predicted for SUBTRACT with d_in = 512: by bytes (4 read a column, about a quarter written) A 0.45, B 0.89, C 1.79 ms;
-# by operations A 0.34, B 0.69, C 1.38 ms.
+# by operations A 0.34, B 0.69, C 1.38 ms. For GATED where no row is set: the launch.
 @jit
 def _pre_acts(
     x_ptr,

@@ -147,11 +147,13 @@ def choose(
 
 
 # pairs[first + r] = the k largest of the `listed` groups of row r, in no order; bound[r] = a value that they reach.
+# GATED: only rows that are set in `only`; nothing else is read of others.
 #
 # A program: one row, in one warp. Bytes a row: 4 GROUP + 4 a listed group, 8 k written.
 # Operations, counted from SASS (sm_90): for 1,024 candidates 500 instructions, 117 for each step of the bisection, of
 # which there are 3 to 5, and 1,350 to write; for 2,048 it is 850, 222 and 2,700.
-# Floor: the bytes, A 0.01, B and C 0.02 ms. Predicted (bench/predict): A 0.02, B 0.06, C 0.05 ms.
+# Floor: the bytes, A 0.01, B and C 0.02 ms. Predicted (bench/predict): A 0.02, B 0.06, C 0.05 ms;
+# where no row is set, the launch.
 @jit
 def _select(
     acts_ptr,
@@ -173,19 +175,20 @@ def _select(
     GATED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    count = listed
+    wanted = True
     if GATED:
-        count = tl.where(tl.load(only_ptr + row) != 0, listed, 0)  # at this chunk's first row, unlike pairs_ptr
-    # The maxima of k groups reach the bound.
-    low = tl.where(listed == k, to_key(tl.load(bound_ptr + row)), LEAST_KEY)
-    low = tl.minimum(low, 0x7F800000)  # the key of +inf: the bound is NaN if those maxima are
-    acts_ptr += row * stride * UNIT
-    pairs_ptr += (first + row) * k
-    groups_ptr += row * row_slots * 4
-    _, edge = choose(
-        acts_ptr, groups_ptr, pairs_ptr, count, columns, k, low, BLOCK_J, BLOCK_T, GROUP, IN_SLOTS, UNIT == GROUP
-    )
-    tl.store(bound_ptr + row, edge)
+        wanted = tl.load(only_ptr + row) != 0  # at this chunk's first row, unlike pairs_ptr
+    if wanted:
+        # The maxima of k groups reach the bound.
+        low = tl.where(listed == k, to_key(tl.load(bound_ptr + row)), LEAST_KEY)
+        low = tl.minimum(low, 0x7F800000)  # the key of +inf: the bound is NaN if those maxima are
+        acts_ptr += row * stride * UNIT
+        pairs_ptr += (first + row) * k
+        groups_ptr += row * row_slots * 4
+        _, edge = choose(
+            acts_ptr, groups_ptr, pairs_ptr, listed, columns, k, low, BLOCK_J, BLOCK_T, GROUP, IN_SLOTS, UNIT == GROUP
+        )
+        tl.store(bound_ptr + row, edge)
 
 
 # values, indices = pairs [rows, k] sorted, largest first; equal ones by lower column. Values are relu'd.

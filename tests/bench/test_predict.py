@@ -188,6 +188,18 @@ def test_how_many_bounds_in_float16_reach_the_least_of_k() -> None:
     assert 32 <= few < 36 < many < 128
 
 
+@pytest.mark.parametrize("op", ["topk_encode, float32", "threshold_encode"])
+def test_a_fallback_that_no_row_needs_takes_its_launches(op: str) -> None:
+    from csae.bench.data import SHAPES
+    from csae.bench.predict import launches, model, strict
+
+    launched = [of for _, of in launches.of_op(op, SHAPES["A"]).launches if isinstance(of, launches.Triton)]
+    gated = [of for of in launched if "only_ptr" in of.sizes and of.variant.constants.get("GATED", True)]
+    assert len(gated) == 5  # a product and what it leaves to keep, in two ranges, and the choice
+    times = [model.of_triton(of, strict._nothing_wanted(of)) for of in gated]
+    assert all(of.ms <= 1.2 * of.parts["launch"] for of in times), times
+
+
 def test_loops_of_code_are_those_of_the_source() -> None:
     """The sum is called from two places, first outside of the loop over sums and then inside of it."""
     from loops_kernel import VARIANT, halved

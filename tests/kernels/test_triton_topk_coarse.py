@@ -136,3 +136,21 @@ def test_strict_float32_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(taken) == times
         assert torch.equal(found[1], wanted[1])
         assert torch.equal(found[0].double(), wanted[0])
+
+
+@pytest.mark.parametrize("wanted", [[], [0], [4200], [5, 4097]])
+def test_rows_are_searched_where_their_flag_is_set(wanted: list[int]) -> None:
+    """In more rows than a gated product looks at the flags of at once."""
+    from csae.kernels.triton.topk_encode import search
+    from csae.kernels.triton.topk_product import product_variant
+
+    product = product_variant(torch.float32, "ieee", 1)
+    gated = product._replace(constants={**product.constants, "GATED": True})
+    x, W_enc, b_enc = integers(4201, 1, seed=0), integers(2, 1, seed=1), integers(2, seed=2)
+    only = torch.zeros(len(x), dtype=torch.int32, device=DEVICE)
+    only[wanted] = 1
+    pairs = torch.full((len(x), 1), -1, device=DEVICE)
+    search(x, W_enc, b_enc, pairs, gated, only=only)
+    best = reference.topk_encode(x.double(), W_enc.double(), b_enc.double(), 1)[1]
+    assert (pairs.flatten() != -1).nonzero().flatten().tolist() == wanted
+    assert torch.equal(0x7FFFFFFF - (pairs[wanted] & 0x7FFFFFFF), best[wanted])
