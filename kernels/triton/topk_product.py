@@ -377,6 +377,18 @@ def product_variant(dtype: torch.dtype, precision: str, unit: int, subtract: boo
     )  # fmt: skip
 
 
+# Tried for sm_90 with triton 3.6.0 and 3.9.0, compiled and never run: warps that multiply while others write, to hide a
+# tile's end (A takes 0.571 ms, its products 0.522).
+# - tl.range(warp_specialize=True), around the one loop or, of two, around either: with 8 warps the machine code is the
+#   same as without; with 4 the compiler's pass fails, or the code spills.
+# - Gluon, one warp that loads by TMA and two groups of 4 warps: it compiles, 168 registers a thread, no spill.
+#   The groups take turns, each with its own tiles of 64 x 256 or 128 x 128: 64 of d_in take 640 cycles of shared memory
+#   and 613 of products, so A 0.545 ms or more; and L2 would give 15.5 or 12.4 TB/s, where it gives 9.3 to 128 x 256.
+#   Each group takes 64 rows of every tile of 128 x 256 and goes on as blocks come, in a ring of 8 blocks of 32 of d_in
+#   (197 KB): loads are what they are now. An end has 671 instructions and takes about 1,950 cycles, while the other
+#   group multiplies for 7,400: A 0.525 ms by the cost model, and topk_encode 0.67 where it takes 0.715.
+# The last is not used, because the interpreter runs no Gluon, and a wrong barrier hangs: a GPU has to test it. 3.6 and
+# 3.9 also name its loads differently.
 def tma_variant(dtype: torch.dtype, early: bool = True) -> Variant:
     """`_pre_acts_tma` for x and W_enc of `dtype`; early: on Hopper."""
     block_n = 256 if dtype.itemsize == 2 else 128
