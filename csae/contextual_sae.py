@@ -337,7 +337,7 @@ class ContextualSAE(SAE):
         self, ops: Pass, x: Tensor, mask: Tensor | None, documents: Tensor | None, sweeps: Sweeps, W_a: Tensor | None
     ) -> Ran:
         """As `_run`; with W_a, W_enc times W_O or W_I, [d_sae, n_heads * d_value], by narrow products after sweep 0."""
-        look_back = LookBack.of(self)
+        look_back = LookBack.of(self).under_autocast()
         start = self._recur(x, mask, documents) if sweeps.from_exact else None
         x = ops.centred(x)
         encode = ops.encoder(mask)
@@ -349,7 +349,7 @@ class ContextualSAE(SAE):
             queries = look_back.queries(seen, ops.shift())
         if start is not None:
             found, c, suppressed = start.code, start.c, start.suppressed
-            code = self._encoded(ops, x - suppressed, found, mask)
+            code = self._encoded(ops, ops.left(x, suppressed), found, mask)
         else:
             suppressed = a.expand_as(x)
             c = a.expand(*x.shape[:-1], self.d_out)
@@ -366,7 +366,7 @@ class ContextualSAE(SAE):
             before, a = a, look_back.read(queries, memory, mask, documents)
             further = a if before.dim() == 0 else a - before
             c, suppressed = look_back.written(a)
-            left = x - suppressed
+            left = ops.left(x, suppressed)
             found = encode(left) if W_a is None else ops.rule.encode_again(kept, further, W_a, mask)
             code = self._encoded(ops, left, found, mask)
         decoded, groups = ops.reconstruct(code)
@@ -374,8 +374,10 @@ class ContextualSAE(SAE):
 
     def _encoded(self, ops: Pass, x: Tensor, found: tuple[Tensor, Tensor], mask: Tensor | None) -> Code:
         """The code of x [..., d_in], `found` without a gradient, with its gradient; empty where the mask is False."""
-        values, indices = ops.encode(x, mask, found)
-        return Code(values if mask is None else values.masked_fill(~mask.unsqueeze(-1), 0), indices)
+        values, indices = found
+        if mask is not None:  # before there is a gradient: it takes no second pass then
+            values = torch.where(mask.unsqueeze(-1), values, 0)
+        return Code(*ops.encode(x, mask, (values, indices)))
 
     @staticmethod
     def _shifted(x: Tensor) -> Tensor:

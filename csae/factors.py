@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from csae.dead_rows import Dead, DeadRows, are_few, dead_acts
 from csae.losses import Total, here
@@ -127,6 +128,10 @@ class Pass:
         cast: it may be in autocast's dtype.
         """
         return x - self.sae.centre
+
+    def left(self, x: Tensor, suppressed: Tensor) -> Tensor:
+        """`centred` x [..., d_in] less what the look-back subtracts, for `encode`; it may be in autocast's dtype."""
+        return x - suppressed
 
     def shift(self) -> Tensor | None:
         """What is to be added to a query made of `centred`, [d_in]; None for nothing."""
@@ -299,6 +304,12 @@ class Trace(Pass):
         if dtype == x.dtype or torch.compiler.is_compiling():
             return super().centred(x).detach()
         return torch.sub(x.detach(), self.sae.centre.detach(), out=torch.empty_like(x, dtype=dtype))
+
+    def left(self, x: Tensor, suppressed: Tensor) -> Tensor:
+        dtype = autocast_dtype(x)
+        if dtype == x.dtype or torch.compiler.is_compiling():
+            return super().left(x, suppressed)
+        return _Left.apply(x, suppressed, dtype)  # type: ignore[no-any-return]
 
     def shift(self) -> Tensor | None:
         # Numerically zero; carries b_dec's gradient without computing x's.
@@ -490,6 +501,19 @@ class Trace(Pass):
     def _over_rows(self, part: Tensor) -> Tensor:
         """The sum over all rows of a table, from the sum over the rows that are here."""
         return part
+
+
+class _Left(Function):
+    """x - suppressed, in this dtype, in one pass; x is constant. Its gradient stays in that dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, suppressed: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = suppressed.dtype
+        return torch.sub(x, suppressed, out=torch.empty_like(x, dtype=dtype))
+
+    @staticmethod
+    def backward(ctx: Any, d_left: Tensor) -> tuple[None, Tensor, None]:
+        return None, -d_left.to(ctx.dtype), None
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

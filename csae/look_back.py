@@ -17,12 +17,15 @@ score exceeds gain * sqrt(d_head), and c has a bound whatever the codes are.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Self
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from csae.ops import lookback_attention
+from csae.ops.checks import autocast_dtype
 from csae.ops.heads import VALUE_BOUND, bounded_heads, unit_heads, value_scale
 from csae.ops.linear import linear
 from csae.ops.lookback_attention import document_starts
@@ -93,11 +96,23 @@ class LookBack(NamedTuple):
         """x [..., n_heads * d] -> [..., n_heads, d]."""
         return x.unflatten(-1, (self.slope.shape[0], -1))
 
+    def under_autocast(self) -> Self:
+        """Where autocast is on, with the maps but W_mem in its dtype: cast together, and so are their gradients."""
+        dtype = autocast_dtype(self.W_Q)
+        if dtype == self.W_Q.dtype or torch.compiler.is_compiling():
+            return self
+        maps = {"W_Q": self.W_Q, "W_K": self.W_K, "W_V": self.W_V, "W_O": self.W_O}
+        maps |= {} if self.W_I is None else {"W_I": self.W_I}
+        return self._replace(**dict(zip(maps, _Cast.apply(dtype, *maps.values()), strict=True)))
+
     def queries(self, query: Tensor, shift: Tensor | None = None) -> Tensor:
-        """query [..., d_query] -> [..., n_heads, d_head]. shift [d_query] is added to the query."""
+        """query [..., d_query] -> [..., n_heads, d_head].
+
+        shift [d_query] is zero; it gets the gradient that it would have if it were added to each query.
+        """
         heads = linear(query, self.W_Q)
         if shift is not None:
-            heads = heads + linear(shift, self.W_Q)
+            heads = _Shifted.apply(heads, shift, self.W_Q)
         return unit_heads(self.by_head(heads), self.gain)
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,3 +170,39 @@ class LookBack(NamedTuple):
         heads = self.by_head(self.W_O).unbind(1)  # [d_out, d_value] each
         written = sum(float(torch.linalg.matrix_norm(head.double(), 2)) for head in heads)
         return written * VALUE_BOUND * math.sqrt(heads[0].shape[1])
+
+
+class _Cast(Function):
+    """Tensors in a narrower dtype: all in one launch, and their gradients in one."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *wide: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.dtype = wide[0].dtype
+        return tuple(_cast(wide, dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *d_cast: Tensor | None) -> tuple[Tensor | None, ...]:
+        found = iter(_cast([d for d in d_cast if d is not None], ctx.dtype))
+        return None, *(None if d is None else next(found) for d in d_cast)
+
+
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    cast = [torch.empty_like(of, dtype=dtype) for of in tensors]
+    if cast:
+        torch._foreach_copy_(cast, list(tensors))
+    return cast
+
+
+class _Shifted(Function):
+    """heads [..., m] = W_Q (query + shift), made without the shift [d], which is zero: it only gets its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, shift: Tensor, W_Q: Tensor) -> Tensor:
+        ctx.save_for_backward(W_Q)
+        return heads.view_as(heads)
+
+    @staticmethod
+    def backward(ctx: Any, d_heads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (W_Q,) = ctx.saved_tensors
+        return d_heads, d_heads.sum_to_size(W_Q.shape[0]) @ W_Q, None

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from csae import SAE, ContextualSAE, TopKSAE
-from csae.factors import Factors
+from csae.factors import Factors, Trace
+from csae.look_back import LookBack
 from csae.sae import Sweeps
 
 
@@ -129,3 +130,56 @@ def test_nothing_of_a_tables_size_is_made() -> None:
         assert isinstance(factors, Factors)
         assert factors.weights.numel() == 4 * 4
         assert factors.rows.shape == (4, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_left_is_rounded_once(dtype: torch.dtype) -> None:
+    """Under autocast, to the bits of a difference in float32 that is cast; and so is its gradient."""
+    x, d_left = torch.randn(2, 5, 12), torch.randn(2, 5, 12).to(dtype)
+    sae = make("contextual").float()
+    for of in (dtype, torch.float32):
+        suppressed = torch.randn(2, 5, 12).to(of).requires_grad_()
+        with torch.autocast("cpu", dtype):
+            left = Trace(sae, []).left(x, suppressed)
+            wanted = (x - suppressed).to(dtype)
+        assert left.dtype == dtype
+        assert torch.equal(left, wanted)
+        pair = (torch.autograd.grad(one, suppressed, d_left)[0] for one in (left, wanted))
+        assert torch.equal(*pair)
+        assert torch.equal(Trace(sae, []).left(x, suppressed), x - suppressed)  # without autocast
+
+
+@pytest.mark.parametrize("options", [{}, {"d_out": 8}], ids=["autoencoder", "transcoder"])
+def test_maps_cast_together(options: dict[str, object]) -> None:
+    """To the bits of casts one by one, also where one is frozen or has no part in a loss."""
+    torch.manual_seed(0)
+    sae = ContextualSAE(12, 50, 4, n_heads=2, d_head=3, d_value=5, **options)  # type: ignore[arg-type]
+    plain = LookBack.of(sae)
+    plain.W_K.requires_grad_(False)
+    assert plain.under_autocast() is plain
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = plain.under_autocast()
+    maps = [name for name in ("W_Q", "W_K", "W_V", "W_O", "W_I") if getattr(plain, name) is not None]
+    for name in plain._fields:
+        one, other = getattr(cast, name), getattr(plain, name)
+        assert one is other if name not in maps else torch.equal(one, other.bfloat16()), name
+    loss = sum(getattr(cast, name).float().square().sum() for name in maps if name != "W_V")
+    asked = [getattr(plain, name) for name in maps if name != "W_K"]
+    found = torch.autograd.grad(loss, asked, allow_unused=True)
+    for parameter, gradient in zip(asked, found, strict=True):
+        if parameter is plain.W_V:
+            assert gradient is None
+        else:
+            assert torch.equal(gradient, 2 * parameter.bfloat16().float())
+
+
+def test_a_shift_of_zero_gets_its_gradient() -> None:
+    look_back = LookBack.of(make("contextual"))
+    query, shift = torch.randn(3, 7, 12).double(), torch.zeros(12).double().requires_grad_()
+    d_queries = torch.randn(3, 7, 2, 3).double()
+    asked = [shift, look_back.W_Q, look_back.gain]
+    found = torch.autograd.grad(look_back.queries(query, shift), asked, d_queries)
+    wanted = torch.autograd.grad(look_back.queries(query + shift), asked, d_queries)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    assert torch.equal(look_back.queries(query, shift), look_back.queries(query))

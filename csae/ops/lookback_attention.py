@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .backend import fake, gradient, kernels, no_gradient, operator
 from .checks import INTEGERS, autocast_to, check_device, check_floats, check_shape, check_tensor, refuse_tangents
@@ -26,10 +26,10 @@ def lookback_attention(
 
     Args:
         q: [B, T, H, d_head], float32, bfloat16 or float16 (float64 on a CPU).
-        k: [B, T, H, d_head], as all others in q's dtype and on its device.
+        k: [B, T, H, d_head], as v in q's dtype and on its device.
         v: [B, T, H, d_value].
-        slope: [H], of the log-distance bias.
-        null: [H], the score of looking at nothing.
+        slope: [H], of the log-distance bias; in q's dtype, or float32 with a narrower q. Autocast leaves float32.
+        null: [H], the score of looking at nothing; as slope.
         mask: [B, T] bool, True where a position takes part. One that doesn't is not looked at, and its own
             output is zero.
         documents: [B, T] integer ids. A document is a run of equal ids; nothing looks across its boundary.
@@ -47,8 +47,11 @@ def lookback_attention(
     floats = {"q": q, "k": k, "v": v, "slope": slope, "null": null}
     for name, tensor in floats.items():
         check_tensor(name, tensor)
-    q, k, v, slope, null = autocast_to(q, k, v, slope, null)
-    check_floats(q=q, k=k, v=v, slope=slope, null=null)
+    q, k, v = autocast_to(q, k, v)
+    slope, null = (of if of.dtype == torch.float32 else autocast_to(of)[0] for of in (slope, null))
+    check_floats(q=q, k=k, v=v, **{name: of for name, of in (("slope", slope), ("null", null)) if not _wider(of, q)})
+    for name, of in (("slope", slope), ("null", null)):
+        check_device(name, of, "q", q)
     check_shape("q", q, (None, None, None, None), "[B, T, H, d_head]")
     B, T, H, d_head = q.shape
     check_shape("k", k, (B, T, H, d_head), "[B, T, H, d_head]")
@@ -73,12 +76,15 @@ def lookback_attention(
     return _lookback_attention(q, k, v, slope, null, mask, starts)[0]
 
 
+def _wider(of: Tensor, q: Tensor) -> bool:
+    return of.dtype == torch.float32 and q.dtype in (torch.bfloat16, torch.float16)
+
+
 def document_starts(documents: Tensor) -> Tensor:
     """documents [B, T] -> [B, T] int32: where the run of equal ids of each position begins."""
-    position = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-    same = torch.zeros_like(documents, dtype=torch.bool)
-    same[:, 1:] = documents[:, 1:] == documents[:, :-1]
-    return position.masked_fill(same, 0).cummax(dim=1).values.to(torch.int32)
+    position = torch.arange(1, max(documents.shape[1], 1), dtype=torch.int32, device=documents.device)
+    begins = (documents[:, 1:] != documents[:, :-1]) * position
+    return nn.functional.pad(begins, (min(documents.shape[1], 1), 0)).cummax(dim=1).values
 
 
 @operator("lookback_attention")

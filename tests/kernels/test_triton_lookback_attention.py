@@ -270,3 +270,11 @@ def test_nan_in_nan_out() -> None:
     out, _ = lookback_attention.forward(*tensors.values(), None, None)
     assert out[0, 5].isnan().all()
     assert not out[0, torch.arange(20) != 5].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32])
+def test_slope_and_null_in_float32(dtype: torch.dtype) -> None:
+    """Beside narrower queries, as autocast leaves them: their gradients are in float32 too."""
+    tensors = inputs(2, 40, 2, 16, 16, dtype)
+    tensors |= {name: of.float() * 1.001 for name, of in tensors.items() if name in ("slope", "null")}
+    assert_equals_reference(tensors, some_mask(2, 40), some_documents(2, 40))

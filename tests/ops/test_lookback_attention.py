@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from csae import reference
 from csae.ops import lookback_attention
+from csae.ops.lookback_attention import document_starts
 
 ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 NAMES = ("q", "k", "v", "slope", "null")
@@ -144,6 +145,41 @@ def test_autocast():
     assert all(tensor.grad.dtype == torch.float32 for tensor in tensors)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_slope_and_null_stay_in_float32(dtype):
+    """Under autocast, and where they are given so: not rounded, and with gradients that are not."""
+    tensors = [tensor.detach().float() for tensor in inputs(2, 9, 3, 4, 6)]
+    found = []
+    for form in (tensors, [*(of.to(dtype) for of in tensors[:3]), *tensors[3:]]):
+        leaves = [of.clone().requires_grad_() for of in form]
+        with torch.autocast("cpu", dtype=dtype, enabled=form is tensors):
+            out = lookback_attention(*leaves)
+        grads = torch.autograd.grad(out.float().square().sum(), leaves)
+        assert [of.dtype for of in grads] == [of.dtype for of in form]
+        found.append([out, *grads[3:]])
+    wide = [of.to(dtype).double().requires_grad_() for of in tensors[:3]]
+    wide += [of.double().requires_grad_() for of in tensors[3:]]
+    wanted = reference.lookback_attention(*wide)
+    expected = [wanted, *torch.autograd.grad(wanted.square().sum(), wide)[3:]]
+    for one, other, want in zip(*found, expected, strict=True):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one.double(), want, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.uint8])
+@pytest.mark.parametrize(("B", "T"), [(0, 5), (2, 0), (3, 1), (3, 2), (4, 40)])
+def test_where_documents_begin(B, T, kind):
+    documents = torch.randint(0, 3, (B, T), generator=torch.Generator().manual_seed(0)).to(kind)
+    wanted = [[0] * T for _ in range(B)]
+    for b in range(B):
+        for t in range(1, T):
+            wanted[b][t] = wanted[b][t - 1] if documents[b, t] == documents[b, t - 1] else t
+    found = document_starts(documents)
+    assert found.dtype == torch.int32
+    assert found.shape == (B, T)
+    assert found.tolist() == wanted
+
+
 def test_opcheck():
     mask, documents = holes(2, 5)
     starts = reference.document_starts(documents).int()
@@ -183,6 +219,13 @@ def args_with(**changed):
             TypeError,
             "v: given dtype torch.float16; needed torch.float32 as q has",
         ),
+        (
+            {"slope": torch.zeros(3).half()},
+            TypeError,
+            "slope: given dtype torch.float16; needed torch.float32 as q has",
+        ),
+        ({"null": torch.zeros(3).double()}, TypeError, "null: given dtype torch.float64; needed torch.float32"),
+        ({"null": torch.zeros(3, device="meta")}, ValueError, "null: given on meta; needed on cpu as q is"),
         ({"slope": torch.zeros(2)}, ValueError, "slope: given shape [2]; needed [H] = [3]"),
         ({"null": torch.zeros(4)}, ValueError, "null: given shape [4]; needed [H] = [3]"),
         ({"mask": torch.ones(2, 5)}, TypeError, "mask: given dtype torch.float32; needed torch.bool"),
