@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from csae.factors import Pass
+from csae.forward_pass import Pass
 from csae.look_back import LookBack
 from csae.ops import sparse_decode
 from csae.ops.checks import autocast_to, check_tensor

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from csae.calibration import calibrate
 from csae.dead_rows import Dead
 from csae.errors import UserError
-from csae.factors import Gradients, Pass, Trace
+from csae.factors import Gradients, Trace
+from csae.forward_pass import Pass
 from csae.given import check_acts, check_bounds, check_dead, check_target, check_trained
 from csae.losses import added, energy, unexplained
 from csae.matryoshka import checked_prefixes, prefix_fvus

@@ -11,7 +11,8 @@ from torch import Tensor
 
 import csae
 from csae import SAE, ContextualSAE, TopKSAE, reference
-from csae.factors import Factors, Pass, Trace
+from csae.factors import Factors, Trace
+from csae.forward_pass import Pass
 from csae.matryoshka import by_group
 from csae.sae import Sweeps
 
@@ -173,7 +174,7 @@ def test_windows_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_decode_gathers_each_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """No second gather: over all groups, the slots before the last non-zero value are those of the code."""
-    import csae.factors
+    import csae.forward_pass
 
     seen: list[tuple[Tensor, Tensor]] = []
 
@@ -181,8 +182,8 @@ def test_one_decode_gathers_each_row_once(monkeypatch: pytest.MonkeyPatch) -> No
         seen.append((values, indices))
         return decode(values, indices, table)
 
-    decode = csae.factors.sparse_decode
-    monkeypatch.setattr(csae.factors, "sparse_decode", watched)
+    decode = csae.forward_pass.sparse_decode
+    monkeypatch.setattr(csae.forward_pass, "sparse_decode", watched)
     sae = make("topk")
     given = batch(sae)
     code = sae.loss(**given).code

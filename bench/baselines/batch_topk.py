@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from csae.factors import Pass
+from csae.forward_pass import Pass
 from csae.ops import sparse_decode
 from csae.outputs import Code, Ran, Sweeps
 from csae.sae import SAE

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from csae.bench.baselines.dense import dense_gradients
-from csae.factors import Pass
+from csae.forward_pass import Pass
 from csae.ops import lookback_attention, sparse_decode, topk_encode
 from csae.outputs import Code, Ran, Sweeps
 from csae.sae import SAE

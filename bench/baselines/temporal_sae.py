@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from csae.bench.baselines.batch_topk import BatchTopKSAE
 from csae.bench.baselines.dense import dense_gradients
 from csae.dead_rows import Dead
-from csae.factors import Pass
+from csae.forward_pass import Pass
 from csae.losses import fraction_unexplained
 from csae.ops import sparse_decode
 from csae.sae import Code, Losses, Sweeps
