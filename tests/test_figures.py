@@ -109,3 +109,41 @@ def test_times_and_memory() -> None:
             assert row["time"] == (f"{time:,.0f} ms" if time >= 10 else f"{time:.1f} ms"), row
             peak = row["memory beyond weights and moments"]
             assert not peak or peak.replace(",", "") == f"{memory} MiB", row
+
+
+def test_what_a_shared_budget_and_looking_back_add() -> None:
+    results = json.loads((ROOT / "bench/results/cpu_selections.json").read_text())["results"]
+    found = {(result["case"], result["impl"]): result["median_ms"] for result in results}
+    pairs = [
+        ("topk_encode forward", "csae, above a threshold", "csae"),
+        ("TopK training step", "csae, shared budget", "csae"),
+        ("contextual training step, one sweep", "csae", "csae TopK step"),
+    ]
+    for row, (case, of, to) in zip(tables("docs/performance.md")["of"], pairs, strict=True):
+        ms, other = found[case, of], found[case, to]
+        assert (row["times"], row["ratio"]) == (f"{ms:.0f}, {other:.0f} ms", f"{ms / other:.2f}")
+
+
+def test_the_lead_at_other_places() -> None:
+    runs, leads = [], []
+    for name in ("lead", "lead_hooks"):
+        report = json.loads((ROOT / "bench/results/evidence" / f"{name}.json").read_text())
+        runs, leads = runs + report["runs"], leads + report["leads"]
+    same = {"selection": "batch", "d_sae": 2304, "tokens": 840_000, "lr": 4e-3, "seed": 0}
+    same |= {"n_heads": 8, "d_value": 64, "d_memory": 256}
+
+    def only(entries: list[dict], **wanted: object) -> dict:
+        (entry,) = (of for of in entries if (same | wanted).items() <= of.items())
+        return entry
+
+    for row in tables("docs/evidence.md")["hook point"]:
+        (hook,) = re.findall(r"`(.*?)`", row["hook point"])
+        shown = list(row.values())[1:]
+        for k, cell in zip((16, 24, 32), shown, strict=False):
+            run = only(runs, hook=hook, arch="topk-wide", k=k)
+            assert cell == f"{run['fvu']:.4f} ({run['l0']:.1f})"
+        for arch, cell, lead in (("contextual-past", *shown[3:5]), ("contextual", *shown[5:])):
+            run, worth = only(runs, hook=hook, arch=arch), only(leads, hook=hook, arch=arch)
+            assert cell == f"{run['fvu']:.4f} ({run['l0']:.1f})"
+            times = f"{worth['lead']:.{2 if arch == 'contextual-past' else 1}f}"
+            assert lead == (f"({times})" if worth["beyond"] else times)
