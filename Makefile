@@ -14,10 +14,10 @@ TRITON = triton==3.6.0
 # what is used of it.
 PEERS_ALONE = 'sae-bench==0.6.0' 'sae-dashboard==0.8.*' 'eai-delphi==0.1.*'
 PEERS_ALONE_NEED = 'eindex-callum==0.1.*' 'dataclasses-json==0.6.*' asyncer blobfile faiss-cpu orjson sentence-transformers
-PEERS_PACKAGES = 'sae-lens==6.54.*' 'eai-sparsify==1.3.*' 'dictionary-learning==0.1.*' 'pytest>=8' tabulate
+PEERS_PACKAGES = 'sae-lens==6.54.*' 'eai-sparsify==1.3.*' 'dictionary-learning==0.1.*' 'pytest>=8' 'pytest-xdist>=3.6' tabulate
 
 # A process a core, each with one thread: tests of threads ask for theirs.
-PARALLEL = OMP_NUM_THREADS=1 $(bin)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+PARALLEL = -n logical --maxprocesses 8 --dist worksteal
 
 bin = .venv/bin
 ready = .venv/.ready
@@ -30,10 +30,10 @@ demo: $(ready)
 	$(bin)/csae demo
 
 test: $(ready)
-	$(PARALLEL)
+	OMP_NUM_THREADS=1 $(bin)/python -m pytest $(PARALLEL)
 
 test-slow: $(ready)
-	$(PARALLEL) -m slow
+	OMP_NUM_THREADS=1 $(bin)/python -m pytest $(PARALLEL) -m slow
 
 lint: $(ready)
 	$(bin)/ruff check .
@@ -70,7 +70,8 @@ bench-peers: $(peers_ready)
 # What works with those libraries, tested with them.
 test-peers: $(peers_ready)
 	$(peers_bin)/python -m pytest -m 'slow or not slow' tests/test_logs.py
-	$(peers_bin)/python -m pytest tests/patches tests/interop tests/export tests/test_readme.py -k 'not make'
+	OMP_NUM_THREADS=1 $(peers_bin)/python -m pytest $(PARALLEL) tests/patches tests/interop tests/export \
+		tests/test_readme.py -k 'not make'
 
 # The tests that touch other libraries, at the oldest and the newest version of each; ENVIRONMENTS="name name": only
 # those. Several gigabytes an environment. What was run is written into docs/versions.md.
