@@ -112,7 +112,7 @@ def test_times_and_memory() -> None:
 
 
 def test_what_a_shared_budget_and_looking_back_add() -> None:
-    results = json.loads((ROOT / "bench/results/cpu_selections.json").read_text())["results"]
+    results = json.loads((ROOT / "bench/results/selections/cpu.json").read_text())["results"]
     found = {(result["case"], result["impl"]): result["median_ms"] for result in results}
     pairs = [
         ("topk_encode forward", "csae, above a threshold", "csae"),
